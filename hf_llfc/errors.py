@@ -1,0 +1,73 @@
+"""What can go wrong, as a user reads it.
+
+Every message says what is wrong, which model and tensor it concerns, what was found against what was expected,
+and what to do next.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class LLFCError(ValueError):
+    """The input is at fault; the message is complete and needs no traceback."""
+
+
+class SpecError(LLFCError):
+    """A permutation spec or axis expression does not hold, or does not fit a checkpoint."""
+
+
+class CheckpointError(LLFCError):
+    """A checkpoint cannot be found, read, trusted, compared or written."""
+
+
+class AlignmentError(LLFCError):
+    """Two models cannot be aligned, or an alignment does not belong to these models."""
+
+
+class RecipeError(LLFCError):
+    """A recipe, or a value that overrides one of its keys, is not valid."""
+
+
+class EvaluationError(LLFCError):
+    """Data, task or metric cannot be used for evaluation."""
+
+
+class PublishingError(LLFCError):
+    """A card cannot be rendered or a folder cannot be pushed to the Hub."""
+
+
+def raise_all(problems: Sequence[str], kind: type[LLFCError], heading: str) -> None:
+    """Raises one error that lists every problem, and returns silently if there is none.
+
+    Args:
+        problems: One message per problem.
+        kind: The class of the error.
+        heading: What was being checked; the first line of the message, without a colon.
+
+    Raises:
+        LLFCError: An instance of `kind`, if there is any problem.
+    """
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise kind(f"{heading}: {problems[0]}")
+    lines = [f"{heading}: {len(problems)} problems"]
+    for problem in problems:
+        lines.append("  - " + problem.replace("\n", "\n    "))
+    raise kind("\n".join(lines))
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """The nearest of `choices`, as the end of an error message, or nothing if none is near.
+
+    Args:
+        name: What the user wrote.
+        choices: What would have been valid.
+
+    Returns:
+        For example ``"; did you mean 'weight_matching'?"``, or the empty string.
+    """
+    # Compared without case, because a wrong case is the nearest of all mistakes.
+    by_folded_name = {choice.casefold(): choice for choice in choices}
+    nearest = difflib.get_close_matches(name.casefold(), by_folded_name, n=1, cutoff=0.6)
+    return f"; did you mean '{by_folded_name[nearest[0]]}'?" if nearest else ""
