@@ -1,0 +1,54 @@
+"""From the declarations of a family to its permutation spec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hf_llfc.symmetry.spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# `BertModel`, but not `OpenAIGPTLMHeadModel` or `GPT2DoubleHeadsModel`: classes that return features, not predictions.
+_RETURNS_FEATURES = re.compile(r".*(?<!LMHead)(?<!DoubleHeads)Model")
+
+
+def declare(
+    config: PreTrainedConfig,
+    *blocks: Sequence[str],
+    sizes: Mapping[str, int | None],
+    symmetric: Iterable[str],
+    outputs: Iterable[str] = (),
+    prefix: str = "",
+) -> PermutationSpec:
+    """Builds the permutation spec of a family from its blocks.
+
+    Args:
+        config: The config it describes.
+        blocks: Declarations, in the order of the network; see `hf_llfc.adapters.blocks`.
+        sizes: Size of each axis, by its full name or by the part before the first dot; None where only the
+            checkpoint tells.
+        symmetric: The symmetric axes, named likewise.
+        outputs: Symmetric axes that a model without a task head returns as its features; they are fixed where
+            `config.architectures` names such a model, since moving them would change what it computes.
+        prefix: The head prefix, with its dot; names with and without it are the same tensor.
+
+    Raises:
+        SpecError: The declarations contradict themselves.
+    """
+    from hf_llfc.adapters.layouts import in_memory_layout
+
+    spec = PermutationSpec.from_lines(
+        [line for block in blocks for line in block],
+        sizes=sizes,
+        symmetric=symmetric,
+        model_type=config.model_type,
+        prefix=prefix,
+        other_layouts=lambda: in_memory_layout(config, spec),
+    )
+    architectures = config.architectures or []
+    returns_features = bool(architectures) and all(_RETURNS_FEATURES.fullmatch(name) for name in architectures)
+    present = [axis for axis in outputs if any(axis in (name, name.split(".")[0]) for name in spec.symmetric_axes)]
+    return spec.fix(*present) if returns_features and present else spec

@@ -1,0 +1,108 @@
+"""The same tensors as transformers names them in memory, derived from its own conversion of checkpoints.
+
+Transformers 5 renames and fuses tensors when it loads many families (`experts.*.w1` and `w3` become one
+`gate_up_proj`). The conversion is executed here on axis expressions instead of tensors, so that a spec written
+for the names on disk also binds a model's `state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression
+from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def in_memory_layout(config: PreTrainedConfig, spec: PermutationSpec) -> list[TensorSpec]:
+    """Declares a family's tensors by the names that a loaded model gives them.
+
+    Args:
+        config: The model config.
+        spec: Its spec, by names on disk.
+
+    Returns:
+        Declarations of the tensors whose name or shape differs in memory; empty if transformers converts nothing.
+    """
+    import torch
+    from transformers import AutoModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+
+    if type(config) not in AutoModel._model_mapping:
+        return []
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    conversions = [
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange)
+    ]
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+
+    layout: list[TensorSpec] = []
+    gathered: dict[str, dict[str, TensorSpec]] = {}
+    for tensor in spec.declarations:
+        first = tensor.name_at([0] * len(tensor.name_axes))
+        name, pattern = rename_source_key(first, renamings, converters)
+        if pattern is None:
+            if name != first and not tensor.name_axes:
+                condition = tensor.condition and (tensor.condition[0], _renamed(tensor.condition[1], renamings))
+                layout.append(TensorSpec(name, tensor.dimensions, True, condition, (first,)))
+        else:
+            gathered.setdefault(name, {})[pattern] = tensor
+    for name, sources in gathered.items():
+        converter = converter_of[next(iter(sources))]
+        ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+        dimensions = _convert([tensor.dimensions for tensor in ordered], ordered[0].name_axes, converter.operations)
+        if dimensions is not None:
+            layout.append(TensorSpec(name, dimensions, True, None, _covered(ordered, spec)))
+    return layout
+
+
+def _renamed(name: str, renamings: list[Any]) -> str:
+    from transformers.core_model_loading import apply_renamings
+
+    return str(apply_renamings(name, renamings))
+
+
+def _covered(tensors: Sequence[TensorSpec], spec: PermutationSpec) -> tuple[str, ...]:
+    names = []
+    for tensor in tensors:
+        indices: list[tuple[int, ...]] = [()]
+        for axis in tensor.name_axes:
+            indices = [(*index, position) for index in indices for position in range(spec.axes[axis].size or 0)]
+        names += [tensor.name_at(index) for index in indices]
+    return tuple(names)
+
+
+def _convert(
+    sources: list[tuple[Expression, ...]], name_axes: tuple[str, ...], operations: Sequence[Any]
+) -> tuple[Expression, ...] | None:
+    """Executes conversion operations on axis expressions; None for one that is not understood."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+    for operation in operations:
+        match operation:
+            case MergeModulelist(dim=dim) if len(name_axes) == 1:
+                sources = [(*shape[:dim], AxisUse(name_axes[0]), *shape[dim:]) for shape in sources]
+                name_axes = ()
+            case Concatenate(dim=dim):
+                joined = Concatenation(tuple(shape[dim] for shape in sources))
+                sources = [(*sources[0][:dim], joined, *sources[0][dim + 1 :])]
+            case Transpose(dim0=dim0, dim1=dim1):
+                sources = [_swapped(shape, dim0, dim1) for shape in sources]
+            case _:
+                return None
+    return sources[0] if len(sources) == 1 and not name_axes else None
+
+
+def _swapped(shape: tuple[Expression, ...], dim0: int, dim1: int) -> tuple[Expression, ...]:
+    swapped = list(shape)
+    swapped[dim0], swapped[dim1] = swapped[dim1], swapped[dim0]
+    return tuple(swapped)

@@ -1,0 +1,75 @@
+"""The registry of adapters: `config.model_type` → function from a config to its permutation spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from hf_llfc.errors import SpecError, suggest
+from hf_llfc.symmetry.spec import PermutationSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    Adapter = Callable[[PreTrainedConfig], PermutationSpec]
+
+# One row a model type: the module of this package, and the function in it.
+FAMILIES: dict[str, tuple[str, str]] = {
+    "bert": ("bert", "bert"),
+    "roberta": ("bert", "roberta"),
+    "distilbert": ("bert", "distilbert"),
+    "gpt2": ("gpt2", "gpt2"),
+    "llama": ("llama", "llama"),
+    "mistral": ("llama", "llama"),
+    "qwen2": ("llama", "llama"),
+    "qwen3": ("llama", "llama"),
+    "mixtral": ("llama", "mixtral"),
+    "vit": ("vit", "vit"),
+    "resnet": ("resnet", "resnet"),
+}
+
+_registered: dict[str, Adapter] = {}
+
+
+def register_adapter(model_type: str, adapter: Adapter) -> None:
+    """Registers the adapter of a user's own architecture.
+
+    Args:
+        model_type: As in the config.
+        adapter: From a config to its permutation spec, see `hf_llfc.adapters.declare`.
+
+    Raises:
+        SpecError: The model type already has an adapter.
+    """
+    if model_type in FAMILIES or _registered.get(model_type, adapter) is not adapter:
+        raise SpecError(f"model type {model_type!r} already has an adapter")
+    _registered[model_type] = adapter
+
+
+def known_model_types() -> list[str]:
+    """Every model type with an adapter, sorted."""
+    return sorted({*FAMILIES, *_registered})
+
+
+def spec_for(config: PreTrainedConfig) -> PermutationSpec:
+    """Builds the permutation spec of a config.
+
+    Args:
+        config: A Hugging Face model config.
+
+    Raises:
+        SpecError: No adapter is registered for its model type.
+    """
+    model_type = config.model_type
+    if model_type in _registered:
+        return _registered[model_type](config)
+    if model_type not in FAMILIES:
+        raise SpecError(
+            f"no adapter for model type {model_type!r}{suggest(model_type, known_model_types())}. Without a permutation "
+            "spec, models of this type can still be merged by equal tensor names with `--align none`; "
+            "hf_llfc.register_adapter adds a spec of your own"
+        )
+    module, function = FAMILIES[model_type]
+    spec: PermutationSpec = getattr(import_module(f"hf_llfc.adapters.{module}"), function)(config)
+    return spec

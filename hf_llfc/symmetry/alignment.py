@@ -1,0 +1,268 @@
+"""An alignment: the transforms of all symmetric axes of one model onto a reference model, and how tensors follow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_llfc.errors import AlignmentError, raise_all
+from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression, axis_uses, size_of
+from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.transforms import TRANSFORM_KINDS, Permutation, Transform
+from hf_llfc.symmetry.views import map_pieces
+
+FILE_FORMAT = "hf_llfc.alignment/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The transforms that bring one model into the coordinates of another without changing its function.
+
+    Attributes:
+        spec: The permutation spec both models share.
+        transforms: Symmetric axis → transform.
+        metadata: What found it: `method`, `objective_before`, `objective_after`, `reference` and `model`
+            fingerprints, …; JSON values.
+    """
+
+    spec: PermutationSpec
+    transforms: Mapping[str, Transform]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    _indices: dict[Any, Tensor | None] = field(default_factory=dict, init=False, repr=False)
+
+    def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves a whole state dict; tensors that were tied stay tied.
+
+        Args:
+            state_dict: Every tensor of a checkpoint, by the names on disk or those of a model in memory.
+
+        Returns:
+            New tensors under the same names and in the same order.
+
+        Raises:
+            SpecError: The tensors do not fit the spec.
+        """
+        binding = self.spec.bind({name: tensor.shape for name, tensor in state_dict.items()})
+        aligned: dict[str, Tensor] = {}
+        tied: dict[tuple[Any, ...], Tensor] = {}
+        for name, tensor in state_dict.items():
+            bound = binding.tensors[name]
+            identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, bound.spec.dimensions)
+            if bound.index or tensor.numel() == 0 or identity not in tied:
+                tied[identity] = self.read_aligned(name, binding, state_dict.__getitem__)
+            aligned[name] = tied[identity]
+        return aligned
+
+    def read_aligned(self, name: str, binding: Binding, read: Callable[[str], Tensor]) -> Tensor:
+        """Reads one tensor in the coordinates of the reference.
+
+        Args:
+            name: The tensor, by the checkpoint's own name.
+            binding: The binding of the checkpoint's tensors.
+            read: Gives an original tensor by the checkpoint's own name; called once.
+
+        Returns:
+            The aligned tensor, in the dtype of the original.
+        """
+        bound = binding.tensors[name]
+        index_along = dict(zip(bound.spec.name_axes, bound.index, strict=True))
+        source = tuple(
+            self.transforms[axis].source(index) if axis in self.transforms else index
+            for axis, index in index_along.items()
+        )
+        tensor = read(binding.name_of(bound.spec, source))
+        if all(self._is_self_contained(dimension, index_along) for dimension in bound.spec.dimensions):
+            for position, dimension in enumerate(bound.spec.dimensions):
+                index = self._flat_index(dimension, binding.sizes, index_along)
+                if index is not None:
+                    tensor = tensor.index_select(position, index.to(tensor.device))
+            return tensor
+        return map_pieces(
+            tensor,
+            bound.spec.dimensions,
+            binding.sizes,
+            lambda piece, atoms: self._transform_piece(piece, atoms, index_along),
+        )
+
+    def _is_self_contained(self, dimension: Expression, index_along: Mapping[str, int]) -> bool:
+        """Whether a dimension moves by whole entries, independently of the other dimensions."""
+        names = {use.axis for use in axis_uses(dimension)} | set(index_along)
+        return all(
+            isinstance(self.transforms[use.axis], Permutation) and (use.parent is None or use.parent in names)
+            for use in axis_uses(dimension)
+            if use.axis in self.transforms
+        )
+
+    def _flat_index(
+        self, dimension: Expression, sizes: Mapping[str, int], index_along: Mapping[str, int]
+    ) -> Tensor | None:
+        """Where each entry of a self-contained dimension comes from; None if nothing moves."""
+        parents = {use.parent for use in axis_uses(dimension)}
+        key = (dimension, tuple((axis, index) for axis, index in index_along.items() if axis in parents))
+        if key not in self._indices:
+            index = torch.arange(size_of(dimension, sizes))
+            moved = map_pieces(
+                index, (dimension,), sizes, lambda piece, atoms: self._transform_piece(piece, atoms, index_along)
+            )
+            self._indices[key] = None if torch.equal(moved, index) else moved
+        return self._indices[key]
+
+    def _transform_piece(self, piece: Tensor, atoms: tuple[Atom, ...], index_along: Mapping[str, int]) -> Tensor:
+        uses = [(dim, atom) for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse)]
+        for dim, use in sorted(uses, key=lambda item: item[1].parent is not None):
+            transform = self.transforms.get(use.axis)
+            if transform is None:
+                continue
+            if use.parent is None:
+                piece = transform.apply(piece, dim)
+            elif use.parent in index_along:
+                piece = transform.at(index_along[use.parent]).apply(piece, dim)
+            else:
+                parent_dim = next(other for other, atom in uses if atom.axis == use.parent)
+                piece = transform.apply(piece, dim, parent_dim)
+        return piece
+
+    def inverse(self) -> Alignment:
+        """The alignment that undoes this one: `a.inverse().apply(a.apply(x))` is `x`, bit for bit."""
+        return Alignment(
+            self.spec,
+            {axis: transform.inverse(self._parent_of(axis)) for axis, transform in self.transforms.items()},
+            {**self.metadata, "inverted": not self.metadata.get("inverted", False)},
+        )
+
+    def then(self, second: Alignment) -> Alignment:
+        """This alignment followed by a second one of the same spec.
+
+        Raises:
+            AlignmentError: The two belong to different specs.
+        """
+        if self.spec.axes.keys() != second.spec.axes.keys():
+            raise AlignmentError("only alignments of one permutation spec can be composed")
+        missing = identity_alignment(self.spec).transforms
+        first_transforms = {**missing, **self.transforms}
+        transforms = {}
+        for axis, first in first_transforms.items():
+            transform = second.transforms.get(axis)
+            transforms[axis] = first if transform is None else first.then(transform, second._parent_of(axis))
+        return Alignment(self.spec, transforms)
+
+    def with_metadata(self, **metadata: Any) -> Alignment:
+        """The same transforms with more metadata."""
+        return replace(self, metadata={**self.metadata, **metadata})
+
+    def _parent_of(self, axis: str) -> Transform | None:
+        parent = self.spec.axes[axis].parent
+        return None if parent is None else self.transforms.get(parent)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing moves."""
+        return all(transform.is_identity for transform in self.transforms.values())
+
+    @property
+    def moved(self) -> dict[str, tuple[int, int]]:
+        """Axis → (units moved, units)."""
+        return {axis: (transform.moved, transform.units) for axis, transform in self.transforms.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the alignment file, a safetensors file of transforms with the metadata as JSON.
+
+        Args:
+            path: The file to write.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{axis}:{part}": tensor.contiguous()
+            for axis, transform in self.transforms.items()
+            for part, tensor in transform.tensors().items()
+        }
+        header = {
+            "format": FILE_FORMAT,
+            "model_type": self.spec.model_type,
+            "kinds": {axis: transform.kind for axis, transform in self.transforms.items()},
+            "metadata": dict(self.metadata),
+        }
+        save_file(tensors, str(path), metadata={"hf_llfc": json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | Path, spec: PermutationSpec) -> Alignment:
+        """Reads an alignment file.
+
+        Args:
+            path: The file.
+            spec: The spec of the models it is for.
+
+        Raises:
+            AlignmentError: The file cannot be read, is of another format, or does not fit the spec.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get("hf_llfc", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError) as error:
+            raise AlignmentError(f"{path}: cannot be read as an alignment file: {error}") from None
+        if not isinstance(header, dict) or header.get("format") != FILE_FORMAT:
+            raise AlignmentError(f"{path}: not an alignment file of format {FILE_FORMAT!r}")
+        transforms, problems = _transforms_from_file(header, tensors, spec)
+        raise_all(problems, AlignmentError, f"{path} does not fit the permutation spec of {spec.model_type}")
+        return cls(spec, transforms, header.get("metadata", {}))
+
+
+def identity_alignment(spec: PermutationSpec) -> Alignment:
+    """The alignment that moves nothing."""
+    return Alignment(spec, {axis: Permutation.identity(*_sizes(spec, axis)) for axis in spec.symmetric_axes})
+
+
+def random_alignment(spec: PermutationSpec, generator: torch.Generator) -> Alignment:
+    """A uniformly random transform of every symmetric axis.
+
+    Args:
+        spec: The permutation spec.
+        generator: Source of randomness.
+    """
+    return Alignment(
+        spec,
+        {axis: Permutation.random(*_sizes(spec, axis), generator=generator) for axis in spec.symmetric_axes},
+        {"method": "random"},
+    )
+
+
+def _sizes(spec: PermutationSpec, name: str) -> tuple[int, int | None]:
+    axis = spec.axes[name]
+    assert axis.size is not None, f"symmetric axis {name} needs a size"
+    return axis.size, None if axis.parent is None else spec.axes[axis.parent].size
+
+
+def _transforms_from_file(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: PermutationSpec
+) -> tuple[dict[str, Transform], list[str]]:
+    problems: list[str] = []
+    if header.get("model_type") != spec.model_type:
+        problems.append(f"model type {header.get('model_type')!r} found, {spec.model_type!r} expected")
+    transforms: dict[str, Transform] = {}
+    kinds = header.get("kinds", {})
+    for axis in kinds if isinstance(kinds, dict) else {}:
+        kind = TRANSFORM_KINDS.get(kinds[axis])
+        if kind is None:
+            problems.append(f"{axis}: unknown transform kind {kinds[axis]!r}; known: {', '.join(TRANSFORM_KINDS)}")
+            continue
+        if axis not in spec.axes:
+            problems.append(f"{axis}: the spec has no such axis")
+            continue
+        parts = {name.rpartition(":")[2]: tensor for name, tensor in tensors.items() if name.rpartition(":")[0] == axis}
+        size, parent_size = _sizes(spec, axis)
+        expected = [size] if parent_size is None else [parent_size, size]
+        if list(parts.get("perm", torch.empty(0)).shape) != expected:
+            problems.append(f"{axis}: shape {expected} expected, {[list(part.shape) for part in parts.values()]} found")
+            continue
+        transforms[axis] = kind.from_tensors(parts)
+    return transforms, problems

@@ -1,0 +1,423 @@
+"""The permutation spec: which axes every tensor of a checkpoint is built from, and which of them are symmetric."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.errors import SpecError, raise_all, suggest
+from hf_llfc.symmetry.expressions import AxisUse, Expression, axis_uses, format_shape, parse, size_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from hf_llfc.symmetry.alignment import Alignment
+
+_NAME_AXIS = re.compile(r"<([^<>]+)>")
+_LINE = re.compile(r"(?P<name>\S+?)(?P<optional>\?)?(?:\s+(?P<shape>.*?))?(?:\s+(?P<sense>if|unless)\s+(?P<other>\S+))?")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One named dimension.
+
+    Attributes:
+        name: The same name anywhere is the same axis.
+        size: Number of entries; None where only the checkpoint tells (number of labels, say).
+        symmetric: Whether its units may be transformed without changing the function of the model.
+        parent: The axis it depends on: one independent symmetry per index of the parent.
+    """
+
+    name: str
+    size: int | None
+    symmetric: bool = False
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor, or one tensor per index of the axes that its name carries.
+
+    Attributes:
+        name: As on disk; `<experts.3>` in a name stands for the index along that axis.
+        dimensions: Its axis expressions.
+        optional: Whether a checkpoint may lack it (biases, heads, tied weights, buffers).
+        condition: (`if` or `unless`, tensor): present only together with, or only without, the other tensor.
+        covers: For a tensor of another layout (fused experts, say), the names of the tensors it stands for.
+    """
+
+    name: str
+    dimensions: tuple[Expression, ...]
+    optional: bool = False
+    condition: tuple[str, str] | None = None
+    covers: tuple[str, ...] = ()
+
+    @classmethod
+    def from_line(cls, line: str) -> TensorSpec:
+        """Parses one line: a name, `?` if optional, the axis expression, then `if NAME` or `unless NAME`.
+
+        Raises:
+            SpecError: The line does not follow the grammar.
+        """
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            raise SpecError(f"not a tensor declaration: {line!r}; write `name  expression`")
+        try:
+            dimensions = parse(match["shape"] or "")
+        except SpecError as error:
+            raise SpecError(f"{match['name']}: {error}") from None
+        condition = (match["sense"], match["other"]) if match["sense"] else None
+        return cls(match["name"], dimensions, match["optional"] is not None, condition)
+
+    @cached_property
+    def name_axes(self) -> tuple[str, ...]:
+        """The axes whose index is part of the name."""
+        return tuple(_NAME_AXIS.findall(self.name))
+
+    @cached_property
+    def axes(self) -> tuple[AxisUse, ...]:
+        """Every use of an axis, the ones in the name first."""
+        in_shape = [use for dimension in self.dimensions for use in axis_uses(dimension)]
+        return (*(AxisUse(axis) for axis in self.name_axes), *in_shape)
+
+    def name_at(self, index: Sequence[int]) -> str:
+        """The name of the tensor at an index of the axes that the name carries."""
+        positions = iter(index)
+        return _NAME_AXIS.sub(lambda _: str(next(positions)), self.name)
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape that the file must have."""
+        return tuple(size_of(dimension, sizes) for dimension in self.dimensions)
+
+    @cached_property
+    def expression(self) -> str:
+        """The axis expression as text."""
+        return format_shape(self.dimensions)
+
+
+@dataclass(frozen=True)
+class BoundTensor:
+    """A tensor of a checkpoint together with its declaration; `index` is its place along the axes in its name."""
+
+    spec: TensorSpec
+    index: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What `PermutationSpec.bind` found: the declaration of every tensor of one checkpoint, by its own names.
+
+    Attributes:
+        spec: The spec that was bound.
+        tensors: Name in the checkpoint → declaration.
+        sizes: Size of every axis that the checkpoint's tensors use.
+    """
+
+    spec: PermutationSpec
+    tensors: Mapping[str, BoundTensor]
+    sizes: Mapping[str, int]
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, tuple[int, ...]], str]:
+        return {(bound.spec.name, bound.index): name for name, bound in self.tensors.items()}
+
+    @cached_property
+    def families(self) -> Mapping[str, tuple[TensorSpec, dict[tuple[int, ...], str]]]:
+        """Declared name → declaration, and the checkpoint's name at every index of the axes in the name."""
+        families: dict[str, tuple[TensorSpec, dict[tuple[int, ...], str]]] = {}
+        for name, bound in self.tensors.items():
+            families.setdefault(bound.spec.name, (bound.spec, {}))[1][bound.index] = name
+        return families
+
+    def name_of(self, tensor: TensorSpec, index: tuple[int, ...]) -> str:
+        """The checkpoint's own name of a declared tensor."""
+        return self._names[tensor.name, index]
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """For every tensor of a checkpoint its axis expressions, and which axes are symmetric.
+
+    Attributes:
+        model_type: The `model_type` of the configs it describes.
+        axes: Every axis by name.
+        declarations: The tensors, in the order of the network.
+        prefix: The head prefix (`bert.`); names with and without it are the same tensor.
+        other_layouts: Gives the same tensors as transformers names them in memory; asked only when a name on
+            disk is not among `declarations`.
+        origin: `hand-written` or `derived`.
+    """
+
+    model_type: str
+    axes: Mapping[str, Axis]
+    declarations: tuple[TensorSpec, ...]
+    prefix: str = ""
+    other_layouts: Callable[[], Sequence[TensorSpec]] | None = field(default=None, compare=False, repr=False)
+    origin: str = "hand-written"
+
+    @classmethod
+    def from_config(cls, config: Any) -> PermutationSpec:
+        """Builds the spec of a Hugging Face model config; touches no weights and downloads nothing.
+
+        Args:
+            config: A `PreTrainedConfig`.
+
+        Raises:
+            SpecError: No adapter is registered for `config.model_type`.
+        """
+        from hf_llfc.adapters import spec_for
+
+        return spec_for(config)
+
+    @classmethod
+    def from_lines(
+        cls,
+        lines: Iterable[str],
+        *,
+        sizes: Mapping[str, int | None],
+        symmetric: Iterable[str],
+        model_type: str = "",
+        prefix: str = "",
+        other_layouts: Callable[[], Sequence[TensorSpec]] | None = None,
+        origin: str = "hand-written",
+    ) -> PermutationSpec:
+        """Builds a spec from declarations such as `encoder.0.weight  neurons.0  residual`.
+
+        Args:
+            lines: One tensor each: name, `?` if optional, axis expression, condition.
+            sizes: Size of each axis, by its full name or by the part before the first dot; None where only the
+                checkpoint tells.
+            symmetric: The symmetric axes, named likewise.
+            model_type: The `model_type` it describes.
+            prefix: The head prefix, with its dot.
+            other_layouts: See the class.
+            origin: See the class.
+
+        Returns:
+            The spec.
+
+        Raises:
+            SpecError: A tensor is declared twice, an axis has no size or contradicting parents, or a symmetric
+                axis does not occur.
+        """
+        tensors = tuple(TensorSpec.from_line(line) for line in lines)
+        symmetric = tuple(symmetric)
+        axes, problems = _collect_axes(tensors, sizes, symmetric)
+        seen: set[tuple[str, tuple[str, str] | None]] = set()
+        for tensor in tensors:
+            if (tensor.name, tensor.condition) in seen:
+                problems.append(f"{tensor.name} is declared twice")
+            seen.add((tensor.name, tensor.condition))
+        raise_all(problems, SpecError, f"the permutation spec of {model_type or 'this model'} contradicts itself")
+        return cls(model_type, axes, tensors, prefix, other_layouts, origin)
+
+    @property
+    def symmetric_axes(self) -> tuple[str, ...]:
+        """Names of the axes that may be transformed, parents before the axes that depend on them."""
+        names = [axis.name for axis in self.axes.values() if axis.symmetric]
+        return tuple(sorted(names, key=lambda name: (self.axes[name].parent is not None,)))
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every declared tensor by name; of conditional declarations of one name, the first."""
+        tensors: dict[str, TensorSpec] = {}
+        for tensor in self.declarations:
+            tensors.setdefault(tensor.name, tensor)
+        return tensors
+
+    def fix(self, *patterns: str) -> PermutationSpec:
+        """Returns the spec with the axes that match a pattern no longer symmetric.
+
+        Args:
+            patterns: Axis names or shell patterns (`residual`, `heads.*`); a bare name means all its indices too.
+
+        Raises:
+            SpecError: A pattern matches no axis.
+        """
+        return self._restrict(patterns, keep=False)
+
+    def keep(self, *patterns: str) -> PermutationSpec:
+        """Returns the spec with only the axes that match a pattern still symmetric; see `fix`."""
+        return self._restrict(patterns, keep=True)
+
+    def _restrict(self, patterns: Sequence[str], *, keep: bool) -> PermutationSpec:
+        matched: set[str] = set()
+        problems = []
+        for pattern in patterns:
+            found = {name for name in self.symmetric_axes if matches_axis(name, pattern)}
+            if not found and not any(matches_axis(name, pattern) for name in self.axes):
+                kinds = sorted({name.split(".")[0] for name in self.axes})
+                problems.append(f"no axis matches {pattern!r}{suggest(pattern, kinds)} (axes: {', '.join(kinds)})")
+            matched |= found
+        raise_all(problems, SpecError, f"axis selection for {self.model_type}")
+        axes = {
+            name: replace(axis, symmetric=axis.symmetric and (name in matched) == keep)
+            for name, axis in self.axes.items()
+        }
+        return replace(self, axes=axes)
+
+    def bind(self, shapes: Mapping[str, Sequence[int]]) -> Binding:
+        """Finds the declaration of every tensor of a checkpoint and checks every shape.
+
+        Args:
+            shapes: Name → shape of every tensor of the checkpoint, or of a model's `state_dict`.
+
+        Returns:
+            The binding, by the checkpoint's own names.
+
+        Raises:
+            SpecError: Lists every tensor that is not declared, missing, or of another shape than the config says.
+        """
+        declared = self._declared_names(shapes)
+        tensors: dict[str, BoundTensor] = {}
+        problems: list[str] = []
+        for name in shapes:
+            bound = self._find(name, declared)
+            if bound is None:
+                problems.append(f"{name}: not declared{suggest(name, declared)}")
+            else:
+                tensors[name] = bound
+        problems += self._missing(tensors, shapes)
+        sizes = self._sizes(tensors, shapes, problems)
+        raise_all(problems, SpecError, f"the checkpoint does not fit the permutation spec of {self.model_type}")
+        return Binding(self, tensors, sizes)
+
+    def _find(self, name: str, declared: Mapping[str, BoundTensor]) -> BoundTensor | None:
+        for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
+            if candidate in declared:
+                return declared[candidate]
+        return None
+
+    def _declared_names(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, BoundTensor]:
+        present = set(shapes)
+        declared = _concrete_names(self.declarations, self.axes, lambda other: self._is_present(other, present))
+        if self.other_layouts is not None and any(self._find(name, declared) is None for name in shapes):
+            others = tuple(self.other_layouts())
+            concrete = _concrete_names(others, self.axes, lambda other: self._is_present(other, present))
+            declared = {**concrete, **declared}
+        return declared
+
+    def _is_present(self, name: str, present: set[str]) -> bool:
+        return any(candidate in present for candidate in (name, name.removeprefix(self.prefix)))
+
+    def _missing(self, tensors: Mapping[str, BoundTensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        found = {(bound.spec.name, bound.index) for bound in tensors.values()}
+        covered = {name for bound in tensors.values() for name in bound.spec.covers}
+        present = set(shapes)
+        problems = []
+        for name, bound in _concrete_names(
+            self.declarations, self.axes, lambda other: self._is_present(other, present)
+        ).items():
+            if not bound.spec.optional and (bound.spec.name, bound.index) not in found and name not in covered:
+                problems.append(f"{name}: missing, expected [{bound.spec.expression}]")
+        return problems
+
+    def _sizes(
+        self, tensors: Mapping[str, BoundTensor], shapes: Mapping[str, Sequence[int]], problems: list[str]
+    ) -> dict[str, int]:
+        sizes = {name: axis.size for name, axis in self.axes.items() if axis.size is not None}
+        for name, bound in tensors.items():
+            found, dimensions = tuple(shapes[name]), bound.spec.dimensions
+            if len(found) == len(dimensions):
+                for size, dimension in zip(found, dimensions, strict=True):
+                    if isinstance(dimension, AxisUse):
+                        sizes.setdefault(dimension.axis, size)
+            if any(use.axis not in sizes for use in bound.spec.axes):
+                unknown = next(use.axis for use in bound.spec.axes if use.axis not in sizes)
+                problems.append(f"{name}: shape {list(found)} does not tell the size of {unknown!r}")
+                continue
+            expected = bound.spec.shape(sizes)
+            if found != expected:
+                problems.append(
+                    f"{name}: shape {list(found)} found, {list(expected)} expected from the config "
+                    f"[{bound.spec.expression}]"
+                )
+        return sizes
+
+    def identity_alignment(self) -> Alignment:
+        """The alignment that moves nothing."""
+        from hf_llfc.symmetry.alignment import identity_alignment
+
+        return identity_alignment(self)
+
+    def random_alignment(self, generator: torch.Generator) -> Alignment:
+        """A uniformly random transform of every symmetric axis; it does not change the function of the model.
+
+        Args:
+            generator: Source of randomness.
+        """
+        from hf_llfc.symmetry.alignment import random_alignment
+
+        return random_alignment(self, generator)
+
+    def table(self) -> list[dict[str, str]]:
+        """One row per tensor: `tensor`, `axes` (its expression), `symmetric` (the axes of it that may move)."""
+        return [
+            {
+                "tensor": tensor.name + ("?" if tensor.optional else ""),
+                "axes": tensor.expression,
+                "symmetric": " ".join(
+                    dict.fromkeys(use.axis for use in tensor.axes if self.axes[use.axis].symmetric)
+                ),
+            }
+            for tensor in self.declarations
+        ]
+
+
+def matches_axis(name: str, pattern: str) -> bool:
+    """Whether an axis name matches a pattern; a bare name matches all its indices (`heads` matches `heads.3`)."""
+    return fnmatchcase(name, pattern) or name.split(".")[0] == pattern
+
+
+def _collect_axes(
+    tensors: Sequence[TensorSpec], sizes: Mapping[str, int | None], symmetric: Sequence[str]
+) -> tuple[dict[str, Axis], list[str]]:
+    axes: dict[str, Axis] = {}
+    problems: list[str] = []
+    for tensor in tensors:
+        names = {use.axis for use in tensor.axes}
+        for use in tensor.axes:
+            base = use.axis.split(".")[0]
+            if use.axis not in sizes and base not in sizes:
+                problems.append(f"{tensor.name}: axis {use.axis!r} has no size{suggest(base, sizes)}")
+                continue
+            axis = Axis(
+                use.axis,
+                sizes[use.axis] if use.axis in sizes else sizes[base],
+                use.axis in symmetric or base in symmetric,
+                use.parent,
+            )
+            if axes.setdefault(use.axis, axis) != axis:
+                problems.append(
+                    f"{tensor.name}: axis {use.axis!r} depends on {use.parent!r} here, elsewhere on "
+                    f"{axes[use.axis].parent!r}"
+                )
+            if use.parent is not None and use.parent not in names:
+                problems.append(f"{tensor.name}: {use} needs its parent axis {use.parent!r} in the same tensor")
+    known = {name.split(".")[0] for name in axes} | set(axes)
+    problems += [f"symmetric axis {name!r} occurs in no tensor{suggest(name, known)}" for name in symmetric if name not in known]
+    return axes, problems
+
+
+def _concrete_names(
+    tensors: Sequence[TensorSpec], axes: Mapping[str, Axis], is_present: Callable[[str], bool]
+) -> dict[str, BoundTensor]:
+    """Every name that the declarations allow, one per index of the axes in the name; conditions decided."""
+    concrete: dict[str, BoundTensor] = {}
+    for tensor in tensors:
+        if tensor.condition is not None:
+            sense, other = tensor.condition
+            if is_present(other) != (sense == "if"):
+                continue
+        indices: list[tuple[int, ...]] = [()]
+        for axis in tensor.name_axes:
+            size = axes[axis].size
+            assert size is not None, f"axis {axis} in the name of {tensor.name} needs a size"
+            indices = [(*index, position) for index in indices for position in range(size)]
+        for index in indices:
+            concrete[tensor.name_at(index)] = BoundTensor(tensor, index)
+    return concrete
