@@ -12,7 +12,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.pop("HF_TOKEN", None)
 
-# The Hub's libraries read HF_HOME when they are imported. Workers inherit the folder of the process that made it.
+# The Hub's libraries read HF_HOME at import. Workers inherit the folder of the process that made it.
 if "HF_LLFC_TEST_HOME" not in os.environ:
     os.environ["HF_LLFC_TEST_HOME"] = tempfile.mkdtemp(prefix="hf_llfc_home_")
     OWNED_HOME = os.environ["HF_LLFC_TEST_HOME"]
@@ -20,8 +20,8 @@ else:
     OWNED_HOME = None
 os.environ["HF_HOME"] = os.environ["HF_LLFC_TEST_HOME"]
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 
