@@ -1,0 +1,131 @@
+"""Imports point one way: each package imports only from those above it, whatever the depth of the import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_llfc.errors
+
+PACKAGE = Path(hf_llfc.errors.__file__).parent
+
+# From the foundation to the surface; a part may import from the parts before it.
+ORDER = (
+    "errors",
+    "symmetry",
+    "adapters",
+    "checkpoints",
+    "alignment",
+    "merging",
+    "evaluation",
+    "diagnostics",
+    "publishing",
+    "recipe",
+    "pipeline",
+    "cli",
+    "__init__",
+    "__main__",
+)
+
+# PermutationSpec.from_config is the public way from a config to a spec, and adapters build specs.
+LAZY_EXCEPTIONS = {("symmetry/spec.py", "from_config", "adapters")}
+
+# Answering `hf-llfc --help` or refusing a recipe must not take the seconds that these libraries need to load.
+LIGHT = ("hf_llfc", "hf_llfc.errors", "hf_llfc.recipe", "hf_llfc.cli")
+HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate", "sklearn", "scipy", "matplotlib", "pandas"}
+
+
+def part_of(path: Path) -> str:
+    """The part of the package that a file belongs to, as named in `ORDER`."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_modules(node: ast.AST, path: Path) -> list[str]:
+    """The absolute names of the modules that one import statement may load."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = node.module or ""
+    if node.level:
+        package = ("hf_llfc", *path.relative_to(PACKAGE).parent.parts)
+        base = ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module])))
+    return [f"{base}.{alias.name}" for alias in node.names]
+
+
+def walk_with_function(tree: ast.AST, function: str | None = None):
+    """Every node with the name of the innermost function around it."""
+    for child in ast.iter_child_nodes(tree):
+        yield child, function
+        inner = child.name if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) else function
+        yield from walk_with_function(child, inner)
+
+
+def source_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def wrong_imports(path: Path, source: str) -> list[str]:
+    """The imports in a file that point the wrong way, as `line: part`."""
+    part = part_of(path)
+    rank = ORDER.index(part)
+    relative = path.relative_to(PACKAGE).as_posix()
+    problems = []
+    for node, function in walk_with_function(ast.parse(source)):
+        for module in imported_modules(node, path):
+            names = module.split(".")
+            if names[0] != "hf_llfc":
+                continue
+            target = names[1] if len(names) > 1 and names[1] in ORDER else "__init__"
+            allowed = target == part or ORDER.index(target) < rank
+            if not allowed and (relative, function, target) not in LAZY_EXCEPTIONS:
+                problems.append(f"{relative}:{node.lineno}: {part} must not import {target}")
+    return problems
+
+
+def test_every_part_has_its_place():
+    assert {part_of(path) for path in source_files()} <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_one_way(path):
+    assert wrong_imports(path, path.read_text(encoding="utf-8")) == []
+
+
+def test_the_command_line_starts_light():
+    modules = ", ".join(LIGHT)
+    code = f"import sys, {modules}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout.split(), answer.stderr) == (0, [], "")
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("symmetry/spec.py", "from hf_llfc.adapters import spec_for"),
+        ("symmetry/spec.py", "def other():\n    import hf_llfc.adapters"),
+        ("symmetry/spec.py", "from ..adapters import spec_for"),
+        ("merging/linear.py", "from hf_llfc import pipeline"),
+        ("merging/linear.py", "import hf_llfc"),
+        ("merging/linear.py", "from hf_llfc import merge"),
+        ("errors.py", "from .recipe import Recipe"),
+    ],
+)
+def test_a_wrong_import_is_seen(file, source):
+    assert len(wrong_imports(PACKAGE / file, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("symmetry/spec.py", "def from_config(config):\n    from hf_llfc.adapters import spec_for"),
+        ("pipeline.py", "from hf_llfc.merging import linear_combination"),
+        ("merging/weights.py", "from . import linear\nfrom ..errors import LLFCError\nimport torch"),
+        ("__main__.py", "from hf_llfc.cli import main"),
+    ],
+)
+def test_a_right_import_is_let_through(file, source):
+    assert wrong_imports(PACKAGE / file, source) == []
