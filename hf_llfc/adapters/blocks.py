@@ -1,6 +1,7 @@
 """Fragments that families share: each returns the declarations of one block, `name  axis expression` a line.
 
-`{i}` stands for the layer and is filled in by `layers`. A `?` after a name says that a checkpoint may lack it.
+`{i}` stands for the layer and is filled in by `layers`. A `?` after a name says that a checkpoint may lack it, a `~`
+that it is a statistic.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ GROUPED_KEYS = "(kv.{i} head_dim)"
 
 def layers(prefix: str, count: int, *blocks: Sequence[str]) -> list[str]:
     """Repeats blocks for layers 0 … count − 1; names get `prefix.{i}.` in front."""
-    return [
-        f"{prefix}.{i}.{line}".replace("{i}", str(i)) for i in range(count) for block in blocks for line in block
-    ]
+    return [f"{prefix}.{i}.{line}".replace("{i}", str(i)) for i in range(count) for block in blocks for line in block]
 
 
 def within(prefix: str, *blocks: Sequence[str]) -> list[str]:
@@ -63,13 +62,20 @@ def layer_norm(name: str, axis: str = "residual") -> list[str]:
 
 def batch_norm(name: str, axis: str) -> list[str]:
     """BatchNorm with its running statistics."""
-    parts = ("weight", "bias", "running_mean", "running_var")
-    return [*(f"{name}.{part}  {axis}" for part in parts), f"{name}.num_batches_tracked?"]
+    parts = ("weight", "bias", "running_mean~", "running_var~")
+    return [*(f"{name}.{part}  {axis}" for part in parts), f"{name}.num_batches_tracked?~"]
 
 
 def attention(
-    query: str, key: str, value: str, output: str, *, queries: str = MULTI_HEAD, keys: str = MULTI_HEAD,
-    bias: bool | None = None, output_bias: bool | None = None,
+    query: str,
+    key: str,
+    value: str,
+    output: str,
+    *,
+    queries: str = MULTI_HEAD,
+    keys: str = MULTI_HEAD,
+    bias: bool | None = None,
+    output_bias: bool | None = None,
 ) -> list[str]:
     """Attention with separate projections; whole heads move, query heads inside their group."""
     return [
@@ -103,7 +109,11 @@ def mixture_of_experts(router: str, experts: str, gate: str, up: str, down: str)
     return [
         *linear(router, "experts.{i}", "residual", bias=False),
         *gated_mlp(
-            f"{expert}.{gate}", f"{expert}.{up}", f"{expert}.{down}", bias=False, neurons="neurons.{i}[experts]"
+            f"{expert}.{gate}",
+            f"{expert}.{up}",
+            f"{expert}.{down}",
+            bias=False,
+            neurons="neurons.{i}[experts]",
         ),
     ]
 

@@ -8,6 +8,7 @@ for the names on disk also binds a model's `state_dict`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression
@@ -30,7 +31,12 @@ def in_memory_layout(config: PreTrainedConfig, spec: PermutationSpec) -> list[Te
     import torch
     from transformers import AutoModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        PrefixChange,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
 
     if type(config) not in AutoModel._model_mapping:
         return []
@@ -52,8 +58,11 @@ def in_memory_layout(config: PreTrainedConfig, spec: PermutationSpec) -> list[Te
         name, pattern = rename_source_key(first, renamings, converters)
         if pattern is None:
             if name != first and not tensor.name_axes:
-                condition = tensor.condition and (tensor.condition[0], _renamed(tensor.condition[1], renamings))
-                layout.append(TensorSpec(name, tensor.dimensions, True, condition, (first,)))
+                condition = tensor.condition and (
+                    tensor.condition[0],
+                    _renamed(tensor.condition[1], renamings),
+                )
+                layout.append(replace(tensor, name=name, optional=True, condition=condition, covers=(first,)))
         else:
             gathered.setdefault(name, {})[pattern] = tensor
     for name, sources in gathered.items():

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 def llama(config: DecoderConfig) -> PermutationSpec:
     """Llama, Mistral, Qwen2 and Qwen3 with any of their heads."""
     return _decoder(
-        config, gated_mlp("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), {"neurons": config.intermediate_size}
+        config,
+        gated_mlp("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+        {"neurons": config.intermediate_size},
     )
 
 
@@ -64,8 +66,12 @@ def _decoder(
                 config.num_hidden_layers,
                 rms_norm("input_layernorm"),
                 attention(
-                    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                    queries=queries, keys=keys,
+                    "self_attn.q_proj",
+                    "self_attn.k_proj",
+                    "self_attn.v_proj",
+                    "self_attn.o_proj",
+                    queries=queries,
+                    keys=keys,
                 ),
                 ["self_attn.q_norm.weight?  head_dim", "self_attn.k_norm.weight?  head_dim"],
                 ["self_attn.rotary_emb.inv_freq?  frequencies"],
@@ -85,7 +91,12 @@ def _decoder(
             **attention_sizes,
             **sizes,
         },
-        symmetric=("residual", *(("heads",) if "heads" in attention_sizes else ("kv", "q")), "neurons", *symmetric),
+        symmetric=(
+            "residual",
+            *(("heads",) if "heads" in attention_sizes else ("kv", "q")),
+            "neurons",
+            *symmetric,
+        ),
         outputs=("residual",),
         prefix="model.",
     )

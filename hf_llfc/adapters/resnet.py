@@ -18,7 +18,11 @@ BOTTLENECK_REDUCTION = 4
 def resnet(config: ResNetConfig) -> PermutationSpec:
     """ResNet of basic or bottleneck blocks, with or without its classification head."""
     channels = "channels.stem"
-    sizes: dict[str, int | None] = {channels: config.embedding_size, "colours": config.num_channels, "labels": None}
+    sizes: dict[str, int | None] = {
+        channels: config.embedding_size,
+        "colours": config.num_channels,
+        "labels": None,
+    }
     blocks = _convolution("embedder.embedder", channels, "colours", 7)
     for stage, (width, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
         for block in range(depth):

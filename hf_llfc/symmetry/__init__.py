@@ -5,4 +5,13 @@ from hf_llfc.symmetry.expressions import parse
 from hf_llfc.symmetry.spec import Axis, Binding, PermutationSpec, TensorSpec
 from hf_llfc.symmetry.transforms import Permutation, Transform
 
-__all__ = ["Alignment", "Axis", "Binding", "Permutation", "PermutationSpec", "TensorSpec", "Transform", "parse"]
+__all__ = [
+    "Alignment",
+    "Axis",
+    "Binding",
+    "Permutation",
+    "PermutationSpec",
+    "TensorSpec",
+    "Transform",
+    "parse",
+]

@@ -53,7 +53,13 @@ class Alignment:
         tied: dict[tuple[Any, ...], Tensor] = {}
         for name, tensor in state_dict.items():
             bound = binding.tensors[name]
-            identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device, bound.spec.dimensions)
+            identity = (
+                tensor.data_ptr(),
+                tensor.shape,
+                tensor.stride(),
+                tensor.device,
+                bound.spec.dimensions,
+            )
             if bound.index or tensor.numel() == 0 or identity not in tied:
                 tied[identity] = self.read_aligned(name, binding, state_dict.__getitem__)
             aligned[name] = tied[identity]
@@ -108,7 +114,10 @@ class Alignment:
         if key not in self._indices:
             index = torch.arange(size_of(dimension, sizes))
             moved = map_pieces(
-                index, (dimension,), sizes, lambda piece, atoms: self._transform_piece(piece, atoms, index_along)
+                index,
+                (dimension,),
+                sizes,
+                lambda piece, atoms: self._transform_piece(piece, atoms, index_along),
             )
             self._indices[key] = None if torch.equal(moved, index) else moved
         return self._indices[key]

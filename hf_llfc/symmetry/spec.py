@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from hf_llfc.symmetry.alignment import Alignment
 
 _NAME_AXIS = re.compile(r"<([^<>]+)>")
-_LINE = re.compile(r"(?P<name>\S+?)(?P<optional>\?)?(?:\s+(?P<shape>.*?))?(?:\s+(?P<sense>if|unless)\s+(?P<other>\S+))?")
+_LINE = re.compile(
+    r"(?P<name>[^\s?~]+)(?P<marks>[?~]*)(?:\s+(?P<shape>.*?))?(?:\s+(?P<sense>if|unless)\s+(?P<other>\S+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class TensorSpec:
         optional: Whether a checkpoint may lack it (biases, heads, tied weights, buffers).
         condition: (`if` or `unless`, tensor): present only together with, or only without, the other tensor.
         covers: For a tensor of another layout (fused experts, say), the names of the tensors it stands for.
+        statistic: Whether it is a running statistic or buffer, which follows the transforms but says nothing about
+            them (BatchNorm's running mean, say).
     """
 
     name: str
@@ -55,10 +59,11 @@ class TensorSpec:
     optional: bool = False
     condition: tuple[str, str] | None = None
     covers: tuple[str, ...] = ()
+    statistic: bool = False
 
     @classmethod
     def from_line(cls, line: str) -> TensorSpec:
-        """Parses one line: a name, `?` if optional, the axis expression, then `if NAME` or `unless NAME`.
+        """Parses one line: name, `?` if optional, `~` if a statistic, axis expression, `if NAME` or `unless NAME`.
 
         Raises:
             SpecError: The line does not follow the grammar.
@@ -71,7 +76,8 @@ class TensorSpec:
         except SpecError as error:
             raise SpecError(f"{match['name']}: {error}") from None
         condition = (match["sense"], match["other"]) if match["sense"] else None
-        return cls(match["name"], dimensions, match["optional"] is not None, condition)
+        marks = match["marks"]
+        return cls(match["name"], dimensions, "?" in marks, condition, statistic="~" in marks)
 
     @cached_property
     def name_axes(self) -> tuple[str, ...]:
@@ -122,16 +128,14 @@ class Binding:
     sizes: Mapping[str, int]
 
     @cached_property
-    def _names(self) -> dict[tuple[str, tuple[int, ...]], str]:
-        return {(bound.spec.name, bound.index): name for name, bound in self.tensors.items()}
+    def symmetric_axes(self) -> tuple[str, ...]:
+        """The symmetric axes that the checkpoint's tensors use, parents first."""
+        used = {use.axis for bound in self.tensors.values() for use in bound.spec.axes}
+        return tuple(axis for axis in self.spec.symmetric_axes if axis in used)
 
     @cached_property
-    def families(self) -> Mapping[str, tuple[TensorSpec, dict[tuple[int, ...], str]]]:
-        """Declared name → declaration, and the checkpoint's name at every index of the axes in the name."""
-        families: dict[str, tuple[TensorSpec, dict[tuple[int, ...], str]]] = {}
-        for name, bound in self.tensors.items():
-            families.setdefault(bound.spec.name, (bound.spec, {}))[1][bound.index] = name
-        return families
+    def _names(self) -> dict[tuple[str, tuple[int, ...]], str]:
+        return {(bound.spec.name, bound.index): name for name, bound in self.tensors.items()}
 
     def name_of(self, tensor: TensorSpec, index: tuple[int, ...]) -> str:
         """The checkpoint's own name of a declared tensor."""
@@ -188,7 +192,7 @@ class PermutationSpec:
         """Builds a spec from declarations such as `encoder.0.weight  neurons.0  residual`.
 
         Args:
-            lines: One tensor each: name, `?` if optional, axis expression, condition.
+            lines: One tensor each, see `TensorSpec.from_line`.
             sizes: Size of each axis, by its full name or by the part before the first dot; None where only the
                 checkpoint tells.
             symmetric: The symmetric axes, named likewise.
@@ -360,9 +364,7 @@ class PermutationSpec:
             {
                 "tensor": tensor.name + ("?" if tensor.optional else ""),
                 "axes": tensor.expression,
-                "symmetric": " ".join(
-                    dict.fromkeys(use.axis for use in tensor.axes if self.axes[use.axis].symmetric)
-                ),
+                "symmetric": " ".join(dict.fromkeys(use.axis for use in tensor.axes if self.axes[use.axis].symmetric)),
             }
             for tensor in self.declarations
         ]
@@ -399,7 +401,9 @@ def _collect_axes(
             if use.parent is not None and use.parent not in names:
                 problems.append(f"{tensor.name}: {use} needs its parent axis {use.parent!r} in the same tensor")
     known = {name.split(".")[0] for name in axes} | set(axes)
-    problems += [f"symmetric axis {name!r} occurs in no tensor{suggest(name, known)}" for name in symmetric if name not in known]
+    problems += [
+        f"symmetric axis {name!r} occurs in no tensor{suggest(name, known)}" for name in symmetric if name not in known
+    ]
     return axes, problems
 
 

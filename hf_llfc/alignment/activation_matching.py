@@ -1,0 +1,258 @@
+"""Activation matching (Li et al. 2015; Ainsworth et al., ICLR 2023; Jordan et al., *REPAIR*, ICLR 2023).
+
+Units are matched by the correlation of their activations on calibration data. Where a unit's activation can be seen
+follows from the spec: a linear map whose weight is declared `[out, into]` reads `into` at its input. Every input that
+carries an axis adds its correlations; axes that no input carries are seen where a linear map writes them.
+
+Statistics are streamed: per site and batch the sums, squares and cross-products are added up in float64, and no
+activation outlives its batch. Shape suffixes: n samples (positions where the mask is one), i and j an entry of the
+matched axis in A and B, c the other channels of the site (`head_dim`, say), matched index by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.gains import Group, groups_of
+from hf_llfc.errors import AlignmentError
+from hf_llfc.symmetry.alignment import Alignment
+from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product, axis_uses
+from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.transforms import Permutation, Transform
+from hf_llfc.symmetry.views import pieces
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where activations can be seen.
+
+    Attributes:
+        module: Name of the linear map.
+        at_input: Whether its input is looked at, else its output.
+        channels: The axis expression of the channels.
+        channel_dim: Where the channels lie in the activation: −1, or 1 for convolutions.
+    """
+
+    module: str
+    at_input: bool
+    channels: Expression
+    channel_dim: int
+
+
+@dataclass
+class _Moments:
+    """Streamed first and second moments of one axis at one site; everything else contracted or kept aligned."""
+
+    count: int = 0
+    a_sum: Tensor | float = 0.0
+    b_sum: Tensor | float = 0.0
+    a_square: Tensor | float = 0.0
+    b_square: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
+
+    def update(self, a_nic: Tensor, b_njc: Tensor) -> None:
+        """Adds a batch; `a_nic` and `b_njc` are `[samples, entries, other channels]`."""
+        self.count += a_nic.shape[0]
+        self.a_sum = self.a_sum + a_nic.sum(0)
+        self.b_sum = self.b_sum + b_njc.sum(0)
+        self.a_square = self.a_square + a_nic.square().sum(0)
+        self.b_square = self.b_square + b_njc.square().sum(0)
+        self.cross = self.cross + torch.einsum("nic,njc->cij", a_nic, b_njc)
+
+    def correlation(self) -> Tensor:
+        """Pearson correlation summed over the other channels, `[entries of A, entries of B]`; dead units count zero."""
+        assert isinstance(self.cross, Tensor) and isinstance(self.a_sum, Tensor) and isinstance(self.b_sum, Tensor)
+        a_mean, b_mean = self.a_sum / self.count, self.b_sum / self.count
+        a_std = (self.a_square / self.count - a_mean.square()).clamp(min=0).sqrt()
+        b_std = (self.b_square / self.count - b_mean.square()).clamp(min=0).sqrt()
+        covariance = self.cross / self.count - torch.einsum("ic,jc->cij", a_mean, b_mean)
+        scale = torch.einsum("ic,jc->cij", a_std, b_std)
+        return torch.where(scale > 1e-12, covariance / scale.clamp(min=1e-12), torch.zeros_like(scale)).sum(0)
+
+
+def match_activations(
+    reference: nn.Module,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+) -> Alignment:
+    """Finds transforms of `model` by the correlation of its activations with those of `reference`.
+
+    Args:
+        reference: The loaded model that stays, A, in evaluation mode.
+        model: The loaded model that moves, B, of the same architecture and in evaluation mode.
+        batches: Calibration data: keyword arguments of the models. Positions where `attention_mask` is zero never
+            count.
+        spec: The permutation spec both follow.
+
+    Returns:
+        The alignment. Axes whose activations no linear map shows (experts fused into one tensor, say) stay where
+        they are and are named in the metadata under `unmatched`.
+
+    Raises:
+        AlignmentError: There is no calibration data, no axis can be seen, or an activation is not finite.
+    """
+    state = reference.state_dict()
+    binding = spec.bind({name: tensor.shape for name, tensor in state.items()})
+    groups = groups_of(binding)
+    seen_at = _sites(reference, binding, groups)
+    if not seen_at:
+        raise AlignmentError("no symmetric axis can be seen at a linear map or convolution; use weight matching")
+    sites = list(dict.fromkeys(site for chosen in seen_at.values() for site, _ in chosen))
+    moments: dict[tuple[str, Site, int], _Moments] = {}
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        with torch.no_grad(), _captured(reference, sites) as of_a, _captured(model, sites) as of_b:
+            reference(**batch)
+            model(**batch)
+        for axis, chosen in seen_at.items():
+            for site, family in chosen:
+                a_flat = _samples(of_a[site], site, mask)
+                b_flat = _samples(of_b[site], site, mask)
+                _update(moments, axis, site, family, a_flat, b_flat, binding.sizes)
+    if not moments:
+        raise AlignmentError("activation matching needs calibration data, and there was not a single batch")
+    transforms: dict[str, Transform] = dict(spec.identity_alignment().transforms)
+    objective = 0.0
+    for group in groups:
+        if group.axis in seen_at:
+            found, gain = _solve(group, {key: value for key, value in moments.items() if key[0] == group.axis})
+            transforms.update(found)
+            objective += gain
+    unmatched = [axis for group in groups if group.axis not in seen_at for axis in group.matched]
+    counts = [moment.count for moment in moments.values()]
+    return Alignment(
+        spec,
+        transforms,
+        {
+            "method": "activation_matching",
+            "objective_after": objective,
+            "unmatched": unmatched,
+            "samples": max(counts),
+        },
+    )
+
+
+def _sites(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[str, list[tuple[Site, Group]]]:
+    """Where each group's root axis can be seen: at inputs if there are any, else at outputs."""
+    inputs: list[Site] = []
+    outputs: list[Site] = []
+    for name, module in model.named_modules():
+        bound = binding.tensors.get(f"{name}.weight")
+        if bound is None or len(bound.spec.dimensions) < 2 or isinstance(module, nn.Embedding):
+            continue
+        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        transposed = type(module).__name__ == "Conv1D"
+        if not (convolution or transposed or isinstance(module, nn.Linear)):
+            continue
+        out, into = bound.spec.dimensions[:2] if not transposed else bound.spec.dimensions[1::-1]
+        inputs.append(Site(name, True, into, 1 if convolution else -1))
+        outputs.append(Site(name, False, out, 1 if convolution else -1))
+    seen_at: dict[str, list[tuple[Site, Group]]] = {}
+    for group in groups:
+        for candidates in (inputs, outputs):
+            chosen = [site for site in candidates if _carries(site.channels, group)]
+            if chosen:
+                seen_at[group.axis] = [(site, group) for site in chosen]
+                break
+    return seen_at
+
+
+def _carries(channels: Expression, group: Group) -> bool:
+    """Whether the channels hold the group's axis and, if it has them, its children."""
+    if isinstance(channels, Concatenation):
+        return any(_carries(part, group) for part in channels.parts)
+    if not isinstance(channels, Product | AxisUse):
+        return False
+    names = [use.axis for use in axis_uses(channels)]
+    return group.axis in names and all(child in names for child in group.children)
+
+
+@contextmanager
+def _captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Collects the activations of one forward pass."""
+    captured: dict[Site, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def hook_for(site: Site) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            captured[site] = arguments[0] if site.at_input else output
+
+        return hook
+
+    handles = [modules[site.module].register_forward_hook(hook_for(site)) for site in sites]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _samples(activation: Tensor, site: Site, mask: Tensor | None) -> Tensor:
+    """The activation as `[samples, channels]` in float64, masked positions left out."""
+    features = activation.movedim(site.channel_dim, -1)
+    if mask is not None and features.shape[: mask.ndim] == mask.shape:
+        features = features[mask.bool()]
+    features = features.reshape(-1, features.shape[-1]).double()
+    if not bool(torch.isfinite(features).all()):
+        raise AlignmentError(f"activation matching: NaN or Inf at {site.module}; one of the models is damaged")
+    return features
+
+
+def _update(
+    moments: dict[tuple[str, Site, int], _Moments],
+    axis: str,
+    site: Site,
+    group: Group,
+    a_flat: Tensor,
+    b_flat: Tensor,
+    sizes: Mapping[str, int],
+) -> None:
+    a_pieces = _channel_pieces(a_flat, site.channels, sizes)
+    b_pieces = _channel_pieces(b_flat, site.channels, sizes)
+    for number, ((a_piece, atoms), (b_piece, _)) in enumerate(zip(a_pieces, b_pieces, strict=True)):
+        axes = [atom.axis if isinstance(atom, AxisUse) else None for atom in atoms]
+        if axis not in axes:
+            continue
+        places = [dim for dim, name in enumerate(axes) if name in group.axes]
+        a_nic, b_njc = (_entries_first(piece, places) for piece in (a_piece, b_piece))
+        moments.setdefault((axis, site, number), _Moments()).update(a_nic, b_njc)
+
+
+def _channel_pieces(
+    flat: Tensor, channels: Expression, sizes: Mapping[str, int]
+) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
+    """Pieces of the channels of `[samples, channels]`, samples last."""
+    yield from ((piece, atoms[:-1]) for piece, atoms in pieces(flat.T, (channels, Fixed(flat.shape[0])), sizes))
+
+
+def _entries_first(piece: Tensor, places: list[int]) -> Tensor:
+    """`[channel atoms …, samples]` as `[samples, entries of the group's axes, other channels]`."""
+    others = [dim for dim in range(piece.ndim - 1) if dim not in places]
+    ordered = piece.permute(piece.ndim - 1, *places, *others)
+    entries = ordered.shape[1 : 1 + len(places)].numel()
+    return ordered.reshape(ordered.shape[0], entries, -1)
+
+
+def _solve(group: Group, moments: Mapping[Any, _Moments]) -> tuple[dict[str, Transform], float]:
+    """The best transforms of a group: one assignment, or one per pair of parents inside one over the parents."""
+    correlation = torch.stack([moment.correlation() for moment in moments.values()]).sum(0)
+    if not group.children:
+        perm = assign(correlation)
+        return {group.axis: Permutation(perm)}, float(correlation[torch.arange(group.size), perm].sum())
+    (child, child_size), *more = group.children.items()
+    assert not more, "a site shows one child axis at most"
+    gains = correlation.reshape(group.size, child_size, group.size, child_size).permute(0, 2, 1, 3)
+    best = torch.stack([torch.stack([assign(gain_ab) for gain_ab in row]) for row in gains])
+    value_ij = torch.take_along_dim(gains, best.unsqueeze(-1), -1).sum((-1, -2))
+    perm = assign(value_ij) if group.moves else torch.arange(group.size)
+    transforms: dict[str, Transform] = {group.axis: Permutation(perm)} if group.moves else {}
+    transforms[child] = Permutation(best[torch.arange(group.size), perm])
+    return transforms, float(value_ij[torch.arange(group.size), perm].sum())

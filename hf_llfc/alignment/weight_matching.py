@@ -1,0 +1,176 @@
+"""Weight matching by coordinate descent (Ainsworth et al., *Git Re-Basin*, ICLR 2023), exact group by group."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hf_llfc.alignment.gains import Gains, Group, groups_of
+from hf_llfc.alignment.sources import Parameters
+from hf_llfc.errors import AlignmentError
+from hf_llfc.symmetry.alignment import Alignment
+
+logger = logging.getLogger(__name__)
+
+# A sweep that raises the objective by less than this fraction ends the descent: below it lies float rounding.
+CONVERGED = 1e-9
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over all groups.
+
+    Attributes:
+        start: Which start it belongs to.
+        sweep: Number of the pass, from 1.
+        objective: Σ ⟨A, T·B⟩ after it.
+        moved: Units whose place differs from the original model.
+    """
+
+    start: str
+    sweep: int
+    objective: float
+    moved: int
+
+
+def match_weights(
+    reference: Parameters,
+    model: Parameters,
+    *,
+    restarts: int = 2,
+    max_sweeps: int = 50,
+    seed: int = 0,
+    start: Alignment | None = None,
+    progress: Callable[[str, int, int], None] = lambda description, done, total: None,
+) -> Alignment:
+    """Finds transforms of `model` that bring its weights close to those of `reference`.
+
+    The objective Σ ⟨A, T·B⟩ never falls from one sweep to the next. The first start is the identity (or
+    `start`): for two fine-tunes of one base it is usually the optimum, and if its first sweep moves nothing no other
+    start is tried. The next start knows nothing: axes are matched in the order in which the ones already matched anchor them, and
+    those not yet matched are averaged over. Further starts repeat the descent from random transforms. The best
+    objective wins.
+
+    Args:
+        reference: The model that stays, A.
+        model: The model that moves, B.
+        restarts: How many starts, at least 1.
+        max_sweeps: Sweeps per start at most, at least 1.
+        seed: Seed of visit orders and random starts.
+        start: Transforms to start from instead of the identity.
+        progress: Called with a description, groups done and groups in the sweep.
+
+    Returns:
+        The alignment; its metadata holds `objective_before`, `objective_after`, `cosine_before`, `cosine_after`,
+        `converged` and `sweeps`.
+
+    Raises:
+        AlignmentError: The two models have different tensors, a weight is not finite, or an option is out of range.
+    """
+    if restarts < 1 or max_sweeps < 1:
+        raise AlignmentError(f"restarts ({restarts}) and max_sweeps ({max_sweeps}) must be at least 1")
+    if reference.keys.keys() != model.keys.keys():
+        only = [name for key, name in reference.keys.items() if key not in model.keys]
+        only += [name for key, name in model.keys.items() if key not in reference.keys]
+        raise AlignmentError(f"the models hold different tensors, for example {', '.join(only[:5])}")
+    spec = reference.binding.spec
+    gains = Gains(reference, model)
+    groups = groups_of(reference.binding)
+    generator = torch.Generator().manual_seed(seed)
+    identity = spec.identity_alignment()
+    before = gains.objective(identity)
+    history: list[Sweep] = []
+    best: tuple[float, Alignment, bool] | None = None
+    for number in range(restarts):
+        if number == 0:
+            label, current = ("given", start) if start is not None else ("identity", identity)
+        elif number == 1 and start is None:
+            label, current = "uninformed", _uninformed_start(gains, groups, identity, progress)
+        else:
+            label, current = f"random {number}", spec.random_alignment(generator)
+        found, objective, converged = _descend(gains, groups, current, generator, max_sweeps, label, history, progress)
+        if best is None or objective > best[0]:
+            best = (objective, found, converged)
+        if number == 0 and found.is_identity and start is None:
+            break
+    assert best is not None
+    objective, alignment, converged = best
+    norm = float(torch.tensor(gains.norms(), dtype=torch.float64).prod())
+    return alignment.with_metadata(
+        method="weight_matching",
+        objective_before=before,
+        objective_after=objective,
+        cosine_before=before / norm if norm else 1.0,
+        cosine_after=objective / norm if norm else 1.0,
+        converged=converged,
+        restarts=restarts,
+        seed=seed,
+        sweeps=[asdict(sweep) for sweep in history],
+    )
+
+
+def _descend(
+    gains: Gains,
+    groups: list[Group],
+    alignment: Alignment,
+    generator: torch.Generator,
+    max_sweeps: int,
+    label: str,
+    history: list[Sweep],
+    progress: Callable[[str, int, int], None],
+) -> tuple[Alignment, float, bool]:
+    """Sweeps over the groups in random order until nothing improves."""
+    transforms: dict[str, Any] = dict(alignment.transforms)
+    objective = gains.objective(alignment)
+    # Groups that share no tensor with another do not depend on its transforms: one visit is enough for them.
+    independent = _are_independent(gains, groups)
+    for sweep in range(1, max_sweeps + 1):
+        rise = 0.0
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        for done, position in enumerate(order):
+            progress(f"weight matching, {label} start, sweep {sweep}", done, len(groups))
+            solution = gains.solve(groups[position], Alignment(alignment.spec, transforms))
+            if solution.gain > 0:
+                transforms.update(solution.transforms)
+                rise += solution.gain
+        objective += rise
+        current = Alignment(alignment.spec, dict(transforms))
+        moved = sum(count for count, _ in current.moved.values())
+        history.append(Sweep(label, sweep, objective, moved))
+        logger.info("%s start, sweep %d: objective %.6g, %d units moved", label, sweep, objective, moved)
+        if rise <= CONVERGED * max(abs(objective), 1e-30) or independent:
+            return current, gains.objective(current), True
+    return current, gains.objective(current), False
+
+
+def _are_independent(gains: Gains, groups: list[Group]) -> bool:
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for group in groups:
+        keys = set(gains.keys(group.axes))
+        if keys & seen or any(
+            [use.axis for use in gains.a.binding.tensors[gains.a.keys[key]].spec.axes].count(group.axis) > 1
+            for key in keys
+        ):
+            return False
+        seen |= keys
+    return True
+
+
+def _uninformed_start(
+    gains: Gains, groups: list[Group], identity: Alignment, progress: Callable[[str, int, int], None]
+) -> Alignment:
+    """Matches every group once, the best anchored first, averaging over the axes that are not matched yet."""
+    transforms = dict(identity.transforms)
+    waiting = list(groups)
+    while waiting:
+        undetermined = {axis for group in waiting for axis in group.matched}
+        progress("weight matching, uninformed start", len(groups) - len(waiting), len(groups))
+        anchoring = [gains.anchoring(group, undetermined - group.axes) for group in waiting]
+        group = waiting.pop(max(range(len(waiting)), key=anchoring.__getitem__))
+        solution = gains.solve(group, Alignment(identity.spec, transforms), frozenset(undetermined))
+        transforms.update(solution.transforms)
+    return Alignment(identity.spec, transforms)
