@@ -49,9 +49,7 @@ LFS_SUFFIXES = (
     ".gz",
     ".msgpack",
 )
-GITATTRIBUTES = "".join(
-    f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES
-).encode()
+GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 REGULAR_FILE_LIMIT = 10 * 1024 * 1024
 LICENSES = frozenset(  # https://huggingface.co/docs/hub/repositories-licenses
     re.split(
@@ -185,9 +183,7 @@ class Fault:
 class Refusal(Exception):
     """An answer that is an error."""
 
-    def __init__(
-        self, status: int, code: str | None, message: str, *, body: Any = None, **headers: str
-    ) -> None:
+    def __init__(self, status: int, code: str | None, message: str, *, body: Any = None, **headers: str) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.body, self.headers = status, code, message, body, headers
 
@@ -232,9 +228,7 @@ class HubDouble:
 
     def __enter__(self) -> "HubDouble":
         for role in ("api", "storage"):
-            handler = type(
-                f"{role.capitalize()}Handler", (_Handler,), {"hub": self, "is_storage": role == "storage"}
-            )
+            handler = type(f"{role.capitalize()}Handler", (_Handler,), {"hub": self, "is_storage": role == "storage"})
             server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -271,9 +265,7 @@ class HubDouble:
     def env(self) -> dict[str, str]:
         """The environment of this process, changed so that a child process talks to this double."""
         inherited = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_OFFLINE"))
+            k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_OFFLINE"))
         }
         return inherited | self.client_environment
 
@@ -355,9 +347,7 @@ class HubDouble:
             repository = Repository(repo_type, repo_id, private, gated, set(granted))
             self.repositories[repo_type, repo_id] = repository
             attributes = {".gitattributes": StoredFile(GITATTRIBUTES)}
-            sha = self._commit(
-                repository, "refs/heads/main", attributes, "initial commit", "", repository.namespace
-            )
+            sha = self._commit(repository, "refs/heads/main", attributes, "initial commit", "", repository.namespace)
         return self.commit(repo_id, files, repo_type=repo_type) if files is not None else sha
 
     def commit(
@@ -372,9 +362,7 @@ class HubDouble:
         """Adds a commit to a branch, which is created if need be; a file that is None is deleted."""
         if isinstance(files, (str, Path)):
             root = Path(files)
-            files = {
-                p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
-            }
+            files = {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
         with self.lock:
             repository = self.repositories[repo_type, repo_id]
             parent = repository.resolve(revision) or repository.resolve("main")
@@ -487,9 +475,7 @@ class HubDouble:
         self._clock += timedelta(seconds=1)
         date = self._clock.isoformat().replace("+00:00", ".000Z")
         tree = json.dumps({path: stored.blob_id for path, stored in sorted(files.items())})
-        identity = "\0".join(
-            [repository.repo_type, repository.repo_id, ref, parent or "", tree, message, date]
-        )
+        identity = "\0".join([repository.repo_type, repository.repo_id, ref, parent or "", tree, message, date])
         sha = hashlib.sha1(identity.encode()).hexdigest()
         repository.commits[sha] = Commit(sha, parent, message, description, author, date, dict(files))
         repository.refs[ref] = sha
@@ -532,15 +518,11 @@ def validate_card(readme: str) -> tuple[list[str], list[str]]:
             if not isinstance(item, str):
                 errors.append(f"{place} must be a string")
             elif pattern is not None and not pattern.match(item):
-                errors.append(
-                    f"{place} with value {item!r} is not valid. Use a model id from https://hf.co/models."
-                )
+                errors.append(f"{place} with value {item!r} is not valid. Use a model id from https://hf.co/models.")
         return [item for item in values if isinstance(item, str)]
 
     errors += [
-        f'"license" must be one of the known licenses, not {x!r}'
-        for x in strings("license")
-        if x not in LICENSES
+        f'"license" must be one of the known licenses, not {x!r}' for x in strings("license") if x not in LICENSES
     ]
     if not re.fullmatch(r"[a-z0-9.-]+", str(data.get("license_name", "none"))):
         errors.append('"license_name" must match /^[a-z0-9-.]+$/')
@@ -550,9 +532,7 @@ def validate_card(readme: str) -> tuple[list[str], list[str]]:
     strings("metrics")
     for code in strings("language"):
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual", code):
-            errors.append(
-                f'"language" must only contain lowercase characters: {code!r} is not an ISO 639 code'
-            )
+            errors.append(f'"language" must only contain lowercase characters: {code!r} is not an ISO 639 code')
     for key in ("pipeline_tag", "library_name"):
         if key in data and not isinstance(data[key], str):
             errors.append(f'"{key}" must be a string')
@@ -624,9 +604,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._read_body()
             user = self._user()
             if fault is not None and not fault.applies_after:
-                raise Refusal(
-                    fault.status, fault.error_code, fault.message or "failure on demand", **fault.headers
-                )
+                raise Refusal(fault.status, fault.error_code, fault.message or "failure on demand", **fault.headers)
             with self.hub.lock:
                 answer = self._answer(path, url.path, parse_qs(url.query), body, user)
             if fault is not None:
@@ -634,14 +612,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self._record(path, url.query, user, 0, len(body))
                     self._hang_up()
                     return
-                raise Refusal(
-                    fault.status, fault.error_code, fault.message or "failure on demand", **fault.headers
-                )
+                raise Refusal(fault.status, fault.error_code, fault.message or "failure on demand", **fault.headers)
         except Refusal as refusal:
             content = refusal.body if refusal.body is not None else {"error": refusal.message}
-            answer = Answer.of(
-                content, refusal.status, **{"X-Error-Message": refusal.message}, **refusal.headers
-            )
+            answer = Answer.of(content, refusal.status, **{"X-Error-Message": refusal.message}, **refusal.headers)
             if refusal.code is not None:
                 answer.headers["X-Error-Code"] = refusal.code
         self._record(path, url.query, user, answer.status, len(body))
@@ -699,9 +673,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # -- routes
 
-    def _answer(
-        self, path: str, raw_path: str, query: dict[str, list[str]], body: bytes, user: User | None
-    ) -> Answer:
+    def _answer(self, path: str, raw_path: str, query: dict[str, list[str]], body: bytes, user: User | None) -> Answer:
         if self.is_storage:
             return self._storage(path, body)
         route = (self.command, path)
@@ -792,14 +764,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if user is None or user.name not in repository.granted:
             page = f"{self.hub.endpoint}/{repository.repo_id}"
-            why = (
-                "You must be authenticated"
-                if user is None
-                else "You are not in the authorized list. Visit " + page
-            )
-            message = (
-                f"Access to {repository.repo_type} {repository.repo_id} is restricted. {why} for access."
-            )
+            why = "You must be authenticated" if user is None else "You are not in the authorized list. Visit " + page
+            message = f"Access to {repository.repo_type} {repository.repo_id} is restricted. {why} for access."
             raise Refusal(401 if user is None else 403, "GatedRepo", message)
 
     def _require_write(self, repository: Repository, user: User | None) -> None:
@@ -836,9 +802,7 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == ("POST", "paths-info"):
             form = parse_qs(body.decode())
             commit = self._revision(repository, revision)
-            return Answer.of(
-                [commit.files[p].describe(p) for p in form.get("paths", []) if p in commit.files]
-            )
+            return Answer.of([commit.files[p].describe(p) for p in form.get("paths", []) if p in commit.files])
         if verb == ("POST", "preupload"):
             return self._preupload(repository, revision, json.loads(body), query, user)
         if verb == ("POST", "commit"):

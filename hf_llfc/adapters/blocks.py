@@ -37,7 +37,7 @@ def conv1d(name: str, out: str, into: str) -> list[str]:
     return [f"{name}.weight  {into}  {out}", f"{name}.bias  {out}"]
 
 
-def convolution(name: str, out: str, into: str, kernel: int | str, *, bias: bool | None = None) -> list[str]:
+def convolution(name: str, out: str, into: str, kernel: int, *, bias: bool | None = None) -> list[str]:
     """A 2-D convolution, weight `[out, into, kernel, kernel]`."""
     lines = [f"{name}.weight  {out}  {into}  {kernel}  {kernel}"]
     if bias is not False:

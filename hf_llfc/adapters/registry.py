@@ -67,7 +67,7 @@ def spec_for(config: PreTrainedConfig) -> PermutationSpec:
     if model_type not in FAMILIES:
         raise SpecError(
             f"no adapter for model type {model_type!r}{suggest(model_type, known_model_types())}. "
-            "Without a permutation spec, models of this type can still be merged by equal tensor names with `--align none`; "
+            "Models of this type can still be merged by equal tensor names with `--align none`; "
             "hf_llfc.register_adapter adds a spec of your own"
         )
     module, function = FAMILIES[model_type]

@@ -24,7 +24,7 @@ def resnet(config: ResNetConfig) -> PermutationSpec:
         "labels": None,
     }
     blocks = _convolution("embedder.embedder", channels, "colours", 7)
-    for stage, (width, depth) in enumerate(zip(config.hidden_sizes, config.depths, strict=True)):
+    for stage, (width, depth) in enumerate(zip(config.hidden_sizes or (), config.depths or (), strict=True)):
         for block in range(depth):
             prefix = f"encoder.stages.{stage}.layers.{block}"
             strided = block == 0 and (stage > 0 or config.downsample_in_first_stage)

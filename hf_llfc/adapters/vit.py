@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.adapters.blocks import attention, convolution, head, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.blocks import attention, head, layer_norm, layers, linear, mlp, within
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ def vit(config: ViTConfig) -> PermutationSpec:
             "vit",
             ["embeddings.cls_token  1 1 residual", "embeddings.mask_token?  1 1 residual"],
             ["embeddings.position_embeddings  1 positions residual"],
-            convolution("embeddings.patch_embeddings.projection", "residual", "channels", "patch", bias=True),
+            [
+                "embeddings.patch_embeddings.projection.weight  residual channels patch_height patch_width",
+                "embeddings.patch_embeddings.projection.bias  residual",
+            ],
             layers(
                 "encoder.layer",
                 config.num_hidden_layers,
@@ -48,7 +51,8 @@ def vit(config: ViTConfig) -> PermutationSpec:
             "head_dim": config.hidden_size // config.num_attention_heads,
             "neurons": config.intermediate_size,
             "channels": config.num_channels,
-            "patch": config.patch_size,
+            "patch_height": None,
+            "patch_width": None,
             "positions": None,
             "labels": None,
             "pixels": None,

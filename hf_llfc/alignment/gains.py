@@ -305,7 +305,8 @@ def _in(atom: Atom, axes: Set[str] | Mapping[str, int]) -> bool:
 
 def _base_and_child_gains(pairs: Iterable[Pair], children: Mapping[str, int]) -> tuple[float, dict[str, Tensor]]:
     """The inner product of the pieces without a child axis, and the gains of each child over the others."""
-    base, gains = 0.0, {}
+    base = 0.0
+    gains: dict[str, Tensor] = {}
     for pair in pairs:
         places = [(dim, atom) for dim, atom in enumerate(pair.atoms) if _in(atom, children)]
         if not places:

@@ -51,9 +51,9 @@ def match_weights(
 
     The objective Σ ⟨A, T·B⟩ never falls from one sweep to the next. The first start is the identity (or
     `start`): for two fine-tunes of one base it is usually the optimum, and if its first sweep moves nothing no other
-    start is tried. The next start knows nothing: axes are matched in the order in which the ones already matched anchor them, and
-    those not yet matched are averaged over. Further starts repeat the descent from random transforms. The best
-    objective wins.
+    start is tried. The next start knows nothing: axes are matched in the order in which the ones already matched
+    anchor them, and those not yet matched are averaged over. Further starts repeat the descent from random
+    transforms. The best objective wins.
 
     Args:
         reference: The model that stays, A.
