@@ -1,0 +1,44 @@
+"""Task to dataset, batches, loss and metric.
+
+The configuration is importable without torch; everything that touches data or models is loaded on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.evaluation.config import TASKS, EvaluationConfig
+
+if TYPE_CHECKING:
+    from hf_llfc.evaluation.data import EvaluationData, load_evaluation_data
+    from hf_llfc.evaluation.metrics import OFFLINE_METRICS, load_metric
+    from hf_llfc.evaluation.models import EvaluationResult, evaluate_model, forward_logits, model_inputs
+
+__all__ = [
+    "OFFLINE_METRICS",
+    "TASKS",
+    "EvaluationConfig",
+    "EvaluationData",
+    "EvaluationResult",
+    "evaluate_model",
+    "forward_logits",
+    "load_evaluation_data",
+    "load_metric",
+    "model_inputs",
+]
+
+_HOMES = {
+    "EvaluationData": "data",
+    "load_evaluation_data": "data",
+    "OFFLINE_METRICS": "metrics",
+    "load_metric": "metrics",
+    "EvaluationResult": "models",
+    "evaluate_model": "models",
+    "forward_logits": "models",
+    "model_inputs": "models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return vars(importlib.import_module(f"{__name__}.{_HOMES[name]}"))[name]
