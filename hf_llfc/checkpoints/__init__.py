@@ -1,0 +1,19 @@
+"""Checkpoints: opened from the Hub, a folder or memory, read lazily by tensor, compared, built into models, written."""
+
+from hf_llfc.checkpoints.comparison import compare
+from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.models import load_model
+from hf_llfc.checkpoints.output import OutputFolder
+from hf_llfc.checkpoints.reader import Checkpoint, open_checkpoint, state_dict_on_disk
+from hf_llfc.checkpoints.writer import write_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "OutputFolder",
+    "TensorInfo",
+    "compare",
+    "load_model",
+    "open_checkpoint",
+    "state_dict_on_disk",
+    "write_checkpoint",
+]

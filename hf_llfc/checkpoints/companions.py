@@ -1,0 +1,93 @@
+"""The files beside config and weights that `from_pretrained` needs: tokenizer, processor, generation, templates, code.
+
+Weights of any kind, the parent's README and the state of a training run are not among them.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+TEMPLATES_FOLDER = "additional_chat_templates"
+
+_PATTERNS = (
+    "generation_config.json",
+    # tokenizers
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "target_vocab.json",
+    "entity_vocab.json",
+    "encoder.json",
+    "byte_maps.json",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "tekken.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "source.spm",
+    "target.spm",
+    "prophetnet.tokenizer",
+    "*.tiktoken",
+    # chat templates
+    "chat_template.jinja",
+    "chat_template.json",
+    f"{TEMPLATES_FOLDER}/*.jinja",
+    # processors
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+
+# What says how text becomes token ids; one of these is enough to compare two vocabularies.
+_VOCABULARY_PATTERNS = (
+    "tokenizer.json",
+    "vocab*",
+    "*vocab.json",
+    "encoder.json",
+    "byte_maps.json",
+    "tekken.json",
+    "*.model",
+    "*.model.v*",
+    "*.spm",
+    "*.tokenizer",
+    "*.tiktoken",
+)
+
+
+def companion_names(names: Iterable[str]) -> list[str]:
+    """Those of the names that belong to a checkpoint besides config, weights and code.
+
+    Args:
+        names: Paths below the folder of the checkpoint, with `/`.
+    """
+    return [name for name in names if any(_matches(name, pattern) for pattern in _PATTERNS)]
+
+
+def code_names(names: Iterable[str]) -> list[str]:
+    """Those of the names that are code which a config may refer to."""
+    return [name for name in names if _matches(name, "*.py")]
+
+
+def has_vocabulary(names: Iterable[str]) -> bool:
+    """Whether a tokenizer can be made from these companion files."""
+    return any(_matches(name, pattern) for name in names for pattern in _VOCABULARY_PATTERNS)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # A star does not reach into a folder.
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)

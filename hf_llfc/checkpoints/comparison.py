@@ -1,0 +1,174 @@
+"""May these checkpoints be merged? Answered from configs, headers and tokenizers, before any weight is read."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from hf_llfc.checkpoints.companions import has_vocabulary
+from hf_llfc.checkpoints.reader import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = 5
+
+# Config values that do not change what a model computes from its weights: bookkeeping, training and generation.
+# max_position_embeddings is among them because where it matters a shape or the RoPE parameters differ too.
+_WITHOUT_EFFECT = re.compile(
+    r"_.*|.*token_ids?|.*drop.*|.*initializer.*|init_std|.*loss.*|.*jitter.*|architectures|auto_map"
+    r"|chunk_size_feed_forward|dtype|torch_dtype|encoder_stride|finetuning_task|gradient_checkpointing|id2label"
+    r"|label2id|max_position_embeddings|model_type|output_.*|pretraining_tp|problem_type|return_dict"
+    r"|task_specific_params|transformers_version|transformers_weights|use_cache"
+)
+
+
+def compare(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Finds everything that forbids merging these checkpoints with each other.
+
+    All are compared with the first: model type, architecture, every config value that changes what the model
+    computes, names, shapes and kinds of the tensors, labels, and vocabularies.
+
+    Args:
+        checkpoints: Opened checkpoints.
+
+    Returns:
+        One message per problem; none if the checkpoints fit together.
+    """
+    problems: list[str] = []
+    for other in checkpoints[1:]:
+        problems += _compare_pair(checkpoints[0], other)
+    return problems
+
+
+def _compare_pair(first: Checkpoint, other: Checkpoint) -> list[str]:
+    type_1, type_2 = first.config.model_type, other.config.model_type
+    if type_1 != type_2:
+        return [f"{other.id}: the model type is {type_2}, but that of {first.id} is {type_1}"]
+    problems = list(_config_problems(first, other))
+    if first.architecture != other.architecture:
+        problems.append(
+            f"{other.id}: the architecture is {other.architecture}, but that of {first.id} is {first.architecture};"
+            " save both with the same model class"
+        )
+    else:
+        problems += _tensor_problems(first, other)
+        problems += _label_problems(first, other)
+    problems += _vocabulary_problems(first, other)
+    return problems
+
+
+def _config_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    values_1, values_2 = dict(_flat(first.config.to_dict())), dict(_flat(other.config.to_dict()))
+    for key, value in values_1.items():
+        if key in values_2 and values_2[key] != value:
+            yield f"{other.id}: {key} in the config is {values_2[key]!r}, but in that of {first.id} {value!r}"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if _WITHOUT_EFFECT.fullmatch(str(key)):
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _tensor_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    absent = [name for name in first.tensors if name not in other.tensors]
+    if absent:
+        yield f"{other.id}: lacks {_listed(absent)}, which {first.id} has"
+    extra = [name for name in other.tensors if name not in first.tensors]
+    if extra:
+        yield f"{other.id}: has {_listed(extra)}, which {first.id} lacks"
+    unused_1, unused_2 = set(first.unused), set(other.unused)
+    if unused_1 != unused_2:
+        names = sorted(unused_1 ^ unused_2)
+        yield (
+            f"{other.id}: one of the two files holds {_listed(names)}, the other does not, and {first.architecture} has"
+            " no use for that; save the model again with save_pretrained if it can be left out"
+        )
+    shapes, kinds = [], []
+    for name, info in first.tensors.items():
+        if name not in other.tensors:
+            continue
+        found = other.tensors[name]
+        if found.shape != info.shape:
+            shapes.append(f"{name} {list(found.shape)} against {list(info.shape)}")
+        if found.dtype.is_floating_point != info.dtype.is_floating_point:
+            kinds.append(f"{name} {found.dtype} against {info.dtype}")
+    if shapes:
+        yield f"{other.id}: other shapes than in {first.id}: {_few(shapes, '; ')}"
+    if kinds:
+        yield f"{other.id}: other kinds of numbers than in {first.id}: {_few(kinds, '; ')}"
+
+
+def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    """Names of classes in another order would merge the row of one class with that of another."""
+    if "Classification" not in (first.architecture or ""):
+        return
+    labels_2 = {int(index): str(label) for index, label in (other.config.id2label or {}).items()}
+    for key, label in (first.config.id2label or {}).items():
+        index, label_1 = int(key), str(label)
+        label_2 = labels_2.get(index, label_1)
+        generic = f"LABEL_{index}"
+        if label_1.casefold() != label_2.casefold() and generic not in (label_1, label_2):
+            yield (
+                f"{other.id}: class {index} is {label_2!r}, but that of {first.id} is {label_1!r}; bring the classes"
+                " into one order"
+            )
+            return
+
+
+def _vocabulary_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    vocabulary_1, vocabulary_2 = _vocabulary(first), _vocabulary(other)
+    if vocabulary_1 is None or vocabulary_2 is None or vocabulary_1 == vocabulary_2:
+        return
+    by_id_1, by_id_2 = _by_id(vocabulary_1), _by_id(vocabulary_2)
+    ids: list[int] = sorted({*by_id_1, *by_id_2})
+    differing = [index for index in ids if by_id_1.get(index) != by_id_2.get(index)]
+    examples = [
+        f"id {index} is {_token(by_id_2.get(index))} against {_token(by_id_1.get(index))}"
+        for index in differing[:_EXAMPLES]
+    ]
+    yield (
+        f"{other.id}: the vocabulary has {len(vocabulary_2)} tokens and differs from that of {first.id} with"
+        f" {len(vocabulary_1)} in {len(differing)}: {', '.join(examples)}"
+    )
+
+
+def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
+    """Token → id, or None if the checkpoint has no tokenizer that can be read."""
+    files = {path.name: path for path in checkpoint.companion_files}
+    try:
+        if "tokenizer.json" in files:
+            return Tokenizer.from_file(str(files["tokenizer.json"])).get_vocab(with_added_tokens=True)
+        if has_vocabulary(files):
+            folder = next(iter(files.values())).parent
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    except Exception as error:  # both libraries raise whatever they meet in a tokenizer's files
+        logger.warning(
+            "%s: the tokenizer cannot be read, so the vocabularies are not compared: %s", checkpoint.id, error
+        )
+    return None
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> dict[int, str]:
+    return {index: token for token, index in sorted(vocabulary.items(), reverse=True)}
+
+
+def _token(token: str | None) -> str:
+    return "missing" if token is None else repr(token)
+
+
+def _listed(names: Sequence[str]) -> str:
+    noun = "tensor" if len(names) == 1 else f"{len(names)} tensors"
+    return f"{noun} {_few(names, ', ')}"
+
+
+def _few(items: Sequence[str], separator: str) -> str:
+    more = f"{separator}and {len(items) - _EXAMPLES} more" if len(items) > _EXAMPLES else ""
+    return separator.join(items[:_EXAMPLES]) + more

@@ -1,0 +1,342 @@
+"""The files of a checkpoint, wherever they lie, and the tensors in its weight files by the names written there.
+
+The order in which weight files are looked for is that of transformers: `model.safetensors`, its index, and only if
+there are no safetensors at all `pytorch_model.bin` and its index.
+"""
+
+import json
+import logging
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hf_llfc.checkpoints.header import CODES, TORCH_DTYPES, Header, TensorInfo, read_header
+from hf_llfc.errors import CheckpointError, raise_all
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+
+MERGE_ADAPTER = "load it with its base model and merge_and_unload(), then save"
+
+# What a folder may hold instead of weights that can be merged, and what to do then.
+_NO_WEIGHTS = {
+    ".gguf": "only GGUF files, which are quantised; use the checkpoint that they were made from",
+    "adapter_model.safetensors": f"an adapter, not a model; {MERGE_ADAPTER}",
+    "adapter_model.bin": f"an adapter, not a model; {MERGE_ADAPTER}",
+    ".h5": "only TensorFlow weights; load and save them with an older transformers to get safetensors",
+    ".msgpack": "only Flax weights; load and save them with an older transformers to get safetensors",
+    ".pth": "only weights in their author's own format; convert them to a transformers checkpoint first",
+    ".safetensors": f"safetensors files, but neither {SINGLE_FILE} nor {INDEX_FILE}; rename the one to merge",
+}
+
+# The ends of tensor names that only quantised layers have.
+_QUANTISED_ENDINGS = (
+    ".qweight",
+    ".qzeros",
+    ".g_idx",
+    ".weight_packed",
+    ".weight.absmax",
+    ".weight.quant_map",
+    ".weight_scale_inv",
+    ".SCB",
+)
+
+
+class Files(Protocol):
+    """Where the files of a checkpoint come from."""
+
+    @property
+    def where(self) -> str:
+        """What error messages call the checkpoint."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the Hub, or None."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie once they are fetched."""
+        ...
+
+    def sizes(self) -> Mapping[str, int]:
+        """Path below the folder → size in bytes, of every file there is, fetched or not."""
+        ...
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Makes sure that these files lie in the folder."""
+        ...
+
+    def header(self, name: str) -> Header:
+        """The checked header of a safetensors file, without fetching the file."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """A checkpoint in a local folder."""
+
+    where: str
+    folder: Path
+    revision: str | None = None
+
+    def sizes(self) -> Mapping[str, int]:
+        """Path below the folder → size in bytes."""
+        return local_sizes(self.folder)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Everything is there already."""
+
+    def header(self, name: str) -> Header:
+        """The checked header of a safetensors file."""
+        return read_header(self.folder / name, f"{self.where}/{name}")
+
+
+class Weights(Protocol):
+    """Tensors by the names that they are stored under."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of every tensor."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, as stored; not to be changed in place."""
+        ...
+
+
+@dataclass
+class SafetensorsWeights:
+    """The tensors of one or more safetensors files, mapped into memory as they are read."""
+
+    files: Files
+    headers: Mapping[str, Header]
+    infos: Mapping[str, TensorInfo]
+    _file_of: dict[str, str] = field(default_factory=dict)
+    _open: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; the first call fetches the files if they are elsewhere.
+
+        Raises:
+            CheckpointError: If the file has changed since its header was checked, or cannot be read.
+        """
+        if not self._file_of:
+            self._file_of = {name: file for file, header in self.headers.items() for name in header.spans}
+        file = self._file_of[name]
+        where = f"{self.files.where}/{file}"
+        try:
+            if file not in self._open:
+                self.files.fetch(self.headers)
+                path = self.files.folder / file
+                if read_header(path, where) != self.headers[file]:
+                    raise CheckpointError(f"{where}: the file has changed since it was opened; start again")
+                self._open[file] = safe_open(path, framework="pt")
+            return self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{where}: tensor {name} cannot be read ({error}); fetch the file again") from error
+
+
+class TensorWeights:
+    """Tensors that are in memory, or mapped into it."""
+
+    def __init__(self, where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes the tensors, which stay where they are.
+
+        Args:
+            where: What error messages call them.
+            tensors: The tensors by name.
+
+        Raises:
+            CheckpointError: If they are quantised.
+        """
+        self._tensors = tensors
+        self.infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        for name, info in self.infos.items():
+            if info.dtype not in CODES or name.endswith(_QUANTISED_ENDINGS):
+                raise CheckpointError(_quantised(where, name, str(info.dtype)))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self._tensors[name].detach().to("cpu")
+
+
+def local_sizes(folder: Path) -> dict[str, int]:
+    """Path below a folder → size in bytes, of every file that can be reached."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def read_json(path: Path, where: str) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: If it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{where}: the file cannot be read ({error.strerror}); check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({error}); fetch or save the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def refuse_quantised(where: str, quantization_config: Any) -> None:
+    """Refuses a model whose config says that it is quantised.
+
+    Raises:
+        CheckpointError: If `quantization_config` is there.
+    """
+    if quantization_config:
+        method = quantization_config.get("quant_method") if isinstance(quantization_config, Mapping) else None
+        raise CheckpointError(
+            f"{where}: the weights are quantised ({method or 'see quantization_config'}), and quantised weights cannot"
+            " be merged; use the checkpoint it was made from, or save a dequantised one"
+        )
+
+
+def open_weights(files: Files, explicit: str | None = None) -> Weights:
+    """Finds the weight files and checks their headers; of safetensors nothing else is fetched.
+
+    Args:
+        files: The files of the checkpoint.
+        explicit: The file or index that the config names (`transformers_weights`), if any.
+
+    Raises:
+        CheckpointError: If there are no weights, or they are quantised, cut off, corrupt or not safe to read.
+    """
+    names = files.sizes()
+    if explicit is not None:
+        if _is_outside(explicit) or explicit not in names:
+            raise CheckpointError(
+                f"{files.where}: transformers_weights in {CONFIG_FILE} is {explicit!r}, which is not a file of the"
+                " checkpoint; remove the key or fetch the file"
+            )
+        is_index = explicit.endswith(".index.json")
+        shards = _shards(files, explicit) if is_index else [explicit]
+        return _open_safetensors(files, shards, explicit if is_index else None)
+    if SINGLE_FILE in names:
+        return _open_safetensors(files, [SINGLE_FILE], None)
+    if INDEX_FILE in names:
+        return _open_safetensors(files, _shards(files, INDEX_FILE), INDEX_FILE)
+    if PICKLE_FILE in names:
+        return _open_pickles(files, [PICKLE_FILE])
+    if PICKLE_INDEX_FILE in names:
+        return _open_pickles(files, _shards(files, PICKLE_INDEX_FILE))
+    found = [name for name in names if "/" not in name]
+    for ending, what in _NO_WEIGHTS.items():
+        if any(name.endswith(ending) for name in found):
+            raise CheckpointError(f"{files.where}: found {what}")
+    raise CheckpointError(
+        f"{files.where}: no weights found, expected {SINGLE_FILE}, {INDEX_FILE} or {PICKLE_FILE};"
+        f" the folder holds {', '.join(found) or 'nothing'}"
+    )
+
+
+def _open_safetensors(files: Files, shards: Sequence[str], index: str | None) -> SafetensorsWeights:
+    headers = {shard: files.header(shard) for shard in shards}
+    problems: list[str] = []
+    infos: dict[str, TensorInfo] = {}
+    shard_of: dict[str, str] = {}
+    for shard, header in headers.items():
+        for name, span in header.spans.items():
+            if name in infos:
+                problems.append(f"tensor {name} is in {shard_of[name]} and again in {shard}")
+            if span.code not in TORCH_DTYPES or name.endswith(_QUANTISED_ENDINGS):
+                raise CheckpointError(_quantised(f"{files.where}/{shard}", name, span.code))
+            infos[name] = TensorInfo(TORCH_DTYPES[span.code], span.shape)
+            shard_of[name] = shard
+    if index is not None:
+        weight_map = read_json(files.folder / index, f"{files.where}/{index}")["weight_map"]
+        problems += [
+            f"tensor {name} should be in {shard}" + (f", but is in {shard_of[name]}" if name in shard_of else "")
+            for name, shard in weight_map.items()
+            if shard_of.get(name) != shard
+        ]
+        raise_all(problems, CheckpointError, f"{files.where}: {index} and the shards do not belong together")
+    return SafetensorsWeights(files, headers, infos)
+
+
+def _quantised(where: str, name: str, dtype: str) -> str:
+    return (
+        f"{where}: tensor {name} ({dtype}) belongs to a quantised layer, and quantised weights cannot be merged;"
+        " use the checkpoint it was made from, or save a dequantised one"
+    )
+
+
+def _shards(files: Files, index: str) -> list[str]:
+    """The files that an index names, checked to lie in the folder."""
+    files.fetch([index])
+    where = f"{files.where}/{index}"
+    weight_map = read_json(files.folder / index, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{where}: expected a weight_map from tensors to files, found {repr(weight_map)[:80]}")
+    names = files.sizes()
+    problems: list[str] = []
+    for shard in dict.fromkeys(str(shard) for shard in weight_map.values()):
+        example = next(name for name, file in weight_map.items() if str(file) == shard)
+        if _is_outside(shard):
+            problems.append(f"tensor {example} is said to be in {shard!r}, which is outside the checkpoint's folder")
+        elif shard not in names:
+            problems.append(f"the file {shard} with tensor {example} is missing; fetch it")
+    raise_all(problems, CheckpointError, where)
+    return sorted({str(shard) for shard in weight_map.values()})
+
+
+def _is_outside(name: str) -> bool:
+    # Only what is written counts: in the Hub's cache every file is a link to another folder.
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in name
+
+
+def _open_pickles(files: Files, names: Sequence[str]) -> TensorWeights:
+    files.fetch(names)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        where = f"{files.where}/{name}"
+        for key, tensor in _load_pickle(files.folder / name, where).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise CheckpointError(
+                    f"{where}: {key!r} is a {type(tensor).__name__}, expected a tensor; this is not a model's state"
+                    " (a training checkpoint?), save the model with save_pretrained"
+                )
+            tensors[str(key)] = tensor
+    return TensorWeights(files.where, tensors)
+
+
+def _load_pickle(path: Path, where: str) -> Mapping[Any, Any]:
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            # Files from before torch 1.6 cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{where}: the file holds more than tensors, and reading it could run code in it; it was left unread."
+            " Convert it to safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{where}: the file is cut off or corrupt ({str(error).splitlines()[0]:.200}); fetch or save it again"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{where}: expected tensors by name, found a {type(state).__name__}")
+    return state

@@ -1,0 +1,423 @@
+"""A checkpoint as the rest of the package sees it: config, tensors under their names on disk, read one at a time.
+
+`open_checkpoint` checks everything that can be known before a tensor is read: config, quantisation, headers, and
+that the tensors are those of the model class. Weights on the Hub are downloaded at the first `read`.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from hf_llfc.checkpoints import names
+from hf_llfc.checkpoints.companions import code_names, companion_names
+from hf_llfc.checkpoints.files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    MERGE_ADAPTER,
+    Files,
+    LocalFiles,
+    TensorWeights,
+    Weights,
+    open_weights,
+    read_json,
+    refuse_quantised,
+)
+from hf_llfc.checkpoints.header import CODES, TensorInfo
+from hf_llfc.checkpoints.hub import open_hub
+from hf_llfc.errors import CheckpointError, suggest
+
+logger = logging.getLogger(__name__)
+
+_NAMES_IN_A_MESSAGE = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model's config and weights, wherever they lie, with the weights read one tensor at a time.
+
+    Attributes:
+        id: What the user called it.
+        revision: The commit on the Hub, or None.
+        folder: Where its files lie on this machine, or None for a model in memory.
+        config: The config of the model.
+        architecture: The name of the model class, or None if the config does not say.
+        model_class: The model class, or None if it is not known here; then tensors have the names in the files.
+        tensors: Name on disk → dtype and shape, in the order in which `save_pretrained` writes them.
+        companion_files: Tokenizer, processor, generation config, chat templates and custom code.
+        generation_config: How the model generates, also where an old config or a model in memory says so.
+        unused: Names of tensors in the files that the model class has no use for.
+    """
+
+    id: str
+    revision: str | None
+    folder: Path | None
+    config: PreTrainedConfig
+    architecture: str | None
+    model_class: type[PreTrainedModel] | None
+    tensors: Mapping[str, TensorInfo]
+    companion_files: tuple[Path, ...]
+    generation_config: GenerationConfig | None
+    unused: tuple[str, ...]
+    _weights: Weights = field(repr=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor.
+
+        Args:
+            name: One of `tensors`.
+
+        Returns:
+            The tensor on the CPU in its stored dtype. It may lie in the mapped file or in the loaded model: do not
+            change it in place.
+
+        Raises:
+            CheckpointError: If there is no such tensor, or its file cannot be read.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.id}: there is no tensor {name}{suggest(name, self.tensors)}")
+        return self._weights.read(name)
+
+    def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Reads all tensors, one after the other."""
+        for name in self.tensors:
+            yield name, self.read(name)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """A hash of all weights that does not depend on how they are spread over files.
+
+        Returns:
+            SHA-256, as hexadecimal digits, over name, dtype, shape and bytes of every tensor in the order of names.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            info = self.tensors[name]
+            digest.update(json.dumps([name, CODES[info.dtype], info.shape]).encode() + b"\n")
+            digest.update(tensor_bytes(self.read(name)))
+        return digest.hexdigest()
+
+
+class _UnknownConfig(PreTrainedConfig):
+    """The values of a config whose model type transformers does not know."""
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, copied only if they lie otherwise in memory."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def open_checkpoint(
+    model: str | Path | PreTrainedModel,
+    *,
+    trust_remote_code: bool = False,
+    token: str | bool | None = None,
+) -> Checkpoint:
+    """Opens a checkpoint and checks it as far as that is possible without reading tensors.
+
+    Args:
+        model: A Hub id, `id@revision`, a local folder, or a loaded model.
+        trust_remote_code: Whether code that comes with the checkpoint may be run.
+        token: A token for the Hub; None takes the one of the login.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be found or reached, is quantised, truncated or corrupt, or its
+            tensors are not those of its model class.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _open_model(model)
+    if not isinstance(model, str | Path):
+        raise CheckpointError(
+            f"expected a Hub id, a folder or a transformers PreTrainedModel, found {type(model).__name__}; of a wrapped"
+            " model give the model inside (an adapter first needs merge_and_unload())"
+        )
+    return _open_files(_find(model, token), trust_remote_code)
+
+
+def _find(model: str | Path, token: str | bool | None) -> Files:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / CONFIG_FILE).is_file():
+            _refuse_without_config(str(model), path)
+        return LocalFiles(str(model), path)
+    if path.is_file():
+        quantised = ", and GGUF is quantised: use the checkpoint it was made from" if path.suffix == ".gguf" else ""
+        raise CheckpointError(f"{model}: this is a file; give the folder of the checkpoint{quantised}")
+    text = str(model)
+    if isinstance(model, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
+        raise CheckpointError(f"{model}: there is no such folder")
+    return open_hub(text, token)
+
+
+def _refuse_without_config(where: str, folder: Path) -> None:
+    found = sorted(path.name for path in folder.iterdir())
+    if any(name.endswith(".gguf") for name in found):
+        raise CheckpointError(
+            f"{where}: found only GGUF files, which are quantised; use the checkpoint that they were made from"
+        )
+    if "adapter_config.json" in found:
+        raise CheckpointError(f"{where}: this is an adapter, not a model; {MERGE_ADAPTER}")
+    checkpoints = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    hint = f"; did you mean {folder / checkpoints[-1]}?" if checkpoints else ""
+    raise CheckpointError(
+        f"{where}: the folder has no {CONFIG_FILE}, so it is no transformers checkpoint; it holds"
+        f" {', '.join(found[:10]) or 'nothing'}{hint}"
+    )
+
+
+def _open_files(files: Files, trust_remote_code: bool) -> Checkpoint:
+    raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
+    refuse_quantised(files.where, raw.get("quantization_config"))
+    companions = _fetch_companions(files)
+    config = _config(files, raw, trust_remote_code)
+    architecture = _architecture(files.where, raw)
+    model_class = None
+    if architecture is not None and not isinstance(config, _UnknownConfig):
+        model_class = _model_class(files, architecture, config, trust_remote_code)
+
+    weights = open_weights(files, raw.get("transformers_weights"))
+    plan = _plan(files.where, model_class, config, weights)
+    if plan is None:
+        order = sorted(weights.infos, key=names.natural_order)
+        tensors: Mapping[str, TensorInfo] = {name: weights.infos[name] for name in order}
+    else:
+        tensors = plan.tensors
+        weights = _PlannedWeights(files.where, plan, weights)
+    return Checkpoint(
+        id=files.where,
+        revision=files.revision,
+        folder=files.folder,
+        config=config,
+        architecture=architecture,
+        model_class=model_class,
+        tensors=tensors,
+        companion_files=tuple(companions),
+        generation_config=_generation_config(files, raw, config),
+        unused=plan.unused if plan is not None else (),
+        _weights=weights,
+    )
+
+
+def _open_model(model: PreTrainedModel) -> Checkpoint:
+    label = model.name_or_path or type(model).__name__
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    refuse_quantised(label, config.to_dict().get("quantization_config"))
+    weights = TensorWeights(label, state_dict_on_disk(model))
+    companions: list[Path] = []
+    if model.name_or_path and Path(model.name_or_path).is_dir():
+        companions = _fetch_companions(LocalFiles(label, Path(model.name_or_path)))
+    return Checkpoint(
+        id=label,
+        revision=None,
+        folder=None,
+        config=config,
+        architecture=type(model).__name__,
+        model_class=type(model),
+        tensors=weights.infos,
+        companion_files=tuple(companions),
+        generation_config=model.generation_config if model.can_generate() else None,
+        unused=(),
+        _weights=weights,
+    )
+
+
+def _fetch_companions(files: Files) -> list[Path]:
+    present = files.sizes()
+    companions = companion_names(present)
+    files.fetch(companions)
+    code = code_names(present)
+    described = [name for name in (CONFIG_FILE, *companions) if name.endswith(".json")]
+    if code and any(b'"auto_map"' in (files.folder / name).read_bytes() for name in described):
+        files.fetch(code)
+        companions += code
+    return [files.folder / name for name in companions]
+
+
+def _config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    where = f"{files.where}/{CONFIG_FILE}"
+    model_type = raw.get("model_type") or _model_type(where, raw)
+    auto_map = raw.get("auto_map") or {}
+    try:
+        if trust_remote_code and "AutoConfig" in auto_map:
+            return AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
+        known = names.find_config_class(str(model_type))
+        if known is not None:
+            return known.from_dict(raw)
+    except Exception as error:  # a config class may raise anything on values it does not expect
+        raise CheckpointError(f"{where}: transformers cannot read this config: {error}") from error
+    hint = ", or pass trust_remote_code to run the code that came with it" if auto_map else ""
+    logger.warning(
+        "%s: transformers does not know the model type %r; its tensors keep the names of the files, and the model can"
+        " be merged but not run (register its classes with AutoConfig and AutoModel%s)",
+        where,
+        model_type,
+        hint,
+    )
+
+    config_class: type[_UnknownConfig] = type("UnknownConfig", (_UnknownConfig,), {"model_type": str(model_type)})
+    return config_class.from_dict(raw)
+
+
+def _generation_config(files: Files, raw: dict[str, Any], config: PreTrainedConfig) -> GenerationConfig | None:
+    try:
+        if (files.folder / GENERATION_FILE).is_file():
+            return GenerationConfig.from_pretrained(files.folder)
+        # Configs from before generation_config.json hold these values too, and config classes drop them.
+        kept = config.to_dict()
+        dropped = {
+            key: raw[key] for key in GenerationConfig().to_dict() if key not in kept and raw.get(key) is not None
+        }
+        return GenerationConfig.from_dict(dropped) if dropped else None
+    except Exception as error:  # as with configs, anything may be raised
+        raise CheckpointError(f"{files.where}: the generation config cannot be read: {error}") from error
+
+
+def _model_type(where: str, raw: dict[str, Any]) -> str:
+    """The model type of a config from before configs named it."""
+    architecture = _architecture(where, raw)
+    if architecture is None:
+        raise CheckpointError(
+            f'{where}: names neither model_type nor architectures; add "model_type", for example "bert"'
+        )
+    try:
+        found = names.find_class_in_transformers(architecture)
+    except ImportError:
+        found = None
+    if found is not None and found.config_class is not None:
+        return found.config_class.model_type
+    begins = architecture.casefold()
+    fitting = [known for known in names.known_model_types() if begins.startswith(re.sub("[-_]", "", known))]
+    guess = max(fitting, key=len, default="bert")
+    raise CheckpointError(
+        f"{where}: model_type is missing, and the architecture {architecture!r} is not one that transformers knows; add"
+        f' "model_type", perhaps "{guess}"'
+    )
+
+
+def _architecture(where: str, raw: dict[str, Any]) -> str | None:
+    architectures = raw.get("architectures")
+    if architectures is None or architectures == []:
+        return None
+    if not isinstance(architectures, list) or not all(isinstance(entry, str) for entry in architectures):
+        raise CheckpointError(f"{where}: architectures must be a list of class names, found {architectures!r}")
+    return architectures[0]
+
+
+def _model_class(
+    files: Files, architecture: str, config: PreTrainedConfig, trust_remote_code: bool
+) -> type[PreTrainedModel] | None:
+    try:
+        return names.find_model_class(architecture, config, folder=files.folder, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        logger.warning("%s: %s cannot be imported (%s); its tensors keep their names", files.where, architecture, error)
+        return None
+
+
+def _plan(
+    where: str, model_class: type[PreTrainedModel] | None, config: PreTrainedConfig, weights: Weights
+) -> names.Plan | None:
+    """How the tensors on disk come from those in the files, or None if the model class is not known here."""
+    if model_class is None:
+        return None
+    try:
+        layout = names.Layout(model_class, config)
+    except ImportError as error:
+        logger.warning("%s: %s cannot be built (%s); its tensors keep their names", where, model_class.__name__, error)
+        return None
+    except Exception as error:  # a model class may raise anything on values it does not expect
+        raise CheckpointError(
+            f"{where}/{CONFIG_FILE}: {model_class.__name__} cannot be built from this config: {error}"
+        ) from error
+    heading = f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it"
+    plan = layout.plan(weights.infos, heading)
+    if plan.converted:
+        logger.info(
+            "%s: %d tensors are stored under other names, or in the layout of the memory; they are converted as they"
+            " are read, which takes the memory of one group of tensors",
+            where,
+            len(plan.converted),
+        )
+    if plan.unused:
+        more = f" and {len(plan.unused) - _NAMES_IN_A_MESSAGE} more" if len(plan.unused) > _NAMES_IN_A_MESSAGE else ""
+        logger.warning(
+            "%s: %s does not use the tensors %s%s; they are left out",
+            where,
+            model_class.__name__,
+            ", ".join(plan.unused[:_NAMES_IN_A_MESSAGE]),
+            more,
+        )
+    return plan
+
+
+class _PlannedWeights:
+    """Tensors under their names on disk, made from tensors under the names of a file."""
+
+    def __init__(self, where: str, plan: names.Plan, stored: Weights) -> None:
+        self.infos = plan.tensors
+        self._where = where
+        self._plan = plan
+        self._stored = stored
+        self._untested_ties = dict(plan.ties)
+        self._made: dict[str, torch.Tensor] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; the rest of its group is kept until the next group is made."""
+        if name in self._plan.converted:
+            if name not in self._made:
+                self._made.clear()
+                self._made = self._plan.make(name, self._stored.read)
+            return self._made.pop(name)
+        tensor = self._stored.read(name)
+        copy = self._untested_ties.pop(name, None)
+        if copy is not None and not torch.equal(tensor, self._stored.read(copy)):
+            raise CheckpointError(
+                f"{self._where}: the config ties {copy} to {name}, but the file holds two different tensors; set"
+                f" tie_word_embeddings to false in {CONFIG_FILE} if both are meant"
+            )
+        return tensor
+
+
+def state_dict_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of a loaded model under the names that `save_pretrained` writes, tied weights once.
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        Name on disk → tensor; most share their memory with the model.
+
+    Raises:
+        CheckpointError: If the model has adapters, is not in memory, or ties weights that its class does not declare.
+    """
+    label = model.name_or_path or type(model).__name__
+    if model._hf_peft_config_loaded:
+        raise CheckpointError(f"{label}: the model carries adapters; merge them with merge_and_unload() first")
+    try:
+        state = names.disk_state(model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{label}: the weights cannot be named as on disk: {error}") from error
+    absent = [name for name, tensor in state.items() if tensor.device.type == "meta"]
+    if absent:
+        raise CheckpointError(
+            f"{label}: tensor {absent[0]} is not in memory (offloaded, or on the meta device; {len(absent)} tensors);"
+            " load the model without a device map, or give the folder it came from"
+        )
+    return state
