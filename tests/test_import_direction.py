@@ -14,6 +14,7 @@ PACKAGE = Path(hf_llfc.errors.__file__).parent
 # From the foundation to the surface; a part may import from the parts before it.
 ORDER = (
     "errors",
+    "progress",
     "symmetry",
     "adapters",
     "checkpoints",
@@ -23,9 +24,14 @@ ORDER = (
     "diagnostics",
     "publishing",
     "recipe",
+    "processes",
+    "stages",
     "pipeline",
-    "cli",
+    "api",
+    "demo",
+    "console",
     "__init__",
+    "cli",
     "__main__",
 )
 
