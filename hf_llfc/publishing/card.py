@@ -1,0 +1,635 @@
+"""The model card of a merge: metadata that the Hub understands, and the evidence for a reader."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.diagnostics.report import ConnectivityReport, PathPoint
+from hf_llfc.errors import PublishingError
+from hf_llfc.publishing.facts import (
+    LOSS,
+    MetricStyle,
+    merge_alpha,
+    metric_style,
+    not_finite,
+    point_at,
+    read_report,
+    shown_layers,
+)
+from hf_llfc.publishing.parents import (
+    License,
+    ParentInfo,
+    combined_license,
+    is_hub_id,
+    read_parent_card,
+    union,
+)
+from hf_llfc.publishing.plots import LAYER_PLOT, PATH_PLOT, save_plots
+from hf_llfc.publishing.templates import CARD_TEMPLATE, environment
+from hf_llfc.publishing.usage import task_of, usage_snippet
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+logger = logging.getLogger(__name__)
+
+LLFC_FOLDER = "llfc"
+CARD_FILE = "README.md"
+REPORT_FILE = "llfc_report.json"
+RECIPE_FILE = "recipe.yaml"
+TAGS = ("merge", "hf-llfc")
+LIBRARIES = ("hf-llfc", "torch", "transformers", "safetensors", "huggingface-hub")
+LONG_TABLE = 16
+"""Layers from which on their table is folded away."""
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | ConnectivityReport | None = None,
+    models: Sequence[Mapping[str, Any]] | None = None,
+    alignment: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    results: Sequence[Mapping[str, Any]] | None = None,
+    task: str | None = None,
+    name: str | None = None,
+    license: str | None = None,
+    diagnosis_problem: str | None = None,
+    hardware: str | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """Writes the card and its plots into an output folder.
+
+    Args:
+        folder: The merged checkpoint; the card becomes its README.md, the plots go to llfc/.
+        recipe: As run; llfc/recipe.yaml without it.
+        report: The diagnosis; llfc/llfc_report.json without it, if that is there.
+        models: As for `render_card`; those of the recipe without it. The parents' own cards are read, where they can
+            be, for licence, languages and data.
+        alignment: As for `render_card`.
+        results: As for `render_card`.
+        task: Pipeline tag.
+        name: What the model is called; a Hub id makes the snippets run as they are.
+        license: What the user says the licence is.
+        diagnosis_problem: Why there is no diagnosis, where one was asked for and failed.
+        hardware: What it was computed on, in words.
+        token: To read the cards of private parents.
+        endpoint: Of the Hub, where it is not the usual one.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        PublishingError: The folder holds no checkpoint, or a file in llfc/ cannot be read.
+    """
+    folder = Path(folder)
+    ours = folder / LLFC_FOLDER
+    if recipe is None:
+        recipe = _read_yaml(ours / RECIPE_FILE) if (ours / RECIPE_FILE).is_file() else {}
+    if report is None and diagnosis_problem is None and (ours / REPORT_FILE).is_file():
+        report = _read_json(ours / REPORT_FILE)
+    report = None if report is None else read_report(report)
+    given = list(models) if models is not None else _models_of(recipe, report)
+    described = [
+        {**model, "card": read_parent_card(model["id"], model.get("revision"), token=token, endpoint=endpoint)}
+        if "card" not in model
+        else model
+        for model in given
+    ]
+    for plot in (PATH_PLOT, LAYER_PLOT):
+        (ours / plot).unlink(missing_ok=True)
+    if report is not None:
+        save_plots(report, ours)
+    text = render_card(
+        folder,
+        recipe=recipe,
+        report=report,
+        models=described,
+        alignment=alignment,
+        results=results,
+        task=task,
+        name=name,
+        license=license,
+        diagnosis_problem=diagnosis_problem,
+        hardware=hardware,
+    )
+    return _write_whole(folder / CARD_FILE, text)
+
+
+def render_card(
+    folder: str | Path,
+    *,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any] | ConnectivityReport | None,
+    models: Sequence[Mapping[str, Any]],
+    alignment: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    results: Sequence[Mapping[str, Any]] | None = None,
+    task: str | None = None,
+    name: str | None = None,
+    license: str | None = None,
+    diagnosis_problem: str | None = None,
+    hardware: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> str:
+    """The card of a merge as text. Asks no network and writes nothing.
+
+    Args:
+        folder: The merged checkpoint: its config says the architecture, its files how to use it, and plots are shown
+            where llfc/ has them.
+        recipe: As run.
+        report: The diagnosis, if there is one.
+        models: The parents, the first α of the path in front: `id` and, where known, `revision`, `weight`, `is_base`
+            and `card`, the metadata of its own card.
+        alignment: Summaries of the alignments: `method`, `model`, `reference`, `axes` (mappings with `axis`, `moved`
+            and `units`), and any of `objective_before`, `objective_after`, `cosine_before` and `cosine_after`.
+        results: Loss and metrics of parents and merge on the same data: mappings with `id`, `loss`, `metrics` and,
+            for the merge, `is_merge`. Without them they are taken from the path, where the merge lies on it.
+        task: Pipeline tag; else that of the report's data, or of the architecture.
+        name: What the model is called, best its Hub id; the folder's name without it.
+        license: What the user says the licence is, instead of what the parents say.
+        diagnosis_problem: Why there is no diagnosis, where one was asked for and failed.
+        hardware: What it was computed on, in words.
+        versions: Of the libraries; else those of the report, or those installed.
+
+    Returns:
+        Metadata and Markdown.
+
+    Raises:
+        PublishingError: The folder holds no checkpoint, or the report is not one.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    measured = None if report is None else read_report(report)
+    data = dict(measured.data) if measured is not None else {}
+    task = task or data.get("task") or task_of(config)
+    name = name or folder.resolve().name
+    parents = [_parent(model) for model in models]
+    license_found = combined_license(parents, license)
+    rows = _result_rows(measured, results, parents)
+    alignments = [alignment] if isinstance(alignment, Mapping) else list(alignment or [])
+    metadata = _metadata(name, task, parents, license_found, data, rows, recipe)
+    plots = {
+        key: (folder / LLFC_FOLDER / file).is_file() for key, file in (("path", PATH_PLOT), ("layers", LAYER_PLOT))
+    }
+    context = {
+        "name": name.rsplit("/", 1)[-1],
+        "architecture": (config.get("architectures") or [config.get("model_type") or "model"])[0],
+        "headline": _headline(measured, diagnosis_problem, len([p for p in parents if not p.is_base])),
+        "parents": _parent_rows(parents),
+        "count": _count(len([parent for parent in parents if not parent.is_base])),
+        "method": _method(recipe, parents),
+        "has_base": any(parent.is_base for parent in parents),
+        "license_problem": license_found.problem,
+        "data": _data(data),
+        "results": _result_table(rows),
+        "barrier": _barrier(measured),
+        "plots": plots,
+        "layers": _layer_table(measured),
+        "layers_are_many": measured is not None and len(shown_layers(measured)) > LONG_TABLE,
+        "layer_summary": _layer_summary(measured),
+        "alignments": [_alignment(entry) for entry in alignments],
+        "snippet": usage_snippet(folder, config, task, name, of_bytes=data.get("tokenizer") == "bytes"),
+        "recipe": _recipe_text(recipe),
+        "versions": versions or (measured.versions if measured is not None else {}) or _installed_versions(),
+        "hardware": hardware,
+        "limits": _limits(measured, data, parents),
+    }
+    body = environment().get_template(CARD_TEMPLATE).render(context)
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def _parent(model: Mapping[str, Any]) -> ParentInfo:
+    model_id, _, at = (
+        str(model["id"]).partition("@") if is_hub_id(str(model["id"]).partition("@")[0]) else (model["id"], "", "")
+    )
+    return ParentInfo(
+        id=str(model_id),
+        revision=model.get("revision") or at or None,
+        weight=model.get("weight"),
+        is_base=bool(model.get("is_base", False)),
+        card=model.get("card") or {},
+    )
+
+
+def _models_of(recipe: Mapping[str, Any], report: ConnectivityReport | None) -> list[dict[str, Any]]:
+    """The parents as the recipe names them, revisions out of `id@revision`; else as the report does."""
+    models = []
+    entries = [(entry, False) for entry in recipe.get("models") or []]
+    if recipe.get("base_model"):
+        entries.append(({"model": recipe["base_model"]}, True))
+    for entry, is_base in entries:
+        model_id, _, revision = str(entry["model"]).rpartition("@")
+        if not is_hub_id(model_id):
+            model_id, revision = str(entry["model"]), ""
+        weight = (entry.get("parameters") or {}).get("weight")
+        weight = weight if isinstance(weight, int | float) else None
+        models.append({"id": model_id, "revision": revision or None, "weight": weight, "is_base": is_base})
+    if not models and report is not None:
+        models = [{"id": m.id, "revision": m.revision, "weight": m.weight} for m in report.models if m.id is not None]
+    if not models:
+        raise PublishingError(
+            "the card must name the parents: there is neither llfc/recipe.yaml nor a report that does"
+        )
+    return models
+
+
+# -- metadata
+
+
+def _metadata(
+    name: str,
+    task: str | None,
+    parents: Sequence[ParentInfo],
+    license: License,
+    data: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    on_hub = list(dict.fromkeys(parent.id for parent in parents if parent.is_on_hub))
+    results = _eval_results(name, task, data, rows)
+    return ModelCardData(
+        base_model=on_hub or None,
+        base_model_relation="merge" if on_hub else None,
+        language=union(parents, "language") or None,
+        license=license.metadata.get("license"),
+        license_name=license.metadata.get("license_name"),
+        license_link=license.metadata.get("license_link"),
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=list(TAGS),
+        datasets=union(parents, "datasets") or None,
+        model_name=name.rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(
+    name: str, task: str | None, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[EvalResult]:
+    """What was measured of the merge itself, for the model-index."""
+    from huggingface_hub import EvalResult
+
+    merged = next((row for row in rows if row["is_merge"]), None)
+    if merged is None or task is None or not data.get("dataset"):
+        return []
+    dataset, _, revision = str(data["dataset"]).partition("@")
+    if not is_hub_id(dataset):
+        dataset, revision = _file_name(str(data["dataset"])), ""
+    values = {"loss": merged["loss"], **merged["metrics"]}
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=" ".join(filter(None, [dataset, data.get("name")])),
+            dataset_config=data.get("name"),
+            dataset_split=data.get("split"),
+            dataset_revision=revision or None,
+            metric_type=metric,
+            metric_name=LOSS.title if metric == "loss" else metric_style(metric).title,
+            metric_value=float(f"{value:.6g}"),
+        )
+        for metric, value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+# -- the body, each part as plain values for the template
+
+
+def _headline(report: ConnectivityReport | None, problem: str | None, parents: int) -> dict[str, str]:
+    """The verdict in one sentence."""
+    if report is None:
+        if problem is not None:
+            return {"lead": "The diagnosis failed.", "text": _sentence(problem)}
+        text = "Neither the loss nor the features of this merge were compared with those of its parents."
+        return {"lead": "Not diagnosed.", "text": text}
+    broken = not_finite(report)
+    if broken:
+        listed = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+        return {"lead": "The diagnosis failed.", "text": f"Not every number is finite: {listed}."}
+    leads = {
+        "merge": "Verdict: merge.",
+        "align": "Warning. Verdict: align first.",
+        "do not merge": "Warning. Verdict: do not merge.",
+    }
+    lead = leads.get(report.verdict.answer, f"Verdict: {report.verdict.answer}.")
+    of_pair = "Of the first two parents: " if parents > 2 else ""
+    because = report.verdict.because if of_pair else report.verdict.because[:1].upper() + report.verdict.because[1:]
+    return {"lead": lead, "text": of_pair + _sentence(because, keep_case=True)}
+
+
+def _count(number: int) -> str:
+    words = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
+    return words[number] if number < len(words) else str(number)
+
+
+def _sentence(text: str, *, keep_case: bool = False) -> str:
+    text = text.strip()
+    text = text if keep_case else text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _letters(parents: Sequence[ParentInfo]) -> list[str]:
+    """A, B, … for the parents, 0 for the base."""
+    names = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    return ["θ₀" if parent.is_base else next(names, "…") for parent in parents]
+
+
+def _parent_rows(parents: Sequence[ParentInfo]) -> list[dict[str, Any]]:
+    return [
+        {
+            "letter": letter,
+            "name": parent.name,
+            "is_on_hub": parent.is_on_hub,
+            "id": parent.id,
+            "revision": parent.revision,
+            "weight": None if parent.weight is None else f"{parent.weight:.4g}",
+            "license": parent.license,
+        }
+        for letter, parent in zip(_letters(parents), parents, strict=True)
+    ]
+
+
+def _method(recipe: Mapping[str, Any], parents: Sequence[ParentInfo]) -> str:
+    """How the parents were combined, as a formula where it is short."""
+    tensors = [(letter, p.weight) for letter, p in zip(_letters(parents), parents, strict=True) if not p.is_base]
+    is_short = len(tensors) <= 4 and all(weight is not None for _, weight in tensors)
+    if recipe.get("merge_method") == "task_arithmetic":
+        terms = (
+            " + ".join(f"{weight:.4g}·({letter} − θ₀)" for letter, weight in tensors) if is_short else "Σ λᵢ·(θᵢ − θ₀)"
+        )
+        return f"task arithmetic, θ₀ + {terms}"
+    terms = " + ".join(f"{weight:.4g}·{letter}" for letter, weight in tensors) if is_short else "Σ wᵢ·θᵢ"
+    return f"weighted average, {terms}"
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """On what it was measured."""
+    if not data.get("dataset"):
+        return None
+    dataset = str(data["dataset"])
+    is_on_hub = is_hub_id(dataset.partition("@")[0])
+    parts = [str(data["name"])] if data.get("name") else []
+    if data.get("split"):
+        parts.append(f"split {data['split']}")
+    if data.get("samples"):
+        parts.append(f"{data['samples']} samples")
+    name = dataset if is_on_hub else _file_name(dataset)
+    link = f"https://huggingface.co/datasets/{dataset.partition('@')[0]}" if is_on_hub else None
+    return {"name": name, "link": link, "parts": parts}
+
+
+def _result_rows(
+    report: ConnectivityReport | None, results: Sequence[Mapping[str, Any]] | None, parents: Sequence[ParentInfo]
+) -> list[dict[str, Any]]:
+    """Loss and metrics, a row a model, the merge in its place; empty without numbers."""
+    if results:
+        return [
+            {
+                "id": str(row.get("id") or ""),
+                "is_merge": bool(row.get("is_merge", False)),
+                "loss": row.get("loss"),
+                "metrics": dict(row.get("metrics") or {}),
+            }
+            for row in results
+        ]
+    if report is None:
+        return []
+    alpha = merge_alpha(report)
+    rows = []
+    for point, is_merge, model in (
+        (point_at(report, 1.0), False, 0),
+        (point_at(report, 0.0), False, 1),
+        (point_at(report, alpha), True, None),
+    ):
+        if point is None or not _has_numbers(point):
+            continue
+        model_id = "" if model is None or model >= len(report.models) else report.models[model].id or ""
+        rows.append({"id": model_id, "is_merge": is_merge, "loss": point.loss, "metrics": dict(point.metrics)})
+    return rows
+
+
+def _has_numbers(point: PathPoint) -> bool:
+    return point.loss is not None or any(value is not None for value in point.metrics.values())
+
+
+def _result_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The rows as cells of text."""
+    if not rows:
+        return None
+    metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
+    styles = [(metric, metric_style(metric)) for metric in metrics]
+    arrows = {True: " ↑", False: " ↓", None: ""}
+    has_loss = any(row["loss"] is not None for row in rows)
+    heads = (["loss ↓"] if has_loss else []) + [style.title + arrows[style.higher_is_better] for _, style in styles]
+    cells = []
+    for row in rows:
+        values = [_number(row["loss"], LOSS)] if has_loss else []
+        values += [_number(row["metrics"].get(metric), style) for metric, style in styles]
+        name = "this merge" if row["is_merge"] else ParentInfo(str(row["id"]).partition("@")[0]).name
+        cells.append({"name": name, "is_merge": row["is_merge"], "values": values})
+    return {"heads": heads, "rows": cells}
+
+
+def _number(value: float | None, style: MetricStyle) -> str:
+    if value is None or not math.isfinite(value):
+        return "not finite" if value is not None else "–"
+    return f"{100 * value:.2f} %" if style.percent else f"{value:.4g}"
+
+
+def _barrier(report: ConnectivityReport | None) -> str | None:
+    """Both barriers in words."""
+    if report is None or report.barrier.loss is None:
+        return None
+    parts = [f"{report.barrier.loss:.3f} nats of loss"]
+    if report.barrier.error is not None:
+        parts.append(f"{100 * report.barrier.error:.2f} points of error")
+    return " and ".join(parts)
+
+
+def _layer_table(report: ConnectivityReport | None) -> list[dict[str, str]]:
+    if report is None:
+        return []
+    return [
+        {
+            "layer": row.layer,
+            "llfc": _small(row.llfc.mean),
+            "baseline": _small(row.baseline.mean),
+            "ratio": "–" if row.ratio is None else f"{row.ratio:.2g}",
+            "coefficient": "–" if row.coefficient.mean is None else f"{row.coefficient.mean:.3f}",
+        }
+        for row in shown_layers(report)
+    ]
+
+
+def _small(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return "0" if value == 0 else f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _layer_summary(report: ConnectivityReport | None) -> str | None:
+    """What the layers say, in one sentence."""
+    rows = [] if report is None else shown_layers(report)
+    if not rows:
+        return None
+    ratios = [(row.ratio, row.layer) for row in rows if row.ratio is not None]
+    sizes = [(row.coefficient.mean, row.layer) for row in rows if row.coefficient.mean is not None]
+    parts = []
+    if ratios:
+        ratio, layer = max(ratios)
+        parts.append(f"the merged features are at most {ratio:.2g} times as far from the blend as the parents are "
+                     f"from each other (in {layer})")  # fmt: skip
+    if sizes:
+        size, layer = min(sizes)
+        parts.append(f"the coefficient is at least {size:.2f} (in {layer})")
+    return f"At α = {rows[0].alpha:.3g} " + ", and ".join(parts) + "." if parts else None
+
+
+def _alignment(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One alignment as text."""
+    axes = [axis for axis in entry.get("axes") or [] if axis.get("units")]
+    moved, units = sum(axis["moved"] for axis in axes), sum(axis["units"] for axis in axes)
+    changes = []
+    for title, key in (("objective", "objective"), ("cosine of the weights", "cosine")):
+        before, after = entry.get(f"{key}_before"), entry.get(f"{key}_after")
+        if before is not None and after is not None:
+            changes.append(f"{title} {before:.4g} → {after:.4g}")
+    names = [ParentInfo(str(entry[key]).partition("@")[0]).name for key in ("model", "reference") if entry.get(key)]
+    return {
+        "method": str(entry.get("method", "alignment")).replace("_", " "),
+        "model": names[0] if len(names) == 2 else None,
+        "reference": names[1] if len(names) == 2 else None,
+        "moved": moved,
+        "units": units,
+        "axes": [f"{axis['moved']} of {axis['units']} {axis['axis']}" for axis in axes],
+        "changes": changes,
+        "converged": entry.get("converged"),
+    }
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
+    """The recipe as YAML, with the names of local folders in place of their paths."""
+    import yaml
+
+    if not recipe:
+        return None
+    return yaml.safe_dump(_without_paths(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str | PurePath) and os.path.isabs(value):
+        return f"./{PurePath(value).name}"
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def _file_name(path: str) -> str:
+    return PurePath(path).name or path
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            logger.debug("%s is not installed as a package", library)
+    return versions
+
+
+def _limits(report: ConnectivityReport | None, data: Mapping[str, Any], parents: Sequence[ParentInfo]) -> list[str]:
+    """What a reader must not conclude from this card."""
+    limits = []
+    ordinary = [parent for parent in parents if not parent.is_base]
+    if report is not None:
+        samples = f"{data['samples']} samples of one data set" if data.get("samples") else "one data set"
+        limits.append(
+            f"All numbers come from {samples}. On other data, languages or domains the merge was not measured."
+        )
+        if len(report.path) > 2:
+            limits.append(
+                f"The barrier is the largest among {len(report.path)} values of α; between them it may be higher."
+            )
+        if report.barrier.loss is None:
+            limits.append("There were no labels: features were compared, loss and metric were not measured.")
+        if len(ordinary) > 2:
+            limits.append(f"Path and layers were measured for two of the {len(ordinary)} parents.")
+        elif merge_alpha(report) is None:
+            limits.append("The merge itself does not lie on the path that was measured.")
+    limits.append("What the parents get wrong, and the biases they learnt, can be inherited by the merge.")
+    local = [parent.name for parent in parents if not parent.is_on_hub]
+    if local:
+        limits.append(f"Not on the Hub, so that others cannot repeat the merge: {', '.join(local)}.")
+    return limits
+
+
+# -- files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PublishingError(f"{path.parent} holds no {path.name}; give the output folder of a merge") from None
+    except (OSError, ValueError) as error:
+        raise PublishingError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise PublishingError(f"{path} holds no JSON object")
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise PublishingError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise PublishingError(f"{path} holds no recipe")
+    return values
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    """Writes a file so that it is there as a whole or not at all."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def main() -> None:
+    """`python -m hf_llfc.publishing.card FOLDER`: writes the card of a folder again from what lies in its llfc/."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--name", help="what the model is called; a Hub id makes the snippet run as it is")
+    parser.add_argument("--license", help="the licence, where it is not that of the parents")
+    options = parser.parse_args()
+    try:
+        print(write_card(options.folder, name=options.name, license=options.license))
+    except PublishingError as error:
+        parser.exit(2, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
