@@ -1,0 +1,667 @@
+"""A recipe: the YAML of a run as typed, strict data.
+
+A superset of what the merging community writes (`models`, `merge_method`, `base_model`, `parameters`, `dtype`,
+`out_dtype`, `tokenizer_source`), plus `align`, `diagnose`, `publish` and `output_dir`. Everything that is wrong is
+collected and raised once; an unknown key names its path and the nearest key.
+
+A relative path of a model or dataset is looked up beside the recipe file first, then in the working directory;
+`output_dir` is relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from hf_llfc.errors import RecipeError, raise_all, suggest
+from hf_llfc.evaluation.config import EvaluationConfig
+
+MERGE_METHODS = ("linear", "task_arithmetic")
+ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
+STARTS = ("identity", "activation_matching")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+LARGEST_FILE = 1_000_000
+DEEPEST = 20
+
+# Keys of other tools that people paste in, and what to write instead.
+FOREIGN_KEYS = {
+    "slices": "layers cannot be taken from different places; merge whole models under `models`",
+    "tokenizer": "write `tokenizer_source`",
+    "chat_template": "the chat template of `tokenizer_source` is kept",
+    "int8_mask": "nothing is masked here; remove it",
+    "architecture": "the architecture is read from config.json; remove it",
+    "merge": "one recipe is one merge; write its keys at the top",
+}
+
+Weight = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """A weight for the tensors or axes that match a pattern.
+
+    Attributes:
+        filter: Shell pattern or part of a tensor's name, or the name of an axis that the tensor carries.
+        value: One weight, or a gradient over the layers.
+    """
+
+    filter: str
+    value: Weight
+
+
+@dataclass(frozen=True)
+class ModelParameters:
+    """Parameters of one model.
+
+    Attributes:
+        weight: One number, a gradient over the layers, or rules of which the first that matches counts.
+    """
+
+    weight: Weight | tuple[WeightRule | float, ...] = 1.0
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of the merge.
+
+    Attributes:
+        model: Hub id, `id@revision`, or a local folder.
+        parameters: Its parameters; equal shares where no model of the recipe has a weight.
+        trust_remote_code: Whether code that comes with this checkpoint may be run.
+    """
+
+    model: str
+    parameters: ModelParameters | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class MergeParameters:
+    """Parameters of the merge.
+
+    Attributes:
+        normalize: True divides the weights by their sum; False allows weights that do not sum to one. Without it a
+            linear merge whose weights do not sum to one is an error.
+        scale: Key `lambda`; task arithmetic: factor on every model's weight.
+    """
+
+    normalize: bool | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class AlignSection:
+    """How the models are brought into the coordinates of the reference.
+
+    Attributes:
+        method: One of `ALIGNMENT_METHODS`.
+        reference: Index of the model that stays, or its id.
+        axes: Patterns of the axes that may move; all symmetric axes where empty.
+        exclude: Patterns of axes that stay, for example `residual`.
+        start: `identity`, or `activation_matching` to start weight matching from.
+        restarts: Starts of weight matching.
+        max_sweeps: Sweeps per start.
+        seed: Seed of visit orders and random starts.
+        calibration: Data for activation matching.
+    """
+
+    method: str = "weight_matching"
+    reference: int | str = 0
+    axes: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    start: str = "identity"
+    restarts: int = 2
+    max_sweeps: int = 50
+    seed: int = 0
+    calibration: EvaluationConfig | None = None
+
+
+@dataclass(frozen=True)
+class BatchNormSection:
+    """How running statistics of BatchNorm are made for merged weights.
+
+    Attributes:
+        recompute: Whether they are measured anew (REPAIR); otherwise they are averaged like weights.
+        data: Calibration data; that of `diagnose` without its labels where None. Training data are best.
+    """
+
+    recompute: bool = True
+    data: EvaluationConfig | None = None
+
+
+@dataclass(frozen=True)
+class DiagnoseSection:
+    """What is measured on the merge.
+
+    Attributes:
+        data: Task and data; its keys stand in the section itself.
+        alphas: The grid of α: a number of equal steps from 0 to 1, or values.
+        layers: Patterns of module names; block outputs and the logits where empty.
+        batch_norm: See `BatchNormSection`.
+    """
+
+    data: EvaluationConfig
+    alphas: tuple[float, ...]
+    layers: tuple[str, ...] = ()
+    batch_norm: BatchNormSection = field(default_factory=BatchNormSection)
+
+
+@dataclass(frozen=True)
+class PublishSection:
+    """Where the merge goes on the Hub.
+
+    Attributes:
+        repo_id: The repository.
+        private: Whether a new repository is private.
+        create_pr: Whether a pull request is opened instead of a commit.
+        licence: What the card says; combined from the parents where None.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    create_pr: bool = False
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run; see the module.
+
+    Attributes:
+        models: The parents; the first one's config and names are those of the result.
+        output_dir: The folder to write.
+        merge_method: One of `MERGE_METHODS`.
+        base_model: θ₀ of task arithmetic.
+        parameters: Of the merge.
+        dtype: Dtype of the result unless `out_dtype` is given; arithmetic is always exact to one rounding. That of
+            the first model where None.
+        out_dtype: Dtype of the result.
+        tokenizer_source: `base`, or the model whose tokenizer and processor files are carried over; the first where
+            None.
+        align: How the models are aligned; `method: none` where the recipe has no such section.
+        diagnose: What is measured; nothing where None.
+        publish: Where the result goes; nowhere where None.
+        overwrite: Whether an earlier output may be replaced.
+        max_shard_size: Bytes above which weights are split into several files.
+    """
+
+    models: tuple[ModelEntry, ...]
+    output_dir: str
+    merge_method: str = "linear"
+    base_model: str | None = None
+    parameters: MergeParameters = field(default_factory=MergeParameters)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    align: AlignSection = field(default_factory=lambda: AlignSection(method="none"))
+    diagnose: DiagnoseSection | None = None
+    publish: PublishSection | None = None
+    overwrite: bool = False
+    max_shard_size: int = 5_000_000_000
+
+    @property
+    def reference_index(self) -> int:
+        """Which model stays."""
+        if isinstance(self.align.reference, int):
+            return self.align.reference
+        return [entry.model for entry in self.models].index(self.align.reference)
+
+    @property
+    def result_dtype(self) -> str | None:
+        """Dtype of the written tensors; None keeps that of the first model."""
+        return self.out_dtype or self.dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data that `load_recipe` reads back; defaults left out."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        source: A YAML file, or what it says.
+        overrides: `key.sub=value` replacements; values are YAML, list entries go by index (`models.0.model=…`).
+
+    Raises:
+        RecipeError: Everything that is wrong with it.
+    """
+    if isinstance(source, Mapping):
+        content, where, folder = _copied(source), "the recipe", None
+    else:
+        content, where, folder = _read(Path(source)), str(source), Path(source).parent
+    for override in overrides:
+        _override(content, override)
+    reader = _Reader(folder)
+    recipe = reader.recipe(content)
+    raise_all(reader.problems, RecipeError, f"{where} cannot be run")
+    assert recipe is not None
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Writes a recipe as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that comes twice."""
+
+
+def _mapping_once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if isinstance(key, list | dict):
+            raise RecipeError(f"line {node.start_mark.line + 1}: a key must be a word, not {key!r}")
+        if keys.count(key) > 1:
+            raise RecipeError(f"line {node.start_mark.line + 1}: the key {key!r} comes twice")
+    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise RecipeError(f"{where}: aliases (`*name`) are not supported in a recipe")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise RecipeError(f"{where}: nested deeper than {DEEPEST} levels")
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {str(error).removeprefix(where + ': ')}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: a value cannot be read: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise RecipeError(f"{path}: larger than {LARGEST_FILE} bytes; this is no recipe")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file") from None
+    content = _parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(content).__name__}")
+    return content
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(entry) for entry in value]
+    return value
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"override {override!r}: write key.sub=value")
+    target: Any = content
+    *parents, last = path.split(".")
+    for place, key in enumerate(parents):
+        following = parents[place + 1] if place + 1 < len(parents) else last
+        if isinstance(target, list):
+            target = target[_index(target, key, override)]
+        elif isinstance(target, dict):
+            if target.get(key) is None:
+                if following.isdigit():
+                    raise RecipeError(f"override {override!r}: there is no list {key!r} in the recipe")
+                target[key] = {}
+            target = target[key]
+        else:
+            raise RecipeError(f"override {override!r}: {'.'.join(parents[:place])!r} has no keys below it")
+    value = _parse_yaml(text, f"override {override!r}")
+    if isinstance(target, list):
+        target[_index(target, last, override)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise RecipeError(f"override {override!r}: {'.'.join(parents)!r} has no keys below it")
+
+
+def _index(target: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(target):
+        raise RecipeError(f"override {override!r}: {key!r} is not one of the {len(target)} entries of that list")
+    return int(key)
+
+
+class _Reader:
+    """Turns plain data into a recipe and collects what is wrong."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.problems: list[str] = []
+
+    def recipe(self, content: Mapping[str, Any]) -> Recipe | None:
+        content = {**content}
+        for key, advice in FOREIGN_KEYS.items():
+            if key in content:
+                self.problems.append(f"{key}: {advice}")
+                del content[key]
+        self._known(content, [each.name for each in dataclasses.fields(Recipe)], "")
+        values: dict[str, Any] = {
+            "models": self._models(content.get("models")),
+            "parameters": self._section(content, "parameters", self._merge_parameters) or MergeParameters(),
+            "align": self._section(content, "align", self._align) or AlignSection(method="none"),
+            "diagnose": self._section(content, "diagnose", self._diagnose),
+            "publish": self._section(content, "publish", lambda each, path: self._build(PublishSection, each, path)),
+        }
+        plain = {
+            key: value for key, value in content.items() if key not in values and key in Recipe.__dataclass_fields__
+        }
+        values |= self._typed(Recipe, plain, "")
+        if "output_dir" not in values:
+            self.problems.append("output_dir: missing; name the folder to write")
+        if self.problems:
+            return None
+        if values.get("base_model") is not None:
+            values["base_model"] = self._located(values["base_model"])
+        recipe = Recipe(**values)
+        self._agree(recipe)
+        return recipe
+
+    def _section(self, content: Mapping[str, Any], key: str, read: Any) -> Any:
+        value = content.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.problems.append(f"{key}: a mapping of keys is expected, found {value!r}")
+            return None
+        return read(value, key)
+
+    def _models(self, value: Any) -> tuple[ModelEntry, ...]:
+        if not isinstance(value, list) or not value:
+            self.problems.append("models: a list of at least one `- model: …` is expected")
+            return ()
+        entries = []
+        for place, each in enumerate(value):
+            path = f"models.{place}"
+            if not isinstance(each, Mapping):
+                self.problems.append(f"{path}: `model: …` is expected, found {each!r}")
+                continue
+            parameters = each.get("parameters")
+            rest = {key: entry for key, entry in each.items() if key != "parameters"}
+            self._known(each, [field.name for field in dataclasses.fields(ModelEntry)], path)
+            typed = self._typed(
+                ModelEntry, {k: v for k, v in rest.items() if k in ModelEntry.__dataclass_fields__}, path
+            )
+            if "model" not in typed:
+                if "model" not in rest:
+                    self.problems.append(f"{path}.model: missing")
+                continue
+            typed["model"] = self._located(typed["model"])
+            entries.append(ModelEntry(**typed, parameters=self._model_parameters(parameters, f"{path}.parameters")))
+        return tuple(entries)
+
+    def _model_parameters(self, value: Any, path: str) -> ModelParameters | None:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.problems.append(f"{path}: a mapping with `weight` is expected, found {value!r}")
+            return None
+        self._known(value, ["weight"], path)
+        return ModelParameters(self._weight(value.get("weight", 1.0), f"{path}.weight"))
+
+    def _weight(self, value: Any, path: str) -> Any:
+        if _is_number(value):
+            return float(value)
+        if isinstance(value, list) and value and all(_is_number(each) for each in value):
+            return tuple(float(each) for each in value)
+        if isinstance(value, list) and value and all(isinstance(each, Mapping) or _is_number(each) for each in value):
+            rules: list[WeightRule | float] = []
+            for place, each in enumerate(value):
+                if _is_number(each):
+                    rules.append(float(each))
+                    continue
+                self._known(each, ["filter", "value"], f"{path}.{place}")
+                rule = self._weight(each.get("value"), f"{path}.{place}.value")
+                if isinstance(rule, float) or (isinstance(rule, tuple) and all(_is_number(r) for r in rule)):
+                    rules.append(WeightRule(str(each["filter"]), rule) if "filter" in each else float(rule))
+                elif rule is not None:
+                    self.problems.append(f"{path}.{place}.value: a number or a list of numbers is expected")
+            return tuple(rules)
+        self.problems.append(
+            f"{path}: a finite number, a list of numbers or of filter/value pairs is expected, found {value!r}"
+        )
+        return None
+
+    def _merge_parameters(self, value: Mapping[str, Any], path: str) -> MergeParameters | None:
+        renamed = {("scale" if key == "lambda" else key): each for key, each in value.items() if key != "scale"}
+        self._known(value, ["normalize", "lambda"], path)
+        return self._build(MergeParameters, {k: v for k, v in renamed.items() if k in ("normalize", "scale")}, path)
+
+    def _align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:
+        calibration = self._data(value.get("calibration"), f"{path}.calibration")
+        built: AlignSection | None = self._build(AlignSection, {**value, "calibration": calibration}, path)
+        if built is not None:
+            self._choice(built.method, ALIGNMENT_METHODS, f"{path}.method")
+            self._choice(built.start, STARTS, f"{path}.start")
+            for name in ("restarts", "max_sweeps"):
+                if vars(built)[name] < 1:
+                    self.problems.append(f"{path}.{name}: at least 1 is expected, found {vars(built)[name]}")
+        return built
+
+    def _diagnose(self, value: Mapping[str, Any], path: str) -> DiagnoseSection | None:
+        own = ("alphas", "layers", "batch_norm")
+        settings = {key: each for key, each in value.items() if key not in own}
+        data = self._data(settings, path, more=own)
+        alphas = self._alphas(value.get("alphas", 11), f"{path}.alphas")
+        layers = value.get("layers") or []
+        layers = [layers] if isinstance(layers, str) else layers
+        if not isinstance(layers, list) or not all(isinstance(each, str) for each in layers):
+            self.problems.append(f"{path}.layers: a list of module patterns is expected, found {layers!r}")
+            layers = []
+        batch_norm = value.get("batch_norm")
+        section = BatchNormSection()
+        if isinstance(batch_norm, Mapping):
+            calibration = {key: each for key, each in batch_norm.items() if key != "recompute"}
+            recompute = batch_norm.get("recompute", True)
+            if not isinstance(recompute, bool):
+                self.problems.append(f"{path}.batch_norm.recompute: true or false is expected, found {recompute!r}")
+            if calibration:
+                calibration = {**settings, **calibration, "labels": False}
+            section = BatchNormSection(recompute is True, self._data(calibration or None, f"{path}.batch_norm"))
+        elif batch_norm is not None:
+            self.problems.append(f"{path}.batch_norm: a mapping of keys is expected, found {batch_norm!r}")
+        return None if data is None else DiagnoseSection(data, alphas, tuple(layers), section)
+
+    def _alphas(self, value: Any, path: str) -> tuple[float, ...]:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 3:
+            return tuple(round(step / (value - 1), 12) for step in range(value))
+        if isinstance(value, list) and value and all(_is_number(each) and 0 <= each <= 1 for each in value):
+            return tuple(sorted({float(each) for each in value}))
+        self.problems.append(
+            f"{path}: a number of at least 3 or a list of values from 0 to 1 is expected, found {value!r}"
+        )
+        return ()
+
+    def _data(self, value: Any, path: str, more: Sequence[str] = ()) -> EvaluationConfig | None:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            self.problems.append(f"{path}: a mapping of keys is expected, found {value!r}")
+            return None
+        fields = [each.name for each in dataclasses.fields(EvaluationConfig)]
+        self._known(value, [*fields, *more], path)
+        missing = [name for name in ("task", "dataset") if name not in value]
+        self.problems += [f"{path}.{name}: missing" for name in missing]
+        known = {key: each for key, each in value.items() if key in fields}
+        if missing or len(known) != len(value):
+            return None
+        if isinstance(known["dataset"], str):
+            known["dataset"] = self._located(known["dataset"])
+        typed = {key: tuple(each) if isinstance(each, list) else each for key, each in known.items()}
+        try:
+            return EvaluationConfig(**typed)
+        except ValueError as error:
+            lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+            self.problems += [f"{path}: {line}" for line in (lines[1:] or lines)]
+        except TypeError as error:
+            self.problems.append(f"{path}: {error}")
+        return None
+
+    def _located(self, name: str) -> str:
+        """A relative path beside the recipe file, where there is one; else the name as it is."""
+        if self.folder is not None and not Path(name).is_absolute() and (self.folder / name).exists():
+            return str(self.folder / name)
+        return name
+
+    def _build(self, kind: Any, value: Mapping[str, Any], path: str) -> Any:
+        names = [each.name for each in dataclasses.fields(kind)]
+        self._known(value, names, path)
+        before = len(self.problems)
+        typed = self._typed(kind, {key: each for key, each in value.items() if key in names}, path)
+        for each in dataclasses.fields(kind):
+            required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+            if required and each.name not in value:
+                self.problems.append(f"{path}.{each.name}: missing")
+        return kind(**typed) if len(self.problems) == before else None
+
+    def _typed(self, kind: Any, value: Mapping[str, Any], path: str) -> dict[str, Any]:
+        hints = get_type_hints(kind)
+        typed = {}
+        for key, each in value.items():
+            fits, converted = _fit(each, hints[key])
+            if fits:
+                typed[key] = converted
+            else:
+                self.problems.append(f"{_join(path, key)}: {_describe(hints[key])} is expected, found {each!r}")
+        return typed
+
+    def _known(self, value: Mapping[str, Any], names: Sequence[str], path: str) -> None:
+        for key in value:
+            if key not in names:
+                hint = suggest(str(key), names) or f" (known: {', '.join(names)})"
+                self.problems.append(f"{_join(path, str(key))}: unknown key{hint}")
+
+    def _choice(self, value: str, choices: Sequence[str], path: str) -> None:
+        if value not in choices:
+            self.problems.append(f"{path}: unknown {value!r}{suggest(value, choices)} (known: {', '.join(choices)})")
+
+    def _agree(self, recipe: Recipe) -> None:
+        """What no single key can tell."""
+        self._choice(recipe.merge_method, MERGE_METHODS, "merge_method")
+        for key in ("dtype", "out_dtype"):
+            if vars(recipe)[key] is not None:
+                self._choice(vars(recipe)[key], DTYPES, key)
+        if recipe.merge_method == "task_arithmetic" and recipe.base_model is None:
+            self.problems.append("base_model: task_arithmetic needs one")
+        if recipe.merge_method == "linear":
+            if recipe.base_model is not None:
+                self.problems.append(
+                    "base_model: has no meaning for a linear merge; list it under `models` or remove it"
+                )
+            if recipe.parameters.scale != 1.0:
+                self.problems.append("parameters.lambda: has no meaning for a linear merge")
+        given = [entry.parameters is not None for entry in recipe.models]
+        if any(given) and not all(given):
+            missing = [f"models.{place}" for place, has in enumerate(given) if not has]
+            self.problems.append(
+                f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none"
+            )
+        weights = [entry.parameters.weight for entry in recipe.models if entry.parameters is not None]
+        if recipe.merge_method == "linear" and recipe.parameters.normalize is None and all(given):
+            if all(isinstance(weight, float) for weight in weights):
+                total = sum(weight for weight in weights if isinstance(weight, float))
+                if abs(total - 1) > 1e-6:
+                    self.problems.append(
+                        f"models: the weights sum to {total:g}, not to 1; write `parameters: {{normalize: true}}` to divide "
+                        "them by their sum, or `normalize: false` if this is meant"
+                    )
+        names = [entry.model for entry in recipe.models]
+        reference = recipe.align.reference
+        if isinstance(reference, int) and not 0 <= reference < len(names):
+            self.problems.append(f"align.reference: there is no model {reference}; models are counted from 0")
+        if isinstance(reference, str) and reference not in names:
+            self.problems.append(f"align.reference: {reference!r} is not one of the models{suggest(reference, names)}")
+        if recipe.align.calibration is None and recipe.align.method != "none":
+            if "activation_matching" in (recipe.align.method, recipe.align.start):
+                self.problems.append("align.calibration: activation matching needs calibration data")
+        if recipe.tokenizer_source == "union":
+            self.problems.append("tokenizer_source: `union` is not supported; models must share their vocabulary")
+        elif recipe.tokenizer_source == "base" and recipe.base_model is None:
+            self.problems.append("tokenizer_source: `base` needs a base_model")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Whether a plain value fits a type, and the value in that type."""
+    if get_origin(hint) in (Union, UnionType):
+        for option in get_args(hint):
+            fits, converted = _fit(value, option)
+            if fits:
+                return True, converted
+        return False, None
+    if get_origin(hint) is tuple:
+        entries = [value] if isinstance(value, str) else value
+        if not isinstance(entries, list | tuple):
+            return False, None
+        fitted = [_fit(each, get_args(hint)[0]) for each in entries]
+        return all(fits for fits, _ in fitted), tuple(converted for _, converted in fitted)
+    if hint is type(None):
+        return value is None, None
+    if hint is float:
+        return _is_number(value), float(value) if _is_number(value) else None
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if hint is str:
+        # `output_dir: 2024` is a folder name all the same.
+        return isinstance(value, str) or _is_number(value), str(value)
+    return isinstance(value, hint), value
+
+
+def _describe(hint: Any) -> str:
+    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "nothing"}
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list of {_describe(get_args(hint)[0])}"
+    return words.get(hint, str(hint))
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as mappings without their defaults, the diagnose section with its data spread out."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if isinstance(value, Path):
+            return str(value)
+        return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+    plain: dict[str, Any] = {}
+    for each in dataclasses.fields(value):
+        entry = vars(value)[each.name]
+        default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+        if entry == default and not isinstance(value, WeightRule):
+            continue
+        key = "lambda" if (isinstance(value, MergeParameters) and each.name == "scale") else each.name
+        if each.name == "data" and isinstance(value, DiagnoseSection | BatchNormSection):
+            plain |= {
+                name: part
+                for name, part in _plain(entry).items()
+                if name != "labels" or isinstance(value, DiagnoseSection)
+            }
+        else:
+            plain[key] = _plain(entry)
+    return plain
