@@ -127,23 +127,23 @@ def plot_layers(report: ConnectivityReport) -> Figure | None:
         axis.set_xlim(-0.6, len(rows) - 0.4)
         axis.set_xticks(ticks)
     rotation = {} if upright else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    coefficient_axis.set_xticklabels([labels[tick] for tick in ticks], **rotation)
+    coefficient_axis.set_xticklabels([_literal(labels[tick]) for tick in ticks], **rotation)
     prefix = common_prefix([row.layer for row in rows])
-    coefficient_axis.set_xlabel(f"layer (short names: {prefix}*)" if prefix else "layer")
+    coefficient_axis.set_xlabel(f"layer (short names: {_literal(prefix)}*)" if prefix else "layer")
     _draw_legend(figure, [distance_axis], columns=3, title="mean over samples; band: × and ÷ (1 + std/mean)")
     return figure
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """The longest run of whole dotted parts that most of the names start with, as `bert.encoder.layer.`."""
+    """The run of whole dotted parts that saves most when it is left out of the names, as `bert.encoder.layer.`."""
     counts: dict[str, int] = {}
     for name in names:
         parts = name.split(".")
         for length in range(1, len(parts)):
             prefix = ".".join(parts[:length]) + "."
             counts[prefix] = counts.get(prefix, 0) + 1
-    common = [prefix for prefix, count in counts.items() if count >= 2 and count >= 0.6 * len(names)]
-    return max(common, key=len, default="")
+    shared = [prefix for prefix, count in counts.items() if count > 1]
+    return max(shared, key=lambda prefix: counts[prefix] * len(prefix), default="")
 
 
 def short_layer_names(names: Sequence[str]) -> list[str]:
@@ -151,7 +151,7 @@ def short_layer_names(names: Sequence[str]) -> list[str]:
     prefix = common_prefix(names)
     shortened = []
     for name in names:
-        short = name.removeprefix(prefix) if name != prefix else name
+        short = name.removeprefix(prefix)
         if short == name and "." in name:
             short = name.rsplit(".", 1)[-1]
         shortened.append(short if len(short) <= 16 else f"{short[:7]}…{short[-8:]}")
@@ -341,7 +341,12 @@ def _draw_coefficients(axis: Axes, rows: Sequence[LayerRow]) -> None:
 
 
 def plain_name(model_id: Any, most: int) -> str:
-    """The last part of a model's name or path, without what matplotlib would read as mathematics."""
-    name = re.split(r"[/\\]", str(model_id or "?").rstrip("/\\"))[-1].replace("$", r"\$")
+    """The last part of a model's name or path."""
+    name = re.split(r"[/\\]", str(model_id or "?").rstrip("/\\"))[-1]
     name = "".join(character if character.isprintable() else " " for character in name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return _literal(name if len(name) <= most else name[: most - 1] + "…")
+
+
+def _literal(text: str) -> str:
+    """Text of which matplotlib reads nothing as mathematics."""
+    return text.replace("$", r"\$")

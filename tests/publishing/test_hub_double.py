@@ -232,9 +232,7 @@ def test_a_card_can_be_validated_alone(hub: HubDouble) -> None:
 def test_a_child_process_finds_the_double(hub: HubDouble) -> None:
     hub.add_repo("me/model", FILES)
     program = "import huggingface_hub as h; print(h.whoami()['name'], h.model_info('me/model').sha)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=hub.env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=hub.env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["me", hub.commits("me/model")[0].sha]
 
 
@@ -242,9 +240,7 @@ def test_transformers_loads_a_model_by_its_id(hub: HubDouble, tmp_path: Path) ->
     import torch
     from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
-    )
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
     model = BertForSequenceClassification(config)
     model.push_to_hub("me/tiny", private=True)
     assert set(hub.files("me/tiny")) >= {"config.json", "model.safetensors"}

@@ -1,0 +1,129 @@
+"""A finished merge as the publishing tests need it: a folder, its recipe and its report."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+A_REVISION = "0123456789abcdef0123456789abcdef01234567"
+B_REVISION = "fedcba9876543210fedcba9876543210fedcba98"
+VERSIONS = {"python": "3.11.7", "hf-llfc": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
+CONFIG = {"architectures": ["BertForSequenceClassification"], "model_type": "bert", "hidden_size": 8}
+MODELS: list[dict[str, Any]] = [
+    {
+        "id": "ada/bert-tweets",
+        "revision": A_REVISION,
+        "weight": 0.5,
+        "card": {"license": "mit", "language": "en", "datasets": ["ada/tweets"]},
+    },
+    {
+        "id": "grace/bert-films",
+        "revision": B_REVISION,
+        "weight": 0.5,
+        "card": {"license": "mit", "language": ["en", "fr"]},
+    },
+]
+ALIGNMENT: dict[str, Any] = {
+    "method": "weight_matching",
+    "objective_before": 812.5,
+    "objective_after": 1000.0,
+    "cosine_before": 0.8125,
+    "cosine_after": 1.0,
+    "converged": True,
+    "reference": "ada/bert-tweets",
+    "model": "grace/bert-films",
+    "axes": [{"axis": "neurons", "moved": 30, "units": 32}, {"axis": "heads", "moved": 0, "units": 4}],
+}
+RECIPE: dict[str, Any] = {
+    "models": [
+        {"model": f"ada/bert-tweets@{A_REVISION}", "parameters": {"weight": 0.5}},
+        {"model": f"grace/bert-films@{B_REVISION}", "parameters": {"weight": 0.5}},
+    ],
+    "merge_method": "linear",
+    "align": {"method": "weight_matching", "seed": 0},
+    "output_dir": "merged",
+}
+
+
+def statistic(mean: float | None, std: float | None = 0.0) -> dict[str, float | None]:
+    return {"mean": mean, "std": std}
+
+
+def layer(name: str, alpha: float, llfc: float, baseline: float, coefficient: float) -> dict[str, Any]:
+    return {
+        "layer": name,
+        "alpha": alpha,
+        "llfc": statistic(llfc, llfc / 2),
+        "baseline": statistic(baseline, baseline / 2),
+        "coefficient": statistic(coefficient, 0.01),
+    }
+
+
+def make_report(**changes: Any) -> dict[str, Any]:
+    """A report of eleven α and four layers, with some of its parts changed."""
+    path = []
+    for step in range(11):
+        alpha = step / 10
+        bump = 4 * alpha * (1 - alpha)
+        loss = 0.5 * (1 - alpha) + 0.25 * alpha + 0.125 * bump
+        accuracy = 0.75 * (1 - alpha) + 0.875 * alpha - 0.0625 * bump
+        path.append({"alpha": alpha, "loss": loss, "metrics": {"accuracy": accuracy}})
+    rows = []
+    for name, llfc, baseline, coefficient in (
+        ("bert.embeddings", 0.0, 0.0, 1.0),
+        ("bert.encoder.layer.0", 0.0002, 0.03, 0.998),
+        ("bert.encoder.layer.1", 0.0078, 0.18, 0.98),
+        ("logits", 0.04, 0.32, 0.91),
+    ):
+        rows += [layer(name, alpha, llfc * 4 * alpha * (1 - alpha), baseline, coefficient) for alpha in (0.25, 0.5)]
+    report = {
+        "schema": "hf_llfc.report/1",
+        "models": [{key: model[key] for key in ("id", "revision", "weight")} for model in MODELS],
+        "path": path,
+        "barrier": {"loss": 0.125, "error": 0.0625},
+        "layers": rows,
+        "verdict": {"answer": "merge", "because": "the barrier is low and the logits are the blend of the parents'"},
+        "data": {
+            "task": "text-classification",
+            "dataset": "ada/reviews@abc123",
+            "name": "plain",
+            "split": "test[:512]",
+            "samples": 512,
+        },
+        "alignment": {"method": "weight_matching"},
+        "versions": VERSIONS,
+    }
+    return {**report, **changes}
+
+
+def make_folder(
+    folder: Path,
+    *,
+    config: Mapping[str, Any] = CONFIG,
+    report: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] = RECIPE,
+    card: str = "---\nlicense: mit\ntags:\n- merge\n- hf-llfc\n---\n\n# A merge\n",
+    seed: int = 0,
+) -> Path:
+    """An output folder with two shards, tokenizer, card and what lies in llfc/."""
+    (folder / "llfc").mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    generator = np.random.default_rng(seed)
+    weight_map = {}
+    for number in (1, 2):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        names = [f"layer.{number}.weight", f"layer.{number}.bias"]
+        save_file({name: generator.standard_normal((16, 8)).astype(np.float32) for name in names}, folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = {"metadata": {"total_size": 2048}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "README.md").write_text(card)
+    (folder / "llfc" / "recipe.yaml").write_text(yaml.safe_dump(dict(recipe)))
+    if report is not None:
+        (folder / "llfc" / "llfc_report.json").write_text(json.dumps(report))
+    return folder
