@@ -210,6 +210,11 @@ def refuse_quantised(where: str, quantization_config: Any) -> None:
         )
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def open_weights(files: Files, explicit: str | None = None) -> Weights:
     """Finds the weight files and checks their headers; of safetensors nothing else is fetched.
 
@@ -335,7 +340,7 @@ def _load_pickle(path: Path, where: str) -> Mapping[Any, Any]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{where}: the file is cut off or corrupt ({str(error).splitlines()[0]:.200}); fetch or save it again"
+            f"{where}: the file is cut off or corrupt ({first_line(error)}); fetch or save it again"
         ) from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{where}: expected tensors by name, found a {type(state).__name__}")

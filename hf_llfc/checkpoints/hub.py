@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from hf_llfc.checkpoints.files import CONFIG_FILE, local_sizes
+from hf_llfc.checkpoints.files import CONFIG_FILE, first_line, local_sizes
 from hf_llfc.checkpoints.header import LENGTH_BYTES, Header, header_length, parse_header, read_header
 from hf_llfc.errors import CheckpointError
 
@@ -168,17 +168,13 @@ def _explained(repo_id: str, where: str) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise CheckpointError(f"{where}: a file of the checkpoint is gone from the Hub ({error})") from error
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{where}: the Hub refused ({_first_line(error)}); try again later") from error
+        raise CheckpointError(f"{where}: the Hub refused ({first_line(error)}); try again later") from error
     except OSError as error:
-        raise CheckpointError(f"{where}: the download failed ({_first_line(error)})") from error
+        raise CheckpointError(f"{where}: the download failed ({first_line(error)})") from error
     except Exception as error:
         # The client's transport has errors of its own, in a package that changes between its versions.
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"):
             raise
         raise CheckpointError(
-            f"{where}: the Hub cannot be reached ({_first_line(error)}); check the connection and try again"
+            f"{where}: the Hub cannot be reached ({first_line(error)}); check the connection and try again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

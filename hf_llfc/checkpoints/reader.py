@@ -186,8 +186,8 @@ def _open_files(files: Files, trust_remote_code: bool) -> Checkpoint:
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
     refuse_quantised(files.where, raw.get("quantization_config"))
     companions = _fetch_companions(files)
+    architecture = _architecture(f"{files.where}/{CONFIG_FILE}", raw)
     config = _config(files, raw, trust_remote_code)
-    architecture = _architecture(files.where, raw)
     model_class = None
     if architecture is not None and not isinstance(config, _UnknownConfig):
         model_class = _model_class(files, architecture, config, trust_remote_code)
