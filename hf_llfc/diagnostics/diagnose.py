@@ -96,17 +96,17 @@ def diagnose_models(
         if data.labelled and selected[-1].label != LOGITS:
             raise EvaluationError(f"{type(model_a).__name__} has no logits; a model with a task head is needed")
         buffers = _recomputed_batch_norm(path, grid, batch_norm_data)
-        walk = _Walk.start(model_a, model_b, path, selected, grid, buffers, data)
+        lockstep = Lockstep.start(model_a, model_b, path, selected, grid, buffers, data)
         problem: str | None = None
         total = data.batch_count(rank, world)
         try:
             for done, (batch, sample_ids) in enumerate(data.batches(rank, world), start=1):
-                walk.add(batch, sample_ids)
+                lockstep.add(batch, sample_ids)
                 if on_batch is not None:
                     on_batch(done, total)
         except EvaluationError as error:
             problem = str(error)
-    sums = walk.sums
+    sums = lockstep.sums
     if accelerator is None:
         problems_over_processes([problem])
     else:
@@ -146,7 +146,7 @@ def _recomputed_batch_norm(
 
 
 @dataclass
-class _Sums:
+class PathSums:
     """All that is kept of the samples seen.
 
     Args:
@@ -161,19 +161,21 @@ class _Sums:
     coefficient: RunningMoments
     baseline: RunningMoments
 
-    def merge(self, other: _Sums) -> None:
+    def merge(self, other: PathSums) -> None:
+        """Adds what another process has gathered."""
         for alpha, scores in self.scores.items():
             scores.merge(other.scores[alpha])
         self.llfc.merge(other.llfc)
         self.coefficient.merge(other.coefficient)
         self.baseline.merge(other.baseline)
 
-    def cpu(self) -> _Sums:
-        return _Sums(self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu())
+    def cpu(self) -> PathSums:
+        """A copy in main memory, for other processes."""
+        return PathSums(self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu())
 
 
 @dataclass(frozen=True)
-class _Walk:
+class Lockstep:
     """The lockstep: what one batch does to the sums."""
 
     model_a: PreTrainedModel
@@ -183,7 +185,7 @@ class _Walk:
     grid: tuple[float, ...]
     buffers: Mapping[float, Mapping[str, torch.Tensor]]
     data: EvaluationData
-    sums: _Sums
+    sums: PathSums
 
     @classmethod
     def start(
@@ -195,11 +197,11 @@ class _Walk:
         grid: tuple[float, ...],
         buffers: Mapping[float, Mapping[str, torch.Tensor]],
         data: EvaluationData,
-    ) -> _Walk:
-        """A walk that has seen nothing yet."""
+    ) -> Lockstep:
+        """A lockstep that has seen nothing yet."""
         device = model_a.device
         shape = (len(grid), len(layers))
-        sums = _Sums(
+        sums = PathSums(
             {alpha: ScoreSums() for alpha in sorted({*grid, 0.0, 1.0})},
             RunningMoments.zeros(*shape, device=device),
             RunningMoments.zeros(*shape, device=device),
@@ -315,7 +317,7 @@ class _Walk:
 
 
 def _report(
-    sums: _Sums,
+    sums: PathSums,
     layers: Sequence[Layer],
     grid: Sequence[float],
     data: EvaluationData,

@@ -205,7 +205,7 @@ def _label(call: _Call, runs: Counter[str]) -> str:
 
 
 def _trial(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tuple[list[_Call], torch.Tensor | None]:
-    """Runs the model once and notes what every module takes and gives."""
+    """Runs the model once and notes what floating-point tensors every module takes and gives."""
     calls: list[_Call] = []
     seen: Counter[str] = Counter()
     handles = []
@@ -217,13 +217,13 @@ def _trial(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tuple[l
             pending.append(seen[name])
             seen[name] += 1
             tensor = first_tensor([args, kwargs])
-            if tensor is not None:
+            if tensor is not None and tensor.is_floating_point():
                 calls.append(_Call(name, pending[-1], "input", tensor, tensor._version))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             number = pending.pop()
             tensor = first_tensor(output)
-            if tensor is not None:
+            if tensor is not None and tensor.is_floating_point():
                 calls.append(_Call(name, number, "output", tensor, tensor._version))
 
         return before, after
@@ -378,16 +378,15 @@ def sample_vectors(features: torch.Tensor, layer: Layer, n: int, attention_mask:
     Raises:
         EvaluationError: The tensor does not divide into samples and tokens as it did in the trial run.
     """
-    if layer.token_axes == (-1,) and attention_mask is not None:
-        tokens = attention_mask.shape[1]
-        fits = features.shape[0] == n * tokens
-        features_ = features.reshape(n, tokens, *features.shape[1:]) if fits else features
-        axes: tuple[int, ...] = (1,)
+    axes, divided = layer.token_axes, features
+    if axes == (-1,):
+        assert attention_mask is not None, "tokens without their own dimension are told apart by the mask"
+        fits = features.shape[0] == attention_mask.numel()
+        axes, divided = (1,), features.reshape(*attention_mask.shape, *features.shape[1:]) if fits else features
     else:
-        features_, axes = features, layer.token_axes
-    fits = features_.shape[0] == n and (
-        attention_mask is None or all(features_.shape[axis] == attention_mask.shape[1] for axis in axes)
-    )
+        fits = features.shape[0] == n
+    if attention_mask is not None:
+        fits = fits and all(divided.shape[axis] == attention_mask.shape[1] for axis in axes)
     if not fits:
         raise EvaluationError(
             f"layer {layer.label!r} gave a tensor of shape {tuple(features.shape)} for {n} samples, unlike in its "
@@ -395,7 +394,7 @@ def sample_vectors(features: torch.Tensor, layer: Layer, n: int, attention_mask:
         )
     if attention_mask is not None:
         for axis in axes:
-            shape = [1] * features_.dim()
+            shape = [1] * divided.dim()
             shape[0], shape[axis] = attention_mask.shape
-            features_ = features_.masked_fill(attention_mask.reshape(shape) == 0, 0)
-    return features_.reshape(n, -1)
+            divided = divided.masked_fill(attention_mask.reshape(shape) == 0, 0)
+    return divided.reshape(n, -1)

@@ -55,7 +55,7 @@ def cosine_distance(xx: torch.Tensor, xy: torch.Tensor, yy: torch.Tensor) -> tor
     Returns:
         Values from 0 to 2.
     """
-    norms = xx.sqrt() * yy.sqrt()
+    norms = (xx * yy).sqrt()
     cosine = (xy / norms).clamp(-1, 1)
     both_zero = (xx == 0) & (yy == 0)
     cosine = torch.where(norms == 0, torch.zeros_like(cosine), cosine)
