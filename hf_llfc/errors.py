@@ -7,6 +7,8 @@ and what to do next.
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LISTED = 30
+
 
 class LLFCError(ValueError):
     """The input is at fault; the message is complete and needs no traceback."""
@@ -37,7 +39,7 @@ class PublishingError(LLFCError):
 
 
 def raise_all(problems: Sequence[str], kind: type[LLFCError], heading: str) -> None:
-    """Raises one error that lists every problem, and returns silently if there is none.
+    """Raises one error that lists the problems, at most the first thirty, and returns silently if there is none.
 
     Args:
         problems: One message per problem.
@@ -52,8 +54,10 @@ def raise_all(problems: Sequence[str], kind: type[LLFCError], heading: str) -> N
     if len(problems) == 1:
         raise kind(f"{heading}: {problems[0]}")
     lines = [f"{heading}: {len(problems)} problems"]
-    for problem in problems:
+    for problem in problems[:_LISTED]:
         lines.append("  - " + problem.replace("\n", "\n    "))
+    if len(problems) > _LISTED:
+        lines.append(f"  and {len(problems) - _LISTED} more")
     raise kind("\n".join(lines))
 
 

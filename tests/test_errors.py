@@ -40,6 +40,13 @@ def test_all_problems_are_raised_at_once():
     assert str(caught.value) == ("these do not fit: 2 problems\n  - a is missing\n  - b is odd\n    in two ways")
 
 
+def test_a_long_list_is_cut_and_counted():
+    with pytest.raises(CheckpointError) as caught:
+        raise_all([f"problem {index}" for index in range(40)], CheckpointError, "all wrong")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "all wrong: 40 problems" and lines[30] == "  - problem 29" and lines[31] == "  and 10 more"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -46,12 +46,12 @@ def compare(checkpoints: Sequence[Checkpoint]) -> list[str]:
 def _compare_pair(first: Checkpoint, other: Checkpoint) -> list[str]:
     type_1, type_2 = first.config.model_type, other.config.model_type
     if type_1 != type_2:
-        return [f"{other.id}: the model type is {type_2}, but that of {first.id} is {type_1}"]
+        return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
     problems = list(_config_problems(first, other))
     if first.architecture != other.architecture:
         problems.append(
-            f"{other.id}: the architecture is {other.architecture}, but that of {first.id} is {first.architecture};"
-            " save both with the same model class"
+            f"{other.label}: the architecture is {other.architecture}, but that of {first.label} is"
+            f" {first.architecture}; save both with the same model class"
         )
     else:
         problems += _tensor_problems(first, other)
@@ -64,7 +64,7 @@ def _config_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     values_1, values_2 = dict(_flat(first.config.to_dict())), dict(_flat(other.config.to_dict()))
     for key, value in values_1.items():
         if key in values_2 and values_2[key] != value:
-            yield f"{other.id}: {key} in the config is {values_2[key]!r}, but in that of {first.id} {value!r}"
+            yield f"{other.label}: {key} in the config is {values_2[key]!r}, but in that of {first.label} {value!r}"
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -80,16 +80,16 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _tensor_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     absent = [name for name in first.tensors if name not in other.tensors]
     if absent:
-        yield f"{other.id}: lacks {_listed(absent)}, which {first.id} has"
+        yield f"{other.label}: lacks {_listed(absent)}, which {first.label} has"
     extra = [name for name in other.tensors if name not in first.tensors]
     if extra:
-        yield f"{other.id}: has {_listed(extra)}, which {first.id} lacks"
+        yield f"{other.label}: has {_listed(extra)}, which {first.label} lacks"
     unused_1, unused_2 = set(first.unused), set(other.unused)
     if unused_1 != unused_2:
         names = sorted(unused_1 ^ unused_2)
         yield (
-            f"{other.id}: one of the two files holds {_listed(names)}, the other does not, and {first.architecture} has"
-            " no use for that; save the model again with save_pretrained if it can be left out"
+            f"{other.label}: one of the two files holds {_listed(names)}, the other does not, and"
+            f" {first.architecture} has no use for that; save the model again with save_pretrained if it can be left out"
         )
     shapes, kinds = [], []
     for name, info in first.tensors.items():
@@ -101,9 +101,9 @@ def _tensor_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         if found.dtype.is_floating_point != info.dtype.is_floating_point:
             kinds.append(f"{name} {found.dtype} against {info.dtype}")
     if shapes:
-        yield f"{other.id}: other shapes than in {first.id}: {_few(shapes, '; ')}"
+        yield f"{other.label}: other shapes than in {first.label}: {_few(shapes, '; ')}"
     if kinds:
-        yield f"{other.id}: other kinds of numbers than in {first.id}: {_few(kinds, '; ')}"
+        yield f"{other.label}: other kinds of numbers than in {first.label}: {_few(kinds, '; ')}"
 
 
 def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
@@ -117,8 +117,8 @@ def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         generic = f"LABEL_{index}"
         if label_1.casefold() != label_2.casefold() and generic not in (label_1, label_2):
             yield (
-                f"{other.id}: class {index} is {label_2!r}, but that of {first.id} is {label_1!r}; bring the classes"
-                " into one order"
+                f"{other.label}: class {index} is {label_2!r}, but that of {first.label} is {label_1!r}; bring the"
+                " classes into one order"
             )
             return
 
@@ -135,7 +135,7 @@ def _vocabulary_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         for index in differing[:_EXAMPLES]
     ]
     yield (
-        f"{other.id}: the vocabulary has {len(vocabulary_2)} tokens and differs from that of {first.id} with"
+        f"{other.label}: the vocabulary has {len(vocabulary_2)} tokens and differs from that of {first.label} with"
         f" {len(vocabulary_1)} in {len(differing)}: {', '.join(examples)}"
     )
 
@@ -151,7 +151,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     except Exception as error:  # both libraries raise whatever they meet in a tokenizer's files
         logger.warning(
-            "%s: the tokenizer cannot be read, so the vocabularies are not compared: %s", checkpoint.id, error
+            "%s: the tokenizer cannot be read, so the vocabularies are not compared: %s", checkpoint.label, error
         )
     return None
 

@@ -57,8 +57,13 @@ class Files(Protocol):
     """Where the files of a checkpoint come from."""
 
     @property
+    def id(self) -> str:
+        """The repository on the Hub, or the folder as the user named it."""
+        ...
+
+    @property
     def where(self) -> str:
-        """What error messages call the checkpoint."""
+        """What error messages call the checkpoint; with the revision if the user named one."""
         ...
 
     @property
@@ -91,6 +96,11 @@ class LocalFiles:
     where: str
     folder: Path
     revision: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The folder as the user named it."""
+        return self.where
 
     def sizes(self) -> Mapping[str, int]:
         """Path below the folder → size in bytes."""
@@ -174,8 +184,9 @@ class TensorWeights:
 
 
 def local_sizes(folder: Path) -> dict[str, int]:
-    """Path below a folder → size in bytes, of every file that can be reached."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Path below a folder → size in bytes, of every file in it and in its folders."""
+    # Nothing that belongs to a checkpoint lies deeper, and below may be a whole tree of other runs.
+    files = sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
@@ -188,7 +199,9 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{where}: the file cannot be read ({error.strerror}); check its permissions") from error
+        raise CheckpointError(
+            f"{where}: the file cannot be read ({error.strerror}); check that it is there and that you may read it"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON ({error}); fetch or save the file again") from error
     if not isinstance(value, dict):
@@ -212,10 +225,10 @@ def refuse_quantised(where: str, quantization_config: Any) -> None:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its kind if it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def open_weights(files: Files, explicit: str | None = None) -> Weights:
+def open_weights(files: Files, explicit: Any = None) -> Weights:
     """Finds the weight files and checks their headers; of safetensors nothing else is fetched.
 
     Args:
@@ -227,7 +240,7 @@ def open_weights(files: Files, explicit: str | None = None) -> Weights:
     """
     names = files.sizes()
     if explicit is not None:
-        if _is_outside(explicit) or explicit not in names:
+        if not isinstance(explicit, str) or _is_outside(explicit) or explicit not in names:
             raise CheckpointError(
                 f"{files.where}: transformers_weights in {CONFIG_FILE} is {explicit!r}, which is not a file of the"
                 " checkpoint; remove the key or fetch the file"

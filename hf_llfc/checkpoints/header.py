@@ -119,7 +119,9 @@ def read_header(path: Path, where: str) -> Header:
             length = header_length(file.read(LENGTH_BYTES), file_size, where)
             content = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{where}: the file cannot be read ({error.strerror}); check its permissions") from error
+        raise CheckpointError(
+            f"{where}: the file cannot be read ({error.strerror}); check that it is there and that you may read it"
+        ) from error
     return parse_header(content, file_size, where)
 
 

@@ -42,16 +42,16 @@ _FIRST_REQUEST_BYTES = 100_000  # enough for the headers of nearly all files in 
 class HubFiles:
     """A checkpoint at one commit of a repository on the Hub, or in the Hub's cache."""
 
+    id: str
     where: str
     folder: Path
     revision: str
-    repo_id: str
     token: str | bool | None
 
     def sizes(self) -> Mapping[str, int]:
         """Path below the folder → size in bytes; offline perhaps only of what is in the cache."""
         try:
-            tree = get_cached_repo_tree(self.repo_id, revision=self.revision)
+            tree = get_cached_repo_tree(self.id, revision=self.revision)
         except CachedRepoTreeNotFoundError:
             return local_sizes(self.folder)
         return {file.path: file.size for file in tree}
@@ -65,9 +65,9 @@ class HubFiles:
         missing = [name for name in names if not (self.folder / name).is_file()]
         if not missing:
             return
-        with _explained(self.repo_id, self.where):
+        with _explained(self.id, self.where):
             snapshot_download(
-                self.repo_id,
+                self.id,
                 revision=self.revision,
                 allow_patterns=[_literally(name) for name in missing],
                 token=self.token,
@@ -84,7 +84,7 @@ class HubFiles:
         where = f"{self.where}/{name}"
         if (self.folder / name).is_file():
             return read_header(self.folder / name, where)
-        with _explained(self.repo_id, self.where):
+        with _explained(self.id, self.where):
             size = self.sizes()[name]
             first = self._first_bytes(name, min(size, _FIRST_REQUEST_BYTES))
             length = header_length(first[:LENGTH_BYTES], size, where)
@@ -93,7 +93,7 @@ class HubFiles:
         return parse_header(content[LENGTH_BYTES:end], size, where)
 
     def _first_bytes(self, name: str, count: int) -> bytes:
-        url = hf_hub_url(self.repo_id, name, revision=self.revision)
+        url = hf_hub_url(self.id, name, revision=self.revision)
         headers = build_hf_headers(token=self.token) | {"Range": f"bytes=0-{count - 1}"}
         content = b""
         with http_stream_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
@@ -120,7 +120,7 @@ def open_hub(model: str, token: str | bool | None = None) -> HubFiles:
     with _explained(repo_id, model):
         commit = resolve_revision(repo_id, revision=revision or None, token=token)
         folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=[CONFIG_FILE], token=token))
-    files = HubFiles(model, folder, commit.resolved, repo_id, token)
+    files = HubFiles(repo_id, model, folder, commit.resolved, token)
     if not (folder / CONFIG_FILE).is_file():
         held = ", ".join(list(files.sizes())[:10]) or "nothing"
         raise CheckpointError(

@@ -37,12 +37,12 @@ def load_model(
     model_class = model_class or checkpoint.model_class
     if model_class is None:
         raise CheckpointError(
-            f"{checkpoint.id}: the model class {checkpoint.architecture or '(the config names none)'} is not known to"
-            " transformers; pass model_class, register it with AutoModel.register, or allow trust_remote_code"
+            f"{checkpoint.label}: the model class {checkpoint.architecture or '(the config names none)'} is not known"
+            " to transformers; pass model_class, register it with AutoModel.register, or allow trust_remote_code"
         )
     given = dict(state_dict) if state_dict is not None else dict(checkpoint.state_dict())
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
-    heading = f"{checkpoint.id}: the tensors are not those of {model_class.__name__}"
+    heading = f"{checkpoint.label}: the tensors are not those of {model_class.__name__}"
     plan = Layout(model_class, checkpoint.config).plan(infos, heading)
     raise_all([f"tensor {name} is left over" for name in plan.unused], CheckpointError, heading)
 

@@ -88,7 +88,8 @@ def find_model_class(
         ImportError: If the class needs a package that is not installed.
     """
     if trust_remote_code and folder is not None:
-        for reference in (config.to_dict().get("auto_map") or {}).values():
+        auto_map = config.to_dict().get("auto_map")
+        for reference in auto_map.values() if isinstance(auto_map, dict) else ():
             if isinstance(reference, str) and reference.rpartition(".")[2] == architecture:
                 return get_class_from_dynamic_module(reference, str(folder))
     # A user's own class, registered with AutoModel.register, goes before one of the same name in transformers.
@@ -207,11 +208,11 @@ class Layout:
             made = self._make_memory(group, loads, lambda name: _stand_in(infos[name]))
             sources = {name: list(loads[name].sources) for name in group.memory}
             wrong = [name for name in group.memory if made[name].shape != self._memory[name].shape]
-            problems += [
-                f"tensor {' + '.join(sources[name])} makes {name} of shape {_shape(made[name].shape)}, but the config"
-                f" makes it {_shape(self._memory[name].shape)}"
-                for name in wrong
-            ]
+            for name in wrong:
+                found, expected = _shape(made[name].shape), _shape(self._memory[name].shape)
+                stored = " + ".join(sources[name])
+                which = stored if stored == name else f"{stored} makes {name}, which"
+                problems.append(f"tensor {which} has shape {found}, but the config makes it {expected}")
             used.update(name for names in sources.values() for name in names)
             if not wrong:
                 made_on_disk = self._to_disk(made)

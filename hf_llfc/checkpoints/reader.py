@@ -46,7 +46,8 @@ class Checkpoint:
     """A model's config and weights, wherever they lie, with the weights read one tensor at a time.
 
     Attributes:
-        id: What the user called it.
+        id: The repository on the Hub, the folder as the user named it, or for a model in memory where it came from.
+        label: What messages call it: the id, with the revision if the user named one.
         revision: The commit on the Hub, or None.
         folder: Where its files lie on this machine, or None for a model in memory.
         config: The config of the model.
@@ -59,6 +60,7 @@ class Checkpoint:
     """
 
     id: str
+    label: str
     revision: str | None
     folder: Path | None
     config: PreTrainedConfig
@@ -84,7 +86,7 @@ class Checkpoint:
             CheckpointError: If there is no such tensor, or its file cannot be read.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.id}: there is no tensor {name}{suggest(name, self.tensors)}")
+            raise CheckpointError(f"{self.label}: there is no tensor {name}{suggest(name, self.tensors)}")
         return self._weights.read(name)
 
     def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -161,7 +163,8 @@ def _find(model: str | Path, token: str | bool | None) -> Files:
         quantised = ", and GGUF is quantised: use the checkpoint it was made from" if path.suffix == ".gguf" else ""
         raise CheckpointError(f"{model}: this is a file; give the folder of the checkpoint{quantised}")
     text = str(model)
-    if isinstance(model, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
+    is_path = text.startswith(("/", ".", "~")) or text.partition("@")[0].count("/") > 1 or "\\" in text
+    if isinstance(model, Path) or is_path:
         raise CheckpointError(f"{model}: there is no such folder")
     return open_hub(text, token)
 
@@ -201,7 +204,8 @@ def _open_files(files: Files, trust_remote_code: bool) -> Checkpoint:
         tensors = plan.tensors
         weights = _PlannedWeights(files.where, plan, weights)
     return Checkpoint(
-        id=files.where,
+        id=files.id,
+        label=files.where,
         revision=files.revision,
         folder=files.folder,
         config=config,
@@ -221,22 +225,31 @@ def _open_model(model: PreTrainedModel) -> Checkpoint:
     config.architectures = [type(model).__name__]
     refuse_quantised(label, config.to_dict().get("quantization_config"))
     weights = TensorWeights(label, state_dict_on_disk(model))
-    companions: list[Path] = []
-    if model.name_or_path and Path(model.name_or_path).is_dir():
-        companions = _fetch_companions(LocalFiles(label, Path(model.name_or_path)))
     return Checkpoint(
         id=label,
+        label=label,
         revision=None,
         folder=None,
         config=config,
         architecture=type(model).__name__,
         model_class=type(model),
         tensors=weights.infos,
-        companion_files=tuple(companions),
+        companion_files=tuple(_companions_of(model)),
         generation_config=model.generation_config if model.can_generate() else None,
         unused=(),
         _weights=weights,
     )
+
+
+def _companions_of(model: PreTrainedModel) -> list[Path]:
+    """The companions of a model in memory, if the place it was loaded from is still there."""
+    if not model.name_or_path:
+        return []
+    try:
+        return _fetch_companions(_find(model.name_or_path, None))
+    except CheckpointError as error:
+        logger.warning("no tokenizer or processor goes with the model in memory: %s", error)
+        return []
 
 
 def _fetch_companions(files: Files) -> list[Path]:
@@ -254,9 +267,9 @@ def _fetch_companions(files: Files) -> list[Path]:
 def _config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
     where = f"{files.where}/{CONFIG_FILE}"
     model_type = raw.get("model_type") or _model_type(where, raw)
-    auto_map = raw.get("auto_map") or {}
+    auto_map = raw.get("auto_map")
     try:
-        if trust_remote_code and "AutoConfig" in auto_map:
+        if trust_remote_code and isinstance(auto_map, dict) and "AutoConfig" in auto_map:
             return AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
         known = names.find_config_class(str(model_type))
         if known is not None:
@@ -329,6 +342,8 @@ def _model_class(
     except ImportError as error:
         logger.warning("%s: %s cannot be imported (%s); its tensors keep their names", files.where, architecture, error)
         return None
+    except Exception as error:  # code that comes with a checkpoint may raise anything
+        raise CheckpointError(f"{files.where}: the code of {architecture} cannot be loaded: {error}") from error
 
 
 def _plan(

@@ -172,7 +172,7 @@ ENTRIES = st.one_of(
     ),
     JSON,
 )
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def library_accepts(content: bytes, data_bytes: int) -> bool:

@@ -121,9 +121,10 @@ def test_a_revision_is_resolved_once_and_stays(hub, save):
     old = hub.add_repo(NAME, first)
     checkpoint = open_checkpoint(f"{NAME}@main")
     new = hub.commit(NAME, second)
-    assert (checkpoint.id, checkpoint.revision) == (f"{NAME}@main", old)
+    assert (checkpoint.id, checkpoint.label, checkpoint.revision) == (NAME, f"{NAME}@main", old)
     assert checkpoint.fingerprint() == open_checkpoint(first).fingerprint()
     assert open_checkpoint(f"{NAME}@{old}").fingerprint() == checkpoint.fingerprint()
+    assert open_checkpoint(f"{NAME}@refs/heads/main").revision == new
     latest = open_checkpoint(NAME)
     assert latest.revision == new and latest.fingerprint() == open_checkpoint(second).fingerprint()
 
@@ -296,4 +297,5 @@ def test_a_model_loaded_from_the_hub_is_opened_from_memory(hub, save):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(NAME)
     checkpoint = open_checkpoint(model)
     assert checkpoint.id == NAME
+    assert {path.name for path in checkpoint.companion_files} == {"tokenizer.json", "tokenizer_config.json"}
     assert checkpoint.fingerprint() == open_checkpoint(tiny_model("bert", "sequence-classification")).fingerprint()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,8 @@ def test_a_model_in_memory_brings_the_companions_of_the_folder_it_came_from(save
     checkpoint = open_checkpoint(model)
     assert checkpoint.id == str(folder)
     assert {path.name for path in checkpoint.companion_files} >= {"tokenizer.json"}
+    shutil.rmtree(folder)
+    assert open_checkpoint(model).companion_files == ()
     fresh = open_checkpoint(tiny_model("bert", "base"))
     assert (fresh.id, fresh.companion_files, fresh.folder) == ("BertModel", (), None)
     assert fresh.config.architectures == ["BertModel"]
@@ -167,6 +170,8 @@ def test_weights_that_the_config_names_are_the_ones_that_are_read(save):
     edit_config(folder, transformers_weights="mine.safetensors")
     assert "classifier.weight" in open_checkpoint(folder).tensors
     edit_config(folder, transformers_weights="../a/mine.safetensors")
+    refused(folder, "transformers_weights", "not a file of the checkpoint")
+    edit_config(folder, transformers_weights=3)
     refused(folder, "transformers_weights", "not a file of the checkpoint")
 
 
@@ -359,6 +364,15 @@ def test_code_that_comes_with_a_checkpoint_runs_only_if_trusted(tmp_path):
     assert [path.name for path in trusted.companion_files] == ["modeling_tiny.py"]
 
 
+def test_trusted_code_that_is_broken_is_one_error(tmp_path):
+    (tmp_path / "modeling_tiny.py").write_text("1 / 0")
+    config = {"model_type": "bert", "architectures": ["Broken"], "auto_map": {"AutoModel": "modeling_tiny.Broken"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the code of Broken cannot be loaded: division by zero"):
+        open_checkpoint(tmp_path, trust_remote_code=True)
+
+
 # -- configs
 
 
@@ -524,7 +538,7 @@ def test_a_missing_or_misshapen_tensor_in_the_layout_of_the_memory_is_named(tmp_
     edit_weights(tmp_path, lambda tensors: tensors | {name: tensors[name][:, :, 1:]})
     experts, width, residual = model.config.num_local_experts, model.config.intermediate_size, model.config.hidden_size
     found, expected = [experts, 2 * width, residual - 1], [experts, 2 * width, residual]
-    refused(tmp_path, f"tensor {name} makes {name} of shape {found}, but the config makes it {expected}")
+    refused(tmp_path, f"tensor {name} has shape {found}, but the config makes it {expected}")
     edit_weights(tmp_path, lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name})
     last = "model.layers.1.block_sparse_moe.experts.4.w3.weight"
     message = refused(tmp_path, f"tensor {last} of shape [{width}, {residual}] is missing")
