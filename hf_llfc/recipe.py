@@ -277,7 +277,7 @@ def _parse_yaml(text: str, where: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise RecipeError(f"{where}: nested deeper than {DEEPEST} levels")
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+        return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecipeError as error:
@@ -577,23 +577,22 @@ class _Reader:
                 f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none"
             )
         weights = [entry.parameters.weight for entry in recipe.models if entry.parameters is not None]
-        if recipe.merge_method == "linear" and recipe.parameters.normalize is None and all(given):
-            if all(isinstance(weight, float) for weight in weights):
-                total = sum(weight for weight in weights if isinstance(weight, float))
-                if abs(total - 1) > 1e-6:
-                    self.problems.append(
-                        f"models: the weights sum to {total:g}, not to 1; write `parameters: {{normalize: true}}` to divide "
-                        "them by their sum, or `normalize: false` if this is meant"
-                    )
+        numbers = [weight for weight in weights if isinstance(weight, float)]
+        is_checked = recipe.merge_method == "linear" and recipe.parameters.normalize is None
+        if is_checked and len(numbers) == len(given) and abs(sum(numbers) - 1) > 1e-6:
+            self.problems.append(
+                f"models: the weights sum to {sum(numbers):g}, not to 1; write `parameters: {{normalize: true}}` to "
+                "divide them by their sum, or `normalize: false` if this is meant"
+            )
         names = [entry.model for entry in recipe.models]
         reference = recipe.align.reference
         if isinstance(reference, int) and not 0 <= reference < len(names):
             self.problems.append(f"align.reference: there is no model {reference}; models are counted from 0")
         if isinstance(reference, str) and reference not in names:
             self.problems.append(f"align.reference: {reference!r} is not one of the models{suggest(reference, names)}")
-        if recipe.align.calibration is None and recipe.align.method != "none":
-            if "activation_matching" in (recipe.align.method, recipe.align.start):
-                self.problems.append("align.calibration: activation matching needs calibration data")
+        uses_data = recipe.align.method != "none" and "activation_matching" in (recipe.align.method, recipe.align.start)
+        if uses_data and recipe.align.calibration is None:
+            self.problems.append("align.calibration: activation matching needs calibration data")
         if recipe.tokenizer_source == "union":
             self.problems.append("tokenizer_source: `union` is not supported; models must share their vocabulary")
         elif recipe.tokenizer_source == "base" and recipe.base_model is None:

@@ -1,0 +1,310 @@
+"""The Python API: one function per question. A model is a Hub id, `id@revision`, a local folder, or a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.errors import AlignmentError, RecipeError
+from hf_llfc.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.evaluation import EvaluationConfig
+    from hf_llfc.pipeline import Result
+    from hf_llfc.symmetry import Alignment, PermutationSpec
+
+    Model = str | Path | PreTrainedModel
+
+# Above this cosine two models are so close that permutations have nothing to find; a warning sign below it.
+SAME_ANCESTOR_COSINE = 0.9
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` tells about a model.
+
+    Attributes:
+        model: Its id.
+        model_type: Of its config.
+        architecture: Its class.
+        spec: Its permutation spec.
+        verification: Largest relative change of the logits under a random transform (`change`) beside the float
+            `noise` of the model, and whether it is `verified`; None where not asked for.
+    """
+
+    model: str
+    model_type: str
+    architecture: str | None
+    spec: PermutationSpec
+    parameters: int
+    symmetric_axes: Sequence[str]
+    tensors: Sequence[Mapping[str, Any]]
+    verification: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Whether two models may be merged, as far as config, headers and weights tell.
+
+    Attributes:
+        answer: `merge`, `align` or `do not merge`.
+        because: One sentence with the evidence.
+        problems: What forbids a merge.
+        cosine: Of the weights as they are, over all tensors with a symmetric axis.
+        cosine_aligned: After weight matching.
+        moved: Units that matching moves.
+        units: Units that it could move.
+    """
+
+    answer: str
+    because: str
+    problems: Sequence[str] = field(default_factory=tuple)
+    cosine: float | None = None
+    cosine_aligned: float | None = None
+    moved: int | None = None
+    units: int | None = None
+
+
+def inspect(model: Model, *, verify: bool = False, seed: int = 0, trust_remote_code: bool = False) -> Inspection:
+    """Describes the permutation spec of a model.
+
+    Args:
+        model: The model.
+        verify: Also apply a random transform of every symmetric axis and measure the change of the logits.
+        seed: Of that transform and of the inputs.
+        trust_remote_code: Whether code that comes with the checkpoint may be run.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read or does not fit its spec.
+        SpecError: There is no adapter for its architecture.
+    """
+    from hf_llfc.adapters import spec_for
+    from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.stages import bind, largest_logit_change
+
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    spec = spec_for(checkpoint.config)
+    binding = bind(spec, checkpoint)
+    tensors = [
+        {
+            "tensor": name,
+            "shape": list(checkpoint.tensors[name].shape),
+            "dtype": str(checkpoint.tensors[name].dtype).removeprefix("torch."),
+            "axes": bound.spec.expression,
+            "symmetric": [
+                axis for axis in dict.fromkeys(use.axis for use in bound.spec.axes) if spec.axes[axis].symmetric
+            ],
+        }
+        for name, bound in binding.tensors.items()
+    ]
+    verification: dict[str, Any] | None = None
+    if verify:
+        verification = {**largest_logit_change(checkpoint, seed=seed)}
+        verification["verified"] = verification["change"] <= 10 * max(verification["noise"], 1e-12)
+    return Inspection(
+        model=checkpoint.id,
+        model_type=checkpoint.config.model_type,
+        architecture=checkpoint.architecture,
+        spec=spec,
+        parameters=sum(info.elements for info in checkpoint.tensors.values()),
+        symmetric_axes=binding.symmetric_axes,
+        tensors=tensors,
+        verification=verification,
+    )
+
+
+def check(a: Model, b: Model, *, seed: int = 0, progress: Progress = silent) -> CheckResult:
+    """Answers whether two models may be merged, from config, headers and weights alone.
+
+    Args:
+        a: The first model.
+        b: The second model.
+        seed: Of weight matching.
+        progress: Shown meanwhile.
+
+    Raises:
+        CheckpointError: One of the two cannot be read.
+        SpecError: There is no adapter for their architecture.
+    """
+    from hf_llfc.checkpoints import compare, open_checkpoint
+    from hf_llfc.recipe import AlignSection
+    from hf_llfc.stages import align_checkpoints
+
+    checkpoints = open_checkpoint(a), open_checkpoint(b)
+    problems = compare(checkpoints)
+    if problems:
+        return CheckResult("do not merge", f"the checkpoints do not fit each other: {problems[0]}", problems)
+    alignment = align_checkpoints(checkpoints[0], checkpoints[1], AlignSection(seed=seed), progress=progress)
+    assert alignment is not None
+    before, after = alignment.metadata["cosine_before"], alignment.metadata["cosine_after"]
+    moved = sum(count for count, _ in alignment.moved.values())
+    units = sum(count for _, count in alignment.moved.values())
+    evidence = f"the weights have cosine {before:.4f}, weight matching moves {moved} of {units} units"
+    if moved == 0:
+        answer, because = "merge", f"{evidence}: the two already lie in the same coordinates"
+    elif before >= SAME_ANCESTOR_COSINE:
+        answer, because = "merge", f"{evidence} and raises it to {after:.4f} only: the two stem from one ancestor"
+    else:
+        answer, because = "align", f"{evidence} and raises it to {after:.4f}: the two lie in different coordinates"
+    return CheckResult(answer, because, (), before, after, moved, units)
+
+
+def align(
+    model: Model,
+    *,
+    to: Model,
+    method: str = "weight_matching",
+    axes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    start: str = "identity",
+    restarts: int = 2,
+    max_sweeps: int = 50,
+    seed: int = 0,
+    calibration: EvaluationConfig | None = None,
+    progress: Progress = silent,
+) -> Alignment:
+    """Finds the transforms that bring a model into the coordinates of a reference, without changing its function.
+
+    Args:
+        model: The model that moves.
+        to: The reference, which stays.
+        method: `weight_matching` or `activation_matching`.
+        axes: Patterns of the axes that may move (`neurons`, `heads.*`); all symmetric axes where empty.
+        exclude: Patterns of axes that stay (`residual`).
+        start: `identity`, or `activation_matching` as the start of weight matching.
+        restarts: Starts of weight matching, the best objective wins.
+        max_sweeps: Sweeps per start.
+        seed: Seed.
+        calibration: Data for activation matching.
+        progress: Shown meanwhile.
+
+    Returns:
+        The alignment; `alignment.apply(state_dict)` moves the model, `alignment.save(path)` keeps it.
+
+    Raises:
+        CheckpointError: The two do not fit each other.
+        AlignmentError: An option is not valid.
+    """
+    from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.recipe import AlignSection
+    from hf_llfc.stages import align_checkpoints, refuse_incompatible
+
+    reference, moving = open_checkpoint(to), open_checkpoint(model)
+    refuse_incompatible([reference, moving])
+    options = AlignSection(
+        method=method,
+        axes=tuple(axes),
+        exclude=tuple(exclude),
+        start=start,
+        restarts=restarts,
+        max_sweeps=max_sweeps,
+        seed=seed,
+        calibration=calibration,
+    )
+    alignment = align_checkpoints(reference, moving, options, progress=progress)
+    if alignment is None:
+        raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
+    return alignment
+
+
+def merge(
+    models: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    out: str | Path,
+    align: str | Mapping[str, Any] = "none",
+    merge_method: str = "linear",
+    base_model: str | Path | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> Result:
+    """Merges models into a new folder; `hf_llfc.run` on the recipe that these arguments spell.
+
+    Args:
+        models: Two or more models; the first is the reference of the alignment.
+        weights: One weight a model; equal weights where None.
+        out: The folder to write.
+        align: Alignment method, or the whole `align` section of a recipe.
+        merge_method: `linear` or `task_arithmetic`.
+        base_model: The base of task arithmetic.
+        progress: Shown meanwhile.
+        settings: Any other key of a recipe (`dtype`, `diagnose`, `overwrite`, …).
+
+    Returns:
+        What `hf_llfc.run` returns.
+
+    Raises:
+        LLFCError: The recipe is not valid or a stage fails; nothing is written then.
+    """
+    from hf_llfc.pipeline import run
+    from hf_llfc.recipe import load_recipe
+
+    shares = list(weights) if weights is not None else [1 / len(models)] * len(models)
+    if len(shares) != len(models):
+        raise RecipeError(f"{len(shares)} weights for {len(models)} models; give one weight a model")
+    recipe: dict[str, Any] = {
+        "models": [
+            {"model": str(model), "parameters": {"weight": share}} for model, share in zip(models, shares, strict=True)
+        ],
+        "merge_method": merge_method,
+        "align": {"method": align} if isinstance(align, str) else dict(align),
+        "output_dir": str(out),
+        **settings,
+    }
+    if base_model is not None:
+        recipe["base_model"] = str(base_model)
+    return run(load_recipe(recipe), progress=progress)
+
+
+def diagnose(
+    a: Model,
+    b: Model,
+    data: EvaluationConfig,
+    *,
+    align: str | Alignment = "none",
+    alphas: Sequence[float] | None = None,
+    layers: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> ConnectivityReport:
+    """Measures loss, metric and layerwise linear feature connectivity along the line between two models.
+
+    Args:
+        a: The first model, of weight α.
+        b: The second model.
+        data: Task and data.
+        align: How B is aligned to A first: a method, or an alignment.
+        alphas: The grid of α; eleven steps from 0 to 1 where None.
+        layers: Patterns of module names; block outputs and the logits where None.
+        progress: Shown meanwhile.
+
+    Returns:
+        The report.
+
+    Raises:
+        LLFCError: The models do not fit each other or the data.
+    """
+    from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.diagnostics import DEFAULT_ALPHAS, ModelReference
+    from hf_llfc.recipe import AlignSection
+    from hf_llfc.stages import Parent, align_checkpoints, diagnose_parents, open_data, refuse_incompatible
+
+    reference, other = open_checkpoint(a), open_checkpoint(b)
+    refuse_incompatible([reference, other])
+    found = (
+        align_checkpoints(reference, other, AlignSection(align, calibration=data), progress=progress)
+        if isinstance(align, str)
+        else align
+    )
+    return diagnose_parents(
+        [Parent(reference), Parent(other, found)],
+        open_data(data, reference),
+        [ModelReference(each.id, each.revision) for each in (reference, other)],
+        alphas=alphas or DEFAULT_ALPHAS,
+        layers=layers or (),
+        progress=progress,
+    )

@@ -1,0 +1,486 @@
+"""The command line: `hf-llfc …`, which is also `hf llfc …` as an extension of the Hub's own client.
+
+stdout carries data, stderr messages and progress. Exit codes: 0 done, 1 the answer is no (`check`, `inspect --verify`),
+2 the input is at fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc import __version__
+from hf_llfc.errors import LLFCError, suggest
+
+if TYPE_CHECKING:
+    from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.evaluation import EvaluationConfig
+    from hf_llfc.recipe import AlignSection
+
+Handler = Callable[[argparse.Namespace], int]
+
+ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The command line; `sys.argv` where None.
+
+    Returns:
+        The exit code.
+    """
+    options = _parser().parse_args(arguments)
+    _quiet_libraries(verbose=options.verbose)
+    try:
+        return int(options.handler(options))
+    except LLFCError as error:
+        _report_error(str(error), options)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-llfc: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        _report_error(f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", options)
+        return 2
+
+
+def run_main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m hf_llfc`: a recipe as the first argument runs it, anything else is a command."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].endswith((".yaml", ".yml")):
+        words.insert(0, "run")
+    return main(words)
+
+
+def _report_error(message: str, options: argparse.Namespace) -> None:
+    if options.format == "json":
+        from hf_llfc.console import print_json
+
+        print_json({"error": message})
+    print(f"hf-llfc: error: {message}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Suggests the nearest command or option."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        words = message.replace("'", " ").split()
+        known = [action for group in self._actions for action in group.option_strings]
+        known += [name for group in self._actions for name in (group.choices or ()) if isinstance(name, str)]
+        hint = next((found for word in words if word not in known and (found := suggest(word, known))), "")
+        self.print_usage(sys.stderr)
+        self.exit(2, f"hf-llfc: error: {message}{hint}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--format", choices=("table", "json"), default="table", help="how the answer is printed")
+    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    common.add_argument("--verbose", action="store_true", help="log what is being done")
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+
+    parser = _Parser(
+        prog="hf-llfc",
+        description="Align, merge and diagnose fine-tuned Hugging Face checkpoints, layer by layer.",
+        epilog="A model is a Hub id, id@revision, or a local folder. More: README.md and docs/.",
+    )
+    parser.add_argument("--version", action="version", version=f"hf-llfc {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, handler: Handler, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common], help=summary, description=summary + ".")
+        added.set_defaults(handler=handler)
+        return added
+
+    inspect = command("inspect", _inspect, "the permutation spec of a model as a table")
+    inspect.add_argument("model", metavar="MODEL")
+    inspect.add_argument("--verify", action="store_true", help="check on the real weights that the symmetries hold")
+    inspect.add_argument("--all", action="store_true", help="one row a tensor, layers not folded")
+    inspect.add_argument("--seed", type=int, default=0)
+    inspect.add_argument("--trust-remote-code", action="store_true")
+
+    check = command("check", _check, "may these two be merged? config, headers and weights; no data")
+    check.add_argument("a", metavar="A")
+    check.add_argument("b", metavar="B")
+    check.add_argument("--seed", type=int, default=0)
+
+    align = command("align", _align, "B as an ordinary checkpoint in A's coordinates")
+    align.add_argument("model", metavar="B")
+    align.add_argument("--to", required=True, metavar="A", help="the reference, which stays")
+    align.add_argument("--out", required=True, metavar="DIR")
+    align.add_argument("--use", metavar="FILE", help="apply this alignment file instead of matching")
+    align.add_argument("--overwrite", action="store_true")
+    _add_matching(align, default="weight_matching")
+    _add_data(align, purpose="calibration data for activation matching")
+
+    merge = command("merge", _merge, "merge models into a new folder")
+    merge.add_argument("models", nargs="+", metavar="MODEL")
+    merge.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a model; equal weights without it")
+    merge.add_argument("--merge-method", default="linear", help="linear or task_arithmetic")
+    merge.add_argument("--base-model", metavar="MODEL", help="the base of task arithmetic")
+    merge.add_argument("--dtype", help="of the result; that of the first model without it")
+    merge.add_argument("--out", required=True, metavar="DIR")
+    merge.add_argument("--overwrite", action="store_true")
+    merge.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
+    _add_matching(merge, default="none")
+    _add_data(merge, purpose="calibration data for activation matching")
+
+    diagnose = command("diagnose", _diagnose, "loss, metric and features along the line from A to B")
+    diagnose.add_argument("a", metavar="A")
+    diagnose.add_argument("b", metavar="B")
+    diagnose.add_argument("--alphas", type=int, default=11, help="how many steps of the path, ends included")
+    diagnose.add_argument("--layers", nargs="+", metavar="PATTERN", help="modules to compare instead of the blocks")
+    diagnose.add_argument("--out", metavar="DIR", help="folder for report and plots")
+    diagnose.add_argument("--overwrite", action="store_true")
+    _add_matching(diagnose, default="none")
+    _add_data(diagnose, purpose="data to measure on")
+
+    run = command("run", _run, "a recipe, from parents to card")
+    run.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the recipe")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
+
+    push = command("push", _push, "an output folder to the Hub, with its card")
+    push.add_argument("folder", metavar="DIR")
+    push.add_argument("repo_id", metavar="REPO_ID")
+    push.add_argument("--private", action="store_true", default=None)
+    push.add_argument("--create-pr", action="store_true")
+    push.add_argument("--revision", help="branch to push to")
+    push.add_argument("--force", action="store_true", help="push although the verdict or the sanity check says no")
+
+    demo = command("demo", _demo, "the main job on data and models that need no network")
+    demo.add_argument("--out", default="demo", metavar="DIR", help="folder to write (default: demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
+    group = parser.add_argument_group("alignment")
+    flag = "--method" if parser.prog.endswith(" align") else "--align"
+    group.add_argument(flag, dest="method", choices=ALIGNMENT_METHODS, default=default, help=f"default: {default}")
+    group.add_argument("--axes", nargs="+", default=[], metavar="PATTERN", help="axes that may move (all)")
+    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="axes that stay (residual, say)")
+    group.add_argument("--start", choices=("identity", "activation_matching"), default="identity")
+    group.add_argument("--restarts", type=int, default=2, help="starts of weight matching; the best wins")
+    group.add_argument("--max-sweeps", type=int, default=50)
+    group.add_argument("--seed", type=int, default=0)
+
+
+def _add_data(parser: argparse.ArgumentParser, *, purpose: str) -> None:
+    group = parser.add_argument_group("data", purpose)
+    group.add_argument("--dataset", help="Hub id, or a local csv, json, parquet, text file or folder")
+    group.add_argument("--task", help="text-classification, text-generation, fill-mask or image-classification")
+    for name in (
+        "name",
+        "split",
+        "text-column",
+        "text-pair-column",
+        "label-column",
+        "image-column",
+        "tokenizer",
+        "metric",
+    ):
+        group.add_argument(f"--{name}", dest=name.replace("-", "_"))
+    for name in ("samples", "batch-size", "max-length"):
+        group.add_argument(f"--{name}", dest=name.replace("-", "_"), type=int)
+
+
+_DATA_FIELDS = (
+    "task", "dataset", "name", "split", "text_column", "text_pair_column", "label_column", "image_column", "tokenizer",
+    "metric", "samples", "batch_size", "max_length",
+)  # fmt: skip
+
+
+def _data_settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {field: value for field in _DATA_FIELDS if (value := vars(options)[field]) is not None}
+
+
+def _evaluation_config(options: argparse.Namespace, *, required: bool) -> EvaluationConfig | None:
+    from hf_llfc.errors import EvaluationError
+    from hf_llfc.evaluation import EvaluationConfig
+
+    settings = _data_settings(options)
+    if not settings and not required:
+        return None
+    missing = [f"--{field}" for field in ("task", "dataset") if field not in settings]
+    if missing:
+        raise EvaluationError(f"{' and '.join(missing)} must be given to know what to measure on")
+    return EvaluationConfig(**settings, seed=options.seed)
+
+
+def _align_section(options: argparse.Namespace, *, calibration: EvaluationConfig | None) -> AlignSection:
+    from hf_llfc.recipe import AlignSection
+
+    return AlignSection(
+        method=options.method,
+        axes=tuple(options.axes),
+        exclude=tuple(options.exclude),
+        start=options.start,
+        restarts=options.restarts,
+        max_sweeps=options.max_sweeps,
+        seed=options.seed,
+        calibration=calibration,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from hf_llfc.api import inspect
+    from hf_llfc.console import fold_layers, print_json, print_table
+
+    found = inspect(
+        options.model, verify=options.verify, seed=options.seed, trust_remote_code=options.trust_remote_code
+    )
+    axes = [
+        {"axis": axis.name, "size": axis.size, "depends on": axis.parent, "symmetric": axis.symmetric}
+        for axis in found.spec.axes.values()
+    ]
+    if options.format == "json":
+        print_json(
+            {
+                "model": found.model,
+                "model_type": found.model_type,
+                "architecture": found.architecture,
+                "spec": found.spec.origin,
+                "parameters": found.parameters,
+                "symmetric_axes": list(found.symmetric_axes),
+                "axes": axes,
+                "tensors": list(found.tensors),
+                "verification": found.verification,
+            }
+        )
+    else:
+        rows = [
+            {**row, "symmetric": " ".join(row["symmetric"]), "shape": "×".join(map(str, row["shape"]))}
+            for row in found.tensors
+        ]
+        kind = found.architecture or found.model_type
+        title = f"{found.model}: {kind}, {found.parameters:,} parameters, {found.spec.origin} spec"
+        print_table(
+            title, rows if options.all else fold_layers(rows), columns=("tensor", "shape", "dtype", "axes", "symmetric")
+        )
+        if found.verification is not None:
+            sentence = "the symmetries hold" if found.verification["verified"] else "THE SYMMETRIES DO NOT HOLD"
+            print(
+                f"verification: a random transform of every symmetric axis changes the logits by "
+                f"{found.verification['change']:.1e} (float noise {found.verification['noise']:.1e}): {sentence}"
+            )
+    return 0 if found.verification is None or found.verification["verified"] else 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from hf_llfc.api import check
+    from hf_llfc.console import print_json, progress_bars
+
+    with progress_bars(shown=not options.quiet) as progress:
+        result = check(options.a, options.b, seed=options.seed, progress=progress)
+    if options.format == "json":
+        print_json(asdict(result))
+    else:
+        print(f"{result.answer}: {result.because}")
+        for problem in result.problems:
+            print(f"  - {problem}")
+    return 1 if result.answer == "do not merge" else 0
+
+
+def _align(options: argparse.Namespace) -> int:
+    from hf_llfc.console import print_json, print_table, progress_bars
+    from hf_llfc.pipeline import write_aligned
+
+    settings = _align_section(options, calibration=_evaluation_config(options, required=False))
+    with progress_bars(shown=not options.quiet) as progress:
+        alignment = write_aligned(
+            options.model,
+            to=options.to,
+            out=options.out,
+            options=settings,
+            file=options.use,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    from hf_llfc.stages import alignment_summary
+
+    summary = alignment_summary(alignment)
+    if options.format == "json":
+        print_json({"out": options.out, **summary})
+    else:
+        print_table(f"{options.model} in the coordinates of {options.to}: {options.out}", summary["axes"])
+    return 0
+
+
+def _matching_section(options: argparse.Namespace) -> dict[str, Any]:
+    section: dict[str, Any] = {"method": options.method}
+    if options.method != "none":
+        section |= {
+            "start": options.start,
+            "restarts": options.restarts,
+            "max_sweeps": options.max_sweeps,
+            "seed": options.seed,
+        }
+        section |= {name: vars(options)[name] for name in ("axes", "exclude") if vars(options)[name]}
+        if data := _data_settings(options):
+            section["calibration"] = data
+    return section
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from hf_llfc.errors import RecipeError
+    from hf_llfc.recipe import load_recipe
+
+    weights = options.weights or [1 / len(options.models)] * len(options.models)
+    if len(weights) != len(options.models):
+        raise RecipeError(f"{len(weights)} weights for {len(options.models)} models; give one weight a model")
+    recipe: dict[str, Any] = {
+        "models": [
+            {"model": model, "parameters": {"weight": weight}}
+            for model, weight in zip(options.models, weights, strict=True)
+        ],
+        "merge_method": options.merge_method,
+        "align": _matching_section(options),
+        "output_dir": options.out,
+        "overwrite": options.overwrite,
+    }
+    if options.base_model:
+        recipe["base_model"] = options.base_model
+    if options.dtype:
+        recipe["dtype"] = options.dtype
+    return _run_recipe(load_recipe(recipe), options)
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from hf_llfc.pipeline import write_diagnosis
+
+    data = _evaluation_config(options, required=True)
+    assert data is not None
+    settings = _align_section(options, calibration=data)
+    from hf_llfc.console import progress_bars
+
+    with progress_bars(shown=not options.quiet) as progress:
+        report = write_diagnosis(
+            options.a,
+            options.b,
+            data,
+            options=settings,
+            alphas=options.alphas,
+            layers=options.layers,
+            out=options.out,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    _show_report(report, options)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hf_llfc.recipe import load_recipe
+
+    return _run_recipe(load_recipe(options.recipe, options.overrides), options)
+
+
+def _run_recipe(recipe: Any, options: argparse.Namespace) -> int:
+    from hf_llfc.console import print_json, print_table, progress_bars
+
+    if options.dry_run:
+        from hf_llfc.pipeline import plan
+
+        planned = plan(recipe)
+        if options.format == "json":
+            print_json(planned)
+        else:
+            print_table("plan", planned["steps"])
+            print_table("cost", [planned["cost"]])
+        return 0
+    from hf_llfc.pipeline import run
+
+    with progress_bars(shown=not options.quiet) as progress:
+        result = run(recipe, progress=progress)
+    if not result.is_main_process:
+        return 0
+    if options.format == "json":
+        print_json(result.to_dict())
+        return 0
+    print_table("models on the same data" if result.report else "models", result.table)
+    for summary in result.alignments:
+        print(summary["sentence"])
+    if result.report is not None:
+        _show_report(result.report, options)
+    print(f"merged checkpoint: {result.folder}")
+    if result.url:
+        print(f"on the Hub: {result.url}")
+    return 0
+
+
+def _show_report(report: ConnectivityReport, options: argparse.Namespace) -> None:
+    from hf_llfc.console import print_json, print_table
+
+    if options.format == "json":
+        print_json(report.to_dict())
+        return
+    print_table("path (alpha is the weight of the first model)", report.path_rows())
+    middle = min(report.alphas, key=lambda alpha: abs(alpha - 0.5))
+    print_table(f"layers at alpha = {middle:g}", report.rows(middle))
+    print_table("barrier", [{"loss": report.barrier.loss, "error": report.barrier.error}])
+    print(f"verdict: {report.verdict.answer}: {report.verdict.because}")
+
+
+def _push(options: argparse.Namespace) -> int:
+    from hf_llfc.console import print_json
+    from hf_llfc.publishing import publish
+
+    url = publish(
+        options.folder,
+        options.repo_id,
+        private=options.private,
+        create_pr=options.create_pr,
+        revision=options.revision,
+        force=options.force,
+    )
+    if options.format == "json":
+        print_json({"url": url})
+    else:
+        print(url)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from hf_llfc.console import print_json, print_table, progress_bars
+    from hf_llfc.demo import run_demo
+
+    with progress_bars(shown=not options.quiet) as progress:
+        result = run_demo(options.out, seed=options.seed, overwrite=options.overwrite, progress=progress)
+    if options.format == "json":
+        print_json(result)
+    else:
+        print_table("midpoint of two models, before and after alignment", result["rows"])
+        for sentence in result["sentences"]:
+            print(sentence)
+    return 0
+
+
+def _quiet_libraries(*, verbose: bool) -> None:
+    """The libraries' own banners and bars would bury ours."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        logging.getLogger("datasets").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,466 @@
+"""The main flow: parents → alignment → merge → diagnosis → card → Hub."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_llfc.checkpoints import (
+    Checkpoint,
+    OutputFolder,
+    load_model,
+    open_checkpoint,
+    state_dict_on_disk,
+    write_checkpoint,
+)
+from hf_llfc.diagnostics import ConnectivityReport, ModelReference, recompute_batch_norm
+from hf_llfc.errors import LLFCError
+from hf_llfc.evaluation import EvaluationConfig, EvaluationData
+from hf_llfc.merging import Rule, Source, WeightSchedule, merge_tensors, merged_infos
+from hf_llfc.processes import Processes
+from hf_llfc.progress import Progress, silent
+from hf_llfc.publishing import publish, save_plots, write_card
+from hf_llfc.recipe import AlignSection, ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
+from hf_llfc.stages import (
+    Parent,
+    align_checkpoints,
+    alignment_spec,
+    alignment_summary,
+    bind,
+    check_alignment_file,
+    diagnose_parents,
+    evaluate_parents,
+    matching_memory,
+    open_data,
+    refuse_incompatible,
+)
+from hf_llfc.symmetry import Alignment
+
+LLFC_FOLDER = "llfc"
+"""Where everything that is ours lies in an output folder: some runtimes load every safetensors file beside a model."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run made.
+
+    Attributes:
+        folder: The output folder.
+        report: The diagnosis; None where the recipe asks for none.
+        alignments: A summary of each alignment.
+        table: Loss and metrics of every parent and of the merged checkpoint on the same data.
+        url: Where the merge lies on the Hub; None if it was not pushed.
+        is_main_process: Whether this process should report.
+    """
+
+    folder: Path
+    report: ConnectivityReport | None
+    alignments: Sequence[Mapping[str, Any]]
+    table: Sequence[Mapping[str, Any]]
+    url: str | None
+    is_main_process: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "folder": str(self.folder),
+            "models": list(self.table),
+            "alignments": list(self.alignments),
+            "report": self.report.to_dict() if self.report is not None else None,
+            "url": self.url,
+        }
+
+
+def run(recipe: Recipe | str | Path | Mapping[str, Any], *, progress: Progress = silent) -> Result:
+    """Runs a recipe, alone or as one of the processes of a launcher.
+
+    Args:
+        recipe: A recipe, its file, or what its YAML says.
+        progress: Shown meanwhile, on the main process.
+
+    Returns:
+        What was made.
+
+    Raises:
+        LLFCError: Something is wrong with the recipe, the parents or the data; nothing is written then.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    processes = Processes()
+    progress = progress if processes.is_main else silent
+    output = OutputFolder(recipe.output_dir, recipe.overwrite)
+    processes.on_main(output.check)
+    opened = open_models(recipe, processes)
+    data, calibration = open_recipe_data(recipe, opened.parents[0])
+
+    alignments = processes.on_main(lambda: align_parents(opened, recipe, progress))
+    parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
+    with processes.output(output) as folder:
+        processes.on_main(lambda: write_merge(folder, parents, opened, recipe, calibration, progress))
+        report: ConnectivityReport | None = None
+        table: list[dict[str, Any]] = [{"id": each.id} for each in opened.parents]
+        if data is not None and recipe.diagnose is not None:
+            if len(parents) > 1:
+                report = diagnose_parents(
+                    parents,
+                    data,
+                    references(recipe, opened.parents),
+                    alphas=recipe.diagnose.alphas,
+                    layers=recipe.diagnose.layers,
+                    calibration=calibration,
+                    accelerator=processes.accelerator,
+                    progress=progress,
+                )
+            if data.labelled:
+                merged = replace(open_checkpoint(folder), id=str(recipe.output_dir))
+                everyone = [*parents, Parent(merged)]
+                table = evaluate_parents(everyone, data, accelerator=processes.accelerator, progress=progress)
+                table[-1]["is_merge"] = True
+        processes.on_main(lambda: write_evidence(folder, recipe, opened, alignments, report, table))
+    summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
+    url = processes.on_main(lambda: push(recipe)) if recipe.publish is not None else None
+    return Result(output.path, report, summaries, table, url, processes.is_main)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The checkpoints of a recipe.
+
+    Attributes:
+        parents: One a model, the first gives config and names.
+        base: θ₀ of task arithmetic.
+        tokenizer_source: Whose tokenizer and processor files are carried over.
+    """
+
+    parents: Sequence[Checkpoint]
+    base: Checkpoint | None
+    tokenizer_source: Checkpoint
+
+
+def open_models(recipe: Recipe, processes: Processes) -> Models:
+    """Opens and compares all checkpoints; the main process downloads before the others look."""
+
+    def open_all() -> Models:
+        parents = [open_checkpoint(entry.model, trust_remote_code=entry.trust_remote_code) for entry in recipe.models]
+        base = open_checkpoint(recipe.base_model) if recipe.base_model is not None else None
+        refuse_incompatible([*parents, *([base] if base is not None else [])])
+        source = recipe.tokenizer_source
+        if source is None:
+            return Models(parents, base, parents[0])
+        if source == "base":
+            assert base is not None
+            return Models(parents, base, base)
+        named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
+        return Models(parents, base, named[0] if named else open_checkpoint(source))
+
+    def download() -> None:
+        open_all()
+
+    processes.on_main(download)
+    return open_all()
+
+
+def open_recipe_data(recipe: Recipe, reference: Checkpoint) -> tuple[EvaluationData | None, EvaluationData | None]:
+    """The data to measure on, and those to recompute BatchNorm from: the same without labels if none are named."""
+    if recipe.diagnose is None:
+        return None, None
+    data = open_data(recipe.diagnose.data, reference)
+    batch_norm = recipe.diagnose.batch_norm
+    if not batch_norm.recompute or not any(name.endswith("running_mean") for name in reference.tensors):
+        return data, None
+    calibration: EvaluationConfig = batch_norm.data or replace(recipe.diagnose.data, labels=False)
+    return data, open_data(calibration, reference)
+
+
+def align_parents(opened: Models, recipe: Recipe, progress: Progress) -> list[Alignment | None]:
+    """One alignment a parent; None for the reference and where nothing is aligned."""
+    reference = opened.parents[recipe.reference_index]
+    return [
+        None if each is reference else align_checkpoints(reference, each, recipe.align, progress=progress)
+        for each in opened.parents
+    ]
+
+
+def write_merge(
+    folder: Path,
+    parents: Sequence[Parent],
+    opened: Models,
+    recipe: Recipe,
+    calibration: EvaluationData | None,
+    progress: Progress,
+) -> None:
+    """Writes the merged checkpoint, tensor by tensor; only models with BatchNorm are held in memory."""
+    first = opened.parents[0]
+    out_dtype = getattr(torch, recipe.result_dtype) if recipe.result_dtype else None
+    infos = merged_infos(first.tensors, out_dtype)
+    tensors = merge_tensors(
+        [Source(parent.checkpoint.id, parent.read) for parent in parents],
+        infos,
+        [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
+        normalize=recipe.parameters.normalize is True,
+        base=Source(opened.base.id, opened.base.read) if opened.base is not None else None,
+        scale=recipe.parameters.scale,
+    )
+    if calibration is not None:
+        model = load_model(first, state_dict=dict(tensors))
+        recompute_batch_norm(model, calibration.batches())
+        state = state_dict_on_disk(model)
+        tensors = ((name, state[name].to(info.dtype)) for name, info in infos.items())
+    write_checkpoint(
+        folder,
+        infos,
+        _counted(tensors, len(infos), progress),
+        config=first.config,
+        companions=opened.tokenizer_source.companion_files,
+        max_shard_size=recipe.max_shard_size,
+    )
+
+
+def _counted(tensors: Iterable[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    for done, pair in enumerate(tensors, start=1):
+        yield pair
+        progress("merging", done, total)
+
+
+def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
+    """What a recipe says of one model's weights."""
+    weight = entry.parameters.weight if entry.parameters is not None else 1 / count
+    if isinstance(weight, float):
+        return WeightSchedule.constant(weight, entry.model)
+    if all(isinstance(value, float) for value in weight):
+        return WeightSchedule((Rule(None, tuple(value for value in weight if isinstance(value, float))),), entry.model)
+    rules = [
+        Rule(rule.filter, rule.value if isinstance(rule.value, tuple) else (rule.value,))
+        if isinstance(rule, WeightRule)
+        else Rule(None, (rule,))
+        for rule in weight
+    ]
+    return WeightSchedule(tuple(rules), entry.model, parent.axes_of)
+
+
+def references(recipe: Recipe, parents: Sequence[Checkpoint]) -> list[ModelReference]:
+    """How the report names the parents."""
+    weights = [schedule(entry, len(parents), Parent(each)) for entry, each in zip(recipe.models, parents, strict=True)]
+    return [
+        ModelReference(each.id, each.revision, weight.rules[0].values[0] if weight.is_constant else None)
+        for each, weight in zip(parents, weights, strict=True)
+    ]
+
+
+def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
+    """The recipe with every revision as the commit it stood for."""
+    entries = [
+        replace(entry, model=f"{entry.model.partition('@')[0]}@{each.revision}" if each.revision else entry.model)
+        for entry, each in zip(recipe.models, parents, strict=True)
+    ]
+    reference = recipe.align.reference
+    align = recipe.align if isinstance(reference, int) else replace(recipe.align, reference=recipe.reference_index)
+    return replace(recipe, models=tuple(entries), align=align)
+
+
+def write_evidence(
+    folder: Path,
+    recipe: Recipe,
+    opened: Models,
+    alignments: Sequence[Alignment | None],
+    report: ConnectivityReport | None,
+    table: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes what is ours: recipe as run, alignments, report, plots and the card."""
+    ours = folder / LLFC_FOLDER
+    ours.mkdir()
+    as_run = resolved(recipe, opened.parents)
+    (ours / "recipe.yaml").write_text(dump_recipe(as_run), encoding="utf-8")
+    found = [(place, alignment) for place, alignment in enumerate(alignments) if alignment is not None]
+    for place, alignment in found:
+        alignment.save(ours / ("alignment.safetensors" if len(found) == 1 else f"alignment-{place}.safetensors"))
+    if report is not None:
+        report.save(ours / "llfc_report.json")
+    write_card(
+        folder,
+        recipe=as_run.to_dict(),
+        report=report,
+        alignment=[alignment_summary(alignment) for _, alignment in found],
+        results=[row for row in table if "loss" in row] or None,
+        name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
+        license=recipe.publish.licence if recipe.publish is not None else None,
+        hardware=f"{platform.machine()}, {platform.system()}",
+    )
+
+
+def push(recipe: Recipe) -> str:
+    """Pushes the output folder as the recipe says."""
+    assert recipe.publish is not None
+    return publish(
+        recipe.output_dir, recipe.publish.repo_id, private=recipe.publish.private, create_pr=recipe.publish.create_pr
+    )
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a run would do and what it costs, from configs and headers alone.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        `steps` with what each does, and `cost` with bytes to read and write and the peak of memory, as JSON values.
+
+    Raises:
+        LLFCError: The recipe or its parents are at fault.
+    """
+    parents = [open_checkpoint(entry.model, trust_remote_code=entry.trust_remote_code) for entry in recipe.models]
+    base = [open_checkpoint(recipe.base_model)] if recipe.base_model is not None else []
+    refuse_incompatible([*parents, *base])
+    OutputFolder(recipe.output_dir, recipe.overwrite).check()
+    dtype = getattr(torch, recipe.result_dtype) if recipe.result_dtype else None
+    infos = merged_infos(parents[0].tensors, dtype)
+    written = sum(info.nbytes for info in infos.values())
+    read = sum(each.nbytes for each in (*parents, *base))
+    steps = [{"step": "read", "what": ", ".join(each.id for each in (*parents, *base))}]
+    if recipe.align.method != "none":
+        spec = alignment_spec(parents[0], recipe.align)
+        kinds = sorted({axis.split(".")[0] for axis in bind(spec, parents[0]).symmetric_axes})
+        steps.append(
+            {
+                "step": "align",
+                "what": f"{recipe.align.method} over {', '.join(kinds)}; onto {parents[recipe.reference_index].id}",
+            }
+        )
+    steps.append({"step": "merge", "what": f"{recipe.merge_method} of {len(parents)} models, {len(infos)} tensors"})
+    held = max((info.nbytes for info in infos.values()), default=0) * (len(parents) + len(base) + 2)
+    if recipe.align.method != "none":
+        held = max(held, matching_memory(parents[0], recipe.align))
+    if recipe.diagnose is not None:
+        held = max(held, 3 * sum(info.elements for info in infos.values()) * 4)
+        data = recipe.diagnose.data
+        steps.append(
+            {"step": "diagnose", "what": f"{data.task} on {data.dataset}, {len(recipe.diagnose.alphas)} points"}
+        )
+    steps.append({"step": "write", "what": str(recipe.output_dir)})
+    if recipe.publish is not None:
+        steps.append({"step": "publish", "what": recipe.publish.repo_id})
+    reads = read * (1 if recipe.align.method == "none" else 2)
+    return {"steps": steps, "cost": {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held}}
+
+
+def write_aligned(
+    model: str | Path,
+    *,
+    to: str | Path,
+    out: str | Path,
+    options: AlignSection,
+    file: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Alignment:
+    """Writes a model as an ordinary checkpoint in the coordinates of a reference, with its alignment file.
+
+    Args:
+        model: The model that moves.
+        to: The reference.
+        out: The folder to write.
+        options: How to align.
+        file: An alignment file to apply instead of matching; it must have been made for these two models.
+        overwrite: Whether an earlier output may be replaced.
+        progress: Shown meanwhile.
+
+    Returns:
+        The alignment.
+
+    Raises:
+        LLFCError: The models do not fit each other, an option or the alignment file.
+    """
+    output = OutputFolder(out, overwrite)
+    output.check()
+    reference, moving = open_checkpoint(to), open_checkpoint(model)
+    refuse_incompatible([reference, moving])
+    if file is not None:
+        alignment: Alignment | None = Alignment.load(file, alignment_spec(reference, AlignSection()))
+        assert alignment is not None
+        check_alignment_file(alignment, reference, moving)
+    else:
+        alignment = align_checkpoints(reference, moving, options, progress=progress)
+    if alignment is None:
+        raise LLFCError("the method `none` aligns nothing; use weight_matching or activation_matching")
+    parent = Parent(moving, alignment)
+    with output as folder:
+        tensors = ((name, parent.read(name).contiguous()) for name in moving.tensors)
+        write_checkpoint(
+            folder,
+            moving.tensors,
+            _counted(tensors, len(moving.tensors), progress),
+            config=moving.config,
+            companions=moving.companion_files,
+        )
+        (folder / LLFC_FOLDER).mkdir()
+        alignment.save(folder / LLFC_FOLDER / "alignment.safetensors")
+    return alignment
+
+
+def write_diagnosis(
+    a: str | Path,
+    b: str | Path,
+    data: EvaluationConfig,
+    *,
+    options: AlignSection,
+    alphas: int = 11,
+    layers: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> ConnectivityReport:
+    """Diagnoses the line between two models and, given a folder, writes report and plots.
+
+    Args:
+        a: The first model, of weight α.
+        b: The second model.
+        data: What to measure on.
+        options: How B is aligned to A first.
+        alphas: Number of equal steps from 0 to 1, at least 3.
+        layers: Patterns of module names; block outputs and the logits where None.
+        out: The folder to write.
+        overwrite: Whether an earlier output may be replaced.
+        progress: Shown meanwhile.
+
+    Raises:
+        LLFCError: The models do not fit each other or the data.
+    """
+    if alphas < 3:
+        raise LLFCError(f"alphas must be at least 3, both ends and one point between them, not {alphas}")
+    processes = Processes()
+    progress = progress if processes.is_main else silent
+    output = OutputFolder(out, overwrite) if out is not None else None
+    if output is not None:
+        processes.on_main(output.check)
+    checkpoints = [open_checkpoint(model) for model in (a, b)]
+    refuse_incompatible(checkpoints)
+    opened = open_data(data, checkpoints[0])
+    alignment = processes.on_main(lambda: align_checkpoints(checkpoints[0], checkpoints[1], options, progress=progress))
+    has_batch_norm = any(name.endswith("running_mean") for name in checkpoints[0].tensors)
+    report = diagnose_parents(
+        [Parent(checkpoints[0]), Parent(checkpoints[1], alignment)],
+        opened,
+        [ModelReference(each.id, each.revision) for each in checkpoints],
+        alphas=[step / (alphas - 1) for step in range(alphas)],
+        layers=layers or (),
+        calibration=open_data(replace(data, labels=False), checkpoints[0]) if has_batch_norm else None,
+        accelerator=processes.accelerator,
+        progress=progress,
+    )
+
+    def save(folder: Path) -> None:
+        (folder / LLFC_FOLDER).mkdir()
+        report.save(folder / LLFC_FOLDER / "llfc_report.json")
+        save_plots(report, folder / LLFC_FOLDER)
+        if alignment is not None:
+            alignment.save(folder / LLFC_FOLDER / "alignment.safetensors")
+
+    if output is not None:
+        with processes.output(output) as folder:
+            processes.on_main(lambda: save(folder))
+    return report

@@ -1,0 +1,379 @@
+"""The stages of a merge, each a function from checkpoints to a result; `pipeline.run` puts them in a row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_llfc.adapters import known_model_types, spec_for
+from hf_llfc.alignment import Parameters, match_activations, match_weights
+from hf_llfc.checkpoints import Checkpoint, compare, load_model
+from hf_llfc.diagnostics import ConnectivityReport, ModelReference, diagnose_models
+from hf_llfc.errors import AlignmentError, CheckpointError, raise_all, suggest
+from hf_llfc.evaluation import EvaluationConfig, EvaluationData, load_evaluation_data
+from hf_llfc.evaluation.models import evaluate_model, evaluation_mode, model_inputs
+from hf_llfc.merging import linear_combination
+from hf_llfc.progress import Progress, silent
+from hf_llfc.recipe import ALIGNMENT_METHODS, AlignSection
+from hf_llfc.symmetry import Alignment, Binding, PermutationSpec
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint in the coordinates of the reference.
+
+    Attributes:
+        checkpoint: The original.
+        alignment: How it moves; None if it stays as it is.
+    """
+
+    checkpoint: Checkpoint
+    alignment: Alignment | None = None
+
+    @cached_property
+    def binding(self) -> Binding:
+        """The declarations of its tensors."""
+        assert self.alignment is not None
+        return bind(self.alignment.spec, self.checkpoint)
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor, moved."""
+        if self.alignment is None:
+            return self.checkpoint.read(name)
+        return self.alignment.read_aligned(name, self.binding, self.checkpoint.read)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, moved."""
+        return {name: self.read(name) for name in self.checkpoint.tensors}
+
+    def axes_of(self, name: str) -> tuple[str, ...]:
+        """The axes that a tensor carries; none where the architecture has no adapter."""
+        if self.checkpoint.config.model_type not in known_model_types():
+            return ()
+        bound = bind(spec_for(self.checkpoint.config), self.checkpoint).tensors[name]
+        return tuple(use.axis for use in bound.spec.axes)
+
+    def load(self) -> PreTrainedModel:
+        """The model, moved, in evaluation mode."""
+        state = None if self.alignment is None else self.state_dict()
+        return load_model(self.checkpoint, state_dict=state).eval()
+
+
+def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:
+    """Binds a checkpoint's tensors to a spec; the error names the checkpoint.
+
+    Raises:
+        CheckpointError: The tensors do not fit.
+    """
+    try:
+        return spec.bind({name: info.shape for name, info in checkpoint.tensors.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.id}: {error}") from None
+
+
+def refuse_incompatible(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises every reason that forbids merging, at once.
+
+    Raises:
+        CheckpointError: The checkpoints differ in architecture, sizes, tensors or vocabulary.
+    """
+    raise_all(compare(checkpoints), CheckpointError, "these checkpoints cannot be merged")
+
+
+def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> PermutationSpec:
+    """The spec of a checkpoint with the axes that the options leave free.
+
+    Raises:
+        SpecError: The architecture has no adapter, or a pattern matches no axis.
+    """
+    spec = spec_for(checkpoint.config)
+    spec = spec.keep(*options.axes) if options.axes else spec
+    return spec.fix(*options.exclude) if options.exclude else spec
+
+
+def matching_memory(checkpoint: Checkpoint, options: AlignSection) -> int:
+    """Bytes that weight matching holds at its peak: the gains of the widest axis, its assignment, two tensors."""
+    binding = bind(alignment_spec(checkpoint, options), checkpoint)
+    widest = max((binding.sizes[axis] for axis in binding.symmetric_axes), default=0)
+    largest = max(info.elements for info in checkpoint.tensors.values())
+    return 3 * 8 * widest**2 + 2 * 8 * largest
+
+
+def align_checkpoints(
+    reference: Checkpoint,
+    model: Checkpoint,
+    options: AlignSection,
+    *,
+    progress: Progress = silent,
+) -> Alignment | None:
+    """Finds the transforms that bring a model into the coordinates of a reference.
+
+    Args:
+        reference: The model that stays.
+        model: The model that moves.
+        options: How.
+        progress: Shown meanwhile.
+
+    Returns:
+        The alignment, with the method, both objectives and the fingerprints of both inputs in its metadata; None for
+        the method `none`.
+
+    Raises:
+        AlignmentError: An option is not valid, or calibration data are missing.
+        SpecError: The architecture has no adapter, or a checkpoint does not fit it.
+    """
+    if options.method not in ALIGNMENT_METHODS:
+        hint = suggest(options.method, ALIGNMENT_METHODS)
+        raise AlignmentError(
+            f"unknown alignment method {options.method!r}{hint} (known: {', '.join(ALIGNMENT_METHODS)})"
+        )
+    if options.method == "none":
+        return None
+    spec = alignment_spec(reference, options)
+    parameters = [Parameters(bind(spec, checkpoint), checkpoint.read) for checkpoint in (reference, model)]
+    from_activations = (
+        _match_activations(reference, model, spec, options)
+        if "activation_matching" in (options.method, options.start)
+        else None
+    )
+    if options.method == "weight_matching":
+        alignment = match_weights(
+            *parameters,
+            restarts=options.restarts,
+            max_sweeps=options.max_sweeps,
+            seed=options.seed,
+            start=from_activations,
+            progress=progress,
+        )
+    else:
+        assert from_activations is not None
+        alignment = from_activations
+    return alignment.with_metadata(
+        reference={"id": reference.id, "revision": reference.revision, "sha256": reference.fingerprint()},
+        model={"id": model.id, "revision": model.revision, "sha256": model.fingerprint()},
+        excluded=list(options.exclude),
+    )
+
+
+def _match_activations(
+    reference: Checkpoint, model: Checkpoint, spec: PermutationSpec, options: AlignSection
+) -> Alignment:
+    if options.calibration is None:
+        raise AlignmentError(
+            "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
+        )
+    models = [load_model(checkpoint).eval() for checkpoint in (reference, model)]
+    data = open_data(options.calibration, reference)
+    with evaluation_mode(*models):
+        batches = ({**model_inputs(batch, models[0])} for batch, _ in data.batches())
+        alignment = match_activations(models[0], models[1], batches, spec)
+    if alignment.metadata["unmatched"]:
+        # What no linear map shows (experts fused into one tensor) is matched by its weights, the rest held.
+        held = alignment
+        rest = spec.keep(*alignment.metadata["unmatched"])
+        parameters = [
+            Parameters.from_state_dict(rest, state)
+            for state in (dict(reference.state_dict()), held.apply(dict(model.state_dict())))
+        ]
+        by_weights = match_weights(*parameters, restarts=options.restarts, seed=options.seed)
+        alignment = held.then(by_weights).with_metadata(**held.metadata)
+    return alignment
+
+
+def open_data(config: EvaluationConfig, checkpoint: Checkpoint) -> EvaluationData:
+    """Opens evaluation data with the tokenizer or processor of a checkpoint."""
+    return load_evaluation_data(config, checkpoint.folder, checkpoint.config)
+
+
+def check_alignment_file(alignment: Alignment, reference: Checkpoint, model: Checkpoint) -> None:
+    """Refuses an alignment that was found for other inputs.
+
+    Raises:
+        AlignmentError: A fingerprint differs.
+    """
+    problems = []
+    for role, checkpoint in (("reference", reference), ("model", model)):
+        recorded: Mapping[str, Any] = alignment.metadata.get(role, {})
+        if recorded.get("sha256") != checkpoint.fingerprint():
+            problems.append(
+                f"the {role} was {recorded.get('id', 'not recorded')} with weights {str(recorded.get('sha256'))[:12]}, "
+                f"{checkpoint.id} has {checkpoint.fingerprint()[:12]}"
+            )
+    raise_all(problems, AlignmentError, "this alignment file was made for other checkpoints; align again")
+
+
+def largest_logit_change(checkpoint: Checkpoint, *, seed: int = 0) -> dict[str, float]:
+    """How much a random transform of every symmetric axis changes the logits, against float noise.
+
+    Args:
+        checkpoint: Any supported model.
+        seed: Seed of the transform and the inputs.
+
+    Returns:
+        `change`: largest change of the logits, relative to the largest logit, in float64; `noise`: that of computing
+        them in float32 instead of float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spec = spec_for(checkpoint.config)
+    random = spec.random_alignment(generator)
+    model = load_model(checkpoint).eval()
+    inputs = _random_inputs(model, generator)
+    moved = Parent(checkpoint, random).load()
+    single = _outputs(model.float(), inputs).double()
+    exact, changed = (_outputs(each.double(), inputs) for each in (model, moved))
+    scale = exact.abs().max().clamp(min=1e-30)
+    return {
+        "change": float((changed - exact).abs().max() / scale),
+        "noise": float((single - exact).abs().max() / scale),
+    }
+
+
+def _random_inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.to_dict().get("image_size") or 32
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=generator)}
+    low = (config.to_dict().get("pad_token_id") or 0) + 1
+    return {
+        "input_ids": torch.randint(min(low, config.vocab_size - 1), config.vocab_size, (2, 12), generator=generator)
+    }
+
+
+def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    arguments = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.no_grad():
+        output: Tensor = model(**arguments)[0]
+    return output
+
+
+def alignment_summary(alignment: Alignment) -> dict[str, Any]:
+    """What an alignment did, for tables, cards and reports, as JSON values.
+
+    Returns:
+        `method`, objectives, cosines and `converged` where the method has them, `axes` with the units moved by kind of
+        axis, and one `sentence`.
+    """
+    kinds: dict[str, list[int]] = {}
+    for axis, (moved, units) in alignment.moved.items():
+        counts = kinds.setdefault(axis.split(".")[0], [0, 0])
+        counts[0] += moved
+        counts[1] += units
+    summary: dict[str, Any] = {
+        key: alignment.metadata[key]
+        for key in (
+            "method",
+            "objective_before",
+            "objective_after",
+            "cosine_before",
+            "cosine_after",
+            "converged",
+            "unmatched",
+        )
+        if key in alignment.metadata
+    }
+    summary["reference"] = alignment.metadata.get("reference", {}).get("id")
+    summary["model"] = alignment.metadata.get("model", {}).get("id")
+    summary["axes"] = [{"axis": kind, "moved": moved, "units": units} for kind, (moved, units) in kinds.items()]
+    moved = sum(row["moved"] for row in summary["axes"])
+    units = sum(row["units"] for row in summary["axes"])
+    sentence = f"{summary['method']} moves {moved} of {units} units of {summary['model']} onto {summary['reference']}"
+    if "cosine_after" in summary:
+        sentence += (
+            f"; cosine of the weights {summary['cosine_before']:.4f} before, {summary['cosine_after']:.4f} after"
+        )
+    return {**summary, "sentence": sentence}
+
+
+def diagnose_parents(
+    parents: Sequence[Parent],
+    data: EvaluationData,
+    models: Sequence[ModelReference],
+    *,
+    alphas: Sequence[float],
+    layers: Sequence[str] = (),
+    calibration: EvaluationData | None = None,
+    accelerator: Accelerator | None = None,
+    progress: Progress = silent,
+) -> ConnectivityReport:
+    """Diagnoses the line between two aligned parents, or between the first and the weighted mean of the others.
+
+    Args:
+        parents: Two or more parents in the coordinates of one reference.
+        data: What to measure on.
+        models: How the report names them; the weights make the mean of the others.
+        alphas: The grid, α the weight of the first.
+        layers: Patterns of module names; block outputs and the logits where empty.
+        calibration: Data from which BatchNorm statistics are recomputed along the path.
+        accelerator: Shares the samples among its processes.
+        progress: Shown meanwhile.
+    """
+    first, *others = parents
+    model_b = others[0].load() if len(others) == 1 else _weighted_mean(others, models[1:])
+    summaries = [alignment_summary(parent.alignment) for parent in parents if parent.alignment is not None]
+    return diagnose_models(
+        first.load(),
+        model_b,
+        data,
+        alphas=alphas,
+        layers=layers or None,
+        accelerator=accelerator,
+        batch_norm_data=calibration,
+        models=[vars(model) for model in models],
+        alignment=summaries[0]
+        if len(summaries) == 1
+        else {"method": summaries[0]["method"], "alignments": summaries}
+        if summaries
+        else None,
+        on_batch=lambda done, total: progress("diagnosing", done, total),
+    )
+
+
+def _weighted_mean(parents: Sequence[Parent], models: Sequence[ModelReference]) -> PreTrainedModel:
+    """The mean of several parents, by their shares in the merge."""
+    shares = [model.weight if model.weight is not None else 1.0 for model in models]
+    total = sum(shares)
+    weights = [share / total for share in shares] if total else [1 / len(shares)] * len(shares)
+    state = {}
+    for name, info in parents[0].checkpoint.tensors.items():
+        tensors = [parent.read(name) for parent in parents]
+        state[name] = (
+            linear_combination(tensors, weights, out_dtype=info.dtype, name=name)
+            if info.dtype.is_floating_point
+            else tensors[0]
+        )
+    return load_model(parents[0].checkpoint, state_dict=state).eval()
+
+
+def evaluate_parents(
+    parents: Sequence[Parent],
+    data: EvaluationData,
+    *,
+    accelerator: Accelerator | None = None,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Loss and metrics of models on the same data: one row with `id`, `loss` and `metrics` each."""
+    rows = []
+    for place, parent in enumerate(parents):
+        result = evaluate_model(
+            parent.load(),
+            data,
+            accelerator=accelerator,
+            on_batch=lambda done, total, place=place: progress(
+                f"evaluating model {place + 1} of {len(parents)}", done, total
+            ),
+        )
+        rows.append({"id": parent.checkpoint.id, "loss": result.loss, "metrics": dict(result.metrics)})
+    return rows
