@@ -2,10 +2,10 @@
 
 Working precision is float32 where a half type is written and float64 where float32 is written. Chunk by chunk, so
 that everything in between stays in the cache, the sum is bracketed: low ≤ exact sum ≤ high. Where both ends round to
-the same number, that number is the correctly rounded sum. The few elements left (about one in two thousand for two
-bfloat16 models at 0.3 and 0.7) are computed again without error by `exact_combination`. Averages of models need a
-second form of the bracket: with a weight such as 0.5 exact ties are common, but then the products are exact and the
-error of every addition can be computed; where all errors are zero, the sum is exact and is rounded as it is.
+the same number, that number is the correctly rounded sum; elsewhere (4 % of the elements for two models at 0.3 and
+0.7, whose sums are often tenths of a unit in the last place and so lie close to a tie) it is computed again without
+error by `exact_combination`. Averages need another way, because a weight of 0.5 makes every second sum an exact tie:
+there the products are exact, the error of each addition is computed too, and where it is zero the sum is exact.
 
 Shape suffixes: `n` all elements of a tensor, `c` those of one chunk, `k` those to compute again.
 """

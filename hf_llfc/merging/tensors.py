@@ -1,18 +1,22 @@
-"""Merging whole models tensor by tensor: floating-point tensors linearly, all others on purpose."""
+"""Merging whole models tensor by tensor: weights linearly, all other tensors on purpose."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import TensorInfo
-from hf_llfc.errors import CheckpointError, RecipeError
+from hf_llfc.errors import CheckpointError
 from hf_llfc.merging.combination import base_weight, linear_combination
-from hf_llfc.merging.schedule import WeightSchedule, layer_depths
+from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
+
+COUNTER = "num_batches_tracked"
+VARIANCE = "running_var"
+CONSTANTS = ("inv_freq", "original_inv_freq", "masked_bias", "position_ids", "token_type_ids")
+"""Last parts of the names of buffers that follow from the config and are not trained."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,15 @@ class Source:
 
 
 def merged_infos(infos: Mapping[str, TensorInfo], out_dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-    """Dtype and shape of every merged tensor: floating-point tensors in `out_dtype`, all others as they are."""
+    """Dtype and shape of every merged tensor.
+
+    Args:
+        infos: Those of the first model.
+        out_dtype: For floating-point weights and statistics; None keeps each one's own. Integers, truth values and
+            constants, which a narrower type would damage, always keep theirs.
+    """
     return {
-        name: TensorInfo(out_dtype, info.shape) if out_dtype is not None and info.dtype.is_floating_point else info
+        name: info if out_dtype is None or _is_kept(name, info.dtype) else replace(info, dtype=out_dtype)
         for name, info in infos.items()
     }
 
@@ -41,61 +51,74 @@ def merge_tensors(
     infos: Mapping[str, TensorInfo],
     schedules: Sequence[WeightSchedule],
     *,
-    normalize: bool = False,
+    normalize: bool | None = None,
     base: Source | None = None,
     scale: float = 1.0,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merges models one tensor at a time.
 
-    Without a base the result is Σ wᵢ θᵢ, with one it is θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic). Floating-point tensors
-    are combined exactly and rounded once. Integer and boolean tensors must be equal in all models and are kept;
-    BatchNorm's count of batches becomes the largest one.
+    Without a base the result is Σ wᵢ θᵢ, with one it is θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic). Floating-point
+    tensors, BatchNorm's running statistics among them, are combined exactly and rounded once. Integers, truth values
+    and constants (`CONSTANTS`) must be equal in all models and are kept; BatchNorm's count of batches becomes the
+    largest.
 
     Args:
         sources: The models, in the coordinates of one reference.
         infos: Name → dtype and shape of what is to be written; see `merged_infos`.
         schedules: One a model.
-        normalize: Whether the weights of every tensor are divided by their sum.
+        normalize: Whether the weights of every tensor are divided by their sum. None: they are not, and those of a
+            merge without a base must sum to one.
         base: θ₀ of task arithmetic.
         scale: λ of task arithmetic.
 
-    Yields:
-        Name and merged tensor, in the order of `infos`.
+    Returns:
+        An iterator of name and merged tensor, in the order of `infos`; one tensor of each model is in memory at a time.
 
     Raises:
-        CheckpointError: A tensor cannot be combined, is not finite, or differs where it must not.
-        RecipeError: Weights cannot be normalized, or no rule matches a tensor.
+        RecipeError: At once, before anything is read: weights of a wrong sum, or rules that do not fit the tensors.
+        CheckpointError: A tensor cannot be combined, is not finite, differs where it must not, or leaves the range of
+            its dtype.
     """
-    depths = layer_depths(infos)
-    everyone = [base, *sources] if base is not None else list(sources)
-    labels = [source.label for source in everyone]
+    weights = resolve_weights(list(infos), schedules, normalize=normalize, scale=scale, sum_to_one=base is None)
+    everyone = [*sources] if base is None else [base, *sources]
+    return _merged(everyone, infos, weights, has_base=base is not None)
+
+
+def _merged(
+    sources: Sequence[Source],
+    infos: Mapping[str, TensorInfo],
+    weights: Mapping[str, Sequence[float]],
+    *,
+    has_base: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    labels = [source.label for source in sources]
     for name, info in infos.items():
-        tensors = [source.read(name) for source in everyone]
-        if not info.dtype.is_floating_point:
-            yield name, _merged_integers(name, tensors, labels)
-            continue
-        weights = [scale * schedule.weight(name, depths) for schedule in schedules]
-        if normalize:
-            weights = _normalized(name, weights)
-        if base is not None:
-            weights = [base_weight(weights), *weights]
-        yield name, linear_combination(tensors, weights, out_dtype=info.dtype, name=name, models=labels)
-
-
-def _normalized(name: str, weights: Sequence[float]) -> list[float]:
-    total = math.fsum(weights)
-    if abs(total) < 1e-12:
-        raise RecipeError(f"{name}: the weights sum to zero and cannot be normalized")
-    return [weight / total for weight in weights]
-
-
-def _merged_integers(name: str, tensors: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
-    if name.endswith("num_batches_tracked"):
-        return torch.stack(list(tensors)).amax(dim=0)
-    for tensor, label in zip(tensors, labels, strict=True):
-        if tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]):
+        tensors = [source.read(name) for source in sources]
+        if name.endswith(COUNTER):
+            merged = torch.stack(tensors).amax(dim=0)
+        elif _is_kept(name, info.dtype):
+            merged = _equal_in_all(name, tensors, labels)
+        else:
+            row = [base_weight(weights[name]), *weights[name]] if has_base else weights[name]
+            merged = linear_combination(tensors, row, out_dtype=info.dtype, name=name, models=labels)
+        if name.endswith(VARIANCE) and bool((merged < 0).any()):
             raise CheckpointError(
-                f"{name}: {label} and {labels[0]} hold different {tensor.dtype} values, which cannot be averaged; "
-                "make them equal or remove the tensor from both"
+                f"{name}: the merged variance is {merged.min().item():.6g}, and a variance cannot be negative; "
+                "use smaller weights, from 0 to 1"
             )
-    return tensors[0].clone()
+        yield name, merged
+
+
+def _is_kept(name: str, dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point or name.rpartition(".")[2] in CONSTANTS
+
+
+def _equal_in_all(name: str, tensors: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
+    first = tensors[0]
+    for tensor, label in zip(tensors, labels, strict=True):
+        if tensor.shape != first.shape or not torch.equal(tensor.to(first.dtype), first):
+            raise CheckpointError(
+                f"{name}: {label} and {labels[0]} hold different {str(first.dtype).removeprefix('torch.')} values, "
+                "which cannot be averaged; make them equal or remove the tensor from both"
+            )
+    return first.clone()
