@@ -25,11 +25,13 @@ from hf_llfc.publishing.facts import (
     shown_layers,
 )
 from hf_llfc.publishing.parents import (
+    CARD_FILE,
     License,
     ParentInfo,
     combined_license,
     is_hub_id,
     read_parent_card,
+    split_revision,
     union,
 )
 from hf_llfc.publishing.plots import LAYER_PLOT, PATH_PLOT, save_plots
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LLFC_FOLDER = "llfc"
-CARD_FILE = "README.md"
 REPORT_FILE = "llfc_report.json"
 RECIPE_FILE = "recipe.yaml"
 TAGS = ("merge", "hf-llfc")
@@ -93,6 +94,7 @@ def write_card(
     """
     folder = Path(folder)
     ours = folder / LLFC_FOLDER
+    _read_json(folder / "config.json")
     if recipe is None:
         recipe = _read_yaml(ours / RECIPE_FILE) if (ours / RECIPE_FILE).is_file() else {}
     if report is None and diagnosis_problem is None and (ours / REPORT_FILE).is_file():
@@ -196,7 +198,7 @@ def render_card(
         "layers": _layer_table(measured),
         "layers_are_many": measured is not None and len(shown_layers(measured)) > LONG_TABLE,
         "layer_summary": _layer_summary(measured),
-        "alignments": [_alignment(entry) for entry in alignments],
+        "alignments": [_alignment(entry) for entry in alignments if entry],
         "snippet": usage_snippet(folder, config, task, name, of_bytes=data.get("tokenizer") == "bytes"),
         "recipe": _recipe_text(recipe),
         "versions": versions or (measured.versions if measured is not None else {}) or _installed_versions(),
@@ -208,12 +210,10 @@ def render_card(
 
 
 def _parent(model: Mapping[str, Any]) -> ParentInfo:
-    model_id, _, at = (
-        str(model["id"]).partition("@") if is_hub_id(str(model["id"]).partition("@")[0]) else (model["id"], "", "")
-    )
+    model_id, revision = split_revision(str(model["id"]))
     return ParentInfo(
-        id=str(model_id),
-        revision=model.get("revision") or at or None,
+        id=model_id,
+        revision=model.get("revision") or revision,
         weight=model.get("weight"),
         is_base=bool(model.get("is_base", False)),
         card=model.get("card") or {},
@@ -221,20 +221,21 @@ def _parent(model: Mapping[str, Any]) -> ParentInfo:
 
 
 def _models_of(recipe: Mapping[str, Any], report: ConnectivityReport | None) -> list[dict[str, Any]]:
-    """The parents as the recipe names them, revisions out of `id@revision`; else as the report does."""
+    """The parents as the recipe names them, with equal shares where it gives none; else as the report does."""
+    entries = list(recipe.get("models") or [])
+    weights = [(entry.get("parameters") or {}).get("weight") for entry in entries]
+    if entries and all(weight is None for weight in weights):
+        weights = [1 / len(entries)] * len(entries)
     models = []
-    entries = [(entry, False) for entry in recipe.get("models") or []]
-    if recipe.get("base_model"):
-        entries.append(({"model": recipe["base_model"]}, True))
-    for entry, is_base in entries:
-        model_id, _, revision = str(entry["model"]).rpartition("@")
-        if not is_hub_id(model_id):
-            model_id, revision = str(entry["model"]), ""
-        weight = (entry.get("parameters") or {}).get("weight")
-        weight = weight if isinstance(weight, int | float) else None
-        models.append({"id": model_id, "revision": revision or None, "weight": weight, "is_base": is_base})
+    for entry, weight in zip(entries, weights, strict=True):
+        model_id, revision = split_revision(str(entry["model"]))
+        number = weight if isinstance(weight, int | float) else None
+        models.append({"id": model_id, "revision": revision, "weight": number})
     if not models and report is not None:
         models = [{"id": m.id, "revision": m.revision, "weight": m.weight} for m in report.models if m.id is not None]
+    if recipe.get("base_model"):
+        model_id, revision = split_revision(str(recipe["base_model"]))
+        models.append({"id": model_id, "revision": revision, "is_base": True})
     if not models:
         raise PublishingError(
             "the card must name the parents: there is neither llfc/recipe.yaml nor a report that does"
@@ -283,9 +284,9 @@ def _eval_results(
     merged = next((row for row in rows if row["is_merge"]), None)
     if merged is None or task is None or not data.get("dataset"):
         return []
-    dataset, _, revision = str(data["dataset"]).partition("@")
+    dataset, revision = split_revision(str(data["dataset"]))
     if not is_hub_id(dataset):
-        dataset, revision = _file_name(str(data["dataset"])), ""
+        dataset = _file_name(dataset)
     values = {"loss": merged["loss"], **merged["metrics"]}
     return [
         EvalResult(
@@ -294,7 +295,7 @@ def _eval_results(
             dataset_name=" ".join(filter(None, [dataset, data.get("name")])),
             dataset_config=data.get("name"),
             dataset_split=data.get("split"),
-            dataset_revision=revision or None,
+            dataset_revision=revision,
             metric_type=metric,
             metric_name=LOSS.title if metric == "loss" else metric_style(metric).title,
             metric_value=float(f"{value:.6g}"),
@@ -379,14 +380,15 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
     if not data.get("dataset"):
         return None
     dataset = str(data["dataset"])
-    is_on_hub = is_hub_id(dataset.partition("@")[0])
+    dataset_id, _ = split_revision(dataset)
+    is_on_hub = is_hub_id(dataset_id)
     parts = [str(data["name"])] if data.get("name") else []
     if data.get("split"):
         parts.append(f"split {data['split']}")
     if data.get("samples"):
         parts.append(f"{data['samples']} samples")
     name = dataset if is_on_hub else _file_name(dataset)
-    link = f"https://huggingface.co/datasets/{dataset.partition('@')[0]}" if is_on_hub else None
+    link = f"https://huggingface.co/datasets/{dataset_id}" if is_on_hub else None
     return {"name": name, "link": link, "parts": parts}
 
 
@@ -437,7 +439,7 @@ def _result_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     for row in rows:
         values = [_number(row["loss"], LOSS)] if has_loss else []
         values += [_number(row["metrics"].get(metric), style) for metric, style in styles]
-        name = "this merge" if row["is_merge"] else ParentInfo(str(row["id"]).partition("@")[0]).name
+        name = "this merge" if row["is_merge"] else _display_name(str(row["id"]))
         cells.append({"name": name, "is_merge": row["is_merge"], "values": values})
     return {"heads": heads, "rows": cells}
 
@@ -506,7 +508,7 @@ def _alignment(entry: Mapping[str, Any]) -> dict[str, Any]:
         before, after = entry.get(f"{key}_before"), entry.get(f"{key}_after")
         if before is not None and after is not None:
             changes.append(f"{title} {before:.4g} → {after:.4g}")
-    names = [ParentInfo(str(entry[key]).partition("@")[0]).name for key in ("model", "reference") if entry.get(key)]
+    names = [_display_name(str(entry[key])) for key in ("model", "reference") if entry.get(key)]
     return {
         "method": str(entry.get("method", "alignment")).replace("_", " "),
         "model": names[0] if len(names) == 2 else None,
@@ -536,6 +538,11 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, str | PurePath) and os.path.isabs(value):
         return f"./{PurePath(value).name}"
     return str(value) if isinstance(value, PurePath) else value
+
+
+def _display_name(model: str) -> str:
+    model_id, revision = split_revision(model)
+    return ParentInfo(model_id, revision).name
 
 
 def _file_name(path: str) -> str:

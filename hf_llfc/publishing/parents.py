@@ -11,6 +11,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+CARD_FILE = "README.md"
+HUB_TIMEOUT = 10.0
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
@@ -54,7 +56,7 @@ class ParentInfo:
     @property
     def is_on_hub(self) -> bool:
         """Whether others can find it by its id."""
-        return is_hub_id(self.id)
+        return self.revision is not None or is_hub_id(self.id)
 
     @property
     def name(self) -> str:
@@ -86,6 +88,12 @@ class License:
     problem: str | None = None
 
 
+def split_revision(model: str) -> tuple[str, str | None]:
+    """The two parts of `id@revision`; a path that holds an @ stays whole."""
+    model_id, at, revision = model.rpartition("@")
+    return (model_id, revision) if at and revision and HUB_ID.fullmatch(model_id) else (model, None)
+
+
 def is_hub_id(model: str) -> bool:
     """Whether a model is named by its id on the Hub and not by a folder that exists here."""
     return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
@@ -102,15 +110,20 @@ def read_parent_card(
         token: For a private or gated one.
         endpoint: Of the Hub, where it is not the usual one.
     """
-    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
-    path = Path(model) / "README.md"
-    if is_hub_id(model):
-        try:
-            path = Path(hf_hub_download(model, "README.md", revision=revision, token=token, endpoint=endpoint))
-        except Exception as error:  # the client lets errors of network, cache and server through
-            logger.info("%s: its card cannot be read (%s); its licence is not known", model, type(error).__name__)
-            return {}
+    path = Path(model) / CARD_FILE
+    if revision is not None or is_hub_id(model):
+        cached = try_to_load_from_cache(model, CARD_FILE, revision=revision)
+        if not isinstance(cached, str):
+            # A missing licence is a line in the card: one question without retries, whatever goes wrong with it.
+            try:
+                info = HfApi(endpoint=endpoint, token=token).model_info(model, revision=revision, timeout=HUB_TIMEOUT)
+            except Exception as error:  # the client lets errors of network and server through
+                logger.info("%s: its card cannot be read (%s)", model, type(error).__name__)
+                return {}
+            return {} if info.card_data is None else info.card_data.to_dict()
+        path = Path(cached)
     if not path.is_file():
         return {}
     try:
