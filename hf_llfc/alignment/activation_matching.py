@@ -18,15 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_llfc.alignment.assignment import assign
-from hf_llfc.alignment.gains import Group, groups_of
+from hf_llfc.alignment.gains import ROLES, Group, groups_of
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product, axis_uses
 from hf_llfc.symmetry.spec import Binding, PermutationSpec
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
+
+# A unit whose variance is a smaller part of its mean square than this does not vary: float64 rounding is all there is.
+DEAD = 1e-12
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,17 @@ class _Moments:
 
     def correlation(self) -> Tensor:
         """Pearson correlation summed over the other channels, `[entries of A, entries of B]`; dead units count zero."""
-        assert isinstance(self.cross, Tensor) and isinstance(self.a_sum, Tensor) and isinstance(self.b_sum, Tensor)
-        a_mean, b_mean = self.a_sum / self.count, self.b_sum / self.count
-        a_std = (self.a_square / self.count - a_mean.square()).clamp(min=0).sqrt()
-        b_std = (self.b_square / self.count - b_mean.square()).clamp(min=0).sqrt()
+        a_mean, a_scale = self._mean_and_inverse_std(self.a_sum, self.a_square)
+        b_mean, b_scale = self._mean_and_inverse_std(self.b_sum, self.b_square)
         covariance = self.cross / self.count - torch.einsum("ic,jc->cij", a_mean, b_mean)
-        scale = torch.einsum("ic,jc->cij", a_std, b_std)
-        return torch.where(scale > 1e-12, covariance / scale.clamp(min=1e-12), torch.zeros_like(scale)).sum(0)
+        return torch.einsum("cij,ic,jc->ij", covariance, a_scale, b_scale)
+
+    def _mean_and_inverse_std(self, total: Tensor | float, squares: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Mean and 1/std of each unit; a unit whose variance is float noise is dead, and its 1/std counts as zero."""
+        mean, square = torch.as_tensor(total / self.count), torch.as_tensor(squares / self.count)
+        variance = square - mean.square()
+        alive = variance > DEAD * square
+        return mean, torch.where(alive, variance, 1).rsqrt() * alive
 
 
 def match_activations(
@@ -97,51 +105,61 @@ def match_activations(
         they are and are named in the metadata under `unmatched`.
 
     Raises:
-        AlignmentError: There is no calibration data, no axis can be seen, or an activation is not finite.
+        AlignmentError: There is no calibration data, no axis can be seen, the models differ in shape, or an activation
+            is not finite.
     """
-    state = reference.state_dict()
-    binding = spec.bind({name: tensor.shape for name, tensor in state.items()})
+    binding, of_model = (
+        spec.bind({name: tensor.shape for name, tensor in each.state_dict().items()}) for each in (reference, model)
+    )
+    if binding.sizes != of_model.sizes or binding.tensors.keys() != of_model.tensors.keys():
+        raise AlignmentError("activation matching needs two models of one architecture; their tensors differ")
     groups = groups_of(binding)
     seen_at = _sites(reference, binding, groups)
     if not seen_at:
         raise AlignmentError("no symmetric axis can be seen at a linear map or convolution; use weight matching")
-    sites = list(dict.fromkeys(site for chosen in seen_at.values() for site, _ in chosen))
-    moments: dict[tuple[str, Site, int], _Moments] = {}
+    groups_at: dict[Site, list[Group]] = {}
+    for group, chosen in seen_at:
+        for site in chosen:
+            groups_at.setdefault(site, []).append(group)
+    moments: dict[str, dict[tuple[Site, int], _Moments]] = {}
     for batch in batches:
         mask = batch.get("attention_mask")
-        with torch.no_grad(), _captured(reference, sites) as of_a, _captured(model, sites) as of_b:
+        with torch.no_grad(), _captured(reference, groups_at) as of_a, _captured(model, groups_at) as of_b:
             reference(**batch)
             model(**batch)
-        for axis, chosen in seen_at.items():
-            for site, family in chosen:
-                a_flat = _samples(of_a[site], site, mask)
-                b_flat = _samples(of_b[site], site, mask)
-                _update(moments, axis, site, family, a_flat, b_flat, binding.sizes)
+        for site, groups_here in groups_at.items():
+            if site not in of_a or site not in of_b:
+                continue  # a head or an attention that this kind of input does not reach
+            a_flat, b_flat = (
+                _samples(captured[site], site, mask, role) for captured, role in zip((of_a, of_b), ROLES, strict=True)
+            )
+            for group in groups_here:
+                _update(moments.setdefault(group.axis, {}), site, group, a_flat, b_flat, binding.sizes)
     if not moments:
         raise AlignmentError("activation matching needs calibration data, and there was not a single batch")
     transforms: dict[str, Transform] = dict(spec.identity_alignment().transforms)
-    objective = 0.0
+    before = after = 0.0
     for group in groups:
-        if group.axis in seen_at:
-            found, gain = _solve(group, {key: value for key, value in moments.items() if key[0] == group.axis})
+        if group.axis in moments:
+            found, value_before, value_after = _solve(group, list(moments[group.axis].values()))
             transforms.update(found)
-            objective += gain
-    unmatched = [axis for group in groups if group.axis not in seen_at for axis in group.matched]
-    counts = [moment.count for moment in moments.values()]
+            before, after = before + value_before, after + value_after
+    unmatched = [axis for group in groups if group.axis not in moments for axis in group.matched]
     return Alignment(
         spec,
         transforms,
         {
             "method": "activation_matching",
-            "objective_after": objective,
+            "objective_before": before,
+            "objective_after": after,
             "unmatched": unmatched,
-            "samples": max(counts),
+            "samples": max(moment.count for at_sites in moments.values() for moment in at_sites.values()),
         },
     )
 
 
-def _sites(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[str, list[tuple[Site, Group]]]:
-    """Where each group's root axis can be seen: at inputs if there are any, else at outputs."""
+def _sites(model: nn.Module, binding: Binding, groups: list[Group]) -> list[tuple[Group, list[Site]]]:
+    """Where each group that can be seen is seen: at inputs if there are any, else at outputs."""
     inputs: list[Site] = []
     outputs: list[Site] = []
     for name, module in model.named_modules():
@@ -149,19 +167,19 @@ def _sites(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[str,
         if bound is None or len(bound.spec.dimensions) < 2 or isinstance(module, nn.Embedding):
             continue
         convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        transposed = type(module).__name__ == "Conv1D"
+        transposed = isinstance(module, Conv1D)
         if not (convolution or transposed or isinstance(module, nn.Linear)):
             continue
         out, into = bound.spec.dimensions[:2] if not transposed else bound.spec.dimensions[1::-1]
         inputs.append(Site(name, True, into, 1 if convolution else -1))
         outputs.append(Site(name, False, out, 1 if convolution else -1))
-    seen_at: dict[str, list[tuple[Site, Group]]] = {}
+    seen_at = []
     for group in groups:
-        for candidates in (inputs, outputs):
-            chosen = [site for site in candidates if _carries(site.channels, group)]
-            if chosen:
-                seen_at[group.axis] = [(site, group) for site in chosen]
-                break
+        at_inputs, at_outputs = (
+            [site for site in candidates if _carries(site.channels, group)] for candidates in (inputs, outputs)
+        )
+        if at_inputs or at_outputs:
+            seen_at.append((group, at_inputs or at_outputs))
     return seen_at
 
 
@@ -195,20 +213,29 @@ def _captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Te
             handle.remove()
 
 
-def _samples(activation: Tensor, site: Site, mask: Tensor | None) -> Tensor:
-    """The activation as `[samples, channels]` in float64, masked positions left out."""
+def _samples(activation: Tensor, site: Site, mask: Tensor | None, role: str) -> Tensor:
+    """The activation as `[samples, channels]` in float64, masked positions left out.
+
+    Activations of every position are `[rows, positions, channels]`, or flattened to `[rows · positions, channels]`;
+    those of whole rows (a pooled output) have no position to leave out.
+    """
     features = activation.movedim(site.channel_dim, -1)
-    if mask is not None and features.shape[: mask.ndim] == mask.shape:
-        features = features[mask.bool()]
+    if mask is not None:
+        if mask.ndim != 2:
+            raise AlignmentError(f"attention_mask: shape [rows, positions] expected, {list(mask.shape)} found")
+        if features.ndim == 3 and features.shape[:2] == mask.shape:
+            features = features[mask.bool()]
+        elif features.ndim == 2 and features.shape[0] == mask.numel() != mask.shape[0]:
+            features = features[mask.flatten().bool()]
     features = features.reshape(-1, features.shape[-1]).double()
     if not bool(torch.isfinite(features).all()):
-        raise AlignmentError(f"activation matching: NaN or Inf at {site.module}; one of the models is damaged")
+        place = "input" if site.at_input else "output"
+        raise AlignmentError(f"activation matching: NaN or Inf in the {place} of {site.module} of {role}")
     return features
 
 
 def _update(
-    moments: dict[tuple[str, Site, int], _Moments],
-    axis: str,
+    moments: dict[tuple[Site, int], _Moments],
     site: Site,
     group: Group,
     a_flat: Tensor,
@@ -219,11 +246,11 @@ def _update(
     b_pieces = _channel_pieces(b_flat, site.channels, sizes)
     for number, ((a_piece, atoms), (b_piece, _)) in enumerate(zip(a_pieces, b_pieces, strict=True)):
         axes = [atom.axis if isinstance(atom, AxisUse) else None for atom in atoms]
-        if axis not in axes:
+        if group.axis not in axes:
             continue
         places = [dim for dim, name in enumerate(axes) if name in group.axes]
         a_nic, b_njc = (_entries_first(piece, places) for piece in (a_piece, b_piece))
-        moments.setdefault((axis, site, number), _Moments()).update(a_nic, b_njc)
+        moments.setdefault((site, number), _Moments()).update(a_nic, b_njc)
 
 
 def _channel_pieces(
@@ -241,18 +268,26 @@ def _entries_first(piece: Tensor, places: list[int]) -> Tensor:
     return ordered.reshape(ordered.shape[0], entries, -1)
 
 
-def _solve(group: Group, moments: Mapping[Any, _Moments]) -> tuple[dict[str, Transform], float]:
-    """The best transforms of a group: one assignment, or one per pair of parents inside one over the parents."""
-    correlation = torch.stack([moment.correlation() for moment in moments.values()]).sum(0)
+def _solve(group: Group, moments: list[_Moments]) -> tuple[dict[str, Transform], float, float]:
+    """The best transforms of a group, with the correlation summed over its units before and after.
+
+    One assignment, or one per pair of parents inside one over the parents.
+    """
+    correlation = moments[0].correlation()
+    for moment in moments[1:]:
+        correlation += moment.correlation()
+    correlation = correlation.cpu()
+    before = float(correlation.trace())
     if not group.children:
         perm = assign(correlation)
-        return {group.axis: Permutation(perm)}, float(correlation[torch.arange(group.size), perm].sum())
+        return {group.axis: Permutation(perm)}, before, float(correlation[torch.arange(group.size), perm].sum())
     (child, child_size), *more = group.children.items()
-    assert not more, "a site shows one child axis at most"
+    if more:
+        raise AlignmentError(f"activation matching cannot match {child} and {more[0][0]} together; hold one fixed")
     gains = correlation.reshape(group.size, child_size, group.size, child_size).permute(0, 2, 1, 3)
     best = torch.stack([torch.stack([assign(gain_ab) for gain_ab in row]) for row in gains])
     value_ij = torch.take_along_dim(gains, best.unsqueeze(-1), -1).sum((-1, -2))
     perm = assign(value_ij) if group.moves else torch.arange(group.size)
     transforms: dict[str, Transform] = {group.axis: Permutation(perm)} if group.moves else {}
     transforms[child] = Permutation(best[torch.arange(group.size), perm])
-    return transforms, float(value_ij[torch.arange(group.size), perm].sum())
+    return transforms, before, float(value_ij[torch.arange(group.size), perm].sum())

@@ -18,11 +18,14 @@ class Parameters:
 
     Attributes:
         binding: Their declarations, by the model's own names.
-        read: Gives a tensor by name, in its stored dtype.
+        read: Gives a tensor by name, in its stored dtype. Matching computes on the device where it puts the
+            reference's tensors.
+        label: What error messages call the model.
     """
 
     binding: Binding
     read: Callable[[str], Tensor]
+    label: str = ""
 
     @classmethod
     def from_state_dict(cls, spec: PermutationSpec, state_dict: Mapping[str, Tensor]) -> Parameters:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
-from hf_llfc.alignment.gains import Gains, Group, groups_of
+from hf_llfc.alignment.gains import ROLES, Gains, Group, groups_of
 from hf_llfc.alignment.sources import Parameters
-from hf_llfc.errors import AlignmentError
+from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.symmetry.alignment import Alignment
+from hf_llfc.symmetry.spec import PermutationSpec
 
 logger = logging.getLogger(__name__)
 
@@ -69,29 +69,30 @@ def match_weights(
         `converged` and `sweeps`.
 
     Raises:
-        AlignmentError: The two models have different tensors, a weight is not finite, or an option is out of range.
+        AlignmentError: The two models have different tensors, a weight is not finite, an option is out of range, or
+            `start` moves what the spec holds fixed.
     """
     if restarts < 1 or max_sweeps < 1:
         raise AlignmentError(f"restarts ({restarts}) and max_sweeps ({max_sweeps}) must be at least 1")
-    if reference.keys.keys() != model.keys.keys():
-        only = [name for key, name in reference.keys.items() if key not in model.keys]
-        only += [name for key, name in model.keys.items() if key not in reference.keys]
-        raise AlignmentError(f"the models hold different tensors, for example {', '.join(only[:5])}")
+    raise_all(_differences(reference, model), AlignmentError, "the two models hold different tensors")
     spec = reference.binding.spec
     gains = Gains(reference, model)
     groups = groups_of(reference.binding)
     generator = torch.Generator().manual_seed(seed)
     identity = spec.identity_alignment()
+    norm_a, norm_b = gains.norms()
     before = gains.objective(identity)
     history: list[Sweep] = []
     best: tuple[float, Alignment, bool] | None = None
     for number in range(restarts):
-        if number == 0:
-            label, current = ("given", start) if start is not None else ("identity", identity)
+        if number == 0 and start is not None:
+            label, current = "given", _completed(start, spec)
+        elif number == 0:
+            label, current = "identity", identity
         elif number == 1 and start is None:
             label, current = "uninformed", _uninformed_start(gains, groups, identity, progress)
         else:
-            label, current = f"random {number}", spec.random_alignment(generator)
+            label, current = f"random {number}", _random_start(reference, generator)
         found, objective, converged = _descend(gains, groups, current, generator, max_sweeps, label, history, progress)
         if best is None or objective > best[0]:
             best = (objective, found, converged)
@@ -99,7 +100,7 @@ def match_weights(
             break
     assert best is not None
     objective, alignment, converged = best
-    norm = float(torch.tensor(gains.norms(), dtype=torch.float64).prod())
+    norm = norm_a * norm_b
     return alignment.with_metadata(
         method="weight_matching",
         objective_before=before,
@@ -113,6 +114,43 @@ def match_weights(
     )
 
 
+def _differences(reference: Parameters, model: Parameters) -> list[str]:
+    """What keeps the tensors of two models from being compared."""
+    problems = []
+    for ours, theirs, role in ((reference, model, ROLES[1]), (model, reference, ROLES[0])):
+        label = theirs.label or role
+        problems += [f"{name}: not in {label}" for key, name in ours.keys.items() if key not in theirs.keys]
+    for key, name in reference.keys.items():
+        if key in model.keys:
+            shapes = [
+                list(each.binding.tensors[each.keys[key]].spec.shape(each.binding.sizes)) for each in (reference, model)
+            ]
+            if shapes[0] != shapes[1]:
+                problems.append(
+                    f"{name}: {shapes[0]} in {reference.label or ROLES[0]}, {shapes[1]} in {model.label or ROLES[1]}"
+                )
+    return problems
+
+
+def _completed(start: Alignment, spec: PermutationSpec) -> Alignment:
+    """A start with the identity on the axes that it leaves out."""
+    fixed = [axis for axis in start.transforms if axis not in spec.symmetric_axes]
+    if fixed:
+        raise AlignmentError(
+            f"the start moves {', '.join(fixed)}, which the permutation spec holds fixed; "
+            "find it with the same choice of axes"
+        )
+    return Alignment(spec, {**spec.identity_alignment().transforms, **start.transforms})
+
+
+def _random_start(reference: Parameters, generator: torch.Generator) -> Alignment:
+    """Random transforms of the axes that the checkpoint's tensors use."""
+    spec = reference.binding.spec
+    random = spec.random_alignment(generator).transforms
+    used = {axis: random[axis] for axis in reference.binding.symmetric_axes}
+    return Alignment(spec, {**spec.identity_alignment().transforms, **used})
+
+
 def _descend(
     gains: Gains,
     groups: list[Group],
@@ -124,7 +162,7 @@ def _descend(
     progress: Callable[[str, int, int], None],
 ) -> tuple[Alignment, float, bool]:
     """Sweeps over the groups in random order until nothing improves."""
-    transforms: dict[str, Any] = dict(alignment.transforms)
+    transforms = dict(alignment.transforms)
     objective = gains.objective(alignment)
     # Groups that share no tensor with another do not depend on its transforms: one visit is enough for them.
     independent = _are_independent(gains, groups)
@@ -148,6 +186,7 @@ def _descend(
 
 
 def _are_independent(gains: Gains, groups: list[Group]) -> bool:
+    """Whether no tensor holds two of the groups, or one axis twice."""
     seen: set[tuple[str, tuple[int, ...]]] = set()
     for group in groups:
         keys = set(gains.keys(group.axes))

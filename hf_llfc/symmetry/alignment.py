@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_llfc.errors import AlignmentError, raise_all
+from hf_llfc.errors import AlignmentError, raise_all, suggest
 from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression, axis_uses, size_of
 from hf_llfc.symmetry.spec import Binding, PermutationSpec
 from hf_llfc.symmetry.transforms import TRANSFORM_KINDS, Permutation, Transform
@@ -43,7 +43,7 @@ class Alignment:
             state_dict: Every tensor of a checkpoint, by the names on disk or those of a model in memory.
 
         Returns:
-            New tensors under the same names and in the same order.
+            Tensors under the same names and in the same order; one that nothing moves is the original itself.
 
         Raises:
             SpecError: The tensors do not fit the spec.
@@ -151,15 +151,22 @@ class Alignment:
         Raises:
             AlignmentError: The two belong to different specs.
         """
-        if self.spec.axes.keys() != second.spec.axes.keys():
-            raise AlignmentError("only alignments of one permutation spec can be composed")
-        missing = identity_alignment(self.spec).transforms
-        first_transforms = {**missing, **self.transforms}
-        transforms = {}
-        for axis, first in first_transforms.items():
-            transform = second.transforms.get(axis)
-            transforms[axis] = first if transform is None else first.then(transform, second._parent_of(axis))
-        return Alignment(self.spec, transforms)
+        shapes = [
+            {name: (axis.size, axis.parent) for name, axis in alignment.spec.axes.items()}
+            for alignment in (self, second)
+        ]
+        if shapes[0] != shapes[1]:
+            raise AlignmentError(
+                "only alignments of one permutation spec can be composed: these are of "
+                f"{self.spec.model_type} and {second.spec.model_type}, with axes of other names or sizes"
+            )
+        # Either may leave out axes that its spec holds fixed.
+        axes = {name: axis if axis.symmetric else second.spec.axes[name] for name, axis in self.spec.axes.items()}
+        spec = replace(self.spec, axes=axes)
+        identity = identity_alignment(spec).transforms
+        first = {**identity, **self.transforms}
+        then = {**identity, **second.transforms}
+        return Alignment(spec, {axis: first[axis].then(then[axis], second._parent_of(axis)) for axis in identity})
 
     def with_metadata(self, **metadata: Any) -> Alignment:
         """The same transforms with more metadata."""
@@ -218,12 +225,22 @@ class Alignment:
                 header = json.loads((file.metadata() or {}).get("hf_llfc", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            raise AlignmentError(f"{path}: cannot be read as an alignment file: {error}") from None
-        if not isinstance(header, dict) or header.get("format") != FILE_FORMAT:
-            raise AlignmentError(f"{path}: not an alignment file of format {FILE_FORMAT!r}")
+            raise AlignmentError(
+                f"{path}: cannot be read as an alignment file: {error}; write it again with `hf-llfc align`"
+            ) from None
+        if (
+            not isinstance(header, dict)
+            or header.get("format") != FILE_FORMAT
+            or not isinstance(header.get("kinds"), dict)
+            or not isinstance(header.get("metadata"), dict)
+        ):
+            raise AlignmentError(
+                f"{path}: not an alignment file of format {FILE_FORMAT!r}; `hf-llfc align` writes one into "
+                "llfc/alignment.safetensors"
+            )
         transforms, problems = _transforms_from_file(header, tensors, spec)
         raise_all(problems, AlignmentError, f"{path} does not fit the permutation spec of {spec.model_type}")
-        return cls(spec, transforms, header.get("metadata", {}))
+        return cls(spec, transforms, header["metadata"])
 
 
 def identity_alignment(spec: PermutationSpec) -> Alignment:
@@ -257,21 +274,24 @@ def _transforms_from_file(
     problems: list[str] = []
     if header.get("model_type") != spec.model_type:
         problems.append(f"model type {header.get('model_type')!r} found, {spec.model_type!r} expected")
+    parts_of: dict[str, dict[str, Tensor]] = {axis: {} for axis in header["kinds"]}
+    for name, tensor in tensors.items():
+        axis, _, part = name.rpartition(":")
+        if axis in parts_of:
+            parts_of[axis][part] = tensor
+        else:
+            problems.append(f"{name}: belongs to no transform of the file's header")
     transforms: dict[str, Transform] = {}
-    kinds = header.get("kinds", {})
-    for axis in kinds if isinstance(kinds, dict) else {}:
-        kind = TRANSFORM_KINDS.get(kinds[axis])
+    for axis, parts in parts_of.items():
+        kind = TRANSFORM_KINDS.get(header["kinds"][axis])
         if kind is None:
-            problems.append(f"{axis}: unknown transform kind {kinds[axis]!r}; known: {', '.join(TRANSFORM_KINDS)}")
-            continue
-        if axis not in spec.axes:
-            problems.append(f"{axis}: the spec has no such axis")
-            continue
-        parts = {name.rpartition(":")[2]: tensor for name, tensor in tensors.items() if name.rpartition(":")[0] == axis}
-        size, parent_size = _sizes(spec, axis)
-        expected = [size] if parent_size is None else [parent_size, size]
-        if list(parts.get("perm", torch.empty(0)).shape) != expected:
-            problems.append(f"{axis}: shape {expected} expected, {[list(part.shape) for part in parts.values()]} found")
-            continue
-        transforms[axis] = kind.from_tensors(parts)
+            known = ", ".join(TRANSFORM_KINDS)
+            problems.append(f"{axis}: unknown transform kind {header['kinds'][axis]!r}; known: {known}")
+        elif axis not in spec.symmetric_axes:
+            problems.append(f"{axis}: not a symmetric axis of the spec{suggest(axis, spec.symmetric_axes)}")
+        else:
+            try:
+                transforms[axis] = kind.from_tensors(parts, *_sizes(spec, axis))
+            except AlignmentError as error:
+                problems.append(f"{axis}: {error}")
     return transforms, problems

@@ -145,11 +145,14 @@ class _Parser:
         return tuple(dimensions)
 
     def dimension(self) -> Expression:
-        parts = [self.term()]
+        terms = [self.term()]
         while self.peek() == "+":
             self.take()
-            parts.append(self.term())
-        return parts[0] if len(parts) == 1 else Concatenation(tuple(parts))
+            terms.append(self.term())
+        if len(terms) == 1:
+            return terms[0]
+        parts = [term.parts if isinstance(term, Concatenation) else (term,) for term in terms]
+        return Concatenation(tuple(part for several in parts for part in several))
 
     def term(self) -> Expression:
         token = self.peek()

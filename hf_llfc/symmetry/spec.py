@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from hf_llfc.symmetry.alignment import Alignment
 
 _NAME_AXIS = re.compile(r"<([^<>]+)>")
-_LINE = re.compile(
-    r"(?P<name>[^\s?~]+)(?P<marks>[?~]*)(?:\s+(?P<shape>.*?))?(?:\s+(?P<sense>if|unless)\s+(?P<other>\S+))?"
-)
+_CONDITION = re.compile(r"\s(?P<sense>if|unless)\s+(?P<other>\S+)$")
+_DECLARATION = re.compile(r"(?P<name>[^\s?~]+)(?P<marks>[?~]*)(?:\s+(?P<shape>.*))?")
+
+# A checkpoint of another architecture misses every name; a few suggestions help, thousands take minutes.
+SUGGESTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,22 @@ class TensorSpec:
         Raises:
             SpecError: The line does not follow the grammar.
         """
-        match = _LINE.fullmatch(line.strip())
+        condition = _CONDITION.search(line.strip())
+        declaration = line.strip() if condition is None else line.strip()[: condition.start()]
+        match = _DECLARATION.fullmatch(declaration.strip())
         if match is None:
             raise SpecError(f"not a tensor declaration: {line!r}; write `name  expression`")
         try:
             dimensions = parse(match["shape"] or "")
         except SpecError as error:
             raise SpecError(f"{match['name']}: {error}") from None
-        condition = (match["sense"], match["other"]) if match["sense"] else None
-        marks = match["marks"]
-        return cls(match["name"], dimensions, "?" in marks, condition, statistic="~" in marks)
+        return cls(
+            match["name"],
+            dimensions,
+            optional="?" in match["marks"],
+            condition=None if condition is None else (condition["sense"], condition["other"]),
+            statistic="~" in match["marks"],
+        )
 
     @cached_property
     def name_axes(self) -> tuple[str, ...]:
@@ -278,13 +286,18 @@ class PermutationSpec:
         """
         declared = self._declared_names(shapes)
         tensors: dict[str, BoundTensor] = {}
+        names: dict[tuple[str, tuple[int, ...]], str] = {}
         problems: list[str] = []
         for name in shapes:
             bound = self._find(name, declared)
             if bound is None:
-                problems.append(f"{name}: not declared{suggest(name, declared)}")
-            else:
-                tensors[name] = bound
+                nearest = suggest(name, declared) if len(problems) < SUGGESTIONS else ""
+                problems.append(f"{name}: not declared{nearest}")
+                continue
+            tensors[name] = bound
+            same = names.setdefault((bound.spec.name, bound.index), name)
+            if same != name:
+                problems.append(f"{name}: the same tensor as {same}; a checkpoint may hold only one of the two")
         problems += self._missing(tensors, shapes)
         sizes = self._sizes(tensors, shapes, problems)
         raise_all(problems, SpecError, f"the checkpoint does not fit the permutation spec of {self.model_type}")
@@ -330,6 +343,8 @@ class PermutationSpec:
                 for size, dimension in zip(found, dimensions, strict=True):
                     if isinstance(dimension, AxisUse):
                         sizes.setdefault(dimension.axis, size)
+        for name, bound in tensors.items():
+            found = tuple(shapes[name])
             if any(use.axis not in sizes for use in bound.spec.axes):
                 unknown = next(use.axis for use in bound.spec.axes if use.axis not in sizes)
                 problems.append(f"{name}: shape {list(found)} does not tell the size of {unknown!r}")
@@ -400,6 +415,18 @@ def _collect_axes(
                 )
             if use.parent is not None and use.parent not in names:
                 problems.append(f"{tensor.name}: {use} needs its parent axis {use.parent!r} in the same tensor")
+        problems += [
+            f"{tensor.name}: axis {axis!r} in its name needs a size"
+            for axis in tensor.name_axes
+            if axis in axes and axes[axis].size is None
+        ]
+    for axis in axes.values():
+        if axis.symmetric and axis.size is None:
+            problems.append(f"symmetric axis {axis.name!r} needs a size")
+        if axis.parent in axes and axes[axis.parent].parent is not None:
+            problems.append(
+                f"axis {axis.name!r} depends on {axis.parent!r}, which depends on {axes[axis.parent].parent!r}"
+            )
     known = {name.split(".")[0] for name in axes} | set(axes)
     problems += [
         f"symmetric axis {name!r} occurs in no tensor{suggest(name, known)}" for name in symmetric if name not in known

@@ -75,22 +75,24 @@ class Permutation:
     """A permutation of an axis, stored so that `aligned[i] = original[perm[i]]`.
 
     Args:
-        perm: Integers `[size]`, or `[parent, size]` with one permutation per index of the parent axis.
+        perm: int64 `[size]`, or `[parent, size]` with one permutation per index of the parent axis; on the CPU,
+            whatever device the tensors are on that it is applied to.
 
     Raises:
-        AlignmentError: A row is not a permutation of 0 … size − 1.
+        AlignmentError: The array is not of integers, or a row is not a permutation of 0 … size − 1.
     """
 
     perm: Tensor
     kind: ClassVar[str] = "permutation"
 
     def __post_init__(self) -> None:
-        expected = torch.arange(self.perm.shape[-1], dtype=self.perm.dtype)
-        if not torch.equal(self.perm.sort(dim=-1).values, expected.expand_as(self.perm)):
+        if self.perm.dtype != torch.int64 or self.perm.ndim not in (1, 2):
             raise AlignmentError(
-                f"not a permutation: a row of the {tuple(self.perm.shape)} index array repeats or misses an index; "
-                "the alignment file is damaged or was written by hand"
+                f"not a permutation: one or two dimensions of int64 expected, {self.perm.dtype} of shape "
+                f"{list(self.perm.shape)} found"
             )
+        if not torch.equal(self.perm.sort(dim=-1).values, torch.arange(self.size).expand_as(self.perm)):
+            raise AlignmentError(f"not a permutation: an index array of shape {list(self.perm.shape)} repeats an index")
 
     @classmethod
     def identity(cls, size: int, parent_size: int | None = None) -> Permutation:
@@ -105,8 +107,21 @@ class Permutation:
         return cls(rows[0] if parent_size is None else torch.stack(rows))
 
     @classmethod
-    def from_tensors(cls, parts: Mapping[str, Tensor]) -> Permutation:
-        """Reads back what `tensors` returned."""
+    def from_tensors(cls, parts: Mapping[str, Tensor], size: int, parent_size: int | None = None) -> Permutation:
+        """Reads back what `tensors` returned.
+
+        Args:
+            parts: The stored data.
+            size: Number of entries of the axis.
+            parent_size: Number of entries of the axis it depends on.
+
+        Raises:
+            AlignmentError: The data are not those of a permutation of that size.
+        """
+        expected = [size] if parent_size is None else [parent_size, size]
+        found = {part: [str(tensor.dtype), list(tensor.shape)] for part, tensor in parts.items()}
+        if found != {"perm": [str(torch.int32), expected]}:
+            raise AlignmentError(f"one int32 index array of shape {expected} expected, {found} found")
         return cls(parts["perm"].long())
 
     @property
