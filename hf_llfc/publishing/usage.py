@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,13 @@ def usage_snippet(folder: Path, config: Mapping[str, Any], task: str | None, mod
     Returns:
         A few lines of Python.
     """
-    model = repr(model_id).replace("'", '"')
+    model = json.dumps(model_id, ensure_ascii=False)
     remote = ", trust_remote_code=True" if config.get("auto_map") else ""
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     has_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
     if not remote and not _is_known(config):
-        name = (config.get("architectures") or ["YourModel"])[0]
+        name = str((config.get("architectures") or [""])[0])
+        name = name if name.isidentifier() else "YourModel"
         return (
             f"from your_package import {name}  # the class that the parents were made with\n\n"
             f"model = {name}.from_pretrained({model})"
