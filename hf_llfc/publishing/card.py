@@ -221,16 +221,12 @@ def _parent(model: Mapping[str, Any]) -> ParentInfo:
 
 
 def _models_of(recipe: Mapping[str, Any], report: ConnectivityReport | None) -> list[dict[str, Any]]:
-    """The parents as the recipe names them, with equal shares where it gives none; else as the report does."""
+    """The parents as the recipe names them, else as the report does."""
     entries = list(recipe.get("models") or [])
-    weights = [(entry.get("parameters") or {}).get("weight") for entry in entries]
-    if entries and all(weight is None for weight in weights):
-        weights = [1 / len(entries)] * len(entries)
-    models = []
-    for entry, weight in zip(entries, weights, strict=True):
+    models: list[dict[str, Any]] = []
+    for entry, weight in zip(entries, _shares(recipe, entries), strict=True):
         model_id, revision = split_revision(str(entry["model"]))
-        number = weight if isinstance(weight, int | float) else None
-        models.append({"id": model_id, "revision": revision, "weight": number})
+        models.append({"id": model_id, "revision": revision, "weight": weight})
     if not models and report is not None:
         models = [{"id": m.id, "revision": m.revision, "weight": m.weight} for m in report.models if m.id is not None]
     if recipe.get("base_model"):
@@ -241,6 +237,20 @@ def _models_of(recipe: Mapping[str, Any], report: ConnectivityReport | None) -> 
             "the card must name the parents: there is neither llfc/recipe.yaml nor a report that does"
         )
     return models
+
+
+def _shares(recipe: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    """The weight that each model has in the merge; None where it is not one number for all tensors."""
+    if not any("parameters" in entry for entry in entries):
+        return [1 / len(entries) for _ in entries]
+    given = [(entry.get("parameters") or {}).get("weight", 1.0) for entry in entries]
+    settings = recipe.get("parameters") or {}
+    weights = [float(weight) if isinstance(weight, int | float) else None for weight in given]
+    total = math.fsum(weight for weight in weights if weight is not None)
+    if settings.get("normalize") is True:
+        weights = [None if None in weights or total == 0 or weight is None else weight / total for weight in weights]
+    scale = settings.get("lambda", 1.0)
+    return [None if weight is None else weight * scale for weight in weights]
 
 
 # -- metadata

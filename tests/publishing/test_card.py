@@ -449,6 +449,26 @@ def test_local_parents_are_read_without_a_network(monkeypatch: pytest.MonkeyPatc
     assert [row[3] for row in parents[1:]] == ["0.5", "0.5"]
 
 
+@pytest.mark.parametrize(
+    ("models", "settings", "shares"),
+    [
+        ([{}, {}], {}, ["0.5", "0.5"]),
+        ([{"parameters": {}}, {"parameters": {"weight": 0.5}}], {"normalize": False}, ["1", "0.5"]),
+        ([{"parameters": {"weight": 3}}, {"parameters": {}}], {"normalize": True}, ["0.75", "0.25"]),
+        ([{"parameters": {}}, {"parameters": {}}], {"lambda": 0.3}, ["0.3", "0.3"]),
+        ([{"parameters": {"weight": [0, 1]}}, {"parameters": {"weight": 0.5}}], {}, ["by layer", "0.5"]),
+        ([{"parameters": {"weight": [0, 1]}}, {"parameters": {}}], {"normalize": True}, ["by layer", "by layer"]),
+    ],
+)
+def test_the_weights_are_those_that_the_recipe_means(
+    tmp_path: Path, models: list[dict[str, Any]], settings: dict[str, Any], shares: list[str]
+) -> None:
+    entries = [{"model": str(tmp_path / name), **model} for name, model in zip("ab", models, strict=True)]
+    folder = make_folder(tmp_path / "merged", recipe={"models": entries, "parameters": settings})
+    table = Page(ModelCard.load(write_card(folder)).text).tables[0]
+    assert [row[3] for row in table[1:]] == shares
+
+
 def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, report=make_report())
     models = [{**model, "card": {}} for model in MODELS]

@@ -1,0 +1,122 @@
+"""The whole life of a merge on a Hub: parents are pushed, merged by id and revision, published, and loaded again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from hf_llfc.pipeline import run
+from tests.hub_double import HubDouble, validate_card
+
+CONFIG = BertConfig(
+    vocab_size=16,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+    max_position_embeddings=16,
+    num_labels=2,
+)
+WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "book", "very", "not"]
+
+
+def push_parent(repo_id: str, seed: int, folder: Path, *, private: bool = False) -> None:
+    """Trains nothing: a seeded model with a tokenizer and a card, pushed by the real client."""
+    torch.manual_seed(seed)
+    BertForSequenceClassification(CONFIG).save_pretrained(folder)
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# A parent\n")
+    from huggingface_hub import HfApi
+
+    HfApi().create_repo(repo_id, private=private)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+
+
+@pytest.fixture
+def recipe(hub: HubDouble, tmp_path: Path) -> dict:
+    """A recipe whose parents lie on the Hub, one of them at a revision that is no longer the newest."""
+    for seed, name in enumerate(("tweets", "films")):
+        push_parent(f"me/{name}", seed, tmp_path / name)
+    revision = hub.commits("me/films")[0].sha
+    hub.commit("me/films", {"config.json": "{}", "model.safetensors": None}, message="broken later")
+    data = tmp_path / "data.csv"
+    rows = [f"{'very ' * (i % 3)}{('good', 'bad')[i % 2]} {('film', 'book')[i % 4 // 2]},{i % 2}" for i in range(24)]
+    data.write_text("text,label\n" + "\n".join(rows) + "\n")
+    return {
+        "models": [
+            {"model": "me/tweets", "parameters": {"weight": 0.5}},
+            {"model": f"me/films@{revision}", "parameters": {"weight": 0.5}},
+        ],
+        "align": {"method": "weight_matching"},
+        "diagnose": {"task": "text-classification", "dataset": str(data), "alphas": 3},
+        "publish": {"repo_id": "me/merged"},
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def check_published(hub: HubDouble, recipe: dict, loaded: BertForSequenceClassification) -> None:
+    """What a stranger finds on the Hub is the merge, with its evidence, and knows where it came from."""
+    out = Path(recipe["output_dir"])
+    local = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert hub.files("me/merged") == local
+    assert len(hub.commits("me/merged")) == 2
+    merged = load_file(out / "model.safetensors")
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in loaded.state_dict().items())
+
+    revisions = [hub.commits("me/tweets")[0].sha, hub.commits("me/films")[1].sha]
+    as_run = yaml.safe_load(local["llfc/recipe.yaml"])
+    assert [entry["model"] for entry in as_run["models"]] == [
+        f"me/{name}@{revision}" for name, revision in zip(("tweets", "films"), revisions, strict=True)
+    ]
+    report = json.loads(local["llfc/llfc_report.json"])
+    assert [model["revision"] for model in report["models"]] == revisions
+    assert local["llfc/path.png"][:4] == local["llfc/layers.png"][:4] == b"\x89PNG"
+
+    text = local["README.md"].decode()
+    assert validate_card(text) == ([], [])
+    card = ModelCard(text)
+    assert card.data.base_model == ["me/tweets", "me/films"]
+    assert (card.data.license, card.data.language) == ("mit", ["en"])
+    assert card.data.pipeline_tag == "text-classification"
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    middle = next(point for point in report["path"] if point["alpha"] == 0.5)
+    assert measured["loss"] == pytest.approx(middle["loss"], rel=1e-4)
+    assert all(revision[:7] in card.text for revision in revisions)
+    assert "units" in card.text and "Weight matching" in card.text
+    assert str(out.parent) not in text
+
+
+def test_a_merge_lives_on_the_hub(hub: HubDouble, recipe: dict) -> None:
+    result = run(recipe)
+    assert result.url == f"{hub.endpoint}/me/merged"
+    loaded = AutoModelForSequenceClassification.from_pretrained("me/merged")
+    assert AutoTokenizer.from_pretrained("me/merged")("very good film")["input_ids"] == [6, 2, 4]
+    check_published(hub, recipe, loaded)
+
+
+def test_a_merge_lives_on_the_hub_from_the_command_line(hub: HubDouble, recipe: dict, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "hf_llfc", str(path)]
+    done = subprocess.run(command, env=hub.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert hub.token not in done.stdout + done.stderr
+    check_published(hub, recipe, AutoModelForSequenceClassification.from_pretrained("me/merged"))
