@@ -24,15 +24,18 @@ language models lose likelihood long before they lose hits."""
 
 OUTPUT_RATIO_LIMIT = 0.5
 """LLFC of the logits over their baseline: the merged output is at most half as far from the blend of the parents'
-outputs as these are from one another. Independent pairs lie above 1 here and only here, connected ones far below."""
+outputs as these are from one another. On Fashion-MNIST (perceptron, ResNet, ViT) and with a byte-level Llama,
+connected pairs lay between 0.01 and 0.12 and independent ones between 2.7 and 7.4; only at the logits do the latter
+exceed 1."""
 
 NEGLIGIBLE_DISTANCE = 1e-3
 """1 − cos of two outputs that are the same for every purpose (an angle of 2.6 degrees); no ratio is taken of
 distances that small."""
 
 COEFFICIENT_RANGE = (0.6, 1.6)
-"""Size of merged features in units of the blend, in the worst layer: pairs that merge well after matching keep 0.7
-to 0.8 in deep layers, spawned ones 0.99, independent ones collapse further. The upper end mirrors the lower one."""
+"""Size of merged features in units of the blend, in the worst layer: in the same trials pairs that merge well after
+matching kept 0.74, spawned ones 0.92 to 1.05, and independent ones fell to 0.12 to 0.27. The upper end mirrors the
+lower one."""
 
 
 def judge(barrier: Barrier, layers: Sequence[LayerRow], *, aligned: bool) -> Verdict:
