@@ -24,9 +24,9 @@ language models lose likelihood long before they lose hits."""
 
 OUTPUT_RATIO_LIMIT = 0.5
 """LLFC of the logits over their baseline: the merged output is at most half as far from the blend of the parents'
-outputs as these are from one another. On Fashion-MNIST (perceptron, ResNet, ViT) and with a byte-level Llama,
-connected pairs lay between 0.01 and 0.12 and independent ones between 2.7 and 7.4; only at the logits do the latter
-exceed 1."""
+outputs as these are from one another. On Fashion-MNIST (perceptron, ResNet, ViT) connected pairs lay between
+0.01 and 0.12, as did spawned byte-level Llamas, and independent ones between 2.7 and 7.4; only at the logits do these
+exceed 1. Independent language models were not among the trials."""
 
 NEGLIGIBLE_DISTANCE = 1e-3
 """1 − cos of two outputs that are the same for every purpose (an angle of 2.6 degrees); no ratio is taken of
