@@ -89,7 +89,7 @@ def _tensor_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         names = sorted(unused_1 ^ unused_2)
         yield (
             f"{other.label}: one of the two files holds {_listed(names)}, the other does not, and"
-            f" {first.architecture} has no use for that; save the model again with save_pretrained if it can be left out"
+            f" {first.architecture} has no use for that; save that model again with save_pretrained"
         )
     shapes, kinds = [], []
     for name, info in first.tensors.items():

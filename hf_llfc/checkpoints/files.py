@@ -5,10 +5,9 @@ there are no safetensors at all `pytorch_model.bin` and its index.
 """
 
 import json
-import logging
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -17,8 +16,6 @@ from safetensors import SafetensorError, safe_open
 
 from hf_llfc.checkpoints.header import CODES, TORCH_DTYPES, Header, TensorInfo, read_header
 from hf_llfc.errors import CheckpointError, raise_all
-
-logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -127,15 +124,22 @@ class Weights(Protocol):
         ...
 
 
-@dataclass
 class SafetensorsWeights:
     """The tensors of one or more safetensors files, mapped into memory as they are read."""
 
-    files: Files
-    headers: Mapping[str, Header]
-    infos: Mapping[str, TensorInfo]
-    _file_of: dict[str, str] = field(default_factory=dict)
-    _open: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, files: Files, headers: Mapping[str, Header], infos: Mapping[str, TensorInfo]) -> None:
+        """Takes headers that are already checked.
+
+        Args:
+            files: Where the files come from.
+            headers: File → its header.
+            infos: Dtype and shape of every tensor in them.
+        """
+        self.infos = infos
+        self._files = files
+        self._headers = headers
+        self._file_of = {name: file for file, header in headers.items() for name in header.spans}
+        self._open: dict[str, Any] = {}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; the first call fetches the files if they are elsewhere.
@@ -143,15 +147,13 @@ class SafetensorsWeights:
         Raises:
             CheckpointError: If the file has changed since its header was checked, or cannot be read.
         """
-        if not self._file_of:
-            self._file_of = {name: file for file, header in self.headers.items() for name in header.spans}
         file = self._file_of[name]
-        where = f"{self.files.where}/{file}"
+        where = f"{self._files.where}/{file}"
         try:
             if file not in self._open:
-                self.files.fetch(self.headers)
-                path = self.files.folder / file
-                if read_header(path, where) != self.headers[file]:
+                self._files.fetch(self._headers)
+                path = self._files.folder / file
+                if read_header(path, where) != self._headers[file]:
                     raise CheckpointError(f"{where}: the file has changed since it was opened; start again")
                 self._open[file] = safe_open(path, framework="pt")
             return self._open[file].get_tensor(name)

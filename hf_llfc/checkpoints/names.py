@@ -145,7 +145,7 @@ class Plan:
     Attributes:
         tensors: Name on disk → dtype and shape, in the order in which they are saved.
         converted: Names on disk under which the file has no tensor; `make` makes them.
-        ties: Name on disk → name in the file of a second copy of a tied weight, which must be equal.
+        ties: Name on disk → names in the file of the other copies of a tied weight, which must be equal.
         unused: Names in the file that the model class has no use for.
         make: Makes a converted tensor, and with it all that come from the same tensors in memory. Takes the name
             on disk and a function that gives a tensor by its name in the file.
@@ -153,7 +153,7 @@ class Plan:
 
     tensors: Mapping[str, TensorInfo]
     converted: frozenset[str]
-    ties: Mapping[str, str]
+    ties: Mapping[str, tuple[str, ...]]
     unused: tuple[str, ...]
     make: Callable[[str, Read], dict[str, torch.Tensor]]
 
@@ -220,6 +220,7 @@ class Layout:
                 maker_of |= dict.fromkeys(made_on_disk, group)
 
         still_missing, still_strange = self._without_exceptions(missing, strangers.values())
+        excused = set(strangers.values()) - still_strange
         absent_on_disk = {name for memory_name in still_missing for name in missing[memory_name]}
         for name, shape in self.shapes.items():
             if name in absent_on_disk:
@@ -235,8 +236,8 @@ class Layout:
         return Plan(
             {name: tensors[name] for name in self.shapes if name in tensors},
             frozenset(maker_of),
-            {kept: copy for kept, copies in ties.items() for copy in copies if kept in tensors},
-            tuple(name for name in infos if name not in used and strangers.get(name) in still_strange),
+            {kept: tuple(copies) for kept, copies in ties.items() if kept in tensors},
+            tuple(name for name in infos if name not in used and strangers.get(name, name) not in excused),
             make,
         )
 

@@ -284,7 +284,6 @@ def _config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTr
         model_type,
         hint,
     )
-
     config_class: type[_UnknownConfig] = type("UnknownConfig", (_UnknownConfig,), {"model_type": str(model_type)})
     return config_class.from_dict(raw)
 
@@ -401,12 +400,13 @@ class _PlannedWeights:
                 self._made = self._plan.make(name, self._stored.read)
             return self._made.pop(name)
         tensor = self._stored.read(name)
-        copy = self._untested_ties.pop(name, None)
-        if copy is not None and not torch.equal(tensor, self._stored.read(copy)):
-            raise CheckpointError(
-                f"{self._where}: the config ties {copy} to {name}, but the file holds two different tensors; set"
-                f" tie_word_embeddings to false in {CONFIG_FILE} if both are meant"
-            )
+        for copy in self._untested_ties.pop(name, ()):
+            other = self._stored.read(copy)
+            if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+                raise CheckpointError(
+                    f"{self._where}: the config ties {copy} to {name}, but the file holds two different tensors; set"
+                    f" tie_word_embeddings to false in {CONFIG_FILE} if both are meant"
+                )
         return tensor
 
 

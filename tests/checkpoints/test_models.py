@@ -14,7 +14,7 @@ def load_all(checkpoint):
     return dict(checkpoint.state_dict())
 
 
-@pytest.mark.parametrize(("family", "head"), TINY)
+@pytest.mark.parametrize(("family", "head"), dict(TINY).items())
 def test_the_model_is_the_one_that_was_saved(tmp_path, family, head):
     model = tiny_model(family, head)
     model.save_pretrained(tmp_path, max_shard_size=20_000, save_original_format=False)

@@ -276,6 +276,15 @@ def test_buffers_of_older_versions_are_left_out_in_silence(save, caplog):
     assert not caplog.records
 
 
+def test_a_tensor_that_is_there_under_an_old_and_a_new_name_is_read_once_with_a_warning(save):
+    folder = save()
+    expected = opened(folder)
+    edit_weights(folder, lambda tensors: tensors | {"bert.embeddings.LayerNorm.gamma": torch.ones(24)})
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.unused == ("bert.embeddings.LayerNorm.gamma",)
+    assert checkpoint.fingerprint() == expected.fingerprint()
+
+
 def test_tensors_that_the_class_does_not_use_are_left_out_with_a_warning(save, caplog):
     folder = save("a", "bert", "masked-lm")
     expected = opened(folder)
@@ -683,6 +692,31 @@ def test_a_bin_file_with_both_tied_weights_has_one(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert "lm_head.weight" not in checkpoint.tensors
     assert checkpoint.fingerprint() == open_checkpoint(model).fingerprint()
+
+
+@pytest.mark.parametrize("odd", [None, "shared.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
+def test_all_copies_of_a_weight_that_is_tied_more_than_once_are_compared(tmp_path, odd):
+    config = transformers.T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    expected = open_checkpoint(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"} <= set(
+        state
+    )
+    if odd is not None:
+        state[odd] += 1
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.tensors == expected.tensors and checkpoint.unused == ()
+    if odd is None:
+        assert checkpoint.fingerprint() == expected.fingerprint()
+        return
+    with pytest.raises(
+        CheckpointError, match=r"the config ties .* to shared\.weight, but the file holds two different"
+    ):
+        checkpoint.fingerprint()
 
 
 def test_bin_shards_are_read(save):
