@@ -245,6 +245,7 @@ def test_offline_everything_comes_from_the_cache(hub, folder, monkeypatch):
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_offline_a_child_process_reads_the_cache(hub, save):
     hub.add_repo(NAME, save())
     expected = open_checkpoint(NAME).fingerprint()
