@@ -43,7 +43,7 @@ class Alignment:
             state_dict: Every tensor of a checkpoint, by the names on disk or those of a model in memory.
 
         Returns:
-            Tensors under the same names and in the same order; one that nothing moves is the original itself.
+            Tensors under the same names and in the same order; one that nothing moves may be the original itself.
 
         Raises:
             SpecError: The tensors do not fit the spec.

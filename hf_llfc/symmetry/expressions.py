@@ -23,6 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 from hf_llfc.errors import SpecError
@@ -101,6 +102,23 @@ def axis_uses(expression: Expression) -> Iterator[AxisUse]:
         case Product(factors=children) | Concatenation(parts=children):
             for child in children:
                 yield from axis_uses(child)
+
+
+def atoms_of_pieces(dimensions: tuple[Expression, ...]) -> Iterator[tuple[Atom, ...]]:
+    """Yields the atoms of every piece: products flattened, one piece per combination of concatenated parts."""
+    alternatives = [_atoms_of_parts(dimension) for dimension in dimensions]
+    for choice in product(*alternatives):
+        yield tuple(atom for atoms in choice for atom in atoms)
+
+
+def _atoms_of_parts(expression: Expression) -> list[tuple[Atom, ...]]:
+    match expression:
+        case Product(factors=factors):
+            return list(atoms_of_pieces(factors))
+        case Concatenation(parts=parts):
+            return [atoms for part in parts for atoms in _atoms_of_parts(part)]
+        case _:
+            return [(expression,)]
 
 
 def size_of(expression: Expression, sizes: Mapping[str, int]) -> int:

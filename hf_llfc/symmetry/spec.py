@@ -10,7 +10,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import SpecError, raise_all, suggest
-from hf_llfc.symmetry.expressions import AxisUse, Expression, axis_uses, format_shape, parse, size_of
+from hf_llfc.symmetry.expressions import (
+    AxisUse,
+    Expression,
+    atoms_of_pieces,
+    axis_uses,
+    format_shape,
+    parse,
+    size_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -396,7 +404,6 @@ def _collect_axes(
     axes: dict[str, Axis] = {}
     problems: list[str] = []
     for tensor in tensors:
-        names = {use.axis for use in tensor.axes}
         for use in tensor.axes:
             base = use.axis.split(".")[0]
             if use.axis not in sizes and base not in sizes:
@@ -413,8 +420,7 @@ def _collect_axes(
                     f"{tensor.name}: axis {use.axis!r} depends on {use.parent!r} here, elsewhere on "
                     f"{axes[use.axis].parent!r}"
                 )
-            if use.parent is not None and use.parent not in names:
-                problems.append(f"{tensor.name}: {use} needs its parent axis {use.parent!r} in the same tensor")
+        problems += _without_parent(tensor)
         problems += [
             f"{tensor.name}: axis {axis!r} in its name needs a size"
             for axis in tensor.name_axes
@@ -432,6 +438,17 @@ def _collect_axes(
         f"symmetric axis {name!r} occurs in no tensor{suggest(name, known)}" for name in symmetric if name not in known
     ]
     return axes, problems
+
+
+def _without_parent(tensor: TensorSpec) -> list[str]:
+    """The dependent axes that do not find their parent, once, beside them or in the name."""
+    problems = []
+    for atoms in atoms_of_pieces(tensor.dimensions):
+        beside = [*tensor.name_axes, *(atom.axis for atom in atoms if isinstance(atom, AxisUse))]
+        for atom in atoms:
+            if isinstance(atom, AxisUse) and atom.parent is not None and beside.count(atom.parent) != 1:
+                problems.append(f"{tensor.name}: {atom} needs its parent axis {atom.parent!r} beside it, exactly once")
+    return list(dict.fromkeys(problems))
 
 
 def _concrete_names(
