@@ -457,7 +457,9 @@ def _result_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _number(value: float | None, style: MetricStyle) -> str:
     if value is None or not math.isfinite(value):
         return "not finite" if value is not None else "–"
-    return f"{100 * value:.2f} %" if style.percent else f"{value:.4g}"
+    if style.percent:
+        return f"{100 * value:.2f} %"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _barrier(report: ConnectivityReport | None) -> str | None:
@@ -504,8 +506,8 @@ def _layer_summary(report: ConnectivityReport | None) -> str | None:
         parts.append(f"the merged features are at most {ratio:.2g} times as far from the blend as the parents are "
                      f"from each other (in {layer})")  # fmt: skip
     if sizes:
-        size, layer = min(sizes)
-        parts.append(f"the coefficient is at least {size:.2f} (in {layer})")
+        size, layer = max(sizes, key=lambda pair: abs(math.log(pair[0])) if pair[0] > 0 else math.inf)
+        parts.append(f"the coefficient is {size:.2f} where it is farthest from 1 (in {layer})")
     return f"At α = {rows[0].alpha:.3g} " + ", and ".join(parts) + "." if parts else None
 
 
@@ -532,12 +534,11 @@ def _alignment(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
-    """The recipe as YAML, with the names of local folders in place of their paths."""
+    """The recipe as YAML for others: names in place of the paths of local folders, and nothing about the upload."""
     import yaml
 
-    if not recipe:
-        return None
-    return yaml.safe_dump(_without_paths(recipe), sort_keys=False, allow_unicode=True, width=100)
+    shown = {key: value for key, value in recipe.items() if key != "publish"}
+    return yaml.safe_dump(_without_paths(shown), sort_keys=False, allow_unicode=True, width=100) if shown else None
 
 
 def _without_paths(value: Any) -> Any:
@@ -592,6 +593,9 @@ def _limits(report: ConnectivityReport | None, data: Mapping[str, Any], parents:
     local = [parent.name for parent in parents if not parent.is_on_hub]
     if local:
         limits.append(f"Not on the Hub, so that others cannot repeat the merge: {', '.join(local)}.")
+    measured_on = _data(data) if report is not None else None
+    if measured_on is not None and measured_on["link"] is None:
+        limits.append(f"Not on the Hub, so that others cannot repeat the measurement: {measured_on['name']}.")
     return limits
 
 

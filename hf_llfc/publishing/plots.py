@@ -151,10 +151,10 @@ def short_layer_names(names: Sequence[str]) -> list[str]:
     prefix = common_prefix(names)
     shortened = []
     for name in names:
+        last = name.rsplit(".", 1)[-1]
         short = name.removeprefix(prefix)
-        if short == name and "." in name:
-            short = name.rsplit(".", 1)[-1]
-        shortened.append(short if len(short) <= 16 else f"{short[:7]}…{short[-8:]}")
+        short = last if prefix and short == name and not last.isdigit() else short
+        shortened.append(short if len(short) <= 24 else f"{short[:11]}…{short[-12:]}")
     if len(set(shortened)) < len(shortened):
         return [name if len(name) <= 24 else f"…{name[-23:]}" for name in names]
     return shortened

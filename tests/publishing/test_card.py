@@ -157,9 +157,9 @@ def test_every_number_of_the_report_is_in_its_place(tmp_path: Path) -> None:
     ]
     assert results == [
         ["model", "loss ↓", "accuracy ↑"],
-        ["ada/bert-tweets", "0.25", "87.50 %"],
-        ["grace/bert-films", "0.5", "75.00 %"],
-        ["this merge", "0.5", "75.00 %"],
+        ["ada/bert-tweets", "0.2500", "87.50 %"],
+        ["grace/bert-films", "0.5000", "75.00 %"],
+        ["this merge", "0.5000", "75.00 %"],
     ]
     assert layers[1:] == [
         ["bert.embeddings", "0", "0", "–", "1.000"],
@@ -169,6 +169,7 @@ def test_every_number_of_the_report_is_in_its_place(tmp_path: Path) -> None:
     ]
     assert "Barrier: 0.125 nats of loss and 6.25 points of error." in page.text
     assert "at most 0.12 times as far" in page.text
+    assert "the coefficient is 0.91 where it is farthest from 1 (in logits)" in page.text
     assert "moved 30 of 36 units (30 of 32 neurons, 0 of 4 heads)" in page.text
     assert "objective 812.5 → 1000, cosine of the weights 0.8125 → 1" in page.text
     assert "weighted average, 0.5·A + 0.5·B" in page.text
@@ -264,6 +265,11 @@ def test_measured_results_take_precedence_over_the_path(tmp_path: Path) -> None:
     assert [row[0] for row in table[1:]] == ["ada/bert-tweets", "films", "this merge"]
     assert [row[2] for row in table[1:]] == ["80.00 %", "70.00 %", "90.00 %"]
     assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results} == {"loss": 0.2, "accuracy": 0.9}
+
+
+def test_others_who_repeat_the_merge_do_not_push_it(tmp_path: Path) -> None:
+    card = render(make_folder(tmp_path), recipe={**RECIPE, "publish": {"repo_id": "me/bert-two-domains"}})
+    assert "publish:" not in card
 
 
 def test_task_arithmetic_is_written_with_its_base(tmp_path: Path) -> None:
@@ -398,7 +404,9 @@ def test_paths_of_a_disk_stay_private(tmp_path: Path) -> None:
     assert "secret" not in card
     assert "./tweets" in card and "data.csv" in card
     assert "base_model" not in card
-    assert "Not on the Hub, so that others cannot repeat the merge: tweets, films." in Page(body_of(card)).text
+    text = Page(body_of(card)).text
+    assert "Not on the Hub, so that others cannot repeat the merge: tweets, films." in text
+    assert "Not on the Hub, so that others cannot repeat the measurement: data.csv." in text
 
 
 # -- write_card

@@ -153,6 +153,7 @@ def test_names_are_shortened_only_where_they_stay_distinct() -> None:
     assert short_layer_names(["a.b.0", "a.b.1", "a.c"]) == ["0", "1", "c"]
     assert short_layer_names(["a.x.0", "b.x.0"]) == ["a.x.0", "b.x.0"]
     assert short_layer_names(["logits"]) == ["logits"]
+    assert short_layer_names(["bert.encoder.layer.0", "logits"]) == ["bert.encoder.layer.0", "logits"]
 
 
 def test_a_name_is_never_read_as_mathematics(tmp_path: Path) -> None:
