@@ -66,6 +66,7 @@ def match_weights(
 
     Returns:
         The alignment; its metadata holds `objective_before`, `objective_after`, `cosine_before`, `cosine_after`,
+        `distance_before`, `distance_after` (Euclidean, over the tensors that hold a symmetric axis),
         `converged` and `sweeps`.
 
     Raises:
@@ -105,6 +106,8 @@ def match_weights(
         method="weight_matching",
         objective_before=before,
         objective_after=objective,
+        distance_before=max(0.0, norm_a**2 + norm_b**2 - 2 * before) ** 0.5,
+        distance_after=max(0.0, norm_a**2 + norm_b**2 - 2 * objective) ** 0.5,
         cosine_before=before / norm if norm else 1.0,
         cosine_after=objective / norm if norm else 1.0,
         converged=converged,
