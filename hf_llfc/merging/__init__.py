@@ -1,4 +1,4 @@
-"""Merging: exact linear combinations of streamed tensors."""
+"""Merging: linear combinations of streamed tensors, summed in float64 and rounded once."""
 
 from hf_llfc.merging.combination import linear_combination, task_arithmetic
 from hf_llfc.merging.schedule import Rule, WeightSchedule, layer_depths, resolve_weights

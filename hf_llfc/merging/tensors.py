@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.errors import CheckpointError
-from hf_llfc.merging.combination import base_weight, linear_combination
+from hf_llfc.merging.combination import linear_combination, task_arithmetic
 from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
 
 COUNTER = "num_batches_tracked"
@@ -58,7 +58,7 @@ def merge_tensors(
     """Merges models one tensor at a time.
 
     Without a base the result is Σ wᵢ θᵢ, with one it is θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic). Floating-point
-    tensors, BatchNorm's running statistics among them, are combined exactly and rounded once. Integers, truth values
+    tensors, BatchNorm's running statistics among them, are summed in float64 and rounded once. Integers, truth values
     and constants (`CONSTANTS`) must be equal in all models and are kept; BatchNorm's count of batches becomes the
     largest.
 
@@ -80,27 +80,35 @@ def merge_tensors(
             its dtype.
     """
     weights = resolve_weights(list(infos), schedules, normalize=normalize, scale=scale, sum_to_one=base is None)
-    everyone = [*sources] if base is None else [base, *sources]
-    return _merged(everyone, infos, weights, has_base=base is not None)
+    return _merged(sources, infos, weights, base)
 
 
 def _merged(
     sources: Sequence[Source],
     infos: Mapping[str, TensorInfo],
     weights: Mapping[str, Sequence[float]],
-    *,
-    has_base: bool,
+    base: Source | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    labels = [source.label for source in sources]
+    everyone = [*sources] if base is None else [base, *sources]
+    labels = [source.label for source in everyone]
     for name, info in infos.items():
-        tensors = [source.read(name) for source in sources]
+        tensors = [source.read(name) for source in everyone]
         if name.endswith(COUNTER):
             merged = torch.stack(tensors).amax(dim=0)
         elif _is_kept(name, info.dtype):
             merged = _equal_in_all(name, tensors, labels)
+        elif base is None:
+            merged = linear_combination(tensors, weights[name], out_dtype=info.dtype, name=name, models=labels)
         else:
-            row = [base_weight(weights[name]), *weights[name]] if has_base else weights[name]
-            merged = linear_combination(tensors, row, out_dtype=info.dtype, name=name, models=labels)
+            merged = task_arithmetic(
+                tensors[0],
+                tensors[1:],
+                weights[name],
+                out_dtype=info.dtype,
+                name=name,
+                base_model=base.label,
+                models=labels[1:],
+            )
         if name.endswith(VARIANCE) and bool((merged < 0).any()):
             raise CheckpointError(
                 f"{name}: the merged variance is {merged.min().item():.6g}, and a variance cannot be negative; "

@@ -1,4 +1,4 @@
-"""What a correctly rounded weighted sum is, from rational numbers and the definition of rounding alone."""
+"""What a correctly rounded sum is, from rational numbers and the definition of rounding alone."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -7,10 +7,23 @@ import torch
 from torch import Tensor
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIGNIFICAND_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
-def exact_sum(values: Sequence[float], weights: Sequence[float]) -> Fraction:
-    return sum((Fraction(w) * Fraction(v) for w, v in zip(weights, values, strict=True)), Fraction(0))
+def linear(values: Sequence[float], weights: Sequence[float]) -> float:
+    """The weighted sum in Python's float64, in order."""
+    total = weights[0] * values[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total += weight * value
+    return total
+
+
+def task(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Task arithmetic in Python's float64, the base first."""
+    total = base = values[0]
+    for value, weight in zip(values[1:], weights, strict=True):
+        total += weight * (value - base)
+    return total
 
 
 def is_nearest(rounded: Tensor, exact: Fraction) -> bool:
@@ -18,10 +31,8 @@ def is_nearest(rounded: Tensor, exact: Fraction) -> bool:
     bits = rounded.reshape(1).view(INTEGERS[rounded.element_size()])
     distance = abs(Fraction(rounded.item()) - exact)
     for step in (-1, 1):
-        # Stepping the bits gives both neighbours, except below zero's smallest one, which mirrors the one above.
-        neighbour = (
-            (bits + step).view(rounded.dtype).item() if int(bits) else torch.tensor(step).item() * smallest(rounded)
-        )
+        # One more or less in the bits is the next number of the type; the neighbours of zero are its smallest ones.
+        neighbour = (bits + step).view(rounded.dtype).item() if rounded.item() else step * smallest(rounded.dtype)
         if neighbour != neighbour or abs(neighbour) == float("inf"):
             continue
         other = abs(Fraction(neighbour) - exact)
@@ -30,16 +41,16 @@ def is_nearest(rounded: Tensor, exact: Fraction) -> bool:
     return True
 
 
-def smallest(tensor: Tensor) -> float:
-    limits = torch.finfo(tensor.dtype)
+def smallest(dtype: torch.dtype) -> float:
+    limits = torch.finfo(dtype)
     return limits.smallest_normal * limits.eps
 
 
-def wrongly_rounded(result: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> list[str]:
-    """Every element that is not the correctly rounded sum, with what it was made from."""
-    flat = [tensor.flatten().tolist() for tensor in tensors]
+def wrongly_rounded(result: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], total=linear) -> list[str]:
+    """Every element that is not the correctly rounded float64 sum, with what it was made from."""
+    rows = zip(*(tensor.flatten().tolist() for tensor in tensors), strict=True)
     return [
-        f"{weights}·{[column[i] for column in flat]} -> {value.item()}"
-        for i, value in enumerate(result.flatten())
-        if not is_nearest(value, exact_sum([column[i] for column in flat], weights))
+        f"{weights} of {row} is {total(row, weights)}, not {value.item()}"
+        for row, value in zip(rows, result.flatten(), strict=True)
+        if not is_nearest(value, Fraction(total(row, weights)))
     ]
