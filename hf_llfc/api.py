@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     Model = str | Path | PreTrainedModel
 
-# Above this cosine two models are so close that permutations have nothing to find; a warning sign below it.
-SAME_ANCESTOR_COSINE = 0.9
+# Matching that removes less of the squared distance than this found noise: two fine-tunes of one base.
+# Independently trained networks lose a third of it and more, a model in other coordinates all of it.
+MATCHING_FINDS_NOTHING = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class CheckResult:
         problems: What forbids a merge.
         cosine: Of the weights as they are, over all tensors with a symmetric axis.
         cosine_aligned: After weight matching.
+        gain: Share of the squared distance between the weights that matching removes.
         moved: Units that matching moves.
         units: Units that it could move.
     """
@@ -66,6 +68,7 @@ class CheckResult:
     problems: Sequence[str] = field(default_factory=tuple)
     cosine: float | None = None
     cosine_aligned: float | None = None
+    gain: float | None = None
     moved: int | None = None
     units: int | None = None
 
@@ -144,14 +147,18 @@ def check(a: Model, b: Model, *, seed: int = 0, progress: Progress = silent) -> 
     before, after = alignment.metadata["cosine_before"], alignment.metadata["cosine_after"]
     moved = sum(count for count, _ in alignment.moved.values())
     units = sum(count for _, count in alignment.moved.values())
+    apart = alignment.metadata["distance_before"]
+    gain = 1 - (alignment.metadata["distance_after"] / apart) ** 2 if apart else 0.0
     evidence = f"the weights have cosine {before:.4f}, weight matching moves {moved} of {units} units"
     if moved == 0:
         answer, because = "merge", f"{evidence}: the two already lie in the same coordinates"
-    elif before >= SAME_ANCESTOR_COSINE:
-        answer, because = "merge", f"{evidence} and raises it to {after:.4f} only: the two stem from one ancestor"
+    elif gain < MATCHING_FINDS_NOTHING:
+        answer = "merge"
+        because = f"{evidence}, which takes {gain:.1%} off their squared distance: the two stem from one ancestor"
     else:
-        answer, because = "align", f"{evidence} and raises it to {after:.4f}: the two lie in different coordinates"
-    return CheckResult(answer, because, (), before, after, moved, units)
+        answer = "align"
+        because = f"{evidence}, which takes {gain:.1%} off their squared distance: the two lie in different coordinates"
+    return CheckResult(answer, because, (), before, after, gain, moved, units)
 
 
 def align(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc import __version__
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     _quiet_libraries(verbose=options.verbose)
+    with suppress(ValueError):  # only the main thread may; a stop then cleans up as an interrupt does
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return int(options.handler(options))
     except LLFCError as error:
@@ -64,6 +68,8 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report_error(message: str, options: argparse.Namespace) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # the main process of a launcher says it for all
     if options.format == "json":
         from hf_llfc.console import print_json
 

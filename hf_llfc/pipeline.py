@@ -199,11 +199,11 @@ def write_merge(
     out_dtype = getattr(torch, recipe.result_dtype) if recipe.result_dtype else None
     infos = merged_infos(first.tensors, out_dtype)
     tensors = merge_tensors(
-        [Source(parent.checkpoint.id, parent.read) for parent in parents],
+        [Source(parent.checkpoint.label, parent.read) for parent in parents],
         infos,
         [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
         normalize=recipe.parameters.normalize is True,
-        base=Source(opened.base.id, opened.base.read) if opened.base is not None else None,
+        base=Source(opened.base.label, opened.base.read) if opened.base is not None else None,
         scale=recipe.parameters.scale,
     )
     if calibration is not None:
@@ -216,6 +216,7 @@ def write_merge(
         infos,
         _counted(tensors, len(infos), progress),
         config=first.config,
+        generation_config=first.generation_config,
         companions=opened.tokenizer_source.companion_files,
         max_shard_size=recipe.max_shard_size,
     )
@@ -395,6 +396,7 @@ def write_aligned(
             moving.tensors,
             _counted(tensors, len(moving.tensors), progress),
             config=moving.config,
+            generation_config=moving.generation_config,
             companions=moving.companion_files,
         )
         (folder / LLFC_FOLDER).mkdir()

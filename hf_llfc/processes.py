@@ -80,8 +80,3 @@ class Processes:
                 folder.__exit__(type(error), error, error.__traceback__)
             raise
         self.on_main(lambda: folder.__exit__(None, None, None))
-
-
-def is_main_rank() -> bool:
-    """Whether this process speaks for all, as the launcher's environment says."""
-    return os.environ.get("RANK", "0") == "0"

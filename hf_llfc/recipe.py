@@ -652,7 +652,9 @@ def _plain(value: Any) -> Any:
     for each in dataclasses.fields(value):
         entry = vars(value)[each.name]
         default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
-        if entry == default and not isinstance(value, WeightRule):
+        # A section that is there says what it does, even where that is the default.
+        is_told = isinstance(value, WeightRule) or (isinstance(value, AlignSection) and each.name == "method")
+        if entry == default and not is_told:
             continue
         key = "lambda" if (isinstance(value, MergeParameters) and each.name == "scale") else each.name
         if each.name == "data" and isinstance(value, DiagnoseSection | BatchNormSection):

@@ -80,7 +80,7 @@ def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:
     try:
         return spec.bind({name: info.shape for name, info in checkpoint.tensors.items()})
     except ValueError as error:
-        raise CheckpointError(f"{checkpoint.id}: {error}") from None
+        raise CheckpointError(f"{checkpoint.label}: {error}") from None
 
 
 def refuse_incompatible(checkpoints: Sequence[Checkpoint]) -> None:
@@ -142,7 +142,9 @@ def align_checkpoints(
     if options.method == "none":
         return None
     spec = alignment_spec(reference, options)
-    parameters = [Parameters(bind(spec, checkpoint), checkpoint.read) for checkpoint in (reference, model)]
+    parameters = [
+        Parameters(bind(spec, checkpoint), checkpoint.read, checkpoint.label) for checkpoint in (reference, model)
+    ]
     from_activations = (
         _match_activations(reference, model, spec, options)
         if "activation_matching" in (options.method, options.start)
@@ -277,6 +279,8 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
             "method",
             "objective_before",
             "objective_after",
+            "distance_before",
+            "distance_after",
             "cosine_before",
             "cosine_after",
             "converged",

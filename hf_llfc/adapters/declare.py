@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hf_llfc.symmetry.spec import PermutationSpec
@@ -46,7 +47,7 @@ def declare(
         symmetric=symmetric,
         model_type=config.model_type,
         prefix=prefix,
-        other_layouts=lambda: in_memory_layout(config, spec),
+        other_layouts=partial(in_memory_layout, config),
     )
     architectures = config.architectures or []
     returns_features = bool(architectures) and all(_RETURNS_FEATURES.fullmatch(name) for name in architectures)

@@ -176,7 +176,9 @@ class PermutationSpec:
     axes: Mapping[str, Axis]
     declarations: tuple[TensorSpec, ...]
     prefix: str = ""
-    other_layouts: Callable[[], Sequence[TensorSpec]] | None = field(default=None, compare=False, repr=False)
+    other_layouts: Callable[[PermutationSpec], Sequence[TensorSpec]] | None = field(
+        default=None, compare=False, repr=False
+    )
     origin: str = "hand-written"
 
     @classmethod
@@ -202,7 +204,7 @@ class PermutationSpec:
         symmetric: Iterable[str],
         model_type: str = "",
         prefix: str = "",
-        other_layouts: Callable[[], Sequence[TensorSpec]] | None = None,
+        other_layouts: Callable[[PermutationSpec], Sequence[TensorSpec]] | None = None,
         origin: str = "hand-written",
     ) -> PermutationSpec:
         """Builds a spec from declarations such as `encoder.0.weight  neurons.0  residual`.
@@ -321,7 +323,7 @@ class PermutationSpec:
         present = set(shapes)
         declared = _concrete_names(self.declarations, self.axes, lambda other: self._is_present(other, present))
         if self.other_layouts is not None and any(self._find(name, declared) is None for name in shapes):
-            others = tuple(self.other_layouts())
+            others = tuple(self.other_layouts(self))
             concrete = _concrete_names(others, self.axes, lambda other: self._is_present(other, present))
             declared = {**concrete, **declared}
         return declared

@@ -1,0 +1,272 @@
+"""The command line: what it prints, how it ends, and one clear message for everything that is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_llfc.cli import main, run_main
+from tests.runs import byte_llama, command_line, moved, saved, small_resnet, text_data, text_recipe, written
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and data that no test changes."""
+    folder = tmp_path_factory.mktemp("shelf")
+    saved(byte_llama(0), folder / "a")
+    saved(moved(byte_llama(0), 1), folder / "b")
+    saved(byte_llama(2), folder / "c")
+    saved(byte_llama(3, num_hidden_layers=3), folder / "deeper")
+    saved(byte_llama(4, vocab_size=260), folder / "larger-vocabulary")
+    saved(small_resnet(0), folder / "resnet")
+    text_data(folder)
+    return folder
+
+
+def test_inspect_prints_the_spec_and_verifies_it(shelf, capsys):
+    assert main(["inspect", str(shelf / "a"), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "(kv.{i} q.{i}[kv] head_dim)" in out
+    assert "the symmetries hold" in out
+
+
+def test_inspect_as_json(shelf, capsys):
+    assert main(["inspect", str(shelf / "a"), "--verify", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model_type"] == "llama" and found["verification"]["verified"] is True
+    assert found["symmetric_axes"] == ["residual", "kv.0", "neurons.0", "kv.1", "neurons.1", "q.0", "q.1"]
+    assert len(found["tensors"]) == 21
+
+
+@pytest.mark.parametrize(
+    ("other", "answer", "code"), [("a", "merge", 0), ("b", "align", 0), ("deeper", "do not merge", 1)]
+)
+def test_check_answers_with_its_exit_code(shelf, capsys, other, answer, code):
+    assert main(["check", str(shelf / "a"), str(shelf / other), "--format", "json"]) == code
+    assert json.loads(capsys.readouterr().out)["answer"] == answer
+
+
+def test_align_writes_the_model_in_other_coordinates(shelf, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["align", str(shelf / "b"), "--to", str(shelf / "a"), "--out", str(out)]) == 0
+    original = load_file(shelf / "a" / "model.safetensors")
+    assert all(torch.equal(original[name], tensor) for name, tensor in load_file(out / "model.safetensors").items())
+    again = ["align", str(shelf / "b"), "--to", str(shelf / "a"), "--use", str(out / "llfc" / "alignment.safetensors")]
+    assert main([*again, "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_an_alignment_file_fits_its_own_inputs_only(shelf, tmp_path, capsys):
+    assert main(["align", str(shelf / "b"), "--to", str(shelf / "a"), "--out", str(tmp_path / "out")]) == 0
+    file = str(tmp_path / "out" / "llfc" / "alignment.safetensors")
+    words = ["align", str(shelf / "c"), "--to", str(shelf / "a"), "--use", file, "--out", str(tmp_path / "other")]
+    assert main(words) == 2
+    assert "made for other checkpoints" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_diagnose_prints_path_layers_and_verdict(shelf, tmp_path, capsys):
+    data = [
+        "--task",
+        "text-generation",
+        "--dataset",
+        str(shelf / "text.txt"),
+        "--tokenizer",
+        "bytes",
+        "--max-length",
+        "32",
+    ]
+    words = ["diagnose", str(shelf / "a"), str(shelf / "b"), *data, "--alphas", "3", "--out", str(tmp_path / "report")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0" in out and "logits" in out and "verdict" in out
+    assert {path.name for path in (tmp_path / "report" / "llfc").iterdir()} >= {
+        "llfc_report.json",
+        "path.png",
+        "layers.png",
+    }
+
+
+def test_run_takes_overrides_and_prints_json(shelf, tmp_path, capsys):
+    recipe = written(text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out"), tmp_path)
+    words = [str(recipe), "models.0.parameters.weight=0.25", "models.1.parameters.weight=0.75", "--format", "json"]
+    assert run_main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [model["weight"] for model in result["report"]["models"]] == [0.25, 0.75]
+    assert result["models"][-1]["is_merge"] is True
+
+
+def test_dry_run_plans_and_writes_nothing(shelf, tmp_path, capsys):
+    recipe = written(text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out"), tmp_path)
+    assert main(["run", str(recipe), "--dry-run", "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    size = sum(tensor.nbytes for tensor in load_file(shelf / "a" / "model.safetensors").values())
+    assert plan["cost"]["bytes_written"] == size and plan["cost"]["bytes_read"] >= 2 * size
+    assert [step["step"] for step in plan["steps"]] == ["read", "align", "merge", "diagnose", "write"]
+    assert not (tmp_path / "out").exists()
+
+
+def damaged(model: Path, target: Path, change) -> Path:
+    """A copy of a checkpoint with its tensors changed."""
+    shutil.copytree(model, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def truncated(model: Path, target: Path) -> Path:
+    """A copy of a checkpoint whose file ends early."""
+    shutil.copytree(model, target)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return target
+
+
+def with_config(model: Path, target: Path, **changes) -> Path:
+    """A copy of a checkpoint with another config."""
+    shutil.copytree(model, target)
+    config = json.loads((target / "config.json").read_text())
+    config.update(changes)
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+PARENTS_AT_FAULT = {
+    "a missing folder": (lambda shelf, tmp: tmp / "missing", ["missing"]),
+    "an unknown architecture": (
+        lambda shelf, tmp: with_config(shelf / "a", tmp / "bad", model_type="lama", architectures=["LamaForCausalLM"]),
+        ["lama", "llama"],
+    ),
+    "another architecture": (lambda shelf, tmp: shelf / "resnet", ["llama", "resnet"]),
+    "another size": (lambda shelf, tmp: shelf / "deeper", ["num_hidden_layers", "3"]),
+    "another vocabulary": (lambda shelf, tmp: shelf / "larger-vocabulary", ["256", "260"]),
+    "a missing tensor": (
+        lambda shelf, tmp: damaged(shelf / "b", tmp / "bad", lambda tensors: tensors.pop("model.norm.weight")),
+        ["bad", "model.norm.weight"],
+    ),
+    "a shape that contradicts the config": (
+        lambda shelf, tmp: damaged(
+            shelf / "b", tmp / "bad", lambda tensors: tensors.update({"model.norm.weight": torch.ones(25)})
+        ),
+        ["bad", "model.norm.weight", "25", "24"],
+    ),
+    "a truncated file": (lambda shelf, tmp: truncated(shelf / "b", tmp / "bad"), ["bad", "model.safetensors"]),
+    "NaN": (
+        lambda shelf, tmp: damaged(
+            shelf / "b", tmp / "bad", lambda tensors: tensors["model.norm.weight"].__setitem__(0, float("nan"))
+        ),
+        ["bad", "model.norm.weight"],
+    ),
+    "quantised weights": (
+        lambda shelf, tmp: with_config(
+            shelf / "b", tmp / "bad", quantization_config={"quant_method": "gptq", "bits": 4}
+        ),
+        ["bad", "gptq"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PARENTS_AT_FAULT)
+@pytest.mark.parametrize("method", ["none", "weight_matching"])
+def test_a_parent_at_fault_ends_in_one_message(shelf, tmp_path, capsys, fault, method):
+    make, expected = PARENTS_AT_FAULT[fault]
+    bad = make(shelf, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code = main(["merge", str(shelf / "a"), str(bad), "--align", method, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("hf-llfc: error: ")
+    assert "Traceback" not in error and "unexpected" not in error
+    for words in expected:
+        assert words in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+RECIPES_AT_FAULT = {
+    "an unknown key": ({"algin": {}}, ["algin", "did you mean 'align'"]),
+    "an unknown key below": ({"align": {"metod": "none"}}, ["align.metod", "did you mean 'method'"]),
+    "weights that do not sum to one": (
+        {"models": [{"model": "A", "parameters": {"weight": 1.0}}, {"model": "B", "parameters": {"weight": 1.0}}]},
+        ["sum to 2", "normalize"],
+    ),
+    "a column that does not exist": ({"diagnose": {"text_column": "sentense"}}, ["sentense", "text"]),
+    "an unknown axis": ({"align": {"exclude": ["residul"]}}, ["residul", "residual"]),
+    "too many samples": ({"diagnose": {"samples": 10000}}, ["10000"]),
+}
+
+
+@pytest.mark.parametrize("fault", RECIPES_AT_FAULT)
+def test_a_recipe_at_fault_ends_in_one_message(shelf, tmp_path, capsys, fault):
+    changes, expected = RECIPES_AT_FAULT[fault]
+    recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out")
+    for key, value in changes.items():
+        recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
+    before = {written(recipe, tmp_path)}
+    code = main(["run", str(*before)])
+    error = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error and "unexpected" not in error
+    for words in expected:
+        assert words in error
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_full_output_folder_is_refused_before_work(shelf, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    assert main(["merge", str(shelf / "a"), str(shelf / "b"), "--out", str(tmp_path / "out"), "--overwrite"]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_architecture_without_adapter_merges_by_name(tmp_path, capsys):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    config = OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=32)
+    for name in ("a", "b"):
+        saved(OPTForCausalLM(config), tmp_path / name)
+    words = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]
+    assert main([*words, "--align", "weight_matching"]) == 2
+    error = capsys.readouterr().err
+    assert "'opt'" in error and "--align none" in error
+    assert main(words) == 0
+    a, b, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "out"))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, (a[name] + b[name]) / 2)
+
+
+def test_errors_as_json_and_a_wrong_command(shelf, tmp_path, capsys):
+    assert main(["check", str(shelf / "a"), str(tmp_path / "nowhere"), "--format", "json"]) == 2
+    assert "nowhere" in json.loads(capsys.readouterr().out)["error"]
+    with pytest.raises(SystemExit) as stop:
+        main(["mrege", "a", "b"])
+    assert stop.value.code == 2 and "did you mean 'merge'" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_give_the_numbers_of_one(shelf, tmp_path):
+    outcomes = []
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561")
+    for name, words in (("one", ()), ("two", launcher)):
+        recipe = written(text_recipe(shelf / "a", shelf / "c", shelf / "text.txt", tmp_path / name), tmp_path, name)
+        run = command_line(recipe, "--format", "json", launcher=words, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr
+        outcomes.append(json.loads(run.stdout))
+    one, two = outcomes
+    assert [row["loss"] for row in one["models"]] == pytest.approx([row["loss"] for row in two["models"]], rel=1e-6)
+    for key in ("path", "layers"):
+        for first, second in zip(one["report"][key], two["report"][key], strict=True):
+            assert flat(first) == pytest.approx(flat(second), rel=1e-6, abs=1e-9)
+    for file in ("model.safetensors", "llfc/alignment.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def flat(row: dict) -> list[float]:
+    """All numbers of a row of the report."""
+    numbers = []
+    for value in row.values():
+        numbers += flat(value) if isinstance(value, dict) else [value] if isinstance(value, float) else []
+    return numbers

@@ -1,0 +1,194 @@
+"""The main flow on small models: what is written, what it says, and that it says the truth."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+import hf_llfc
+from hf_llfc.recipe import load_recipe
+from tests.runs import (
+    byte_llama,
+    image_data,
+    moved,
+    saved,
+    small_resnet,
+    text_data,
+    text_recipe,
+    written,
+)
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> tuple[Path, Path]:
+    """A model, and the same function in other coordinates."""
+    return saved(byte_llama(0), tmp_path / "a"), saved(moved(byte_llama(0), 1), tmp_path / "b")
+
+
+@pytest.fixture
+def independent(tmp_path: Path) -> tuple[Path, Path]:
+    """Two models that have nothing in common."""
+    return saved(byte_llama(0), tmp_path / "a"), saved(byte_llama(1), tmp_path / "b")
+
+
+def test_a_moved_model_is_brought_back_and_merged_with_itself(planted, tmp_path):
+    result = hf_llfc.run(text_recipe(*planted, text_data(tmp_path), tmp_path / "out"))
+    original = load_file(planted[0] / "model.safetensors")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == original.keys()
+    for name, tensor in original.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7)
+    assert result.report.barrier.loss < 1e-5
+    assert all(row.llfc.mean < 1e-9 for row in result.report.layers)
+    assert result.report.verdict.answer == "merge"
+    losses = [row["loss"] for row in result.table]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
+def test_the_output_is_an_ordinary_checkpoint_with_its_evidence_beside_it(planted, tmp_path):
+    out = tmp_path / "out"
+    hf_llfc.run(text_recipe(*planted, text_data(tmp_path), out))
+    _, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values())
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "llfc/alignment.safetensors",
+        "llfc/layers.png",
+        "llfc/llfc_report.json",
+        "llfc/path.png",
+        "llfc/recipe.yaml",
+    }
+    report = json.loads((out / "llfc" / "llfc_report.json").read_text())
+    assert report["schema"] == "hf_llfc.report/1"
+    assert [point["alpha"] for point in report["path"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert report["layers"][-1]["layer"] == "logits"
+    assert [model["weight"] for model in report["models"]] == [0.5, 0.5]
+
+
+def test_the_recipe_as_run_gives_the_same_bytes(independent, tmp_path):
+    first = hf_llfc.run(text_recipe(*independent, text_data(tmp_path), tmp_path / "out"))
+    again = load_recipe(first.folder / "llfc" / "recipe.yaml", [f"output_dir={tmp_path / 'again'}"])
+    second = hf_llfc.run(again)
+    for name in ("model.safetensors", "llfc/alignment.safetensors"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+    assert first.report.to_dict()["path"] == second.report.to_dict()["path"]
+
+
+def test_weight_one_is_the_parent_bit_for_bit(independent, tmp_path):
+    hf_llfc.merge(independent, [1.0, 0.0], out=tmp_path / "out", align="weight_matching")
+    original = load_file(independent[0] / "model.safetensors")
+    assert all(
+        torch.equal(tensor, original[name])
+        for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+    )
+
+
+def test_three_models_are_aligned_onto_one_reference(tmp_path):
+    models = [saved(moved(byte_llama(0), seed), tmp_path / str(seed)) for seed in (1, 2, 3)]
+    data = text_data(tmp_path)
+    recipe = text_recipe(models[0], models[1], data, tmp_path / "out")
+    recipe["models"] = [{"model": str(model)} for model in models]
+    recipe["align"]["reference"] = 1
+    result = hf_llfc.run(recipe)
+    reference = load_file(models[1] / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-6, atol=1e-7)
+    assert {path.name for path in (result.folder / "llfc").glob("*.safetensors")} == {
+        "alignment-0.safetensors",
+        "alignment-2.safetensors",
+    }
+    assert len(result.table) == 4
+
+
+def test_task_arithmetic_adds_what_training_added(tmp_path):
+    base = byte_llama(0)
+    tasks = [byte_llama(0), byte_llama(0)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for task in tasks:
+            for parameter in task.parameters():
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    folders = [saved(task, tmp_path / f"task{place}") for place, task in enumerate(tasks)]
+    hf_llfc.merge(
+        folders,
+        [1.0, -0.5],
+        out=tmp_path / "out",
+        merge_method="task_arithmetic",
+        base_model=saved(base, tmp_path / "base"),
+        parameters={"lambda": 0.4},
+    )
+    theta = [{name: tensor.double() for name, tensor in model.state_dict().items()} for model in (base, *tasks)]
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        expected = theta[0][name] + 0.4 * (theta[1][name] - theta[0][name]) - 0.2 * (theta[2][name] - theta[0][name])
+        assert torch.equal(tensor, expected.float()), name
+
+
+def test_batch_norm_is_measured_anew(tmp_path):
+    models = saved(small_resnet(0), tmp_path / "a"), saved(small_resnet(1), tmp_path / "b")
+    data = image_data(tmp_path)
+    recipe = {
+        "models": [{"model": str(model)} for model in models],
+        "diagnose": {"task": "image-classification", "dataset": str(data), "alphas": 3, "batch_size": 24},
+    }
+    hf_llfc.run({**recipe, "output_dir": str(tmp_path / "anew")})
+    averaged = {**recipe, "diagnose": {**recipe["diagnose"], "batch_norm": {"recompute": False}}}
+    hf_llfc.run({**averaged, "output_dir": str(tmp_path / "averaged")})
+    states = {name: load_file(tmp_path / name / "model.safetensors") for name in ("anew", "averaged")}
+    for name, tensor in states["anew"].items():
+        is_statistic = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(tensor, states["averaged"][name]) is not is_statistic or name.endswith("tracked")
+    # The statistics of the first layer are those of its own input, which one can compute by hand.
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "anew").double()
+    import datasets
+
+    images = torch.tensor(datasets.load_dataset("parquet", data_files=str(data), split="train")["image"][:])
+    out = model.resnet.embedder.embedder.convolution(images.double())
+    statistics = model.resnet.embedder.embedder.normalization
+    torch.testing.assert_close(statistics.running_mean, out.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics.running_var, out.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_dtype_is_that_of_the_recipe(independent, tmp_path):
+    hf_llfc.merge(independent, out=tmp_path / "out", out_dtype="bfloat16")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_activation_matching_needs_no_labels(planted, tmp_path):
+    data = {"task": "text-generation", "dataset": str(text_data(tmp_path)), "tokenizer": "bytes", "max_length": 32}
+    align = {"method": "activation_matching", "calibration": {**data, "labels": False}}
+    result = hf_llfc.merge(planted, out=tmp_path / "out", align=align)
+    assert result.alignments[0]["method"] == "activation_matching"
+    original = load_file(planted[0] / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, original[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_failed_run_leaves_nothing(independent, tmp_path):
+    broken = load_file(independent[1] / "model.safetensors")
+    broken["model.norm.weight"][3] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(broken, independent[1] / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(hf_llfc.LLFCError, match=r"model\.norm\.weight"):
+        hf_llfc.merge(independent, out=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_recipe_file_may_stand_beside_its_parents(planted, tmp_path, monkeypatch):
+    text_data(tmp_path)
+    recipe = text_recipe(Path("a"), Path("b"), Path("text.txt"), Path("out"))
+    path = written(recipe, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert hf_llfc.run(path).folder == elsewhere / "out"
