@@ -201,7 +201,7 @@ def test_the_largest_number_of_a_type_is_not_beyond_its_range():
         ([], (), torch.float32, "0 weights for 0 tensors"),
         ([torch.ones(2, dtype=torch.int64)], (1.0,), torch.float32, r"torch\.int64 cannot be combined linearly"),
         ([torch.ones(2, dtype=torch.float8_e4m3fn)], (1.0,), torch.float32, "float8_e4m3fn cannot be combined"),
-        ([torch.ones(2)], (1.0,), torch.int32, r"cannot write a merged tensor as torch\.int32"),
+        ([torch.ones(2)], (1.0,), torch.int32, r"torch\.int32 cannot be written"),
         ([torch.ones(2)], (float("nan"),), torch.float32, "the weight of model 0 is nan"),
     ],
 )
