@@ -112,11 +112,28 @@ def test_a_merge_lives_on_the_hub(hub: HubDouble, recipe: dict) -> None:
     check_published(hub, recipe, loaded)
 
 
-def test_a_merge_lives_on_the_hub_from_the_command_line(hub: HubDouble, recipe: dict, tmp_path: Path) -> None:
+ALONE = [sys.executable, "-m", "hf_llfc"]
+TWO_PROCESSES = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "hf_llfc"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [ALONE, pytest.param([sys.executable, "-m", *TWO_PROCESSES], marks=pytest.mark.slow)],
+    ids=["alone", "two"],
+)
+def test_a_recipe_whose_parents_and_data_lie_on_the_hub_runs(
+    hub: HubDouble, recipe: dict, tmp_path: Path, command: list[str]
+) -> None:
+    data = {"README.md": "---\nlicense: mit\n---\n", "test.csv": Path(recipe["diagnose"]["dataset"]).read_bytes()}
+    hub.add_repo("me/reviews", data, repo_type="dataset")
+    recipe["diagnose"] |= {"dataset": "me/reviews", "split": "test"}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "hf_llfc", str(path)]
-    done = subprocess.run(command, env=hub.env, capture_output=True, text=True, check=False)
+    environment = {**hub.env, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*command, str(path)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert hub.token not in done.stdout + done.stderr
     check_published(hub, recipe, AutoModelForSequenceClassification.from_pretrained("me/merged"))
+    card = ModelCard(hub.files("me/merged")["README.md"].decode())
+    assert {(each.dataset_type, each.dataset_split) for each in card.data.eval_results} == {("me/reviews", "test")}
+    assert "https://huggingface.co/datasets/me/reviews" in card.text
