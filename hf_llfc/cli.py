@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc import __version__
@@ -38,11 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     _quiet_libraries(verbose=options.verbose)
     with suppress(ValueError):  # only the main thread may; a stop then cleans up as an interrupt does
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        _import_modules(options.imports)
         return int(options.handler(options))
     except LLFCError as error:
         _report_error(str(error), options)
@@ -60,11 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m hf_llfc`: a recipe as the first argument runs it, anything else is a command."""
+    """`python -m hf_llfc`: a recipe among the arguments, and no command, runs it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0].endswith((".yaml", ".yml")):
+    if words and words[0] != "run" and any(word.endswith((".yaml", ".yml")) for word in words):
         words.insert(0, "run")
     return main(words)
+
+
+def _import_modules(names: Sequence[str]) -> None:
+    sys.path.insert(0, "")  # a console script does not look in the working directory, `python -m` does
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise LLFCError(f"--import {name}: cannot be imported: {error}") from None
 
 
 def _report_error(message: str, options: argparse.Namespace) -> None:
@@ -75,6 +86,19 @@ def _report_error(message: str, options: argparse.Namespace) -> None:
 
         print_json({"error": message})
     print(f"hf-llfc: error: {message}", file=sys.stderr)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; overrides of a recipe may stand anywhere, also between options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown or (overrides and options.command != "run"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,6 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--format", choices=("table", "json"), default="table", help="how the answer is printed")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument("--verbose", action="store_true", help="log what is being done")
+    common.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a Python module first: your own architectures and adapters",
+    )
     common.add_argument("--debug", action="store_true", help="show tracebacks")
 
     parser = _Parser(
@@ -418,7 +450,11 @@ def _run_recipe(recipe: Any, options: argparse.Namespace) -> int:
     if options.format == "json":
         print_json(result.to_dict())
         return 0
-    print_table("models on the same data" if result.report else "models", result.table)
+    rows = [
+        {"model": row["id"], **{name: row[name] for name in ("loss",) if name in row}, **row.get("metrics", {})}
+        for row in result.table
+    ]
+    print_table("models on the same data" if result.report else "models", rows)
     for summary in result.alignments:
         print(summary["sentence"])
     if result.report is not None:

@@ -246,10 +246,15 @@ def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
 
 def references(recipe: Recipe, parents: Sequence[Checkpoint]) -> list[ModelReference]:
     """How the report names the parents."""
-    weights = [schedule(entry, len(parents), Parent(each)) for entry, each in zip(recipe.models, parents, strict=True)]
+    schedules = [
+        schedule(entry, len(parents), Parent(each)) for entry, each in zip(recipe.models, parents, strict=True)
+    ]
+    if not all(each.is_constant for each in schedules):
+        return [ModelReference(each.id, each.revision) for each in parents]
+    weights = [recipe.parameters.scale * each.rules[0].values[0] for each in schedules]
+    total = sum(weights) if recipe.parameters.normalize else 1.0
     return [
-        ModelReference(each.id, each.revision, weight.rules[0].values[0] if weight.is_constant else None)
-        for each, weight in zip(parents, weights, strict=True)
+        ModelReference(each.id, each.revision, weight / total) for each, weight in zip(parents, weights, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -341,7 +341,7 @@ def diagnose_parents(
         else {"method": summaries[0]["method"], "alignments": summaries}
         if summaries
         else None,
-        on_batch=lambda done, total: progress("diagnosing", done, total),
+        on_batch=partial(progress, "diagnosing"),
     )
 
 
@@ -370,14 +370,8 @@ def evaluate_parents(
 ) -> list[dict[str, Any]]:
     """Loss and metrics of models on the same data: one row with `id`, `loss` and `metrics` each."""
     rows = []
-    for place, parent in enumerate(parents):
-        result = evaluate_model(
-            parent.load(),
-            data,
-            accelerator=accelerator,
-            on_batch=lambda done, total, place=place: progress(
-                f"evaluating model {place + 1} of {len(parents)}", done, total
-            ),
-        )
+    for place, parent in enumerate(parents, start=1):
+        on_batch = partial(progress, f"evaluating model {place} of {len(parents)}")
+        result = evaluate_model(parent.load(), data, accelerator=accelerator, on_batch=on_batch)
         rows.append({"id": parent.checkpoint.id, "loss": result.loss, "metrics": dict(result.metrics)})
     return rows

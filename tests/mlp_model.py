@@ -1,4 +1,4 @@
-"""A plain MLP as a user's own `PreTrainedModel`; importing this file registers it with the auto classes."""
+"""A plain MLP as a user's own `PreTrainedModel`; importing this file registers it and its adapter."""
 
 from itertools import pairwise
 
@@ -6,6 +6,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_llfc.adapters import declare, register_adapter
+from hf_llfc.adapters.blocks import linear
+from hf_llfc.symmetry import PermutationSpec
 
 
 class MLPConfig(PretrainedConfig):
@@ -67,5 +71,25 @@ class MLPForImageClassification(PreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
+def mlp_adapter(config: MLPConfig) -> PermutationSpec:
+    """The neurons of every hidden layer may be permuted."""
+    names = ["pixels", *(f"neurons.{place}" for place in range(len(config.hidden_sizes)))]
+    layers = [
+        linear(f"layers.{place}.dense", out, into, bias=True) for place, (into, out) in enumerate(pairwise(names))
+    ]
+    return declare(
+        config,
+        *layers,
+        linear("classifier", "labels", names[-1], bias=True),
+        sizes={
+            "pixels": config.num_channels * config.image_size**2,
+            "labels": config.num_labels,
+            **dict(zip(names[1:], config.hidden_sizes, strict=True)),
+        },
+        symmetric=("neurons",),
+    )
+
+
+register_adapter("mlp_classifier", mlp_adapter)
 AutoConfig.register("mlp_classifier", MLPConfig, exist_ok=True)
 AutoModelForImageClassification.register(MLPConfig, MLPForImageClassification, exist_ok=True)
