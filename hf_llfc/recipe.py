@@ -4,17 +4,19 @@ A superset of what the merging community writes (`models`, `merge_method`, `base
 `out_dtype`, `tokenizer_source`), plus `align`, `diagnose`, `publish` and `output_dir`. Everything that is wrong is
 collected and raised once; an unknown key names its path and the nearest key.
 
-A relative path of a model or dataset is looked up beside the recipe file first, then in the working directory;
-`output_dir` is relative to the working directory.
+A relative path of a model, tokenizer or dataset is looked up beside the recipe file first, then in the working
+directory; what is in neither place is a Hub id. `output_dir` is relative to the working directory.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -32,12 +34,22 @@ DEEPEST = 20
 # Keys of other tools that people paste in, and what to write instead.
 FOREIGN_KEYS = {
     "slices": "layers cannot be taken from different places; merge whole models under `models`",
+    "modules": "parts cannot be merged apart; merge whole models under `models`, with weights by `filter`",
     "tokenizer": "write `tokenizer_source`",
     "chat_template": "the chat template of `tokenizer_source` is kept",
     "int8_mask": "nothing is masked here; remove it",
     "architecture": "the architecture is read from config.json; remove it",
     "merge": "one recipe is one merge; write its keys at the top",
 }
+FOREIGN_PARAMETERS = {
+    "int8_mask": "nothing is masked here; remove it",
+    **dict.fromkeys(
+        ("density", "epsilon", "gamma", "rescale", "t"),
+        "belongs to a merge method that is not supported (supported: linear, task_arithmetic)",
+    ),
+}
+
+_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Weight = float | tuple[float, ...]
 
@@ -47,11 +59,12 @@ class WeightRule:
     """A weight for the tensors or axes that match a pattern.
 
     Attributes:
-        filter: Shell pattern or part of a tensor's name, or the name of an axis that the tensor carries.
+        filter: Shell pattern or part of a tensor's name, or the name of an axis that the tensor carries; every tensor
+            where None.
         value: One weight, or a gradient over the layers.
     """
 
-    filter: str
+    filter: str | None
     value: Weight
 
 
@@ -107,7 +120,7 @@ class AlignSection:
         start: `identity`, or `activation_matching` to start weight matching from.
         restarts: Starts of weight matching.
         max_sweeps: Sweeps per start.
-        seed: Seed of visit orders and random starts.
+        seed: Seed of visit orders and random starts; that of the recipe if left out.
         calibration: Data for activation matching.
     """
 
@@ -187,8 +200,9 @@ class Recipe:
         align: How the models are aligned; `method: none` where the recipe has no such section.
         diagnose: What is measured; nothing where None.
         publish: Where the result goes; nowhere where None.
+        seed: For every section that gives none of its own.
         overwrite: Whether an earlier output may be replaced.
-        max_shard_size: Bytes above which weights are split into several files.
+        max_shard_size: Bytes above which weights are split into several files; in YAML also as `5GB`.
     """
 
     models: tuple[ModelEntry, ...]
@@ -202,6 +216,7 @@ class Recipe:
     align: AlignSection = field(default_factory=lambda: AlignSection(method="none"))
     diagnose: DiagnoseSection | None = None
     publish: PublishSection | None = None
+    seed: int = 0
     overwrite: bool = False
     max_shard_size: int = 5_000_000_000
 
@@ -265,6 +280,10 @@ def _mapping_once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, 
     return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
 
 
+# YAML 1.1 takes 1e-3 for text because it has no dot; nobody who writes it means that.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
 
 
@@ -347,14 +366,18 @@ class _Reader:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self.seed = 0
         self.problems: list[str] = []
 
     def recipe(self, content: Mapping[str, Any]) -> Recipe | None:
-        content = {**content}
-        for key, advice in FOREIGN_KEYS.items():
-            if key in content:
-                self.problems.append(f"{key}: {advice}")
-                del content[key]
+        content = self._without_foreign(content, FOREIGN_KEYS, "")
+        if isinstance(content.get("max_shard_size"), str):
+            content["max_shard_size"] = self._bytes(content["max_shard_size"], "max_shard_size")
+        for key in ("base_model", "tokenizer_source"):
+            if isinstance(content.get(key), str):
+                content[key] = self._located(content[key])
+        fits, seed = _fit(content.get("seed"), int)
+        self.seed = seed if fits else 0
         self._known(content, [each.name for each in dataclasses.fields(Recipe)], "")
         values: dict[str, Any] = {
             "models": self._models(content.get("models")),
@@ -369,13 +392,43 @@ class _Reader:
         values |= self._typed(Recipe, plain, "")
         if "output_dir" not in values:
             self.problems.append("output_dir: missing; name the folder to write")
+        method = values.get("merge_method", MERGE_METHODS[0])
+        if method not in MERGE_METHODS:
+            self.problems.append(
+                f"merge_method: {method!r} is not supported{suggest(method, MERGE_METHODS)} "
+                f"(supported: {', '.join(MERGE_METHODS)})"
+            )
+        for key in ("dtype", "out_dtype"):
+            if values.get(key) is not None:
+                self._choice(values[key], DTYPES, key)
         if self.problems:
             return None
         if values.get("base_model") is not None:
-            values["base_model"] = self._located(values["base_model"])
+            self._drop_base(values)
         recipe = Recipe(**values)
         self._agree(recipe)
         return recipe
+
+    def _without_foreign(self, content: Mapping[str, Any], foreign: Mapping[str, str], path: str) -> dict[str, Any]:
+        self.problems += [f"{_join(path, key)}: {advice}" for key, advice in foreign.items() if key in content]
+        return {key: value for key, value in content.items() if key not in foreign}
+
+    def _bytes(self, text: str, path: str) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.strip().upper())
+        if match is None or match[2] not in _BYTES:
+            self.problems.append(f"{path}: bytes, or a size such as 5GB or 500MiB, is expected, found {text!r}")
+            return 1
+        return int(float(match[1]) * _BYTES[match[2]])
+
+    def _drop_base(self, values: dict[str, Any]) -> None:
+        """Recipes of other tools also list the base of task arithmetic among the models, without a weight."""
+        models, align = values["models"], values["align"]
+        place = next((i for i, each in enumerate(models) if each.model == values["base_model"]), None)
+        if place is None or models[place].parameters is not None or len(models) == 1:
+            return
+        values["models"] = models[:place] + models[place + 1 :]
+        if isinstance(align.reference, int) and align.reference > place:
+            values["align"] = dataclasses.replace(align, reference=align.reference - 1)
 
     def _section(self, content: Mapping[str, Any], key: str, read: Any) -> Any:
         value = content.get(key)
@@ -407,6 +460,11 @@ class _Reader:
                     self.problems.append(f"{path}.model: missing")
                 continue
             typed["model"] = self._located(typed["model"])
+            if "+" in typed["model"] and not Path(typed["model"]).exists():
+                self.problems.append(
+                    f"{path}.model: {typed['model']!r} names an adapter; merge the adapter into its model first "
+                    "(`merge_and_unload` of peft) and name the saved folder"
+                )
             entries.append(ModelEntry(**typed, parameters=self._model_parameters(parameters, f"{path}.parameters")))
         return tuple(entries)
 
@@ -416,40 +474,47 @@ class _Reader:
         if not isinstance(value, Mapping):
             self.problems.append(f"{path}: a mapping with `weight` is expected, found {value!r}")
             return None
+        value = self._without_foreign(value, FOREIGN_PARAMETERS, path)
         self._known(value, ["weight"], path)
         return ModelParameters(self._weight(value.get("weight", 1.0), f"{path}.weight"))
 
-    def _weight(self, value: Any, path: str) -> Any:
-        if _is_number(value):
-            return float(value)
-        if isinstance(value, list) and value and all(_is_number(each) for each in value):
-            return tuple(float(each) for each in value)
-        if isinstance(value, list) and value and all(isinstance(each, Mapping) or _is_number(each) for each in value):
-            rules: list[WeightRule | float] = []
-            for place, each in enumerate(value):
-                if _is_number(each):
-                    rules.append(float(each))
-                    continue
-                self._known(each, ["filter", "value"], f"{path}.{place}")
-                rule = self._weight(each.get("value"), f"{path}.{place}.value")
-                if isinstance(rule, float) or (isinstance(rule, tuple) and all(_is_number(r) for r in rule)):
-                    rules.append(WeightRule(str(each["filter"]), rule) if "filter" in each else float(rule))
-                elif rule is not None:
-                    self.problems.append(f"{path}.{place}.value: a number or a list of numbers is expected")
-            return tuple(rules)
-        self.problems.append(
-            f"{path}: a finite number, a list of numbers or of filter/value pairs is expected, found {value!r}"
-        )
-        return None
+    def _weight(self, value: Any, path: str) -> Weight | tuple[WeightRule | float, ...]:
+        value = [value] if isinstance(value, Mapping) else value
+        if _is_weight(value):
+            return _as_weight(value)
+        if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
+            self.problems.append(
+                f"{path}: a finite number, a list of numbers or of filter/value pairs is expected, found {value!r}"
+            )
+            return 1.0
+        rules: list[WeightRule | float] = []
+        for place, each in enumerate(value):
+            self._known(each, ["filter", "value"], f"{path}.{place}")
+            pattern = each.get("filter")
+            if pattern is not None and not isinstance(pattern, str):
+                self.problems.append(f"{path}.{place}.filter: text is expected, found {pattern!r}")
+            elif _is_weight(each.get("value")):
+                rules.append(WeightRule(pattern, _as_weight(each["value"])))
+            else:
+                self.problems.append(
+                    f"{path}.{place}.value: a finite number or a list of numbers is expected, found "
+                    f"{each.get('value')!r}"
+                )
+        return tuple(rules)
 
     def _merge_parameters(self, value: Mapping[str, Any], path: str) -> MergeParameters | None:
+        advice = "give each entry of `models` its own `parameters: {weight: …}`"
+        value = self._without_foreign(value, {**FOREIGN_PARAMETERS, "weight": advice}, path)
         renamed = {("scale" if key == "lambda" else key): each for key, each in value.items() if key != "scale"}
         self._known(value, ["normalize", "lambda"], path)
         return self._build(MergeParameters, {k: v for k, v in renamed.items() if k in ("normalize", "scale")}, path)
 
     def _align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:
         calibration = self._data(value.get("calibration"), f"{path}.calibration")
-        built: AlignSection | None = self._build(AlignSection, {**value, "calibration": calibration}, path)
+        settings = {"seed": self.seed, **value, "calibration": calibration}
+        if isinstance(settings.get("reference"), str):
+            settings["reference"] = self._located(settings["reference"])
+        built: AlignSection | None = self._build(AlignSection, settings, path)
         if built is not None:
             self._choice(built.method, ALIGNMENT_METHODS, f"{path}.method")
             self._choice(built.start, STARTS, f"{path}.start")
@@ -502,19 +567,20 @@ class _Reader:
         self._known(value, [*fields, *more], path)
         missing = [name for name in ("task", "dataset") if name not in value]
         self.problems += [f"{path}.{name}: missing" for name in missing]
-        known = {key: each for key, each in value.items() if key in fields}
-        if missing or len(known) != len(value):
+        before = len(self.problems)
+        known = {"seed": self.seed, **{key: each for key, each in value.items() if key in fields}}
+        typed = self._typed(EvaluationConfig, known, path)
+        for key in ("dataset", "tokenizer"):
+            if isinstance(typed.get(key), str):
+                typed[key] = self._located(typed[key])
+        if not typed.keys() >= {"task", "dataset"}:
             return None
-        if isinstance(known["dataset"], str):
-            known["dataset"] = self._located(known["dataset"])
-        typed = {key: tuple(each) if isinstance(each, list) else each for key, each in known.items()}
         try:
-            return EvaluationConfig(**typed)
+            config = EvaluationConfig(**typed)
+            return config if len(self.problems) == before else None
         except ValueError as error:
             lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
             self.problems += [f"{path}: {line}" for line in (lines[1:] or lines)]
-        except TypeError as error:
-            self.problems.append(f"{path}: {error}")
         return None
 
     def _located(self, name: str) -> str:
@@ -529,16 +595,19 @@ class _Reader:
         before = len(self.problems)
         typed = self._typed(kind, {key: each for key, each in value.items() if key in names}, path)
         for each in dataclasses.fields(kind):
-            required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
-            if required and each.name not in value:
+            if _is_required(each) and each.name not in value:
                 self.problems.append(f"{path}.{each.name}: missing")
         return kind(**typed) if len(self.problems) == before else None
 
     def _typed(self, kind: Any, value: Mapping[str, Any], path: str) -> dict[str, Any]:
-        hints = get_type_hints(kind)
+        # A recipe names its data; a loaded dataset is for callers from Python.
+        hints = get_type_hints(kind, localns={"datasets": SimpleNamespace(Dataset=str)})
+        has_default = {each.name for each in dataclasses.fields(kind) if not _is_required(each)}
         typed = {}
         for key, each in value.items():
             fits, converted = _fit(each, hints[key])
+            if each is None and not fits and key in has_default:
+                continue  # `key:` with nothing after it, also as an override, is the default.
             if fits:
                 typed[key] = converted
             else:
@@ -557,10 +626,6 @@ class _Reader:
 
     def _agree(self, recipe: Recipe) -> None:
         """What no single key can tell."""
-        self._choice(recipe.merge_method, MERGE_METHODS, "merge_method")
-        for key in ("dtype", "out_dtype"):
-            if vars(recipe)[key] is not None:
-                self._choice(vars(recipe)[key], DTYPES, key)
         if recipe.merge_method == "task_arithmetic" and recipe.base_model is None:
             self.problems.append("base_model: task_arithmetic needs one")
         if recipe.merge_method == "linear":
@@ -577,13 +642,15 @@ class _Reader:
                 f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none"
             )
         weights = [entry.parameters.weight for entry in recipe.models if entry.parameters is not None]
-        numbers = [weight for weight in weights if isinstance(weight, float)]
+        plain = [weight for weight in weights if isinstance(weight, float) or isinstance(weight[0], float)]
         is_checked = recipe.merge_method == "linear" and recipe.parameters.normalize is None
-        if is_checked and len(numbers) == len(given) and abs(sum(numbers) - 1) > 1e-6:
-            self.problems.append(
-                f"models: the weights sum to {sum(numbers):g}, not to 1; write `parameters: {{normalize: true}}` to "
-                "divide them by their sum, or `normalize: false` if this is meant"
-            )
+        if is_checked and len(plain) == len(given):
+            wrong = [total for total in _sums(plain) if abs(total - 1) > 1e-6]  # type: ignore[arg-type]
+            if wrong:
+                self.problems.append(
+                    f"models: the weights sum to {wrong[0]:g}, not to 1; write `parameters: {{normalize: true}}` to "
+                    "divide them by their sum, or `normalize: false` if this is meant"
+                )
         names = [entry.model for entry in recipe.models]
         reference = recipe.align.reference
         if isinstance(reference, int) and not 0 <= reference < len(names):
@@ -607,6 +674,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
+def _is_required(each: dataclasses.Field[Any]) -> bool:
+    return each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+
+
+def _sums(weights: Sequence[Weight]) -> list[float]:
+    """The sums of numbers and gradients at every depth where one of the gradients bends."""
+    gradients = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
+    depths = {place / max(len(values) - 1, 1) for values in gradients for place in range(len(values))}
+
+    def at(values: tuple[float, ...], depth: float) -> float:
+        place = depth * (len(values) - 1)
+        below = min(int(place), max(len(values) - 2, 0))
+        above = min(below + 1, len(values) - 1)
+        return values[below] + (values[above] - values[below]) * (place - below)
+
+    return [sum(at(values, depth) for values in gradients) for depth in sorted(depths)]
+
+
+def _is_weight(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, list) and len(value) > 0 and all(map(_is_number, value)))
+
+
+def _as_weight(value: Any) -> Weight:
+    return tuple(float(each) for each in value) if isinstance(value, list) else float(value)
+
+
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     """Whether a plain value fits a type, and the value in that type."""
     if get_origin(hint) in (Union, UnionType):
@@ -615,7 +708,10 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
             if fits:
                 return True, converted
         return False, None
-    if get_origin(hint) is tuple:
+    if get_origin(hint) is collections.abc.Mapping:
+        fits = isinstance(value, Mapping) and all(_fit(each, get_args(hint)[1])[0] for each in value.values())
+        return fits, dict(value) if fits else None
+    if get_origin(hint) in (tuple, collections.abc.Sequence):
         entries = [value] if isinstance(value, str) else value
         if not isinstance(entries, list | tuple):
             return False, None
@@ -637,8 +733,10 @@ def _describe(hint: Any) -> str:
     words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "nothing"}
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_describe(option) for option in get_args(hint))
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in (tuple, collections.abc.Sequence):
         return f"a list of {_describe(get_args(hint)[0])}"
+    if get_origin(hint) is collections.abc.Mapping:
+        return f"a mapping to {_describe(get_args(hint)[1])}"
     return words.get(hint, str(hint))
 
 
@@ -653,7 +751,11 @@ def _plain(value: Any) -> Any:
         entry = vars(value)[each.name]
         default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
         # A section that is there says what it does, even where that is the default.
-        is_told = isinstance(value, WeightRule) or (isinstance(value, AlignSection) and each.name == "method")
+        is_told = isinstance(value, WeightRule | ModelParameters) or (
+            isinstance(value, AlignSection) and each.name == "method"
+        )
+        # A section without a seed takes that of the recipe.
+        is_told = is_told or each.name == "seed"
         if entry == default and not is_told:
             continue
         key = "lambda" if (isinstance(value, MergeParameters) and each.name == "scale") else each.name
