@@ -245,10 +245,10 @@ def _update(
     a_pieces = _channel_pieces(a_flat, site.channels, sizes)
     b_pieces = _channel_pieces(b_flat, site.channels, sizes)
     for number, ((a_piece, atoms), (b_piece, _)) in enumerate(zip(a_pieces, b_pieces, strict=True)):
-        axes = [atom.axis if isinstance(atom, AxisUse) else None for atom in atoms]
-        if group.axis not in axes:
+        place_of = {atom.axis: dim for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse)}
+        if group.axis not in place_of:
             continue
-        places = [dim for dim, name in enumerate(axes) if name in group.axes]
+        places = [place_of[axis] for axis in (group.axis, *group.children)]
         a_nic, b_njc = (_entries_first(piece, places) for piece in (a_piece, b_piece))
         moments.setdefault((site, number), _Moments()).update(a_nic, b_njc)
 
