@@ -296,8 +296,8 @@ def four_domains(parents: Path, out: Path) -> str:
     best = max(each["metrics"]["accuracy"] for each in result.table[:-1])
     merged = result.table[-1]["metrics"]["accuracy"]
     return (
-        f"{markdown(rows)}\n\nBest single model {best:.4f}, uniform average {merged:.4f}. Features along the line from the first "
-        f"model to the mean of the others, at the midpoint ({seconds:.0f} s):\n\n{layer_table(result)}"
+        f"{markdown(rows)}\n\nBest single model {best:.4f}, uniform average {merged:.4f}. Features along the line "
+        f"from the first model to the mean of the others, at the midpoint ({seconds:.0f} s):\n\n{layer_table(result)}"
     )
 
 

@@ -410,13 +410,13 @@ GROUPS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Trains what is missing and says what each parent reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the parents go, and are kept")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="some groups; all of them by default")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

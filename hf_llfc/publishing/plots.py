@@ -274,6 +274,7 @@ def _mark_barrier(
     axis.annotate(
         f"barrier\n{amount}", (alphas[at], (values[at] + line[at]) / 2), (6 * side, 0), textcoords="offset points",
         ha="left" if side > 0 else "right", va="center", fontsize=FONT_SIZE - 1, color=INK,
+        bbox={"facecolor": GROUND, "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
     )  # fmt: skip
 
 
