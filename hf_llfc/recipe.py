@@ -579,8 +579,9 @@ class _Reader:
             config = EvaluationConfig(**typed)
             return config if len(self.problems) == before else None
         except ValueError as error:
-            lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-            self.problems += [f"{path}: {line}" for line in (lines[1:] or lines)]
+            heading, *lines = str(error).splitlines()
+            lines = [line.strip(" -") for line in lines] or [heading.partition(": ")[2]]
+            self.problems += [f"{path}: {line}" for line in lines]
         return None
 
     def _located(self, name: str) -> str:
@@ -611,7 +612,8 @@ class _Reader:
             if fits:
                 typed[key] = converted
             else:
-                self.problems.append(f"{_join(path, key)}: {_describe(hints[key])} is expected, found {each!r}")
+                shown = _join(path, "lambda" if kind is MergeParameters and key == "scale" else key)
+                self.problems.append(f"{shown}: {_describe(hints[key])} is expected, found {each!r}")
         return typed
 
     def _known(self, value: Mapping[str, Any], names: Sequence[str], path: str) -> None:
