@@ -12,8 +12,9 @@ from hf_llfc.symmetry.spec import PermutationSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# `BertModel`, but not `OpenAIGPTLMHeadModel` or `GPT2DoubleHeadsModel`: classes that return features, not predictions.
-_RETURNS_FEATURES = re.compile(r".*(?<!LMHead)(?<!DoubleHeads)Model")
+# `BertModel` and `ResNetBackbone`, but not `GPT2LMHeadModel` or `GPT2DoubleHeadsModel`: classes that return features,
+# not predictions.
+_RETURNS_FEATURES = re.compile(r".*((?<!LMHead)(?<!DoubleHeads)Model|Backbone)")
 
 
 def declare(
@@ -23,6 +24,7 @@ def declare(
     symmetric: Iterable[str],
     outputs: Iterable[str] = (),
     prefix: str = "",
+    other_prefixes: Iterable[str] = (),
 ) -> PermutationSpec:
     """Builds the permutation spec of a family from its blocks.
 
@@ -35,6 +37,7 @@ def declare(
         outputs: Symmetric axes that a model without a task head returns as its features; they are fixed where
             `config.architectures` names such a model, since moving them would change what it computes.
         prefix: The head prefix, with its dot; names with and without it are the same tensor.
+        other_prefixes: Head prefixes that some heads write instead of it.
 
     Raises:
         SpecError: The declarations contradict themselves.
@@ -47,6 +50,7 @@ def declare(
         symmetric=symmetric,
         model_type=config.model_type,
         prefix=prefix,
+        other_prefixes=other_prefixes,
         other_layouts=partial(in_memory_layout, config),
     )
     architectures = config.architectures or []

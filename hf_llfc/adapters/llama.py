@@ -99,4 +99,5 @@ def _decoder(
         ),
         outputs=("residual",),
         prefix="model.",
+        other_prefixes=("transformer.",),  # LlamaForQuestionAnswering and its kin
     )

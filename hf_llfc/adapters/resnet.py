@@ -42,13 +42,14 @@ def resnet(config: ResNetConfig) -> PermutationSpec:
                 steps = [(inner[0], into, 1), (inner[1], inner[0], 3), (channels, inner[1], 1)]
             for position, (out, source, kernel) in enumerate(steps):
                 blocks += _convolution(f"{prefix}.layer.{position}", out, source, kernel)
+    returns_every_stage = "ResNetBackbone" in (config.architectures or ())
     return declare(
         config,
         within("resnet", blocks),
         head("classifier.1", into=channels),
         sizes=sizes,
         symmetric=("channels", "inner"),
-        outputs=(channels,),
+        outputs=("channels",) if returns_every_stage else (channels,),
         prefix="resnet.",
     )
 

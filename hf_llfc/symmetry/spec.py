@@ -167,8 +167,9 @@ class PermutationSpec:
         axes: Every axis by name.
         declarations: The tensors, in the order of the network.
         prefix: The head prefix (`bert.`); names with and without it are the same tensor.
-        other_layouts: Gives the same tensors as transformers names them in memory; asked only when a name on
-            disk is not among `declarations`.
+        other_prefixes: Head prefixes that some heads write instead of it.
+        other_layouts: Gives, for a spec, the same tensors as transformers names them in memory; asked only when a
+            name is not among `declarations`.
         origin: `hand-written` or `derived`.
     """
 
@@ -176,6 +177,7 @@ class PermutationSpec:
     axes: Mapping[str, Axis]
     declarations: tuple[TensorSpec, ...]
     prefix: str = ""
+    other_prefixes: tuple[str, ...] = ()
     other_layouts: Callable[[PermutationSpec], Sequence[TensorSpec]] | None = field(
         default=None, compare=False, repr=False
     )
@@ -204,6 +206,7 @@ class PermutationSpec:
         symmetric: Iterable[str],
         model_type: str = "",
         prefix: str = "",
+        other_prefixes: Iterable[str] = (),
         other_layouts: Callable[[PermutationSpec], Sequence[TensorSpec]] | None = None,
         origin: str = "hand-written",
     ) -> PermutationSpec:
@@ -216,6 +219,7 @@ class PermutationSpec:
             symmetric: The symmetric axes, named likewise.
             model_type: The `model_type` it describes.
             prefix: The head prefix, with its dot.
+            other_prefixes: See the class.
             other_layouts: See the class.
             origin: See the class.
 
@@ -235,7 +239,7 @@ class PermutationSpec:
                 problems.append(f"{tensor.name} is declared twice")
             seen.add((tensor.name, tensor.condition))
         raise_all(problems, SpecError, f"the permutation spec of {model_type or 'this model'} contradicts itself")
-        return cls(model_type, axes, tensors, prefix, other_layouts, origin)
+        return cls(model_type, axes, tensors, prefix, tuple(other_prefixes), other_layouts, origin)
 
     @property
     def symmetric_axes(self) -> tuple[str, ...]:
@@ -314,9 +318,11 @@ class PermutationSpec:
         return Binding(self, tensors, sizes)
 
     def _find(self, name: str, declared: Mapping[str, BoundTensor]) -> BoundTensor | None:
-        for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-            if candidate in declared:
-                return declared[candidate]
+        for prefix in (self.prefix, *self.other_prefixes):
+            bare = name.removeprefix(prefix)
+            for candidate in (name, self.prefix + bare, bare):
+                if candidate in declared:
+                    return declared[candidate]
         return None
 
     def _declared_names(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, BoundTensor]:
@@ -329,7 +335,9 @@ class PermutationSpec:
         return declared
 
     def _is_present(self, name: str, present: set[str]) -> bool:
-        return any(candidate in present for candidate in (name, name.removeprefix(self.prefix)))
+        bare = name.removeprefix(self.prefix)
+        prefixes = (self.prefix, "", *self.other_prefixes) if bare != name else ("",)
+        return any(prefix + bare in present for prefix in prefixes)
 
     def _missing(self, tensors: Mapping[str, BoundTensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
         found = {(bound.spec.name, bound.index) for bound in tensors.values()}

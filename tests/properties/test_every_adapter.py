@@ -19,9 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.errors import SpecError
 from hf_llfc.symmetry import Alignment, PermutationSpec
-from tests.tiny_models import HEADS, TINY, FullDouble, tiny_inputs, tiny_model
-
-RELATIVE_CHANGE = 1e-9
+from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform, outputs, relative_change
+from tests.tiny_models import HEADS, TINY, tiny_inputs, tiny_model
 
 # Without rotary positions a key bias adds the same to all of a query's scores, and the softmax takes it away.
 KEY_BIAS = re.compile(r"attention\.(self\.key|attention\.key|k_lin|k_proj)\.bias$")
@@ -59,18 +58,6 @@ def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor that a forward pass returns: logits, or last hidden state and pooled output."""
-    with torch.no_grad(), FullDouble():
-        answer = model(**inputs)
-    return {name: value for name, value in answer.items() if isinstance(value, Tensor)}
-
-
-def relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    assert before.keys() == after.keys() and before
-    return max(float((after[name] - value).abs().max() / value.abs().max()) for name, value in before.items())
 
 
 def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -135,13 +122,7 @@ def test_a_checkpoint_saved_under_the_names_in_memory_binds(row: Row, tmp_path: 
 
 
 def test_a_random_transform_of_every_symmetric_axis_keeps_the_outputs(row: Row):
-    inputs = tiny_inputs(row.model)
-    before = outputs(row.model, inputs)
-    alignment = row.random(2)
-    assert not alignment.is_identity
-    moved = copy.deepcopy(row.model)
-    moved.load_state_dict(alignment.apply(row.model.state_dict()))
-    assert relative_change(before, outputs(moved, inputs)) <= RELATIVE_CHANGE
+    assert change_by_random_transform(row.model, row.spec, tiny_inputs(row.model)) <= RELATIVE_CHANGE
 
 
 def test_a_random_transform_moves_every_symmetric_axis(row: Row):

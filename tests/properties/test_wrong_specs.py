@@ -1,14 +1,15 @@
 """Mistakes that tools made with these architectures, each written as a spec: the invariance test sees them."""
 
-import copy
 import re
+from functools import partial
 
 import pytest
 import torch
 
 from hf_llfc.adapters.layouts import in_memory_layout
 from hf_llfc.symmetry import PermutationSpec, TensorSpec
-from tests.tiny_models import logits, tiny_inputs, tiny_model
+from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
+from tests.tiny_models import tiny_inputs, tiny_model
 
 
 def declaration(tensor: TensorSpec) -> str:
@@ -32,24 +33,15 @@ def edited(
             assert count or not expression.strip(), line
         lines.append(f"{name}  {expression}")
     assert lines != list(map(declaration, spec.declarations))
-    wrong = PermutationSpec.from_lines(
+    return PermutationSpec.from_lines(
         lines,
         sizes={axis.name: axis.size for axis in spec.axes.values()}
         | {axis: spec.axes[size].size if isinstance(size, str) else size for axis, size in new.items()},
         symmetric=[*(axis for axis in spec.symmetric_axes if axis in " ".join(lines)), *new],
         model_type=spec.model_type,
         prefix=spec.prefix,
-        other_layouts=lambda: in_memory_layout(config, wrong),
+        other_layouts=partial(in_memory_layout, config),
     )
-    return wrong
-
-
-def change_of_logits(model, spec: PermutationSpec) -> float:
-    inputs = tiny_inputs(model)
-    moved = copy.deepcopy(model)
-    moved.load_state_dict(spec.random_alignment(torch.Generator().manual_seed(3)).apply(model.state_dict()))
-    before, after = logits(model, inputs), logits(moved, inputs)
-    return float((before - after).abs().max() / before.abs().max())
 
 
 WRONG_SPECS = {
@@ -136,5 +128,7 @@ def test_a_wrong_spec_changes_the_logits(mistake: str):
     (family, head), edit, new = WRONG_SPECS[mistake]
     model = tiny_model(family, head, dtype=torch.float64)
     spec = PermutationSpec.from_config(model.config)
-    assert change_of_logits(model, spec) < 1e-9
-    assert change_of_logits(model, edited(spec, model.config, *edit, **new)) > 1e-3
+    inputs = tiny_inputs(model)
+    assert change_by_random_transform(model, spec, inputs, seed=3) <= RELATIVE_CHANGE
+    wrong = edited(spec, model.config, *edit, **new)
+    assert change_by_random_transform(model, wrong, inputs, seed=3) > 1e6 * RELATIVE_CHANGE

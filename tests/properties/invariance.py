@@ -1,0 +1,42 @@
+"""The test of a permutation spec: a random transform of every symmetric axis keeps what the model computes."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_llfc.symmetry import PermutationSpec
+from tests.tiny_models import FullDouble
+
+RELATIVE_CHANGE = 1e-9
+
+
+def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that a forward pass returns: logits, or last hidden state, pooled output, feature maps."""
+    with torch.no_grad(), FullDouble():
+        answer = model(**inputs)
+    found = {}
+    for name, value in answer.items():
+        for place, each in enumerate(value if isinstance(value, tuple) else [value]):
+            if isinstance(each, Tensor):
+                found[f"{name}.{place}"] = each
+    return found
+
+
+def relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """The largest change of any output, relative to the largest entry of that output."""
+    assert before.keys() == after.keys() and before
+    return max(float((after[name] - value).abs().max() / value.abs().max()) for name, value in before.items())
+
+
+def change_by_random_transform(
+    model: PreTrainedModel, spec: PermutationSpec, inputs: Mapping[str, Tensor], seed: int = 2
+) -> float:
+    """How much a random transform of every symmetric axis changes the outputs of a model in float64."""
+    alignment = spec.random_alignment(torch.Generator().manual_seed(seed))
+    assert not alignment.is_identity
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(alignment.apply(model.state_dict()))
+    return relative_change(outputs(model, inputs), outputs(moved, inputs))

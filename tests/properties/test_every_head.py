@@ -1,0 +1,122 @@
+"""The heads and config variants that `tests.tiny_models.TINY` has no row for: declared, and invariant."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_llfc.symmetry import PermutationSpec
+from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
+from tests.tiny_models import randomise, tiny_config, tiny_inputs
+
+HEADS = [
+    ("bert", "BertForMultipleChoice"),
+    ("bert", "BertForNextSentencePrediction"),
+    ("bert", "BertForPreTraining"),
+    ("bert", "BertForQuestionAnswering"),
+    ("bert", "BertLMHeadModel"),
+    ("roberta", "RobertaForCausalLM"),
+    ("roberta", "RobertaForMultipleChoice"),
+    ("roberta", "RobertaForQuestionAnswering"),
+    ("distilbert", "DistilBertForMultipleChoice"),
+    ("distilbert", "DistilBertForQuestionAnswering"),
+    ("gpt2", "GPT2DoubleHeadsModel"),
+    ("gpt2", "GPT2ForQuestionAnswering"),
+    ("llama", "LlamaForQuestionAnswering"),
+    ("mistral", "MistralForQuestionAnswering"),
+    ("qwen2", "Qwen2ForQuestionAnswering"),
+    ("qwen3", "Qwen3ForQuestionAnswering"),
+    ("mixtral", "MixtralForQuestionAnswering"),
+    ("vit", "ViTForMaskedImageModeling"),
+    ("resnet-basic", "ResNetBackbone"),
+    ("resnet-bottleneck", "ResNetBackbone"),
+]
+
+# Family, class, and what its config says differently.
+VARIANTS: dict[str, tuple[str, str, dict]] = {
+    "cross-attention": ("gpt2", "GPT2LMHeadModel", {"add_cross_attention": True}),
+    "an MLP of the default width": ("gpt2", "GPT2LMHeadModel", {"n_inner": None}),
+    "attention scaled by layer": ("gpt2", "GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
+    "a key/value head per query head": ("llama", "LlamaForCausalLM", {"num_key_value_heads": 6}),
+    "one key/value head": ("llama", "LlamaForCausalLM", {"num_key_value_heads": 1}),
+    "an even head_dim": ("llama", "LlamaForCausalLM", {"head_dim": None, "num_attention_heads": 4}),
+    "attention biases": ("mixtral", "MixtralForCausalLM", {"attention_bias": True}),
+    "one expert": ("mixtral", "MixtralForCausalLM", {"num_local_experts": 1, "num_experts_per_tok": 1}),
+    "no biases on queries, keys and values": ("vit", "ViTForImageClassification", {"qkv_bias": False}),
+    "a pooled output of its own width": ("vit", "ViTModel", {"pooler_output_size": 10}),
+    "an identity shortcut in the first stage": ("resnet-basic", "ResNetForImageClassification", {"embedding_size": 8}),
+    "a first stage that halves the image": (
+        "resnet-basic",
+        "ResNetForImageClassification",
+        {"embedding_size": 8, "downsample_in_first_stage": True},
+    ),
+    "bottlenecks from a stem of their width": (
+        "resnet-bottleneck",
+        "ResNetForImageClassification",
+        {"embedding_size": 16, "downsample_in_bottleneck": True},
+    ),
+    "some feature maps of a backbone": (
+        "resnet-basic",
+        "ResNetBackbone",
+        {"out_features": ["stage1", "stage3"], "out_indices": None},
+    ),
+}
+
+
+def varied(family: str, changes: dict) -> PretrainedConfig:
+    config = tiny_config(family)
+    return type(config)(**{**config.to_dict(), **changes})
+
+
+def model_of(name: str, config: PretrainedConfig) -> PreTrainedModel:
+    if config.model_type == "mixtral":
+        config._experts_implementation = "eager"
+    model = getattr(transformers, name)(config)
+    randomise(model, torch.Generator().manual_seed(0))
+    return model.double().eval()
+
+
+def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
+    inputs = tiny_inputs(model)
+    name = type(model).__name__
+    if "MultipleChoice" in name or "DoubleHeads" in name:
+        return {key: value[:, None].repeat(1, 2, 1) for key, value in inputs.items()}
+    if "MaskedImage" in name:
+        inputs["bool_masked_pos"] = torch.arange(9).remainder(2).bool().repeat(3, 1)
+    if model.config.to_dict().get("add_cross_attention"):
+        generator = torch.Generator().manual_seed(1)
+        inputs["encoder_hidden_states"] = torch.randn(3, 4, 24, generator=generator, dtype=torch.float64)
+    return inputs
+
+
+def check(model: PreTrainedModel, folder) -> None:
+    """Its checkpoint is declared, by the names on disk and in memory, and a random transform changes nothing."""
+    model.save_pretrained(folder)
+    spec = PermutationSpec.from_config(type(model.config).from_pretrained(folder))
+    on_disk = load_file(folder / "model.safetensors")
+    for tensors in (on_disk, model.state_dict()):
+        binding = spec.bind({name: tensor.shape for name, tensor in tensors.items()})
+        assert len({(bound.spec.name, bound.index) for bound in binding.tensors.values()}) == len(tensors)
+    assert change_by_random_transform(model, spec, inputs_for(model)) <= RELATIVE_CHANGE
+
+
+@pytest.mark.parametrize(("family", "name"), HEADS)
+def test_heads(family, name, tmp_path):
+    changes = {"num_labels": 2} if "QuestionAnswering" in name else {}
+    changes |= {"encoder_stride": 5} if name == "ViTForMaskedImageModeling" else {}
+    changes |= {"is_decoder": True} if name in ("BertLMHeadModel", "RobertaForCausalLM") else {}
+    check(model_of(name, varied(family, changes)), tmp_path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_variants(variant: str, tmp_path):
+    family, name, changes = VARIANTS[variant]
+    check(model_of(name, varied(family, changes)), tmp_path)
+
+
+def test_an_encoder_saved_without_its_pooler(tmp_path):
+    model = transformers.BertModel(tiny_config("bert"), add_pooling_layer=False)
+    randomise(model, torch.Generator().manual_seed(0))
+    check(model.double().eval(), tmp_path)
