@@ -165,8 +165,9 @@ def _combine(inputs: _Inputs, accumulate: Accumulate, out_dtype: torch.dtype) ->
         stop = min(start + chunk, size)
         sum_c, value_c = scratch_sc[:, : stop - start]
         accumulate([column_n[start:stop] for column_n in inputs.columns], sum_c, value_c)
-        least, greatest = (extreme.item() for extreme in torch.aminmax(torch.abs(sum_c, out=value_c)))
-        _round_once(sum_c, value_c, least, result_n[start:stop])
+        least, greatest = (extreme.item() for extreme in torch.aminmax(sum_c))
+        greatest = max(-least, greatest)
+        _round_once(sum_c, value_c, result_n[start:stop])
         # Written so that NaN is caught too.
         if not greatest <= torch.finfo(out_dtype).max and not torch.isfinite(result_n[start:stop]).all():
             inputs.refuse_not_finite()
@@ -177,32 +178,25 @@ def _combine(inputs: _Inputs, accumulate: Accumulate, out_dtype: torch.dtype) ->
     return result
 
 
-def _round_once(sum_c: Tensor, magnitude_c: Tensor, least: float, result_c: Tensor) -> None:
-    """Rounds float64 to the type of the result; both scratch tensors are overwritten.
-
-    Args:
-        sum_c: What to round.
-        magnitude_c: Its absolute values.
-        least: The least of them.
-        result_c: Where to write.
-    """
+def _round_once(sum_c: Tensor, spare_c: Tensor, result_c: Tensor) -> None:
+    """Rounds float64 to the type of the result; what is rounded is overwritten, and a scratch tensor of its size."""
     if result_c.element_size() > 2:
         result_c.copy_(sum_c)
         return
     tiny_k = rounded_k = None
     smallest_normal = torch.finfo(torch.float32).smallest_normal
-    if result_c.dtype == torch.bfloat16 and least < smallest_normal:
+    if result_c.dtype == torch.bfloat16 and torch.abs(sum_c, out=spare_c).amin() < smallest_normal:
         # Here float32 has fewer bits, so the way through it would round again. Count in multiples of bfloat16's
         # smallest number instead. (NumPy's comparisons take a tenth of the time of PyTorch's.)
-        magnitudes = magnitude_c.numpy()
+        magnitudes = spare_c.numpy()
         tiny_k = torch.from_numpy(np.flatnonzero((magnitudes < smallest_normal) & (magnitudes > 0)))
         unit = smallest_normal * torch.finfo(torch.bfloat16).eps
         rounded_k = (torch.round(sum_c[tiny_k] / unit) * unit).to(torch.bfloat16)
     # excess + mask carries into the last bit that stays if, and only if, the excess is not zero.
-    bits_c, excess_c = sum_c.view(torch.int64), magnitude_c.view(torch.int64)
+    bits_c, excess_c = sum_c.view(torch.int64), spare_c.view(torch.int64)
     torch.bitwise_and(bits_c, _EXCESS, out=excess_c).add_(_EXCESS)
     bits_c.bitwise_or_(excess_c).bitwise_and_(~_EXCESS)
-    single_c = magnitude_c.view(torch.float32)[: len(result_c)]
+    single_c = spare_c.view(torch.float32)[: len(result_c)]
     result_c.copy_(single_c.copy_(sum_c))
     if tiny_k is not None and rounded_k is not None:
         result_c[tiny_k] = rounded_k
