@@ -178,8 +178,8 @@ def open_recipe_data(recipe: Recipe, reference: Checkpoint) -> tuple[EvaluationD
 
 
 def align_parents(opened: Models, recipe: Recipe, progress: Progress) -> list[Alignment | None]:
-    """One alignment a parent; None for the reference and where nothing is aligned."""
-    reference = opened.parents[recipe.reference_index]
+    """One alignment a parent, onto the base of task arithmetic or the reference; None where nothing is aligned."""
+    reference = opened.base if opened.base is not None else opened.parents[recipe.reference_index]
     return [
         None if each is reference else align_checkpoints(reference, each, recipe.align, progress=progress)
         for each in opened.parents
@@ -202,7 +202,7 @@ def write_merge(
         [Source(parent.checkpoint.label, parent.read) for parent in parents],
         infos,
         [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
-        normalize=recipe.parameters.normalize is True,
+        normalize=recipe.parameters.normalize,
         base=Source(opened.base.label, opened.base.read) if opened.base is not None else None,
         scale=recipe.parameters.scale,
     )
@@ -334,7 +334,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         steps.append(
             {
                 "step": "align",
-                "what": f"{recipe.align.method} over {', '.join(kinds)}; onto {parents[recipe.reference_index].id}",
+                "what": f"{recipe.align.method} over {', '.join(kinds)}; "
+                f"onto {(base or [parents[recipe.reference_index]])[0].id}",
             }
         )
     steps.append({"step": "merge", "what": f"{recipe.merge_method} of {len(parents)} models, {len(infos)} tensors"})

@@ -114,7 +114,7 @@ class AlignSection:
 
     Attributes:
         method: One of `ALIGNMENT_METHODS`.
-        reference: Index of the model that stays, or its id.
+        reference: Index of the model that stays, or its id; task arithmetic aligns onto `base_model` instead.
         axes: Patterns of the axes that may move; all symmetric axes where empty.
         exclude: Patterns of axes that stay, for example `residual`.
         start: `identity`, or `activation_matching` to start weight matching from.

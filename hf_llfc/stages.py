@@ -62,8 +62,11 @@ class Parent:
         """The axes that a tensor carries; none where the architecture has no adapter."""
         if self.checkpoint.config.model_type not in known_model_types():
             return ()
-        bound = bind(spec_for(self.checkpoint.config), self.checkpoint).tensors[name]
-        return tuple(use.axis for use in bound.spec.axes)
+        return tuple(use.axis for use in self._unmoved.tensors[name].spec.axes)
+
+    @cached_property
+    def _unmoved(self) -> Binding:
+        return bind(spec_for(self.checkpoint.config), self.checkpoint)
 
     def load(self) -> PreTrainedModel:
         """The model, moved, in evaluation mode."""

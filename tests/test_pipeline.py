@@ -130,6 +130,23 @@ def test_task_arithmetic_adds_what_training_added(tmp_path):
         assert torch.equal(tensor, expected.float()), name
 
 
+def test_task_arithmetic_aligns_onto_the_base(tmp_path):
+    base = saved(byte_llama(0), tmp_path / "base")
+    tasks = [saved(moved(byte_llama(0), seed), tmp_path / f"task{seed}") for seed in (1, 2)]
+    hf_llfc.merge(
+        tasks,
+        [1.0, 1.0],
+        out=tmp_path / "out",
+        merge_method="task_arithmetic",
+        base_model=base,
+        align="weight_matching",
+        parameters={"lambda": 0.5},
+    )
+    original = load_file(base / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, original[name], rtol=1e-6, atol=1e-7)
+
+
 def test_batch_norm_is_measured_anew(tmp_path):
     models = saved(small_resnet(0), tmp_path / "a"), saved(small_resnet(1), tmp_path / "b")
     data = image_data(tmp_path)
