@@ -2,7 +2,8 @@
 
 Units are matched by the correlation of their activations on calibration data. Where a unit's activation can be seen
 follows from the spec: a linear map whose weight is declared `[out, into]` reads `into` at its input. Every input that
-carries an axis adds its correlations; axes that no input carries are seen where a linear map writes them.
+carries an axis adds its correlations, once however many maps read it; axes that no input carries are seen where a
+linear map writes them.
 
 Statistics are streamed: per site and batch the sums, squares and cross-products are added up in float64, and no
 activation outlives its batch. Shape suffixes: n samples (positions where the mask is one), i and j an entry of the
@@ -127,9 +128,14 @@ def match_activations(
         with torch.no_grad(), _captured(reference, groups_at) as of_a, _captured(model, groups_at) as of_b:
             reference(**batch)
             model(**batch)
+        looked_at: set[tuple[int, int, Expression]] = set()
         for site, groups_here in groups_at.items():
             if site not in of_a or site not in of_b:
                 continue  # a head or an attention that this kind of input does not reach
+            activations = (id(of_a[site]), id(of_b[site]), site.channels)
+            if activations in looked_at:
+                continue  # queries, keys and values read one and the same tensor
+            looked_at.add(activations)
             a_flat, b_flat = (
                 _samples(captured[site], site, mask, role) for captured, role in zip((of_a, of_b), ROLES, strict=True)
             )

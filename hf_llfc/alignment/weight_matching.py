@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from hf_llfc.alignment.gains import ROLES, Gains, Group, groups_of
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
+from hf_llfc.progress import Progress, silent
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.spec import PermutationSpec
 
@@ -45,7 +45,7 @@ def match_weights(
     max_sweeps: int = 50,
     seed: int = 0,
     start: Alignment | None = None,
-    progress: Callable[[str, int, int], None] = lambda description, done, total: None,
+    progress: Progress = silent,
 ) -> Alignment:
     """Finds transforms of `model` that bring its weights close to those of `reference`.
 
@@ -62,7 +62,7 @@ def match_weights(
         max_sweeps: Sweeps per start at most, at least 1.
         seed: Seed of visit orders and random starts.
         start: Transforms to start from instead of the identity.
-        progress: Called with a description, groups done and groups in the sweep.
+        progress: Told the groups done and the groups in the sweep.
 
     Returns:
         The alignment; its metadata holds `objective_before`, `objective_after`, `cosine_before`, `cosine_after`,
@@ -162,7 +162,7 @@ def _descend(
     max_sweeps: int,
     label: str,
     history: list[Sweep],
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> tuple[Alignment, float, bool]:
     """Sweeps over the groups in random order until nothing improves."""
     transforms = dict(alignment.transforms)
@@ -202,9 +202,7 @@ def _are_independent(gains: Gains, groups: list[Group]) -> bool:
     return True
 
 
-def _uninformed_start(
-    gains: Gains, groups: list[Group], identity: Alignment, progress: Callable[[str, int, int], None]
-) -> Alignment:
+def _uninformed_start(gains: Gains, groups: list[Group], identity: Alignment, progress: Progress) -> Alignment:
     """Matches every group once, the best anchored first, averaging over the axes that are not matched yet."""
     transforms = dict(identity.transforms)
     waiting = list(groups)

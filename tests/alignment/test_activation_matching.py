@@ -130,6 +130,15 @@ def test_the_objective_is_the_correlation_at_the_inputs_of_the_linear_maps():
     assert found.metadata["objective_after"] == pytest.approx(after, rel=1e-5)
 
 
+def test_what_several_maps_read_counts_once():
+    model = tiny_model("llama", "causal-lm", dtype=torch.float64)
+    spec = PermutationSpec.from_config(model.config)
+    found = match_activations(model, model, [tiny_inputs(model)], spec)
+    # In each of two layers: the residual before attention and before the MLP, 6 heads of 8 and 40 neurons inside;
+    # then the residual before the output head. A unit correlates fully with itself.
+    assert found.metadata["objective_after"] == pytest.approx(2 * (24 + 24 + 6 * 8 + 40) + 24, rel=1e-9)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 def test_masked_positions_never_count(flatten):
     a, b = Net(0, flatten), Net(1, flatten)
