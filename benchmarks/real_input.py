@@ -111,13 +111,13 @@ def row(method: str, result: Result, seconds: float) -> dict[str, Any]:
     middle = report.at(0.5)[-1]
     moved = sum(axis["moved"] for summary in result.alignments for axis in summary["axes"])
     units = sum(axis["units"] for summary in result.alignments for axis in summary["axes"])
-    metric = next(iter(result.table[-1]["metrics"]))
+    metric = next(name for name in ("bits_per_byte", "accuracy") if name in result.table[-1]["metrics"])
     values = [entry["metrics"][metric] for entry in result.table]
     return {
         "alignment": method.replace("_", " "),
         "units moved": f"{moved} of {units}" if units else "–",
-        f"parents, {metric}": " / ".join(f"{value:.4f}" for value in values[:-1]),
-        f"merge, {metric}": f"{values[-1]:.4f}",
+        f"parents, {metric.replace('_', ' ')}": " / ".join(f"{value:.4f}" for value in values[:-1]),
+        f"merge, {metric.replace('_', ' ')}": f"{values[-1]:.4f}",
         "loss barrier": f"{report.barrier.loss:.4f}",
         "error barrier": f"{report.barrier.error:.4f}",
         "logits: LLFC / baseline": f"{middle.llfc.mean:.4f} / {middle.baseline.mean:.4f}",
