@@ -199,11 +199,15 @@ class Gains:
             },
         )
         present = {axis: alignment.transforms[axis] for axis in group.matched}
-        if group.children:
-            return self._solve_family(group, held, present, undetermined - group.axes)
-        return self._solve_single(group, held, present[group.axis], undetermined)
+        if group.children or self._is_in_names(group.axis):
+            return self._solve_entrywise(group, held, present, undetermined - group.axes)
+        return self._solve_at_once(group, held, present[group.axis], undetermined)
 
-    def _solve_single(self, group: Group, held: Alignment, present: Transform, undetermined: Set[str]) -> Solution:
+    def _is_in_names(self, axis: str) -> bool:
+        return any(axis in self.a.binding.tensors[self.a.keys[key]].spec.name_axes for key in self.keys({axis}))
+
+    def _solve_at_once(self, group: Group, held: Alignment, present: Transform, undetermined: Set[str]) -> Solution:
+        """One gain matrix from all tensors, one assignment."""
         dtype = _accumulator(group.size)
         gain_ij: Tensor | None = None
         repeated: list[tuple[Pair, list[int]]] = []
@@ -235,9 +239,10 @@ class Gains:
             change += _inner(pair.a, after) - _inner(pair.a, before)
         return Solution({group.axis: proposal}, change if change > noise else 0.0)
 
-    def _solve_family(
+    def _solve_entrywise(
         self, group: Group, held: Alignment, present: Mapping[str, Transform], undetermined: Set[str]
     ) -> Solution:
+        """For every pair of entries of the root an assignment of its children, and one assignment of the root."""
         size = group.size
         gain_ij = torch.zeros(size, size, dtype=torch.float64)
         best: dict[tuple[int, int], dict[str, Permutation]] = {}
@@ -260,7 +265,7 @@ class Gains:
         transforms: dict[str, Transform] = {group.axis: root} if group.moves else {}
         for child in group.children:
             transforms[child] = Permutation(torch.stack([best[i, root.source(i)][child].perm for i in range(size)]))
-        noise = max(NOISE[_accumulator(child_size)] for child_size in group.children.values()) * abs(value)
+        noise = max(NOISE[_accumulator(child_size)] for child_size in (1, *group.children.values())) * abs(value)
         return Solution(transforms, value - value_of_present if value - value_of_present > noise else 0.0)
 
     def _entry_pairs(
@@ -304,7 +309,7 @@ class Gains:
             for key in more:
                 added = self._key_pairs(key, key, held, undetermined)
                 pairs = [
-                    Pair(total.a + pair.a, total.b + pair.b, pair.atoms)
+                    Pair(total.a.double() + pair.a, total.b.double() + pair.b, pair.atoms)
                     for total, pair in zip(pairs, added, strict=True)
                 ]
             for pair in pairs:

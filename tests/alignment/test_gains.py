@@ -106,16 +106,19 @@ def test_the_optimum_of_a_group_among_all_transforms(axes, seed):
 
 
 @pytest.mark.parametrize("fixed", ["kv", "q", "experts", "neurons"])
-def test_a_family_with_a_fixed_member(fixed):
+@pytest.mark.parametrize("seed", range(4))
+def test_a_family_with_a_fixed_member(fixed, seed):
     spec = TOY.fix(fixed)
-    a, b = toy_state(5), toy_state(6)
+    a, b = toy_state(seed), toy_state(seed + 100)
     gains = Gains(parameters(spec, a), parameters(spec, b))
-    present = spec.random_alignment(torch.Generator().manual_seed(0))
+    present = spec.random_alignment(torch.Generator().manual_seed(seed))
     root = "kv" if fixed in ("kv", "q") else "experts"
     (group,) = (group for group in groups_of(gains.a.binding) if group.axis == root)
     assert group.matched == tuple(axis for axis in (root, "q" if root == "kv" else "neurons") if axis != fixed)
     solution = gains.solve(group, present)
+    before = objective(a, b, present)
     best = max(objective(a, b, with_transforms(present, each)) for each in every_transform(spec, *group.matched))
+    assert solution.gain == pytest.approx(best - before, rel=1e-9, abs=1e-12)
     assert objective(a, b, with_transforms(present, solution.transforms)) == pytest.approx(best, rel=1e-12)
 
 
