@@ -106,9 +106,11 @@ def match_activations(
         they are and are named in the metadata under `unmatched`.
 
     Raises:
-        AlignmentError: There is no calibration data, no axis can be seen, the models differ in shape, or an activation
-            is not finite.
+        AlignmentError: There is no calibration data, no axis can be seen, the models differ in shape or are in
+            training mode, or an activation is not finite.
     """
+    if reference.training or model.training:
+        raise AlignmentError("activation matching needs both models in evaluation mode: call `.eval()` first")
     binding, of_model = (
         spec.bind({name: tensor.shape for name, tensor in each.state_dict().items()}) for each in (reference, model)
     )

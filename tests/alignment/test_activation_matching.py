@@ -28,6 +28,7 @@ class Net(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+        self.eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         features_nti = self.embed(input_ids)
@@ -246,7 +247,7 @@ def test_a_child_written_before_its_parent(generator):
         symmetric=["kv", "q"],
     )
     torch.manual_seed(0)
-    model = Heads()
+    model = Heads().eval()
     planted = spec.random_alignment(generator)
     assert not planted.is_identity
     found = match_activations(model, moved(model, planted), [{"x": torch.randn(50, 5, generator=generator)}], spec)
@@ -294,6 +295,13 @@ class TestBadInput:
         a, b = (tiny_model(*row) for row in (("bert", "masked-lm"), ("bert", "token-classification")))
         with pytest.raises(AlignmentError, match="two models of one architecture"):
             match_activations(a, b, [tiny_inputs(a)], PermutationSpec.from_config(a.config))
+
+    @pytest.mark.parametrize("training", [0, 1])
+    def test_a_model_in_training(self, training):
+        models = [Net(0), Net(1)]
+        models[training].train()
+        with pytest.raises(AlignmentError, match="evaluation mode"):
+            match_activations(*models, [{"input_ids": tokens(0)}], NET)
 
     def test_a_mask_of_another_kind(self):
         batch = {"input_ids": tokens(0), "attention_mask": torch.ones(16, 1, 6, 6)}
