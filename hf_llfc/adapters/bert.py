@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 SYMMETRIC = ("residual", "pooled", "heads", "neurons")
 
+# Checkpoints converted from TensorFlow, bert-base-uncased for one.
+OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
 
 def _encoder(config: BertConfig | RobertaConfig, prefix: str) -> list[str]:
     return within(
@@ -76,6 +79,7 @@ def bert(config: BertConfig) -> PermutationSpec:
         symmetric=SYMMETRIC,
         outputs=("residual", "pooled"),
         prefix="bert.",
+        old_endings=OLD_ENDINGS,
     )
 
 
@@ -97,6 +101,7 @@ def roberta(config: RobertaConfig) -> PermutationSpec:
         symmetric=(*SYMMETRIC, "classifier"),
         outputs=("residual", "pooled"),
         prefix="roberta.",
+        old_endings=OLD_ENDINGS,
     )
 
 

@@ -25,6 +25,7 @@ def declare(
     outputs: Iterable[str] = (),
     prefix: str = "",
     other_prefixes: Iterable[str] = (),
+    old_endings: Mapping[str, str] | None = None,
 ) -> PermutationSpec:
     """Builds the permutation spec of a family from its blocks.
 
@@ -38,6 +39,7 @@ def declare(
             `config.architectures` names such a model, since moving them would change what it computes.
         prefix: The head prefix, with its dot; names with and without it are the same tensor.
         other_prefixes: Head prefixes that some heads write instead of it.
+        old_endings: How names ended in old checkpoints → how they end now.
 
     Raises:
         SpecError: The declarations contradict themselves.
@@ -51,6 +53,7 @@ def declare(
         model_type=config.model_type,
         prefix=prefix,
         other_prefixes=other_prefixes,
+        old_endings=old_endings,
         other_layouts=partial(in_memory_layout, config),
     )
     architectures = config.architectures or []

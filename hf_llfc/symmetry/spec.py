@@ -168,6 +168,7 @@ class PermutationSpec:
         declarations: The tensors, in the order of the network.
         prefix: The head prefix (`bert.`); names with and without it are the same tensor.
         other_prefixes: Head prefixes that some heads write instead of it.
+        old_endings: How names ended in old checkpoints → how they end now (`.gamma`, `.weight`).
         other_layouts: Gives, for a spec, the same tensors as transformers names them in memory; asked only when a
             name is not among `declarations`.
         origin: `hand-written` or `derived`.
@@ -178,6 +179,7 @@ class PermutationSpec:
     declarations: tuple[TensorSpec, ...]
     prefix: str = ""
     other_prefixes: tuple[str, ...] = ()
+    old_endings: Mapping[str, str] = field(default_factory=dict)
     other_layouts: Callable[[PermutationSpec], Sequence[TensorSpec]] | None = field(
         default=None, compare=False, repr=False
     )
@@ -207,6 +209,7 @@ class PermutationSpec:
         model_type: str = "",
         prefix: str = "",
         other_prefixes: Iterable[str] = (),
+        old_endings: Mapping[str, str] | None = None,
         other_layouts: Callable[[PermutationSpec], Sequence[TensorSpec]] | None = None,
         origin: str = "hand-written",
     ) -> PermutationSpec:
@@ -220,6 +223,7 @@ class PermutationSpec:
             model_type: The `model_type` it describes.
             prefix: The head prefix, with its dot.
             other_prefixes: See the class.
+            old_endings: See the class.
             other_layouts: See the class.
             origin: See the class.
 
@@ -239,7 +243,9 @@ class PermutationSpec:
                 problems.append(f"{tensor.name} is declared twice")
             seen.add((tensor.name, tensor.condition))
         raise_all(problems, SpecError, f"the permutation spec of {model_type or 'this model'} contradicts itself")
-        return cls(model_type, axes, tensors, prefix, tuple(other_prefixes), other_layouts, origin)
+        return cls(
+            model_type, axes, tensors, prefix, tuple(other_prefixes), dict(old_endings or {}), other_layouts, origin
+        )
 
     @property
     def symmetric_axes(self) -> tuple[str, ...]:
@@ -318,6 +324,9 @@ class PermutationSpec:
         return Binding(self, tensors, sizes)
 
     def _find(self, name: str, declared: Mapping[str, BoundTensor]) -> BoundTensor | None:
+        for old, new in self.old_endings.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
         for prefix in (self.prefix, *self.other_prefixes):
             bare = name.removeprefix(prefix)
             for candidate in (name, self.prefix + bare, bare):

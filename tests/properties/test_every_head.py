@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -114,6 +114,21 @@ def test_heads(family, name, tmp_path):
 def test_config_variants(variant: str, tmp_path):
     family, name, changes = VARIANTS[variant]
     check(model_of(name, varied(family, changes)), tmp_path)
+
+
+def test_a_checkpoint_with_the_names_of_tensorflow(tmp_path):
+    model = model_of("BertForMaskedLM", tiny_config("bert"))
+    state = model.state_dict()
+    old_name = {name: name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta") for name in state}
+    assert sum(old != name for name, old in old_name.items()) == 12
+    alignment = PermutationSpec.from_config(model.config).random_alignment(torch.Generator().manual_seed(0))
+    moved = alignment.apply({old_name[name]: tensor for name, tensor in state.items()})
+    expected = alignment.apply(state)
+    assert all(torch.equal(moved[old_name[name]], expected[name]) for name in state)
+    save_file({name: tensor.clone() for name, tensor in moved.items()}, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    loaded = transformers.BertForMaskedLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_an_encoder_saved_without_its_pooler(tmp_path):
