@@ -22,8 +22,13 @@ os.environ["HF_HOME"] = os.environ["HF_LLFC_TEST_HOME"]
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# The same examples every time, no clock, no folder left behind.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("tests")
 
 LOOPBACK = ("127.", "::1", "localhost")
 SLOW_TIMEOUT = 3600.0
