@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import evaluate
 import torch
 
+from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.config import CLASSIFICATION_TASKS
 from hf_llfc.evaluation.encoding import IGNORED_LABEL
 from hf_llfc.evaluation.metrics import classification_metric, language_model_metric
@@ -50,8 +51,16 @@ def score_samples(task: str, logits: torch.Tensor, labels: torch.Tensor) -> Samp
 
     Returns:
         The scores; the loss is computed in float64.
+
+    Raises:
+        EvaluationError: The logits are not those of a model for the task.
     """
     classification = task in CLASSIFICATION_TASKS
+    if logits.shape[:-1] != labels.shape or int(labels.max()) >= logits.shape[-1]:
+        raise EvaluationError(
+            f"the model has no head for {task}: its logits have the shape {tuple(logits.shape)}, and the labels the "
+            f"shape {tuple(labels.shape)} and values up to {int(labels.max())}; give the task it was trained for"
+        )
     if classification:
         logits, labels = logits[:, None], labels[:, None]
     elif task == "text-generation":

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.scoring import ScoreSums, score_samples
 from tests.tiny_models import FullDouble, tiny_inputs, tiny_model
 
@@ -60,6 +61,20 @@ def test_every_sample_counts_what_it_predicts(task, family, head, chunk, monkeyp
         assert scores.counts[sample] == count
         assert scores.correct[sample] == correct
         assert scores.loss_sums[sample].item() == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "labels"),
+    [
+        ("fill-mask", (3, 5), (3, 11)),  # a model for sequence classification
+        ("text-classification", (3, 11, 5), (3,)),  # one for token classification
+        ("text-classification", (3, 2), (3,)),  # one with fewer classes
+        ("text-generation", (3, 11, 5), (3, 11)),  # a token classifier again: classes are no tokens
+    ],
+)
+def test_a_model_for_another_task_is_refused(task, logits, labels):
+    with pytest.raises(EvaluationError, match=f"no head for {task}"):
+        score_samples(task, torch.zeros(logits), torch.full(labels, 7))
 
 
 def test_padding_never_counts():
