@@ -34,6 +34,9 @@ class Inspection:
         model_type: Of its config.
         architecture: Its class.
         spec: Its permutation spec.
+        parameters: How many numbers its tensors hold.
+        symmetric_axes: Names of the axes that may move.
+        tensors: A row a tensor: `tensor`, `shape`, `dtype`, its `axes` as an expression, and which are `symmetric`.
         verification: Largest relative change of the logits under a random transform (`change`) beside the float
             `noise` of the model, and whether it is `verified`; None where not asked for.
     """
@@ -86,12 +89,11 @@ def inspect(model: Model, *, verify: bool = False, seed: int = 0, trust_remote_c
         CheckpointError: The checkpoint cannot be read or does not fit its spec.
         SpecError: There is no adapter for its architecture.
     """
-    from hf_llfc.adapters import spec_for
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.stages import bind, largest_logit_change
+    from hf_llfc.stages import bind, largest_logit_change, spec_of
 
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    spec = spec_for(checkpoint.config)
+    spec = spec_of(checkpoint)
     binding = bind(spec, checkpoint)
     tensors = [
         {
@@ -220,7 +222,7 @@ def align(
 
 
 def merge(
-    models: Sequence[str | Path],
+    models: Sequence[Model],
     weights: Sequence[float] | None = None,
     *,
     out: str | Path,
@@ -233,7 +235,8 @@ def merge(
     """Merges models into a new folder; `hf_llfc.run` on the recipe that these arguments spell.
 
     Args:
-        models: Two or more models; the first is the reference of the alignment.
+        models: One or more models; the first is the reference of the alignment. Of a loaded model the recipe beside
+            the result says where it was loaded from.
         weights: One weight a model; equal weights where None.
         out: The folder to write.
         align: Alignment method, or the whole `align` section of a recipe.
@@ -251,12 +254,13 @@ def merge(
     from hf_llfc.pipeline import run
     from hf_llfc.recipe import load_recipe
 
-    shares = list(weights) if weights is not None else [1 / len(models)] * len(models)
+    shares = list(weights) if weights is not None else [1 / len(models) for _ in models]
     if len(shares) != len(models):
         raise RecipeError(f"{len(shares)} weights for {len(models)} models; give one weight a model")
     recipe: dict[str, Any] = {
         "models": [
-            {"model": str(model), "parameters": {"weight": share}} for model, share in zip(models, shares, strict=True)
+            {"model": _named(model), "parameters": {"weight": share}}
+            for model, share in zip(models, shares, strict=True)
         ],
         "merge_method": merge_method,
         "align": {"method": align} if isinstance(align, str) else dict(align),
@@ -265,7 +269,16 @@ def merge(
     }
     if base_model is not None:
         recipe["base_model"] = str(base_model)
-    return run(load_recipe(recipe), progress=progress)
+    return run(load_recipe(recipe), models=models, progress=progress)
+
+
+def _named(model: Model) -> str:
+    """What a recipe calls a model."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model.name_or_path or type(model).__name__
+    return str(model)
 
 
 def diagnose(
@@ -284,7 +297,7 @@ def diagnose(
         a: The first model, of weight α.
         b: The second model.
         data: Task and data.
-        align: How B is aligned to A first: a method, or an alignment.
+        align: How B is aligned to A first: a method, or an alignment that was found for these two.
         alphas: The grid of α; eleven steps from 0 to 1 where None.
         layers: Patterns of module names; block outputs and the logits where None.
         progress: Shown meanwhile.
@@ -293,20 +306,28 @@ def diagnose(
         The report.
 
     Raises:
-        LLFCError: The models do not fit each other or the data.
+        LLFCError: The models do not fit each other, the alignment or the data.
     """
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.diagnostics import DEFAULT_ALPHAS, ModelReference
     from hf_llfc.recipe import AlignSection
-    from hf_llfc.stages import Parent, align_checkpoints, diagnose_parents, open_data, refuse_incompatible
+    from hf_llfc.stages import (
+        Parent,
+        align_checkpoints,
+        diagnose_parents,
+        open_data,
+        refuse_foreign_alignment,
+        refuse_incompatible,
+    )
 
     reference, other = open_checkpoint(a), open_checkpoint(b)
     refuse_incompatible([reference, other])
-    found = (
-        align_checkpoints(reference, other, AlignSection(align, calibration=data), progress=progress)
-        if isinstance(align, str)
-        else align
-    )
+    if isinstance(align, str):
+        found = align_checkpoints(reference, other, AlignSection(align, calibration=data), progress=progress)
+    else:
+        found = align
+        if "model" in align.metadata:  # one that was written by hand names no inputs
+            refuse_foreign_alignment(align, reference, other)
     return diagnose_parents(
         [Parent(reference), Parent(other, found)],
         open_data(data, reference),

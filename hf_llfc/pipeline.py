@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_llfc.checkpoints import (
     Checkpoint,
     OutputFolder,
+    TensorInfo,
     load_model,
     open_checkpoint,
     state_dict_on_disk,
     write_checkpoint,
 )
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, recompute_batch_norm
-from hf_llfc.errors import LLFCError
+from hf_llfc.errors import AlignmentError, CheckpointError, EvaluationError, RecipeError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.merging import Rule, Source, WeightSchedule, merge_tensors, merged_infos
 from hf_llfc.processes import Processes
@@ -33,12 +35,13 @@ from hf_llfc.stages import (
     alignment_spec,
     alignment_summary,
     bind,
-    check_alignment_file,
     diagnose_parents,
     evaluate_parents,
     matching_memory,
     open_data,
+    refuse_foreign_alignment,
     refuse_incompatible,
+    spec_of,
 )
 from hf_llfc.symmetry import Alignment
 
@@ -77,11 +80,17 @@ class Result:
         }
 
 
-def run(recipe: Recipe | str | Path | Mapping[str, Any], *, progress: Progress = silent) -> Result:
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    models: Sequence[str | Path | PreTrainedModel] | None = None,
+    progress: Progress = silent,
+) -> Result:
     """Runs a recipe, alone or as one of the processes of a launcher.
 
     Args:
         recipe: A recipe, its file, or what its YAML says.
+        models: What to take in place of the models that the recipe names, one for each: loaded models, say.
         progress: Shown meanwhile, on the main process.
 
     Returns:
@@ -95,8 +104,9 @@ def run(recipe: Recipe | str | Path | Mapping[str, Any], *, progress: Progress =
     progress = progress if processes.is_main else silent
     output = OutputFolder(recipe.output_dir, recipe.overwrite)
     processes.on_main(output.check)
-    opened = open_models(recipe, processes)
-    data, calibration = open_recipe_data(recipe, opened.parents[0])
+    opened = processes.main_first(lambda: open_models(recipe, models))
+    refuse_replacing_inputs(output, opened.all)
+    data, calibration = open_recipe_data(recipe, opened)
 
     alignments = processes.on_main(lambda: align_parents(opened, recipe, progress))
     parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
@@ -117,7 +127,8 @@ def run(recipe: Recipe | str | Path | Mapping[str, Any], *, progress: Progress =
                     progress=progress,
                 )
             if data.labelled:
-                merged = replace(open_checkpoint(folder), id=str(recipe.output_dir))
+                merged = open_checkpoint(folder, trust_remote_code=recipe.models[0].trust_remote_code)
+                merged = replace(merged, id=str(recipe.output_dir))
                 everyone = [*parents, Parent(merged)]
                 table = evaluate_parents(everyone, data, accelerator=processes.accelerator, progress=progress)
                 table[-1]["is_merge"] = True
@@ -141,45 +152,70 @@ class Models:
     base: Checkpoint | None
     tokenizer_source: Checkpoint
 
+    @property
+    def all(self) -> list[Checkpoint]:
+        """All that are merged: the parents and the base."""
+        return [*self.parents, *([self.base] if self.base is not None else [])]
 
-def open_models(recipe: Recipe, processes: Processes) -> Models:
-    """Opens and compares all checkpoints; the main process downloads before the others look."""
-
-    def open_all() -> Models:
-        parents = [open_checkpoint(entry.model, trust_remote_code=entry.trust_remote_code) for entry in recipe.models]
-        base = open_checkpoint(recipe.base_model) if recipe.base_model is not None else None
-        refuse_incompatible([*parents, *([base] if base is not None else [])])
-        source = recipe.tokenizer_source
-        if source is None:
-            return Models(parents, base, parents[0])
-        if source == "base":
-            assert base is not None
-            return Models(parents, base, base)
-        named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
-        return Models(parents, base, named[0] if named else open_checkpoint(source))
-
-    def download() -> None:
-        open_all()
-
-    processes.on_main(download)
-    return open_all()
+    def reference(self, recipe: Recipe) -> Checkpoint:
+        """The one that stays in alignment: the base of task arithmetic, or what the recipe says."""
+        return self.base if self.base is not None else self.parents[recipe.reference_index]
 
 
-def open_recipe_data(recipe: Recipe, reference: Checkpoint) -> tuple[EvaluationData | None, EvaluationData | None]:
+def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] | None = None) -> Models:
+    """Opens all checkpoints of a recipe, or `models` in place of its parents, and compares them.
+
+    Raises:
+        LLFCError: One cannot be opened, or they do not fit each other.
+    """
+    given = models if models is not None else [entry.model for entry in recipe.models]
+    if len(given) != len(recipe.models):
+        raise RecipeError(f"{len(given)} models are given in place of the {len(recipe.models)} of the recipe")
+    parents = [
+        open_checkpoint(model, trust_remote_code=entry.trust_remote_code)
+        for model, entry in zip(given, recipe.models, strict=True)
+    ]
+    base = open_checkpoint(recipe.base_model) if recipe.base_model is not None else None
+    opened = Models(parents, base, parents[0])
+    refuse_incompatible(opened.all)
+    source = recipe.tokenizer_source
+    if source is None:
+        return opened
+    if source == "base":
+        assert base is not None
+        return replace(opened, tokenizer_source=base)
+    named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
+    return replace(opened, tokenizer_source=named[0] if named else open_checkpoint(source))
+
+
+def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuses an output folder that is, or holds, one of the inputs, also where it may overwrite.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    for each in checkpoints:
+        folder = each.folder.resolve() if each.folder is not None else None
+        if folder is not None and output.path in (folder, *folder.parents):
+            raise CheckpointError(f"{output.path}: the output would replace its own input {each.label}; name another")
+
+
+def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | None, EvaluationData | None]:
     """The data to measure on, and those to recompute BatchNorm from: the same without labels if none are named."""
     if recipe.diagnose is None:
         return None, None
-    data = open_data(recipe.diagnose.data, reference)
+    first, source = opened.parents[0], opened.tokenizer_source
+    data = open_data(recipe.diagnose.data, first, tokenizer_source=source)
     batch_norm = recipe.diagnose.batch_norm
-    if not batch_norm.recompute or not any(name.endswith("running_mean") for name in reference.tensors):
+    if not batch_norm.recompute or not any(name.endswith("running_mean") for name in first.tensors):
         return data, None
     calibration: EvaluationConfig = batch_norm.data or replace(recipe.diagnose.data, labels=False)
-    return data, open_data(calibration, reference)
+    return data, open_data(calibration, first, tokenizer_source=source)
 
 
 def align_parents(opened: Models, recipe: Recipe, progress: Progress) -> list[Alignment | None]:
     """One alignment a parent, onto the base of task arithmetic or the reference; None where nothing is aligned."""
-    reference = opened.base if opened.base is not None else opened.parents[recipe.reference_index]
+    reference = opened.reference(recipe)
     return [
         None if each is reference else align_checkpoints(reference, each, recipe.align, progress=progress)
         for each in opened.parents
@@ -196,16 +232,8 @@ def write_merge(
 ) -> None:
     """Writes the merged checkpoint, tensor by tensor; only models with BatchNorm are held in memory."""
     first = opened.parents[0]
-    out_dtype = getattr(torch, recipe.result_dtype) if recipe.result_dtype else None
-    infos = merged_infos(first.tensors, out_dtype)
-    tensors = merge_tensors(
-        [Source(parent.checkpoint.label, parent.read) for parent in parents],
-        infos,
-        [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
-        normalize=recipe.parameters.normalize,
-        base=Source(opened.base.label, opened.base.read) if opened.base is not None else None,
-        scale=recipe.parameters.scale,
-    )
+    infos = merge_infos(first, recipe)
+    tensors = merge_sources(parents, opened, recipe, infos)
     if calibration is not None:
         model = load_model(first, state_dict=dict(tensors))
         recompute_batch_norm(model, calibration.batches())
@@ -219,6 +247,25 @@ def write_merge(
         generation_config=first.generation_config,
         companions=opened.tokenizer_source.companion_files,
         max_shard_size=recipe.max_shard_size,
+    )
+
+
+def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
+    """Dtype and shape of every merged tensor."""
+    return merged_infos(first.tensors, getattr(torch, recipe.result_dtype) if recipe.result_dtype else None)
+
+
+def merge_sources(
+    parents: Sequence[Parent], opened: Models, recipe: Recipe, infos: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, Tensor]]:
+    """The merged tensors, one after the other; weights that do not fit are refused before anything is read."""
+    return merge_tensors(
+        [Source(parent.checkpoint.label, parent.read) for parent in parents],
+        infos,
+        [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
+        normalize=recipe.parameters.normalize,
+        base=Source(opened.base.label, opened.base.read) if opened.base is not None else None,
+        scale=recipe.parameters.scale,
     )
 
 
@@ -319,29 +366,27 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     Raises:
         LLFCError: The recipe or its parents are at fault.
     """
-    parents = [open_checkpoint(entry.model, trust_remote_code=entry.trust_remote_code) for entry in recipe.models]
-    base = [open_checkpoint(recipe.base_model)] if recipe.base_model is not None else []
-    refuse_incompatible([*parents, *base])
-    OutputFolder(recipe.output_dir, recipe.overwrite).check()
-    dtype = getattr(torch, recipe.result_dtype) if recipe.result_dtype else None
-    infos = merged_infos(parents[0].tensors, dtype)
+    output = OutputFolder(recipe.output_dir, recipe.overwrite)
+    output.check()
+    opened = open_models(recipe)
+    refuse_replacing_inputs(output, opened.all)
+    first = opened.parents[0]
+    infos = merge_infos(first, recipe)
+    merge_sources([Parent(each) for each in opened.parents], opened, recipe, infos)
     written = sum(info.nbytes for info in infos.values())
-    read = sum(each.nbytes for each in (*parents, *base))
-    steps = [{"step": "read", "what": ", ".join(each.id for each in (*parents, *base))}]
+    read = sum(each.nbytes for each in opened.all)
+    steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
     if recipe.align.method != "none":
-        spec = alignment_spec(parents[0], recipe.align)
-        kinds = sorted({axis.split(".")[0] for axis in bind(spec, parents[0]).symmetric_axes})
-        steps.append(
-            {
-                "step": "align",
-                "what": f"{recipe.align.method} over {', '.join(kinds)}; "
-                f"onto {(base or [parents[recipe.reference_index]])[0].id}",
-            }
-        )
-    steps.append({"step": "merge", "what": f"{recipe.merge_method} of {len(parents)} models, {len(infos)} tensors"})
-    held = max((info.nbytes for info in infos.values()), default=0) * (len(parents) + len(base) + 2)
+        spec = alignment_spec(first, recipe.align)
+        kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})
+        onto = opened.reference(recipe).id
+        steps.append({"step": "align", "what": f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"})
+    steps.append(
+        {"step": "merge", "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"}
+    )
+    held = max((info.nbytes for info in infos.values()), default=0) * (len(opened.all) + 2)
     if recipe.align.method != "none":
-        held = max(held, matching_memory(parents[0], recipe.align))
+        held = max(held, matching_memory(first, recipe.align))
     if recipe.diagnose is not None:
         held = max(held, 3 * sum(info.elements for info in infos.values()) * 4)
         data = recipe.diagnose.data
@@ -382,18 +427,33 @@ def write_aligned(
     Raises:
         LLFCError: The models do not fit each other, an option or the alignment file.
     """
+    if file is None and options.method == "none":
+        raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
+    processes = Processes()
+    progress = progress if processes.is_main else silent
     output = OutputFolder(out, overwrite)
+    return processes.on_main(lambda: _write_aligned(model, to, output, options, file, progress))
+
+
+def _write_aligned(
+    model: str | Path,
+    to: str | Path,
+    output: OutputFolder,
+    options: AlignSection,
+    file: str | Path | None,
+    progress: Progress,
+) -> Alignment:
     output.check()
     reference, moving = open_checkpoint(to), open_checkpoint(model)
     refuse_incompatible([reference, moving])
+    refuse_replacing_inputs(output, [reference, moving])
     if file is not None:
-        alignment: Alignment | None = Alignment.load(file, alignment_spec(reference, AlignSection()))
+        alignment: Alignment | None = Alignment.load(file, spec_of(reference))
         assert alignment is not None
-        check_alignment_file(alignment, reference, moving)
+        refuse_foreign_alignment(alignment, reference, moving)
     else:
         alignment = align_checkpoints(reference, moving, options, progress=progress)
-    if alignment is None:
-        raise LLFCError("the method `none` aligns nothing; use weight_matching or activation_matching")
+    assert alignment is not None
     parent = Parent(moving, alignment)
     with output as folder:
         tensors = ((name, parent.read(name).contiguous()) for name in moving.tensors)
@@ -439,14 +499,16 @@ def write_diagnosis(
         LLFCError: The models do not fit each other or the data.
     """
     if alphas < 3:
-        raise LLFCError(f"alphas must be at least 3, both ends and one point between them, not {alphas}")
+        raise EvaluationError(f"alphas must be at least 3, both ends and one point between them, not {alphas}")
     processes = Processes()
     progress = progress if processes.is_main else silent
     output = OutputFolder(out, overwrite) if out is not None else None
     if output is not None:
         processes.on_main(output.check)
-    checkpoints = [open_checkpoint(model) for model in (a, b)]
+    checkpoints = processes.main_first(lambda: [open_checkpoint(model) for model in (a, b)])
     refuse_incompatible(checkpoints)
+    if output is not None:
+        refuse_replacing_inputs(output, checkpoints)
     opened = open_data(data, checkpoints[0])
     alignment = processes.on_main(lambda: align_checkpoints(checkpoints[0], checkpoints[1], options, progress=progress))
     has_batch_norm = any(name.endswith("running_mean") for name in checkpoints[0].tensors)

@@ -60,14 +60,23 @@ class Processes:
         if self.is_main:
             try:
                 outcome = [(work(), None)]
-            except Exception as error:
+            except LLFCError as error:
                 outcome = [(None, error)]
+            except Exception as error:  # of a library; not every one of them can be sent
+                broadcast_object_list([(None, RuntimeError(f"{type(error).__name__}: {error}"))], from_process=0)
+                raise
         broadcast_object_list(outcome, from_process=0)
         assert outcome[0] is not None
         value, problem = outcome[0]
         if problem is not None:
             raise problem
         return value  # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], Value]) -> Value:
+        """Runs work on every process, after the main one has done it: it downloads, the others find the files."""
+        done: list[Value] = []
+        self.on_main(lambda: done.append(work()))
+        return done[0] if done else work()
 
     @contextmanager
     def output(self, folder: OutputFolder) -> Iterator[Path]:

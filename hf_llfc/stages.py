@@ -16,7 +16,7 @@ from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.checkpoints import Checkpoint, compare, load_model
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, diagnose_models
-from hf_llfc.errors import AlignmentError, CheckpointError, raise_all, suggest
+from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData, load_evaluation_data
 from hf_llfc.evaluation.models import evaluate_model, evaluation_mode, model_inputs
 from hf_llfc.merging import linear_combination
@@ -66,12 +66,24 @@ class Parent:
 
     @cached_property
     def _unmoved(self) -> Binding:
-        return bind(spec_for(self.checkpoint.config), self.checkpoint)
+        return bind(spec_of(self.checkpoint), self.checkpoint)
 
     def load(self) -> PreTrainedModel:
         """The model, moved, in evaluation mode."""
         state = None if self.alignment is None else self.state_dict()
         return load_model(self.checkpoint, state_dict=state).eval()
+
+
+def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
+    """The permutation spec of a checkpoint; the error names the checkpoint.
+
+    Raises:
+        SpecError: The architecture has no adapter, or the adapter refuses the config.
+    """
+    try:
+        return spec_for(checkpoint.config)
+    except SpecError as error:
+        raise SpecError(f"{checkpoint.label}: {error}") from None
 
 
 def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:
@@ -100,10 +112,17 @@ def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> Permutation
 
     Raises:
         SpecError: The architecture has no adapter, or a pattern matches no axis.
+        AlignmentError: The patterns leave no axis free.
     """
-    spec = spec_for(checkpoint.config)
+    spec = spec_of(checkpoint)
     spec = spec.keep(*options.axes) if options.axes else spec
-    return spec.fix(*options.exclude) if options.exclude else spec
+    spec = spec.fix(*options.exclude) if options.exclude else spec
+    if not spec.symmetric_axes and (options.axes or options.exclude):
+        raise AlignmentError(
+            f"{checkpoint.label}: `axes` and `exclude` leave no axis that may move; leave one free, or align with the "
+            "method `none`"
+        )
+    return spec
 
 
 def matching_memory(checkpoint: Checkpoint, options: AlignSection) -> int:
@@ -197,13 +216,15 @@ def _match_activations(
     return alignment
 
 
-def open_data(config: EvaluationConfig, checkpoint: Checkpoint) -> EvaluationData:
-    """Opens evaluation data with the tokenizer or processor of a checkpoint."""
-    return load_evaluation_data(config, checkpoint.folder, checkpoint.config)
+def open_data(
+    config: EvaluationConfig, checkpoint: Checkpoint, *, tokenizer_source: Checkpoint | None = None
+) -> EvaluationData:
+    """Opens evaluation data for a checkpoint, with its own tokenizer or processor or those of another."""
+    return load_evaluation_data(config, (tokenizer_source or checkpoint).folder, checkpoint.config)
 
 
-def check_alignment_file(alignment: Alignment, reference: Checkpoint, model: Checkpoint) -> None:
-    """Refuses an alignment that was found for other inputs.
+def refuse_foreign_alignment(alignment: Alignment, reference: Checkpoint, model: Checkpoint) -> None:
+    """Refuses an alignment, from a file say, that was found for other inputs.
 
     Raises:
         AlignmentError: A fingerprint differs.
@@ -216,7 +237,7 @@ def check_alignment_file(alignment: Alignment, reference: Checkpoint, model: Che
                 f"the {role} was {recorded.get('id', 'not recorded')} with weights {str(recorded.get('sha256'))[:12]}, "
                 f"{checkpoint.id} has {checkpoint.fingerprint()[:12]}"
             )
-    raise_all(problems, AlignmentError, "this alignment file was made for other checkpoints; align again")
+    raise_all(problems, AlignmentError, "this alignment was made for other checkpoints; align again")
 
 
 def largest_logit_change(checkpoint: Checkpoint, *, seed: int = 0) -> dict[str, float]:
@@ -231,11 +252,13 @@ def largest_logit_change(checkpoint: Checkpoint, *, seed: int = 0) -> dict[str, 
         them in float32 instead of float64.
     """
     generator = torch.Generator().manual_seed(seed)
-    spec = spec_for(checkpoint.config)
-    random = spec.random_alignment(generator)
+    random = spec_of(checkpoint).random_alignment(generator)
     model = load_model(checkpoint).eval()
     inputs = _random_inputs(model, generator)
     moved = Parent(checkpoint, random).load()
+    for each in (model, moved):
+        if type(each)._can_set_experts_implementation():
+            each.set_experts_implementation("eager")  # the grouped kernels have no float64
     single = _outputs(model.float(), inputs).double()
     exact, changed = (_outputs(each.double(), inputs) for each in (model, moved))
     scale = exact.abs().max().clamp(min=1e-30)

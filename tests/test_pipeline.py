@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast
 
 import hf_llfc
+from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.recipe import load_recipe
 from tests.runs import (
+    TEXT,
     byte_llama,
     image_data,
     moved,
@@ -187,6 +190,40 @@ def test_activation_matching_needs_no_labels(planted, tmp_path):
     original = load_file(planted[0] / "model.safetensors")
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         torch.testing.assert_close(tensor, original[name], rtol=1e-6, atol=1e-7)
+
+
+def test_loaded_models_are_merged_as_their_folders_are(independent, tmp_path):
+    loaded = [AutoModelForCausalLM.from_pretrained(independent[0]), byte_llama(1)]
+    hf_llfc.merge(loaded, out=tmp_path / "loaded", align="weight_matching")
+    hf_llfc.merge(independent, out=tmp_path / "folders", align="weight_matching")
+    of_loaded, of_folders = (load_file(tmp_path / name / "model.safetensors") for name in ("loaded", "folders"))
+    assert of_loaded.keys() == of_folders.keys()
+    assert all(torch.equal(tensor, of_folders[name]) for name, tensor in of_loaded.items())
+    with pytest.raises(hf_llfc.LLFCError, match="found int"):
+        hf_llfc.merge([independent[0], 3], out=tmp_path / "out")
+    with pytest.raises(hf_llfc.LLFCError, match="at least one"):
+        hf_llfc.merge([], out=tmp_path / "out")
+
+
+def test_an_alignment_serves_the_models_it_was_found_for(planted, tmp_path):
+    data = EvaluationConfig("text-generation", str(text_data(tmp_path)), tokenizer="bytes", max_length=32)
+    found = hf_llfc.align(planted[1], to=planted[0])
+    report = hf_llfc.diagnose(*planted, data, align=found, alphas=[0, 0.5, 1])
+    assert report.barrier.loss < 1e-5
+    with pytest.raises(hf_llfc.LLFCError, match="made for other checkpoints"):
+        hf_llfc.diagnose(*reversed(planted), data, align=found, alphas=[0, 0.5, 1])
+
+
+def test_the_tokenizer_of_the_result_measures_it(independent, tmp_path):
+    source = saved(byte_llama(5), tmp_path / "source")
+    vocabulary = {word: place for place, word in enumerate(["[UNK]", *TEXT.split()])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(source)
+    recipe = text_recipe(*independent, text_data(tmp_path), tmp_path / "out", tokenizer_source=str(source))
+    del recipe["diagnose"]["tokenizer"]
+    hf_llfc.run(recipe)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
 def test_a_failed_run_leaves_nothing(independent, tmp_path):
