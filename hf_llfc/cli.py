@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -23,11 +24,14 @@ from hf_llfc.errors import LLFCError, suggest
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.evaluation import EvaluationConfig
-    from hf_llfc.recipe import AlignSection
+    from hf_llfc.recipe import AlignSection, Recipe
 
 Handler = Callable[[argparse.Namespace], int]
 
 ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
+
+# What the processes of a launcher do together; anything else the main one does alone.
+SHARED_COMMANDS = ("align", "merge", "diagnose", "run")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parse(arguments)
+    if not _is_main_process() and options.command not in SHARED_COMMANDS:
+        return 0
     _quiet_libraries(verbose=options.verbose)
     with suppress(ValueError):  # only the main thread may; a stop then cleans up as an interrupt does
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -78,9 +84,14 @@ def _import_modules(names: Sequence[str]) -> None:
             raise LLFCError(f"--import {name}: cannot be imported: {error}") from None
 
 
+def _is_main_process() -> bool:
+    """Whether this is the one of a launcher's processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _report_error(message: str, options: argparse.Namespace) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return  # the main process of a launcher says it for all
+    if not _is_main_process():
+        return
     if options.format == "json":
         from hf_llfc.console import print_json
 
@@ -89,28 +100,37 @@ def _report_error(message: str, options: argparse.Namespace) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line; overrides of a recipe may stand anywhere, also between options."""
+    """Parses the command line; overrides of a recipe may stand anywhere, also before it and between options."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    unknown = [word for word in rest if word not in overrides]
-    if unknown or (overrides and options.command != "run"):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
-    if overrides:
-        options.overrides = [*options.overrides, *overrides]
+    unknown = [word for word in rest if options.command != "run" or word.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command == "run":
+        words = [options.recipe, *options.overrides, *rest]
+        recipe = next((word for word in words if "=" not in word), words[0])
+        words.remove(recipe)
+        options.recipe, options.overrides = recipe, words
     return options
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the nearest command or option."""
+    """Ends with one message that suggests the nearest command, option or value."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        words = message.replace("'", " ").split()
-        known = [action for group in self._actions for action in group.option_strings]
-        known += [name for group in self._actions for name in (group.choices or ()) if isinstance(name, str)]
-        hint = next((found for word in words if word not in known and (found := suggest(word, known))), "")
-        self.print_usage(sys.stderr)
-        self.exit(2, f"hf-llfc: error: {message}{hint}\n")
+        wrong = re.match(r"(?:argument (\S+): invalid choice: '(.*?)'|unrecognized arguments: (-[^\s=]*))", message)
+        hint = ""
+        if wrong is not None and wrong[3]:
+            hint = suggest(wrong[3], self._options())
+        elif wrong is not None:
+            hint = suggest(wrong[2], [name for action in self._actions for name in action.choices or ()])
+        self.exit(2, f"hf-llfc: error: {message}{hint} (`{self.prog} --help` lists what there is)\n")
+
+    def _options(self) -> list[str]:
+        """All options, also those of the commands."""
+        commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
+        parsers = [self, *(parser for choices in commands for parser in choices.values())]
+        return [option for parser in parsers for action in parser._actions for option in action.option_strings]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -165,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     merge = command("merge", _merge, "merge models into a new folder")
     merge.add_argument("models", nargs="+", metavar="MODEL")
     merge.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a model; equal weights without it")
+    merge.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="divide the weights by their sum, or take them although their sum is not one",
+    )
     merge.add_argument("--merge-method", default="linear", help="linear or task_arithmetic")
     merge.add_argument("--base-model", metavar="MODEL", help="the base of task arithmetic")
     merge.add_argument("--dtype", help="of the result; that of the first model without it")
@@ -186,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "a recipe, from parents to card")
     run.add_argument("recipe", metavar="RECIPE", help="YAML file")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace those of the recipe")
+    run.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="values that replace those of the recipe"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
 
     push = command("push", _push, "an output folder to the Hub, with its card")
@@ -235,6 +262,8 @@ def _add_data(parser: argparse.ArgumentParser, *, purpose: str) -> None:
         group.add_argument(f"--{name}", dest=name.replace("-", "_"), type=int)
 
 
+MATCHING_OPTIONS = ("axes", "exclude", "start", "restarts", "max_sweeps")
+
 _DATA_FIELDS = (
     "task", "dataset", "name", "split", "text_column", "text_pair_column", "label_column", "image_column", "tokenizer",
     "metric", "samples", "batch_size", "max_length",
@@ -256,6 +285,23 @@ def _evaluation_config(options: argparse.Namespace, *, required: bool) -> Evalua
     if missing:
         raise EvaluationError(f"{' and '.join(missing)} must be given to know what to measure on")
     return EvaluationConfig(**settings, seed=options.seed)
+
+
+def _refuse_given(options: argparse.Namespace, names: Sequence[str], because: str) -> None:
+    """Nothing that a user wrote is ignored: options that have no effect here are an error."""
+    from hf_llfc.errors import RecipeError
+    from hf_llfc.recipe import AlignSection
+
+    unset = vars(AlignSection())
+    given = [name for name in names if vars(options)[name] and vars(options)[name] != unset.get(name)]
+    if given:
+        raise RecipeError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: has no meaning {because}")
+
+
+def _refuse_unused_data(options: argparse.Namespace) -> None:
+    """Data are for activations."""
+    if "activation_matching" not in (options.method, options.start):
+        _refuse_given(options, _DATA_FIELDS, "without activation matching, which alone looks at data")
 
 
 def _align_section(options: argparse.Namespace, *, calibration: EvaluationConfig | None) -> AlignSection:
@@ -337,7 +383,12 @@ def _check(options: argparse.Namespace) -> int:
 def _align(options: argparse.Namespace) -> int:
     from hf_llfc.console import print_json, print_table, progress_bars
     from hf_llfc.pipeline import write_aligned
+    from hf_llfc.stages import alignment_summary
 
+    _refuse_unused_data(options)
+    if options.use is not None:
+        names = ("method", *MATCHING_OPTIONS, "seed", *_DATA_FIELDS)
+        _refuse_given(options, names, "with --use, which matches nothing")
     settings = _align_section(options, calibration=_evaluation_config(options, required=False))
     with progress_bars(shown=not options.quiet) as progress:
         alignment = write_aligned(
@@ -349,8 +400,8 @@ def _align(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=progress,
         )
-    from hf_llfc.stages import alignment_summary
-
+    if not _is_main_process():
+        return 0
     summary = alignment_summary(alignment)
     if options.format == "json":
         print_json({"out": options.out, **summary})
@@ -378,6 +429,9 @@ def _merge(options: argparse.Namespace) -> int:
     from hf_llfc.errors import RecipeError
     from hf_llfc.recipe import load_recipe
 
+    if options.method == "none":
+        _refuse_given(options, (*MATCHING_OPTIONS, "seed"), "without --align")
+    _refuse_unused_data(options)
     weights = options.weights or [1 / len(options.models)] * len(options.models)
     if len(weights) != len(options.models):
         raise RecipeError(f"{len(weights)} weights for {len(options.models)} models; give one weight a model")
@@ -395,17 +449,20 @@ def _merge(options: argparse.Namespace) -> int:
         recipe["base_model"] = options.base_model
     if options.dtype:
         recipe["dtype"] = options.dtype
+    if options.normalize is not None:
+        recipe["parameters"] = {"normalize": options.normalize}
     return _run_recipe(load_recipe(recipe), options)
 
 
 def _diagnose(options: argparse.Namespace) -> int:
+    from hf_llfc.console import progress_bars
     from hf_llfc.pipeline import write_diagnosis
 
+    if options.method == "none":
+        _refuse_given(options, MATCHING_OPTIONS, "without --align")
     data = _evaluation_config(options, required=True)
     assert data is not None
     settings = _align_section(options, calibration=data)
-    from hf_llfc.console import progress_bars
-
     with progress_bars(shown=not options.quiet) as progress:
         report = write_diagnosis(
             options.a,
@@ -418,7 +475,8 @@ def _diagnose(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=progress,
         )
-    _show_report(report, options)
+    if _is_main_process():
+        _show_report(report, options)
     return 0
 
 
@@ -428,18 +486,25 @@ def _run(options: argparse.Namespace) -> int:
     return _run_recipe(load_recipe(options.recipe, options.overrides), options)
 
 
-def _run_recipe(recipe: Any, options: argparse.Namespace) -> int:
-    from hf_llfc.console import print_json, print_table, progress_bars
+def _run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
+    from hf_llfc.console import format_bytes, print_json, print_table, progress_bars
 
     if options.dry_run:
         from hf_llfc.pipeline import plan
 
         planned = plan(recipe)
+        if not _is_main_process():
+            return 0
         if options.format == "json":
             print_json(planned)
         else:
+            cost = {
+                "read": planned["cost"]["bytes_read"],
+                "written": planned["cost"]["bytes_written"],
+                "memory at most": planned["cost"]["peak_memory_bytes"],
+            }
             print_table("plan", planned["steps"])
-            print_table("cost", [planned["cost"]])
+            print_table("cost", [{name: format_bytes(count) for name, count in cost.items()}])
         return 0
     from hf_llfc.pipeline import run
 
@@ -454,7 +519,8 @@ def _run_recipe(recipe: Any, options: argparse.Namespace) -> int:
         {"model": row["id"], **{name: row[name] for name in ("loss",) if name in row}, **row.get("metrics", {})}
         for row in result.table
     ]
-    print_table("models on the same data" if result.report else "models", rows)
+    if any("loss" in row for row in rows):
+        print_table("models on the same data", rows)
     for summary in result.alignments:
         print(summary["sentence"])
     if result.report is not None:
@@ -514,8 +580,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _quiet_libraries(*, verbose: bool) -> None:
     """The libraries' own banners and bars would bury ours."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    form = "%(name)s: %(message)s" if verbose else "hf-llfc: warning: %(message)s"
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=form)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     if not verbose:
+        for chatty in ("huggingface_hub.utils._http", "huggingface_hub._snapshot_download"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)  # every retry; what it ends in is an error of ours
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

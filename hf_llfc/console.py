@@ -60,13 +60,15 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, columns: Seque
     from rich.text import Text
 
     names = list(columns or (rows[0] if rows else ()))
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     for name in names:
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(format_value(row.get(name))) for name in names))
     console = Console() if sys.stdout.isatty() else Console(width=max(100, _width(rows, names)))
+    # A title of the table's own would be folded to its width.
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(table)
 
 

@@ -109,15 +109,12 @@ def run_demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, progres
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     folder = _empty_folder(Path(out), overwrite)
-    for architecture in ARCHITECTURES:
-        train, test = _digits(architecture.scale, seed)
-        data = {
-            name: _write_data(folder, architecture, name, part) for name, part in (("train", train), ("test", test))
-        }
-        for pair, parents in _train_parents(folder, architecture, train, seed, progress).items():
-            for method in METHODS[pair]:
-                report = _merge(folder, architecture, pair, parents, method, data, progress)
-                rows.append(_row(architecture, pair, method, report))
+    try:
+        for architecture in ARCHITECTURES:
+            rows += _train_and_merge(folder, architecture, seed, progress)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     seconds = time.monotonic() - started
     result = {
         "rows": rows,
@@ -127,6 +124,18 @@ def run_demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, progres
     }
     (folder / SUMMARY).write_text(json.dumps(result, indent=2))
     return result
+
+
+def _train_and_merge(folder: Path, architecture: Architecture, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    """The rows of one architecture: every pair, merged by every method."""
+    train, test = _digits(architecture.scale, seed)
+    data = {name: _write_data(folder, architecture, name, part) for name, part in (("train", train), ("test", test))}
+    rows = []
+    for pair, parents in _train_parents(folder, architecture, train, seed, progress).items():
+        for method in METHODS[pair]:
+            report = _merge(folder, architecture, pair, parents, method, data, progress)
+            rows.append(_row(architecture, pair, method, report))
+    return rows
 
 
 def _empty_folder(out: Path, overwrite: bool) -> Path:

@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_llfc.cli import main, run_main
 from tests.runs import byte_llama, command_line, moved, saved, small_resnet, text_data, text_recipe, written
+from tests.tiny_models import tiny_model
+
+BYTES = ["--task", "text-generation", "--tokenizer", "bytes", "--max-length", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,11 @@ def test_inspect_as_json(shelf, capsys):
     assert len(found["tensors"]) == 21
 
 
+def test_experts_are_verified_too(tmp_path, capsys):
+    assert main(["inspect", str(saved(tiny_model("mixtral", "causal-lm"), tmp_path / "experts")), "--verify"]) == 0
+    assert "the symmetries hold" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("other", "answer", "code"), [("a", "merge", 0), ("b", "align", 0), ("deeper", "do not merge", 1)]
 )
@@ -69,16 +77,7 @@ def test_an_alignment_file_fits_its_own_inputs_only(shelf, tmp_path, capsys):
 
 
 def test_diagnose_prints_path_layers_and_verdict(shelf, tmp_path, capsys):
-    data = [
-        "--task",
-        "text-generation",
-        "--dataset",
-        str(shelf / "text.txt"),
-        "--tokenizer",
-        "bytes",
-        "--max-length",
-        "32",
-    ]
+    data = [*BYTES, "--dataset", str(shelf / "text.txt")]
     words = ["diagnose", str(shelf / "a"), str(shelf / "b"), *data, "--alphas", "3", "--out", str(tmp_path / "report")]
     assert main(words) == 0
     out = capsys.readouterr().out
@@ -107,6 +106,24 @@ def test_dry_run_plans_and_writes_nothing(shelf, tmp_path, capsys):
     assert plan["cost"]["bytes_written"] == size and plan["cost"]["bytes_read"] >= 2 * size
     assert [step["step"] for step in plan["steps"]] == ["read", "align", "merge", "diagnose", "write"]
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_finds_what_the_models_tell(shelf, tmp_path, capsys):
+    recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out")
+    recipe["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.2}, {"value": 0.5}]}
+    assert main(["run", str(written(recipe, tmp_path)), "--dry-run"]) == 2
+    assert "mlp.down_proj.weight" in capsys.readouterr().err
+    recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out", tokenizer_source="./nowhere")
+    assert main(["run", str(written(recipe, tmp_path)), "--dry-run"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_overrides_stand_anywhere(shelf, tmp_path, capsys):
+    recipe = written(text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out"), tmp_path)
+    override = f"output_dir={tmp_path / 'elsewhere'}"
+    for words in ([recipe, override, "--dry-run"], [override, "--dry-run", recipe], ["--dry-run", override, recipe]):
+        assert run_main([*map(str, words), "--format", "json"]) == 0
+        assert json.loads(capsys.readouterr().out)["steps"][-1]["what"] == str(tmp_path / "elsewhere")
 
 
 def damaged(model: Path, target: Path, change) -> Path:
@@ -221,6 +238,79 @@ def test_a_full_output_folder_is_refused_before_work(shelf, tmp_path, capsys):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
+def test_an_input_is_never_overwritten(shelf, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(shelf / name, tmp_path / "models" / name)
+    (tmp_path / "models" / "config.json").write_text("{}")
+    a, b = (str(tmp_path / "models" / name) for name in ("a", "b"))
+    data = [*BYTES, "--dataset", str(shelf / "text.txt")]
+    for out in (a, b, str(tmp_path / "models")):
+        for words in (["merge", a, b], ["align", b, "--to", a], ["diagnose", a, b, *data]):
+            assert main([*words, "--out", out, "--overwrite"]) == 2
+            assert "would replace its own input" in capsys.readouterr().err
+    for name in ("a", "b"):
+        assert load_file(tmp_path / "models" / name / "model.safetensors").keys()
+
+
+USELESS_OPTIONS = {
+    "matching without alignment": (["merge", "A", "B", "--exclude", "residual", "--restarts", "5"], "--exclude"),
+    "matching without alignment in a diagnosis": (["diagnose", "A", "B", "--axes", "heads"], "--axes"),
+    "data that nothing looks at": (["merge", "A", "B", "--align", "weight_matching", "--dataset", "x"], "--dataset"),
+    "matching with a file": (["align", "B", "--to", "A", "--use", "file", "--exclude", "residual"], "--exclude"),
+}
+
+
+@pytest.mark.parametrize("case", USELESS_OPTIONS)
+def test_an_option_without_meaning_is_an_error(capsys, case):
+    words, named = USELESS_OPTIONS[case]
+    assert main([*words, "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert named in error and "has no meaning" in error
+
+
+def test_weights_are_normalized_on_request(shelf, tmp_path, capsys):
+    words = ["merge", str(shelf / "a"), str(shelf / "c"), "--weights", "1", "3", "--out", str(tmp_path / "out")]
+    assert main(words) == 2 and "sum to 4" in capsys.readouterr().err
+    assert main([*words, "--normalize"]) == 0
+    a, c, merged = (load_file(path / "model.safetensors") for path in (shelf / "a", shelf / "c", tmp_path / "out"))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, (a[name] + 3 * c[name]) / 4)
+
+
+def test_no_axis_left_to_move_is_an_error(shelf, tmp_path, capsys):
+    words = ["align", str(shelf / "b"), "--to", str(shelf / "a"), "--exclude", "*", "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "no axis that may move" in capsys.readouterr().err
+
+
+def test_the_processes_of_a_launcher_speak_with_one_voice(shelf, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["check", str(shelf / "a"), str(shelf / "b")]) == 0
+    assert main(["merge", str(shelf / "a"), str(shelf / "nowhere"), "--out", "out"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_a_warning_comes_once_and_says_whose_it_is(shelf, tmp_path):
+    for name in ("a", "c"):
+        with_config(shelf / name, tmp_path / name, model_type="mine", architectures=["Mine"])
+    run = command_line("merge", tmp_path / "a", tmp_path / "c", "--out", tmp_path / "out")
+    assert run.returncode == 0
+    warnings = run.stderr.splitlines()
+    assert len(warnings) == 2 and all(line.startswith("hf-llfc: warning: ") for line in warnings)
+
+
+def test_an_interrupted_demo_leaves_nothing(tmp_path, monkeypatch):
+    from hf_llfc import demo
+
+    def interrupt(description, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path / "demo", progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_architecture_without_adapter_merges_by_name(tmp_path, capsys):
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -231,19 +321,35 @@ def test_an_architecture_without_adapter_merges_by_name(tmp_path, capsys):
     words = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]
     assert main([*words, "--align", "weight_matching"]) == 2
     error = capsys.readouterr().err
-    assert "'opt'" in error and "--align none" in error
+    assert "'opt'" in error and "--align none" in error and str(tmp_path / "a") in error
     assert main(words) == 0
     a, b, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "out"))
     for name, tensor in merged.items():
         torch.testing.assert_close(tensor, (a[name] + b[name]) / 2)
 
 
-def test_errors_as_json_and_a_wrong_command(shelf, tmp_path, capsys):
+def test_errors_as_json(shelf, tmp_path, capsys):
     assert main(["check", str(shelf / "a"), str(tmp_path / "nowhere"), "--format", "json"]) == 2
     assert "nowhere" in json.loads(capsys.readouterr().out)["error"]
+
+
+WRONG_WORDS = {
+    "a command": (["mrege", "a", "b"], "did you mean 'merge'"),
+    "an option": (["run", "x.yaml", "--dryrun"], "did you mean '--dry-run'"),
+    "a choice": (["merge", "a", "--out", "o", "--align", "weight_machting"], "did you mean 'weight_matching'"),
+    "a number": (["merge", "a", "--out", "o", "--weights", "half"], "invalid float value: 'half' ("),
+    "nothing": (["run"], "required: RECIPE ("),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_WORDS)
+def test_a_wrong_word_ends_in_one_line(capsys, wrong):
+    words, expected = WRONG_WORDS[wrong]
     with pytest.raises(SystemExit) as stop:
-        main(["mrege", "a", "b"])
-    assert stop.value.code == 2 and "did you mean 'merge'" in capsys.readouterr().err
+        main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("hf-llfc: error: ") and expected in error
 
 
 @pytest.mark.timeout(300)
