@@ -331,9 +331,9 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "llama_bytes_branches": recipe_section("llama_bytes_branches", *ALL, data="lm/data/brown-train.jsonl"),
     "gpt2_bytes_branches": recipe_section("gpt2_bytes_branches", *ALL, data="lm/data/brown-train.jsonl"),
     "two_processes": two_processes,
-    "fashion_resnet_spawned": recipe_section("fashion_resnet_spawned", *ALL, data="fashion/data/train.parquet"),
+    "fashion_resnet_spawned": recipe_section("fashion_resnet_spawned", "none", "weight_matching"),
     "fashion_resnet_independent": recipe_section("fashion_resnet_independent", *ALL, data="fashion/data/train.parquet"),
-    "fashion_vit_spawned": recipe_section("fashion_vit_spawned", *ALL, data="fashion/data/train.parquet"),
+    "fashion_vit_spawned": recipe_section("fashion_vit_spawned", "none", "weight_matching"),
     "fashion_vit_independent": recipe_section("fashion_vit_independent", *ALL, data="fashion/data/train.parquet"),
 }
 

@@ -481,17 +481,10 @@ def test_every_field_says_what_it_is():
 
 
 def test_reading_recipes_is_light():
-    """No framework is imported to read a recipe, and little time is spent."""
+    """No framework is imported to read a recipe."""
     code = (
-        "import sys, time, yaml; start = time.process_time(); import hf_llfc.recipe;"
-        "print(time.process_time() - start, *{'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules))"
+        "import sys, hf_llfc.recipe;"
+        "print(*sorted({'torch', 'transformers', 'datasets', 'numpy', 'evaluate', 'accelerate'} & set(sys.modules)))"
     )
-    best = 1.0
-    for _ in range(3):
-        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        assert output[1:] == []
-        best = min(best, float(output[0]))
-        if best < 0.06:
-            return
-        time.sleep(1)
-    assert best < 0.06
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
