@@ -20,6 +20,7 @@ from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData, load_evaluation_data
 from hf_llfc.evaluation.models import evaluate_model, evaluation_mode, model_inputs
 from hf_llfc.merging import linear_combination
+from hf_llfc.merging.tensors import CONSTANTS
 from hf_llfc.progress import Progress, silent
 from hf_llfc.recipe import ALIGNMENT_METHODS, AlignSection
 from hf_llfc.symmetry import Alignment, Binding, PermutationSpec
@@ -69,7 +70,12 @@ class Parent:
         return bind(spec_of(self.checkpoint), self.checkpoint)
 
     def load(self) -> PreTrainedModel:
-        """The model, moved, in evaluation mode."""
+        """The model, moved, in evaluation mode.
+
+        Raises:
+            CheckpointError: A tensor is not finite.
+        """
+        refuse_not_finite(self.checkpoint)
         state = None if self.alignment is None else self.state_dict()
         return load_model(self.checkpoint, state_dict=state).eval()
 
@@ -105,6 +111,20 @@ def refuse_incompatible(checkpoints: Sequence[Checkpoint]) -> None:
         CheckpointError: The checkpoints differ in architecture, sizes, tensors or vocabulary.
     """
     raise_all(compare(checkpoints), CheckpointError, "these checkpoints cannot be merged")
+
+
+def refuse_not_finite(checkpoint: Checkpoint) -> None:
+    """Names the first tensor with NaN or Inf, which a model would spread over everything that it computes.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    for name, tensor in checkpoint.state_dict():
+        if name.rpartition(".")[2] not in CONSTANTS and not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{name} of {checkpoint.label}: some elements are NaN or infinite; the file is damaged or the training "
+                "diverged: use another checkpoint or revision"
+            )
 
 
 def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> PermutationSpec:
@@ -198,7 +218,7 @@ def _match_activations(
         raise AlignmentError(
             "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
         )
-    models = [load_model(checkpoint).eval() for checkpoint in (reference, model)]
+    models = [Parent(checkpoint).load() for checkpoint in (reference, model)]
     data = open_data(options.calibration, reference)
     with evaluation_mode(*models):
         batches = ({**model_inputs(batch, models[0])} for batch, _ in data.batches())
@@ -220,7 +240,10 @@ def open_data(
     config: EvaluationConfig, checkpoint: Checkpoint, *, tokenizer_source: Checkpoint | None = None
 ) -> EvaluationData:
     """Opens evaluation data for a checkpoint, with its own tokenizer or processor or those of another."""
-    return load_evaluation_data(config, (tokenizer_source or checkpoint).folder, checkpoint.config)
+    source = tokenizer_source or checkpoint
+    # A model in memory has no folder of its own, but the one it was loaded from may still hold its tokenizer.
+    beside = min((path.parent for path in source.companion_files), key=lambda path: len(path.parts), default=None)
+    return load_evaluation_data(config, source.folder or beside, checkpoint.config)
 
 
 def refuse_foreign_alignment(alignment: Alignment, reference: Checkpoint, model: Checkpoint) -> None:
@@ -253,7 +276,7 @@ def largest_logit_change(checkpoint: Checkpoint, *, seed: int = 0) -> dict[str, 
     """
     generator = torch.Generator().manual_seed(seed)
     random = spec_of(checkpoint).random_alignment(generator)
-    model = load_model(checkpoint).eval()
+    model = Parent(checkpoint).load()
     inputs = _random_inputs(model, generator)
     moved = Parent(checkpoint, random).load()
     for each in (model, moved):

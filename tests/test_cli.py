@@ -202,6 +202,24 @@ def test_a_parent_at_fault_ends_in_one_message(shelf, tmp_path, capsys, fault, m
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_parent_that_is_not_finite_is_named_by_every_command(shelf, tmp_path, capsys):
+    name = "model.layers.1.mlp.up_proj.weight"
+    bad = damaged(shelf / "b", tmp_path / "bad", lambda tensors: tensors[name].__setitem__((0, 0), float("inf")))
+    a, out = str(shelf / "a"), ["--out", str(tmp_path / "out")]
+    for words in (
+        ["inspect", str(bad), "--verify", "--format", "json"],
+        ["check", a, str(bad)],
+        ["align", str(bad), "--to", a, *out],
+        ["align", a, "--to", str(bad), *out],
+        ["diagnose", a, str(bad), *BYTES, "--dataset", str(shelf / "text.txt"), *out],
+        ["diagnose", a, str(bad), *BYTES, "--dataset", str(shelf / "text.txt"), "--align", "activation_matching", *out],
+    ):
+        assert main(words) == 2, words
+        error = capsys.readouterr().err
+        assert str(bad) in error and name in error, words
+    assert not (tmp_path / "out").exists()
+
+
 RECIPES_AT_FAULT = {
     "an unknown key": ({"algin": {}}, ["algin", "did you mean 'align'"]),
     "an unknown key below": ({"align": {"metod": "none"}}, ["align.metod", "did you mean 'method'"]),

@@ -214,12 +214,25 @@ def test_an_alignment_serves_the_models_it_was_found_for(planted, tmp_path):
         hf_llfc.diagnose(*reversed(planted), data, align=found, alphas=[0, 0.5, 1])
 
 
-def test_the_tokenizer_of_the_result_measures_it(independent, tmp_path):
-    source = saved(byte_llama(5), tmp_path / "source")
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of words."""
     vocabulary = {word: place for place, word in enumerate(["[UNK]", *TEXT.split()])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(source)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+
+
+def test_a_loaded_model_is_measured_with_the_tokenizer_it_came_with(independent, tmp_path):
+    save_tokenizer(independent[0])
+    data = EvaluationConfig("text-generation", str(text_data(tmp_path)))
+    loaded = [AutoModelForCausalLM.from_pretrained(path) for path in independent]
+    reports = [hf_llfc.diagnose(*pair, data, alphas=[0, 0.5, 1]) for pair in (loaded, independent)]
+    assert reports[0].to_dict()["path"] == reports[1].to_dict()["path"]
+
+
+def test_the_tokenizer_of_the_result_measures_it(independent, tmp_path):
+    source = saved(byte_llama(5), tmp_path / "source")
+    save_tokenizer(source)
     recipe = text_recipe(*independent, text_data(tmp_path), tmp_path / "out", tokenizer_source=str(source))
     del recipe["diagnose"]["tokenizer"]
     hf_llfc.run(recipe)
