@@ -60,6 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a full disk, say
+        if options.debug:
+            raise
+        what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        _report_error(f"{what}; run again with --debug to see where", options)
+        return 2
     except Exception as error:
         if options.debug:
             raise

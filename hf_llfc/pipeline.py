@@ -22,12 +22,12 @@ from hf_llfc.checkpoints import (
     write_checkpoint,
 )
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, recompute_batch_norm
-from hf_llfc.errors import AlignmentError, CheckpointError, EvaluationError, RecipeError
+from hf_llfc.errors import AlignmentError, CheckpointError, EvaluationError, PublishingError, RecipeError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.merging import Rule, Source, WeightSchedule, merge_tensors, merged_infos
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
-from hf_llfc.publishing import publish, save_plots, write_card
+from hf_llfc.publishing import check_access, publish, save_plots, write_card
 from hf_llfc.recipe import AlignSection, ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
 from hf_llfc.stages import (
     Parent,
@@ -104,6 +104,9 @@ def run(
     progress = progress if processes.is_main else silent
     output = OutputFolder(recipe.output_dir, recipe.overwrite)
     processes.on_main(output.check)
+    if recipe.publish is not None:
+        target = recipe.publish
+        processes.on_main(lambda: check_access(target.repo_id, private=target.private, create_pr=target.create_pr))
     opened = processes.main_first(lambda: open_models(recipe, models))
     refuse_replacing_inputs(output, opened.all)
     data, calibration = open_recipe_data(recipe, opened)
@@ -347,11 +350,20 @@ def write_evidence(
 
 
 def push(recipe: Recipe) -> str:
-    """Pushes the output folder as the recipe says."""
+    """Pushes the output folder as the recipe says.
+
+    Raises:
+        PublishingError: It could not be pushed; the folder stays.
+    """
     assert recipe.publish is not None
-    return publish(
-        recipe.output_dir, recipe.publish.repo_id, private=recipe.publish.private, create_pr=recipe.publish.create_pr
-    )
+    target = recipe.publish
+    try:
+        return publish(recipe.output_dir, target.repo_id, private=target.private, create_pr=target.create_pr)
+    except PublishingError as error:
+        raise PublishingError(
+            f"{error}\nThe merge is complete in {recipe.output_dir}: `hf-llfc push {recipe.output_dir} "
+            f"{target.repo_id}` tries again"
+        ) from error
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The command line: what it prints, how it ends, and one clear message for everything that is wrong."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -326,6 +328,17 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path / "demo", progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_in_one_message(shelf, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "alignment.safetensors")
+
+    monkeypatch.setattr("hf_llfc.symmetry.Alignment.save", full)
+    words = ["align", str(shelf / "b"), "--to", str(shelf / "a"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "alignment.safetensors: No space left on device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

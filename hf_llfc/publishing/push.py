@@ -141,6 +141,20 @@ def publish(
     return commit.pr_url or target.url(revision)
 
 
+def check_access(repo_id: str, *, private: bool | None = None, create_pr: bool = False) -> None:
+    """Checks, before there is anything to push, that a push may go there.
+
+    Args:
+        repo_id: As for `publish`.
+        private: As for `publish`.
+        create_pr: As for `publish`.
+
+    Raises:
+        PublishingError: The name is none, nobody is logged in, or the repository is not to be written to.
+    """
+    _Target.connect(repo_id, token=None, endpoint=None).look_up(private=private, create_pr=create_pr)
+
+
 # -- what is checked without the network
 
 

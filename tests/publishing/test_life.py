@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_llfc.errors import PublishingError
 from hf_llfc.pipeline import run
 from tests.hub_double import HubDouble, validate_card
 
@@ -110,6 +111,24 @@ def test_a_merge_lives_on_the_hub(hub: HubDouble, recipe: dict) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained("me/merged")
     assert AutoTokenizer.from_pretrained("me/merged")("very good film")["input_ids"] == [6, 2, 4]
     check_published(hub, recipe, loaded)
+
+
+def test_a_place_that_is_not_to_be_written_to_is_found_before_work(hub: HubDouble, recipe: dict) -> None:
+    for target, said in (
+        ({"repo_id": "someone/merged"}, "may not write"),
+        ({"repo_id": "me//merged"}, "no name of a repository"),
+        ({"repo_id": "me/tweets", "private": True}, "public, not private"),
+    ):
+        with pytest.raises(PublishingError, match=said):
+            run({**recipe, "publish": target})
+        assert not Path(recipe["output_dir"]).exists()
+
+
+def test_a_merge_outlives_a_push_that_fails(hub: HubDouble, recipe: dict) -> None:
+    hub.fail("POST", r"/commit/", status=403)
+    with pytest.raises(PublishingError, match=r"The merge is complete in .*out: `hf-llfc push "):
+        run(recipe)
+    assert (Path(recipe["output_dir"]) / "model.safetensors").is_file()
 
 
 ALONE = [sys.executable, "-m", "hf_llfc"]
