@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_llfc.errors import AlignmentError, raise_all, suggest
+from hf_llfc.errors import AlignmentError, SpecError, raise_all, suggest
 from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression, axis_uses, size_of
 from hf_llfc.symmetry.spec import Binding, PermutationSpec
 from hf_llfc.symmetry.transforms import TRANSFORM_KINDS, Permutation, Transform
@@ -202,18 +202,19 @@ class Alignment:
         header = {
             "format": FILE_FORMAT,
             "model_type": self.spec.model_type,
+            "spec": self.spec.to_dict(),
             "kinds": {axis: transform.kind for axis, transform in self.transforms.items()},
             "metadata": dict(self.metadata),
         }
         save_file(tensors, str(path), metadata={"hf_llfc": json.dumps(header, sort_keys=True)})
 
     @classmethod
-    def load(cls, path: str | Path, spec: PermutationSpec) -> Alignment:
+    def load(cls, path: str | Path, spec: PermutationSpec | None = None) -> Alignment:
         """Reads an alignment file.
 
         Args:
             path: The file.
-            spec: The spec of the models it is for.
+            spec: The spec of the models it is for; the one that the file carries where None.
 
         Raises:
             AlignmentError: The file cannot be read, is of another format, or does not fit the spec.
@@ -238,6 +239,11 @@ class Alignment:
                 f"{path}: not an alignment file of format {FILE_FORMAT!r}; `hf-llfc align` writes one into "
                 "llfc/alignment.safetensors"
             )
+        if spec is None:
+            try:
+                spec = PermutationSpec.from_dict(header.get("spec", {}))
+            except SpecError as error:
+                raise AlignmentError(f"{path}: carries {error}; give the spec of the models it is for") from None
         transforms, problems = _transforms_from_file(header, tensors, spec)
         raise_all(problems, AlignmentError, f"{path} does not fit the permutation spec of {spec.model_type}")
         return cls(spec, transforms, header["metadata"])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import SpecError, raise_all, suggest
@@ -94,6 +94,23 @@ class TensorSpec:
             condition=None if condition is None else (condition["sense"], condition["other"]),
             statistic="~" in match["marks"],
         )
+
+    def to_list(self) -> list[Any]:
+        """As JSON values."""
+        condition = list(self.condition) if self.condition is not None else None
+        return [self.name, self.expression, self.optional, condition, list(self.covers), self.statistic]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any]) -> TensorSpec:
+        """Reads back what `to_list` returned.
+
+        Raises:
+            SpecError: The expression does not follow the grammar.
+            ValueError: The values are not those of a tensor.
+        """
+        name, expression, optional, condition, covers, statistic = values
+        pair = (str(condition[0]), str(condition[1])) if condition is not None else None
+        return cls(str(name), parse(expression), bool(optional), pair, tuple(covers), bool(statistic))
 
     @cached_property
     def name_axes(self) -> tuple[str, ...]:
@@ -246,6 +263,42 @@ class PermutationSpec:
         return cls(
             model_type, axes, tensors, prefix, tuple(other_prefixes), dict(old_endings or {}), other_layouts, origin
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole spec as JSON values, the names in memory included, so that a file can carry it."""
+        layouts = tuple(self.other_layouts(self)) if self.other_layouts is not None else ()
+        return {
+            "model_type": self.model_type,
+            "axes": [[axis.name, axis.size, axis.symmetric, axis.parent] for axis in self.axes.values()],
+            "tensors": [tensor.to_list() for tensor in self.declarations],
+            "layouts": [tensor.to_list() for tensor in layouts],
+            "prefix": self.prefix,
+            "other_prefixes": list(self.other_prefixes),
+            "old_endings": dict(self.old_endings),
+            "origin": self.origin,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PermutationSpec:
+        """Reads back what `to_dict` returned.
+
+        Raises:
+            SpecError: The values are not those of a spec.
+        """
+        try:
+            layouts = tuple(TensorSpec.from_list(each) for each in values["layouts"])
+            return cls(
+                str(values["model_type"]),
+                {str(each[0]): Axis(*each) for each in values["axes"]},
+                tuple(TensorSpec.from_list(each) for each in values["tensors"]),
+                str(values["prefix"]),
+                tuple(values["other_prefixes"]),
+                dict(values["old_endings"]),
+                partial(_given_layouts, layouts) if layouts else None,
+                str(values["origin"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise SpecError(f"not a permutation spec: {error}") from None
 
     @property
     def symmetric_axes(self) -> tuple[str, ...]:
@@ -410,6 +463,11 @@ class PermutationSpec:
             }
             for tensor in self.declarations
         ]
+
+
+def _given_layouts(layouts: tuple[TensorSpec, ...], spec: PermutationSpec) -> tuple[TensorSpec, ...]:
+    """The layouts that a file carried, whatever the spec; a module-level function, so that a spec can be pickled."""
+    return layouts
 
 
 def matches_axis(name: str, pattern: str) -> bool:

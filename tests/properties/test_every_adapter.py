@@ -252,3 +252,12 @@ def test_no_declaration_could_be_wrong_unseen(row: Row):
         state[name].copy_(original)
     assert relative_change(before, outputs(row.model, inputs)) == 0
     assert {name for name, _ in unseen if not KEY_BIAS.search(name)} == set()
+
+
+def test_an_alignment_file_carries_its_spec(row: Row, tmp_path: Path):
+    alignment = row.random(3)
+    alignment.save(tmp_path / "alignment.safetensors")
+    alone = Alignment.load(tmp_path / "alignment.safetensors")
+    assert alone.spec.to_dict() == row.spec.to_dict()
+    for tensors in (row.on_disk, row.model.state_dict()):
+        assert_equal(alone.apply(tensors), alignment.apply(tensors))
