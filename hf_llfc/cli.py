@@ -507,7 +507,7 @@ def _run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
             cost = {
                 "read": planned["cost"]["bytes_read"],
                 "written": planned["cost"]["bytes_written"],
-                "memory at most": planned["cost"]["peak_memory_bytes"],
+                "memory for tensors": planned["cost"]["peak_memory_bytes"],
             }
             print_table("plan", planned["steps"])
             print_table("cost", [{name: format_bytes(count) for name, count in cost.items()}])

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def _train_parents(
     return {"independent": (paths["a"], paths["b"]), "spawned": (paths["branch-a"], paths["branch-b"])}
 
 
-def _epochs(model: PreTrainedModel, train: Digits, count: int, learning_rate: float, seed: int) -> Any:
+def _epochs(model: PreTrainedModel, train: Digits, count: int, learning_rate: float, seed: int) -> Iterator[int]:
     """Trains for a number of epochs, yielding after each."""
     generator = torch.Generator().manual_seed(seed)
     steps = count * -(-len(train.labels) // BATCH_SIZE)

@@ -373,7 +373,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         recipe: The recipe.
 
     Returns:
-        `steps` with what each does, and `cost` with bytes to read and write and the peak of memory, as JSON values.
+        `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
+        models take (Python, its libraries and activations come on top), as JSON values.
 
     Raises:
         LLFCError: The recipe or its parents are at fault.
