@@ -243,9 +243,10 @@ def two_processes(parents: Path, out: Path) -> str:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     outcomes, seconds = [], []
     for name, words in (("one", []), ("two", launcher)):
-        recipe = ROOT / "recipes" / "minilm_sentiment_two.yaml"
+        recipe = ROOT / "recipes" / "fashion_mlp_independent.yaml"
         target = f"output_dir={out / ('processes-' + name)}"
-        command = [sys.executable, *words, "-m", "hf_llfc", str(recipe), target, "overwrite=true", "--format", "json"]
+        command = [sys.executable, *words, "-m", "hf_llfc", "--import", "tests.mlp_model", str(recipe), target]
+        command += ["overwrite=true", "--format", "json"]
         started = time.perf_counter()
         outcomes.append(
             json.loads(subprocess.run(command, cwd=working, env=environment, capture_output=True, check=True).stdout)

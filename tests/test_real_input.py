@@ -101,7 +101,7 @@ def test_independent_mlps_are_matched(parents, tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(parents, tmp_path):
-    table = real_input.two_processes(trained(parents, "minilm"), tmp_path)
+    table = real_input.two_processes(trained(parents, "mlp"), tmp_path)
     row = table.splitlines()[-1].strip("| ").split(" | ")
     assert row[0] == "equal byte for byte"
     assert all(float(gap) < 1e-6 for gap in row[1:4])
