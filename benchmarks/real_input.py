@@ -329,7 +329,7 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "minilm_sentiment_two": recipe_section("minilm_sentiment_two", "none", "weight_matching"),
     "minilm_sentiment_four": four_domains,
     "minilm_task_arithmetic": recipe_section("minilm_task_arithmetic", "none", "weight_matching"),
-    "llama_bytes_branches": recipe_section("llama_bytes_branches", "none", "weight_matching"),
+    "llama_bytes_branches": recipe_section("llama_bytes_branches", *ALL, data="lm/data/brown-train.jsonl"),
     "gpt2_bytes_branches": recipe_section("gpt2_bytes_branches", "none", "weight_matching"),
     "two_processes": two_processes,
     "fashion_resnet_spawned": recipe_section("fashion_resnet_spawned", "none", "weight_matching"),

@@ -89,7 +89,7 @@ def test_branches_of_a_language_model_merge_over_both_domains(parents, tmp_path,
     *single, merged = (row["metrics"]["bits_per_byte"] for row in result.table)
     assert merged < sum(single) / len(single)
     assert result.report.barrier.loss < 0.1
-    assert all(row.ratio <= 0.1 for row in result.report.at(0.5))
+    assert all(row.ratio <= 0.15 for row in result.report.at(0.5))
 
 
 def test_independent_mlps_are_matched(parents, tmp_path):
