@@ -662,6 +662,11 @@ class _Reader:
         uses_data = recipe.align.method != "none" and "activation_matching" in (recipe.align.method, recipe.align.start)
         if uses_data and recipe.align.calibration is None:
             self.problems.append("align.calibration: activation matching needs calibration data")
+        if recipe.align.calibration is not None and not uses_data:
+            self.problems.append(
+                f"align.calibration: has no meaning for the method {recipe.align.method}; remove it, or write "
+                "`method` or `start: activation_matching`"
+            )
         if recipe.tokenizer_source == "union":
             self.problems.append("tokenizer_source: `union` is not supported; models must share their vocabulary")
         elif recipe.tokenizer_source == "base" and recipe.base_model is None:
