@@ -136,8 +136,8 @@ def _vocabulary_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     ]
     yield (
         f"{other.label}: the vocabulary has {len(vocabulary_2)} tokens and differs from that of {first.label} with"
-        f" {len(vocabulary_1)} in {len(differing)}: {', '.join(examples)}; merge models that share a tokenizer, or bring one"
-        " to the other's with resize_token_embeddings and a little training"
+        f" {len(vocabulary_1)} in {len(differing)}: {', '.join(examples)}; only models"
+        " that share a tokenizer can be merged"
     )
 
 
