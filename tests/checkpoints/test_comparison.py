@@ -121,8 +121,8 @@ def test_other_vocabularies_are_named_with_sizes_and_tokens(save):
     (problem,) = compare([open_checkpoint(first), open_checkpoint(other)])
     assert problem == (
         f"{other}: the vocabulary has 8 tokens and differs from that of {first} with 7 in 3: id 4 is 'bad' against"
-        " 'good', id 5 is 'good' against 'bad', id 7 is 'plot' against missing; only models that share a tokenizer can be"
-        " merged"
+        " 'good', id 5 is 'good' against 'bad', id 7 is 'plot' against missing; only models that share a tokenizer"
+        " can be merged"
     )
 
 
