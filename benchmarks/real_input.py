@@ -50,8 +50,10 @@ def main() -> None:
         print(f"{name}: {seconds:.0f} s", flush=True)
 
 
-def recipe_section(name: str, *methods: str, data: str | None = None) -> Callable[[Path, Path], str]:
-    """A section that runs one recipe with several alignments."""
+def recipe_section(
+    name: str, *methods: str, data: str | None = None, averaged_batch_norm: bool = False
+) -> Callable[[Path, Path], str]:
+    """A section that runs one recipe with several alignments, and the last of them without recomputed BatchNorm."""
 
     def section(parents: Path, out: Path) -> str:
         rows, layers = [], ""
@@ -60,6 +62,10 @@ def recipe_section(name: str, *methods: str, data: str | None = None) -> Callabl
             rows.append(row(method, result, seconds))
             if method == "weight_matching":
                 layers = layer_table(result)
+        if averaged_batch_norm:
+            changes = {"diagnose.batch_norm": "{recompute: false}"}
+            result, seconds = run_recipe(name, methods[-1], parents, out, data, **changes)
+            rows.append(row(f"{methods[-1]}, BatchNorm averaged", result, seconds))
         return f"{markdown(rows)}\n\nLayer by layer at the midpoint, after weight matching:\n\n{layers}"
 
     return section
@@ -333,7 +339,9 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     "gpt2_bytes_branches": recipe_section("gpt2_bytes_branches", "none", "weight_matching"),
     "two_processes": two_processes,
     "fashion_resnet_spawned": recipe_section("fashion_resnet_spawned", "none", "weight_matching"),
-    "fashion_resnet_independent": recipe_section("fashion_resnet_independent", *ALL, data="fashion/data/train.parquet"),
+    "fashion_resnet_independent": recipe_section(
+        "fashion_resnet_independent", *ALL, data="fashion/data/train.parquet", averaged_batch_norm=True
+    ),
     "fashion_vit_spawned": recipe_section("fashion_vit_spawned", "none", "weight_matching"),
     "fashion_vit_independent": recipe_section("fashion_vit_independent", *ALL, data="fashion/data/train.parquet"),
 }
