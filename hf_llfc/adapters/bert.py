@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.adapters.blocks import attention, embedding, head, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.blocks import Heads, attention, embedding, head, heads_of, layer_norm, layers, linear, mlp, within
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -12,10 +12,15 @@ if TYPE_CHECKING:
 
     from hf_llfc.symmetry.spec import PermutationSpec
 
-SYMMETRIC = ("residual", "pooled", "heads", "neurons")
+SYMMETRIC = ("residual", "pooled", "neurons")
 
 # Checkpoints converted from TensorFlow, bert-base-uncased for one.
 OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def _heads(config: BertConfig | RobertaConfig) -> Heads:
+    heads = config.num_attention_heads
+    return heads_of(heads, head_dim=config.hidden_size // heads, free_channels=True)
 
 
 def _encoder(config: BertConfig | RobertaConfig, prefix: str) -> list[str]:
@@ -34,6 +39,7 @@ def _encoder(config: BertConfig | RobertaConfig, prefix: str) -> list[str]:
                 "attention.self.key",
                 "attention.self.value",
                 "attention.output.dense",
+                _heads(config),
                 bias=True,
                 output_bias=True,
             ),
@@ -52,8 +58,7 @@ def _sizes(config: BertConfig | RobertaConfig) -> dict[str, int | None]:
         "token_types": config.type_vocab_size,
         "residual": config.hidden_size,
         "pooled": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
+        **_heads(config).sizes,
         "neurons": config.intermediate_size,
         "labels": None,
     }
@@ -76,7 +81,7 @@ def bert(config: BertConfig) -> PermutationSpec:
         [f"{line}  unless bert.pooler.dense.weight" for line in head("classifier")],
         head("qa_outputs"),
         sizes=_sizes(config),
-        symmetric=SYMMETRIC,
+        symmetric=(*SYMMETRIC, *_heads(config).symmetric),
         outputs=("residual", "pooled"),
         prefix="bert.",
         old_endings=OLD_ENDINGS,
@@ -98,7 +103,7 @@ def roberta(config: RobertaConfig) -> PermutationSpec:
         [f"{line}  unless roberta.pooler.dense.weight" for line in head("classifier")],
         head("qa_outputs"),
         sizes={**_sizes(config), "classifier": config.hidden_size},
-        symmetric=(*SYMMETRIC, "classifier"),
+        symmetric=(*SYMMETRIC, *_heads(config).symmetric, "classifier"),
         outputs=("residual", "pooled"),
         prefix="roberta.",
         old_endings=OLD_ENDINGS,
@@ -107,6 +112,7 @@ def roberta(config: RobertaConfig) -> PermutationSpec:
 
 def distilbert(config: DistilBertConfig) -> PermutationSpec:
     """DistilBERT with any of its heads."""
+    heads = heads_of(config.n_heads, head_dim=config.dim // config.n_heads, free_channels=True)
     return declare(
         config,
         within(
@@ -123,6 +129,7 @@ def distilbert(config: DistilBertConfig) -> PermutationSpec:
                     "attention.k_lin",
                     "attention.v_lin",
                     "attention.out_lin",
+                    heads,
                     bias=True,
                     output_bias=True,
                 ),
@@ -143,12 +150,11 @@ def distilbert(config: DistilBertConfig) -> PermutationSpec:
             "positions": config.max_position_embeddings,
             "residual": config.dim,
             "pooled": config.dim,
-            "heads": config.n_heads,
-            "head_dim": config.dim // config.n_heads,
+            **heads.sizes,
             "neurons": config.hidden_dim,
             "labels": None,
         },
-        symmetric=SYMMETRIC,
+        symmetric=(*SYMMETRIC, *heads.symmetric),
         outputs=("residual",),
         prefix="distilbert.",
     )

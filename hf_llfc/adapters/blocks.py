@@ -7,10 +7,84 @@ that it is a statistic.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-MULTI_HEAD = "(heads.{i} head_dim)"
-GROUPED_QUERIES = "(kv.{i} q.{i}[kv] head_dim)"
-GROUPED_KEYS = "(kv.{i} head_dim)"
+
+@dataclass(frozen=True)
+class Heads:
+    """The axes of an attention block: what its projections give out, and which of it may move.
+
+    Attributes:
+        queries: Axis expression of what the query projection gives out.
+        keys: Of what the key projection gives out.
+        values: Of what the value projection gives out.
+        output: Of what the output projection reads.
+        sizes: Size of each axis, by the part of its name before the dot.
+        symmetric: The symmetric axes, named likewise.
+    """
+
+    queries: str
+    keys: str
+    values: str
+    output: str
+    sizes: dict[str, int | None]
+    symmetric: tuple[str, ...]
+
+
+def heads_of(
+    heads: int,
+    kv_heads: int | None = None,
+    *,
+    head_dim: int,
+    value_dim: int | None = None,
+    free_channels: bool = False,
+    prefix: str = "",
+) -> Heads:
+    """The axes of multi-head, grouped-query or multi-query attention.
+
+    Whole heads move, query heads inside their group. The value channels of a head move with the columns of the output
+    projection that read them. The query and key channels of a head move together where nothing but their inner
+    product is used.
+
+    Args:
+        heads: How many query heads.
+        kv_heads: How many key/value heads; as many as query heads where None.
+        head_dim: Query and key channels of a head.
+        value_dim: Value channels of a head; `head_dim` where None.
+        free_channels: Whether query and key channels may move: not under a rotary embedding, nor where a norm or a
+            table of positions that all heads share acts on them.
+        prefix: Goes before the names of the axes, for a second attention in one layer (`cross_`).
+    """
+    shared = f"{prefix}head_dim.{{i}}" if free_channels else f"{prefix}head_dim"
+    value, q = f"{prefix}value_dim.{{i}}", f"{prefix}q.{{i}}"
+    counts: dict[str, int | None]
+    if heads == 1:
+        counts = {}
+        queries = keys = shared
+        values = output = value
+    elif kv_heads == 1:
+        counts = {"q": heads}
+        queries, keys = f"({q} {shared})", shared
+        values, output = value, f"({q} {value})"
+    else:
+        grouped = kv_heads is not None and kv_heads != heads
+        root = f"{prefix}kv" if grouped else f"{prefix}heads"
+        counts = {"kv": kv_heads, "q": heads // (kv_heads or heads)} if grouped else {"heads": heads}
+        # Without free channels all heads share one axis, which stays put.
+        of_head = f"{shared}[{root}]" if free_channels else shared
+        keys, values = f"({root}.{{i}} {of_head})", f"({root}.{{i}} {value}[{root}])"
+        queries = f"({root}.{{i}} {q}[{root}] {of_head})" if grouped else keys
+        output = f"({root}.{{i}} {q}[{root}] {value}[{root}])" if grouped else values
+    sizes = {**counts, "head_dim": head_dim, "value_dim": head_dim if value_dim is None else value_dim}
+    symmetric = (*counts, *(["head_dim"] if free_channels else []), "value_dim")
+    return Heads(
+        queries,
+        keys,
+        values,
+        output,
+        {f"{prefix}{axis}": size for axis, size in sizes.items()},
+        tuple(f"{prefix}{axis}" for axis in symmetric),
+    )
 
 
 def layers(prefix: str, count: int, *blocks: Sequence[str]) -> list[str]:
@@ -71,18 +145,31 @@ def attention(
     key: str,
     value: str,
     output: str,
+    heads: Heads,
     *,
-    queries: str = MULTI_HEAD,
-    keys: str = MULTI_HEAD,
+    residual: str = "residual",
+    context: str | None = None,
     bias: bool | None = None,
     output_bias: bool | None = None,
 ) -> list[str]:
-    """Attention with separate projections; whole heads move, query heads inside their group."""
+    """Attention with separate projections, see `heads_of`.
+
+    Args:
+        query: Name of the query projection.
+        key: Name of the key projection.
+        value: Name of the value projection.
+        output: Name of the output projection.
+        heads: Their axes.
+        residual: What queries are made from and the output is added to.
+        context: What keys and values are made from; `residual` where None.
+        bias: Whether queries, keys and values have a bias; None means that a checkpoint may or may not have one.
+        output_bias: Whether the output has one.
+    """
     return [
-        *linear(query, queries, "residual", bias=bias),
-        *linear(key, keys, "residual", bias=bias),
-        *linear(value, keys, "residual", bias=bias),
-        *linear(output, "residual", queries, bias=output_bias),
+        *linear(query, heads.queries, residual, bias=bias),
+        *linear(key, heads.keys, context or residual, bias=bias),
+        *linear(value, heads.values, context or residual, bias=bias),
+        *linear(output, residual, heads.output, bias=output_bias),
     ]
 
 
@@ -121,10 +208,3 @@ def mixture_of_experts(router: str, experts: str, gate: str, up: str, down: str)
 def head(name: str, into: str = "residual", out: str = "labels") -> list[str]:
     """A task head that a checkpoint may lack."""
     return linear(name, out, into, optional=True)
-
-
-def head_sizes(heads: int, kv_heads: int | None, head_dim: int) -> tuple[dict[str, int | None], str, str]:
-    """Sizes and the expressions of queries and keys, for multi-head or grouped-query attention."""
-    if kv_heads is None or kv_heads == heads:
-        return {"heads": heads, "head_dim": head_dim}, MULTI_HEAD, MULTI_HEAD
-    return {"kv": kv_heads, "q": heads // kv_heads, "head_dim": head_dim}, GROUPED_QUERIES, GROUPED_KEYS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.adapters.blocks import MULTI_HEAD, conv1d, embedding, head, layer_norm, layers, within
+from hf_llfc.adapters.blocks import conv1d, embedding, head, heads_of, layer_norm, layers, within
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 def gpt2(config: GPT2Config) -> PermutationSpec:
     """GPT-2 with any of its heads."""
+    head_dim = config.n_embd // config.n_head
+    heads = heads_of(config.n_head, head_dim=head_dim, free_channels=True)
+    cross = heads_of(config.n_head, head_dim=head_dim, free_channels=True, prefix="cross_")
     cross_attention = [
-        *conv1d("crossattention.c_attn", f"{MULTI_HEAD} + {MULTI_HEAD}", "encoder"),
-        *conv1d("crossattention.q_attn", MULTI_HEAD, "residual"),
-        *conv1d("crossattention.c_proj", "residual", MULTI_HEAD),
+        *conv1d("crossattention.c_attn", f"{cross.keys} + {cross.values}", "encoder"),
+        *conv1d("crossattention.q_attn", cross.queries, "residual"),
+        *conv1d("crossattention.c_proj", "residual", cross.output),
         *layer_norm("ln_cross_attn"),
     ]
-    cross_attention = [line.replace("heads.{i}", "cross_heads.{i}") for line in cross_attention]
     return declare(
         config,
         within(
@@ -32,8 +34,8 @@ def gpt2(config: GPT2Config) -> PermutationSpec:
                 "h",
                 config.n_layer,
                 layer_norm("ln_1"),
-                conv1d("attn.c_attn", f"{MULTI_HEAD} + {MULTI_HEAD} + {MULTI_HEAD}", "residual"),
-                conv1d("attn.c_proj", "residual", MULTI_HEAD),
+                conv1d("attn.c_attn", f"{heads.queries} + {heads.keys} + {heads.values}", "residual"),
+                conv1d("attn.c_proj", "residual", heads.output),
                 ["attn.bias?  1 1 positions positions", "attn.masked_bias?"],
                 cross_attention if config.add_cross_attention else [],
                 layer_norm("ln_2"),
@@ -52,13 +54,17 @@ def gpt2(config: GPT2Config) -> PermutationSpec:
             "positions": config.n_positions,
             "residual": config.n_embd,
             "encoder": config.n_embd,
-            "heads": config.n_head,
-            "cross_heads": config.n_head,
-            "head_dim": config.n_embd // config.n_head,
+            **heads.sizes,
+            **cross.sizes,
             "neurons": config.n_inner or 4 * config.n_embd,
             "labels": None,
         },
-        symmetric=("residual", "heads", "neurons", *(["cross_heads"] if config.add_cross_attention else [])),
+        symmetric=(
+            "residual",
+            *heads.symmetric,
+            "neurons",
+            *(cross.symmetric if config.add_cross_attention else ()),
+        ),
         outputs=("residual",),
         prefix="transformer.",
     )

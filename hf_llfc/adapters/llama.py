@@ -10,7 +10,7 @@ from hf_llfc.adapters.blocks import (
     embedding,
     gated_mlp,
     head,
-    head_sizes,
+    heads_of,
     layers,
     linear,
     mixture_of_experts,
@@ -52,10 +52,9 @@ def _decoder(
     sizes: dict[str, int],
     symmetric: Sequence[str] = (),
 ) -> PermutationSpec:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     # A config may leave head_dim out or set it to None; both mean an even split of the residual stream.
-    head_dim = config.to_dict().get("head_dim") or config.hidden_size // heads
-    attention_sizes, queries, keys = head_sizes(heads, kv_heads, head_dim)
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    heads = heads_of(config.num_attention_heads, config.num_key_value_heads, head_dim=head_dim)
     return declare(
         config,
         within(
@@ -70,8 +69,7 @@ def _decoder(
                     "self_attn.k_proj",
                     "self_attn.v_proj",
                     "self_attn.o_proj",
-                    queries=queries,
-                    keys=keys,
+                    heads,
                 ),
                 ["self_attn.q_norm.weight?  head_dim", "self_attn.k_norm.weight?  head_dim"],
                 ["self_attn.rotary_emb.inv_freq?  frequencies"],
@@ -88,15 +86,10 @@ def _decoder(
             "residual": config.hidden_size,
             "labels": None,
             "frequencies": None,
-            **attention_sizes,
+            **heads.sizes,
             **sizes,
         },
-        symmetric=(
-            "residual",
-            *(("heads",) if "heads" in attention_sizes else ("kv", "q")),
-            "neurons",
-            *symmetric,
-        ),
+        symmetric=("residual", *heads.symmetric, "neurons", *symmetric),
         outputs=("residual",),
         prefix="model.",
         other_prefixes=("transformer.",),  # LlamaForQuestionAnswering and its kin

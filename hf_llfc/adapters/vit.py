@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.adapters.blocks import attention, head, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.blocks import attention, head, heads_of, layer_norm, layers, linear, mlp, within
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def vit(config: ViTConfig) -> PermutationSpec:
     """ViT with a classification or masked-image head, or none."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    heads = heads_of(config.num_attention_heads, head_dim=head_dim, free_channels=True)
     return declare(
         config,
         within(
@@ -34,6 +36,7 @@ def vit(config: ViTConfig) -> PermutationSpec:
                     "attention.attention.key",
                     "attention.attention.value",
                     "attention.output.dense",
+                    heads,
                     output_bias=True,
                 ),
                 layer_norm("layernorm_after"),
@@ -47,8 +50,7 @@ def vit(config: ViTConfig) -> PermutationSpec:
         sizes={
             "residual": config.hidden_size,
             "pooled": config.pooler_output_size,
-            "heads": config.num_attention_heads,
-            "head_dim": config.hidden_size // config.num_attention_heads,
+            **heads.sizes,
             "neurons": config.intermediate_size,
             "channels": config.num_channels,
             "patch_height": None,
@@ -57,7 +59,7 @@ def vit(config: ViTConfig) -> PermutationSpec:
             "labels": None,
             "pixels": None,
         },
-        symmetric=("residual", "heads", "neurons"),
+        symmetric=("residual", *heads.symmetric, "neurons"),
         outputs=("residual",),
         prefix="vit.",
     )

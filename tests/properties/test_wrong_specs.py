@@ -47,17 +47,17 @@ def edited(
 WRONG_SPECS = {
     "whole heads taken for positions inside heads": (
         ("bert", "masked-lm"),
-        (r"attention\.(self|output\.dense\.weight)", r"\((heads\.\d) (head_dim)\)", r"(\2 \1)"),
+        (r"attention\.(self|output\.dense\.weight)", r"\((heads\.\d) ((head|value)_dim\.\d\[heads\])\)", r"(\2 \1)"),
         {},
     ),
     "one permutation across the channels of all heads": (
         ("bert", "sequence-classification"),
-        (r"attention\.(self|output\.dense\.weight)", r"\(heads\.(\d) head_dim\)", r"channels.\1"),
+        (r"attention\.(self|output\.dense\.weight)", r"\(heads\.(\d) \w+_dim\.\d\[heads\]\)", r"channels.\1"),
         {"channels": "residual"},
     ),
     "values moved apart from queries and keys": (
         ("roberta", "masked-lm"),
-        (r"value|attention\.output\.dense\.weight", r"heads\.(\d)", r"value_heads.\1"),
+        (r"value|attention\.output\.dense\.weight", r"heads\.(\d) value_dim\.\d\[heads\]", r"value_heads.\1 6"),
         {"value_heads": "heads.0"},
     ),
     "the two layers of an MLP moved apart": (
@@ -67,22 +67,22 @@ WRONG_SPECS = {
     ),
     "fused queries, keys and values taken for heads of three": (
         ("gpt2", "causal-lm"),
-        (r"c_attn", r"\((heads\.\d) head_dim\)( \+ \(heads\.\d head_dim\)){2}", r"(\1 3 head_dim)"),
+        (r"c_attn", r"\((heads\.\d) (head_dim).*", r"(\1 3 8)"),
         {},
     ),
     "query heads moved out of their group": (
         ("llama", "causal-lm"),
-        (r"q_proj|o_proj\.weight", r"\(kv\.(\d) q\.\d\[kv\] head_dim\)", r"(heads.\1 head_dim)"),
+        (r"q_proj|o_proj\.weight", r"\(kv\.(\d) q\.\d\[kv\] (head|value)_dim(\.\d\[kv\])?\)", r"(heads.\1 8)"),
         {"heads": 6},
     ),
     "groups inside query heads": (
         ("mistral", "causal-lm"),
-        (r"q_proj|o_proj\.weight", r"\((kv\.\d) (q\.\d\[kv\]) head_dim\)", r"(\2 \1 head_dim)"),
+        (r"q_proj|o_proj\.weight", r"\((kv\.\d) (q\.\d\[kv\])", r"(\2 \1"),
         {},
     ),
     "positions inside a head moved under rotary embedding": (
         ("qwen2", "causal-lm"),
-        (r"[qkv]_proj|o_proj\.weight", r"\bhead_dim\b", r"inside"),
+        (r"[qk]_proj", r"\bhead_dim\b", r"inside"),
         {"inside": "head_dim"},
     ),
     "the tied embedding moved apart from the residual stream": (
