@@ -1,0 +1,363 @@
+"""A tiny config with the structure of a given one: same flags, same kinds of layers, small sizes.
+
+What a number of a config means is read from the name of its field (`_KINDS`). Widths that are equal stay equal, also
+across sub-configs, since one component's output is often another's input; widths that differ stay different, so that
+a mixed-up axis changes a shape. Where this does not build, the next plan divides every width by one number instead,
+which keeps every ratio.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_llfc.adapters.derived.classes import model_class_for
+from hf_llfc.errors import SpecError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["MAX_PARAMETERS", "build_on_meta", "model_class_for", "parameter_count", "shrunken"]
+
+MAX_PARAMETERS = 5_000_000
+
+# The kind of a field is that of the first pattern that its whole name matches; a field of no kind keeps its value.
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("keep", r".*(dropout|drop_rate|_eps|_std|_range|_loss|_coef|_cost|_weight|_act|_ratio|_ratios|_rate|rates)"),
+    ("keep", r"chunk_size_feed_forward|pretraining_tp|.*(stride|strides|dilation|dilations|padding|kernel_sizes?)"),
+    ("keep", r"num_channels|in_chans|.*_per_second.*|.*ignore_index|num_labels|.*_period|.*_offset|.*factors?|hc_.*"),
+    ("keep", r".*temperature.*|.*theta.*|.*_base|shortest_edge|problem_type|.*_sizes_ratio|mel_dim|.*_bins"),
+    ("token", r".*(token_id|token_index|_token|token_ids)|(bos|eos|pad|unk|sep|cls|mask|lang)_(index|id)"),
+    ("vocab", r".*(vocab_size|n_vocab|num_embeddings|codebook_size|num_embeds|vocab_sizes?)"),
+    ("top_k", r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k|num_selected_experts|top_k_experts"),
+    ("experts", r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_moe_experts|zero_expert_num"),
+    ("groups", r"n_group|num_expert_group|n_groups|mamba_n_groups"),
+    ("one", r"topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index"),
+    ("depths", r"depths|block_repeats|stage_num_blocks|blocks_per_stage|num_block_repeats|stage_numb_of_layers"),
+    ("layers", r"depth|layers|n_layers?|num_blocks|.*(_layers|_num_layers|hidden_layers|_depth|layers_per_stack)"),
+    ("kv_heads", r".*(num_key_value_heads|num_kv_heads|num_key_value_attention_heads|num_query_groups)"),
+    ("heads", r".*(attention_heads|num_heads|n_heads?|num_key_heads|num_value_heads|_heads)"),
+    ("qk_rope", r"qk_rope_head_dim"),
+    ("qk_nope", r"qk_nope_head_dim"),
+    ("qk_both", r"qk_head_dim"),
+    ("v_head", r"v_head_dim"),
+    ("head_dim", r".*(head_dim|d_kv|d_head|dim_head|kv_channels|attention_head_size|head_size)"),
+    ("rank", r".*(_rank)"),
+    ("state", r".*(d_state|state_size)"),
+    ("ffn", r".*(intermediate_size|ffn_dim|mlp_dim|d_ff|dim_ff|ffn_hidden_size|d_inner|dff|n_inner|ffn_size)"),
+    ("ffn", r".*(feedforward_dim|dim_feedforward|feed_forward_size|intermediate_size_mlp|intermediate_dim|_units)"),
+    ("image", r"(.*_)?(image_size|img_size)"),
+    ("patch", r"(.*_)?patch_size"),
+    ("window", r"sliding_window(_size)?|local_attention|attention_window|.*chunk_size|window_size|block_size"),
+    ("positions", r".*(max_position_embeddings|_positions|max_pos_emb|n_ctx|max_seq_len|position_embedding_size)"),
+    ("positions", r".*(max_2d_position_embeddings|context_length|max_length|num_position_embeddings|seq_len)"),
+    ("queries", r"num_queries|num_query_tokens|num_latents|.*num_proposals|num_denoising|.*n_latents|.*query_num"),
+    ("width", r".*(hidden_size|hidden_sizes|d_model|n_embd|_dim|_dims|channels|_width|_size|_sizes|features)|dim"),
+)
+
+# The small value of kinds that need to know nothing else; `None` keeps what is already smaller.
+_AT_MOST: dict[str, int] = {
+    "top_k": 2,
+    "experts": 4,
+    "groups": 2,
+    "one": 1,
+    "depths": 2,
+    "qk_rope": 8,
+    "qk_nope": 16,
+    "qk_both": 24,
+    "v_head": 12,
+    "state": 8,
+    "patch": 4,
+    "window": 8,
+    "positions": 64,
+    "queries": 6,
+}
+
+_HIDDEN = (64, 32, 96, 48, 80, 112, 128)
+_WIDTHS = (24, 40, 56, 72, 88, 104, 120, 136, 152, 168, 184, 200, 216, 232, 248, 264)
+_INNER = (48, 40, 56, 72, 88, 104, 120, 136, 152, 168, 184, 200)
+_VOCABULARIES = (96, 104, 112, 120, 128, 136, 144, 152, 160, 168, 176)
+
+# The width of the residual stream of a component goes by one of these names.
+_MAIN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "emb_dim", "embedding_size")
+_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "attention_heads")
+_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "layers")
+
+# Fields of single model types that the names above would get wrong, as `field: value`.
+_EXCEPTIONS: dict[str, dict[str, Any]] = {}
+
+
+def shrunken(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A tiny config of the same structure.
+
+    Args:
+        config: Any model config; it is left as it is.
+
+    Returns:
+        A config of the same type whose model has fewer than `MAX_PARAMETERS` parameters: sizes are small, while all
+        flags, every kind of layer, and grouped queries where there were any are kept.
+
+    Raises:
+        SpecError: No model can be built from what the plans make of the config.
+    """
+    problems = []
+    for plan, divisor in (("small sizes", None), ("widths / 16", 16), ("widths / 8", 8), ("widths as they are", 1)):
+        try:
+            small = _rebuilt(config, _Sizes(config, divisor))
+            count = parameter_count(build_on_meta(small))
+        except SpecError:
+            raise
+        except Exception as error:  # whatever a modelling file raises means that this plan does not fit
+            problems.append(f"{plan}: {type(error).__name__}: {error}")
+            continue
+        if count < MAX_PARAMETERS:
+            return small
+        problems.append(f"{plan}: {count} parameters, more than {MAX_PARAMETERS}")
+    raise SpecError(
+        f"model type {config.model_type!r}: no tiny model of its structure can be built\n  " + "\n  ".join(problems)
+    )
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: structure and shapes without memory."""
+    model_class = model_class_for(config)
+    with torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config))  # type: ignore[no-any-return]
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """The number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _kind_of(name: str) -> str | None:
+    return next((kind for kind, pattern in _KINDS if re.fullmatch(pattern, name)), None)
+
+
+def _is_config(value: object) -> bool:
+    from transformers import PreTrainedConfig
+
+    return isinstance(value, PreTrainedConfig)
+
+
+def _components(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A config and its sub-configs at any depth, the text model's first."""
+    below = [value for value in vars(config).values() if _is_config(value)]
+    below.sort(key=lambda part: "text" not in part.model_type)
+    return [config, *(inner for part in below for inner in _components(part))]
+
+
+def _first(values: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((values[name] for name in names if isinstance(values.get(name), int) and values[name]), None)
+
+
+class _Sizes:
+    """The small size of every size in a tree of configs."""
+
+    def __init__(self, config: PreTrainedConfig, divisor: int | None):
+        self.divisor = divisor
+        self.widths: dict[int, int] = {}
+        self.stages: dict[int, int] = {}
+        self.inner: dict[int, int] = {}
+        self.ranks: dict[int, int] = {}
+        self.vocabularies: dict[int, int] = {}
+        self.tokens: dict[int, int] = {}
+        hidden = iter(_HIDDEN)
+        for part in _components(config):
+            main = _first(vars(part), _MAIN)
+            if main and main > 8 and main not in self.widths:
+                staged = any(isinstance(vars(part).get(name), list | tuple) for name in ("depths", "num_heads"))
+                self.widths[main] = 16 if staged else next(hidden, 64)
+        self._pools = {name: iter(pool) for name, pool in (("w", _WIDTHS), ("i", _INNER), ("v", _VOCABULARIES))}
+
+    def width(self, value: int) -> int:
+        if value <= 16:
+            return value
+        if self.divisor:
+            return value // self.divisor if value % self.divisor == 0 and value > self.divisor else value
+        if value in self.stages:
+            return self.stages[value]
+        if value not in self.widths:
+            self.widths[value] = next(self._pools["w"], 272)
+        return self.widths[value]
+
+    def stage_widths(self, values: list[int]) -> list[int]:
+        if self.divisor:
+            return [self.width(value) for value in values]
+        if all(value in self.widths for value in values):
+            return [self.widths[value] for value in values]
+        known = next((value for value in values if value in self.stages), None)
+        common = math.gcd(*values)
+        for value in values:
+            if value not in self.stages:
+                if known is not None and value * self.stages[known] % known == 0:
+                    self.stages[value] = value * self.stages[known] // known
+                else:
+                    self.stages[value] = value // common * min(common, 8)
+        return [self.stages[value] for value in values]
+
+    def ffn(self, value: int) -> int:
+        if value <= 16:
+            return value
+        if self.divisor:
+            return self.width(value)
+        if value not in self.inner:
+            self.inner[value] = next(self._pools["i"], 208)
+        return self.inner[value]
+
+    def rank(self, value: int) -> int:
+        return self.ranks.setdefault(value, min(value, 20 + 4 * len(self.ranks)))
+
+    def vocabulary(self, value: int) -> int:
+        if value <= 64:
+            return value
+        if value not in self.vocabularies:
+            self.vocabularies[value] = next(self._pools["v"], 184)
+        return self.vocabularies[value]
+
+    def token(self, value: int) -> int:
+        if value < 48:
+            return value
+        return self.tokens.setdefault(value, max(48, 95 - len(self.tokens)))
+
+
+def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
+    """The config anew with small sizes, so that its own checks and derived values hold."""
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    small = {name: copy.deepcopy(value) for name, value in values.items()}
+    for name, value in values.items():
+        if _is_config(value):
+            small[name] = _rebuilt(value, sizes)
+    small.update(_layers(values))
+    for name, value in values.items():
+        if name not in small or isinstance(value, bool) or name == "architectures":
+            continue
+        kind = _kind_of(name)
+        if kind in (None, "keep", "layers"):
+            continue
+        if isinstance(value, int):
+            small[name] = _small(kind, name, value, values, sizes)
+        elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
+            small[name] = type(value)(_small_list(kind, name, list(value), values, sizes))
+    _rope(values, small)
+    small.update(_EXCEPTIONS.get(config.model_type, {}))
+
+    config_class = type(config)
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    given = {name: value for name, value in small.items() if name in fields}
+    if "_out_indices" in vars(config) and "_out_features" in vars(config):
+        given["out_indices"] = _taps(vars(config)["_out_indices"], values, small)
+    rebuilt = config_class(**given)
+    for name, value in small.items():
+        if name not in fields and name not in vars(rebuilt):
+            setattr(rebuilt, name, value)
+    for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+        vars(rebuilt)[name] = vars(config).get(name)
+    rebuilt.architectures = config.architectures
+    return rebuilt
+
+
+def _taps(indices: list[int], values: dict[str, Any], small: dict[str, Any]) -> list[int]:
+    """The hidden states that a backbone hands out, after some layers have gone."""
+    depth, left = _first(values, _DEPTH), _first(small, _DEPTH)
+    if depth is None or left is None or max(indices) <= left:
+        return list(indices)
+    return list(range(left - len(indices) + 1, left + 1))
+
+
+def _small(kind: str | None, name: str, value: int, values: dict[str, Any], sizes: _Sizes) -> int:
+    if kind in _AT_MOST:
+        return min(value, _AT_MOST[kind])
+    if kind == "token":
+        return sizes.token(value)
+    if kind == "vocab":
+        return sizes.vocabulary(value)
+    if kind == "ffn":
+        return sizes.ffn(value)
+    if kind == "rank":
+        return sizes.rank(value)
+    if kind == "width":
+        return sizes.width(value)
+    heads, hidden = _first(values, _HEADS), _first(values, _MAIN)
+    if sizes.divisor and kind in ("heads", "kv_heads"):
+        return value
+    if sizes.divisor and kind == "head_dim":
+        return max(2, value // sizes.divisor)
+    if kind == "heads":
+        return min(value, 4)
+    if kind == "kv_heads":
+        of = values.get(re.sub("key_value_heads|kv_heads", "attention_heads", name), heads)
+        return value if value == 1 else min(value, 4 if value == of else 2)
+    if kind == "head_dim":
+        if value == 0 or name != "head_dim":
+            return min(value, 16)
+        if heads and hidden and heads * value == hidden:
+            return sizes.width(hidden) // min(heads, 4)
+        return 32
+    if kind == "image":
+        patch = values.get("patch_size")
+        if isinstance(patch, list | tuple):
+            patch = patch[-1]
+        return min(value, 8 * min(patch, 4) if isinstance(patch, int) else 64)
+    return value
+
+
+def _small_list(kind: str | None, name: str, items: list[int], values: dict[str, Any], sizes: _Sizes) -> list[int]:
+    if kind == "width":
+        return sizes.stage_widths(items) if len(items) > 1 else [sizes.width(item) for item in items]
+    if kind == "heads" and not sizes.divisor:
+        common = math.gcd(*items)
+        return [4 if len(set(items)) == 1 else item // common for item in items]
+    return [_small(kind, name, item, values, sizes) for item in items]
+
+
+def _layers(values: dict[str, Any]) -> dict[str, Any]:
+    """Fewer layers, at least one of each kind, and everything that is said layer by layer to match."""
+    small: dict[str, Any] = {}
+    for name, value in values.items():
+        if _kind_of(name) == "layers" and type(value) is int:
+            small[name] = min(value, 2)
+    depth = _first(values, _DEPTH)
+    if depth is None:
+        return small
+    by_layer = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, list | tuple) and len(value) == depth and depth > 2 and _kind_of(name) in (None, "layers")
+    }
+    kept, seen = [], set()
+    for index in range(depth):
+        kind = tuple(str(value[index]) for value in by_layer.values())
+        if kind not in seen:
+            seen.add(kind)
+            kept.append(index)
+    # A second layer of the commonest kind: what crosses from layer to layer must show.
+    kept = sorted({*kept, *range(min(2, depth))}) if len(kept) < 2 else kept
+    for name in _DEPTH:
+        if values.get(name) == depth and name in small:
+            small[name] = len(kept)
+    for name, value in by_layer.items():
+        small[name] = type(value)(value[index] for index in kept)
+    return small
+
+
+def _rope(values: dict[str, Any], small: dict[str, Any]) -> None:
+    """Sections and factors of rotary embeddings are as long as half a head."""
+    rope = small.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    dim = values.get("head_dim") or (_first(values, _MAIN) or 0) // (_first(values, _HEADS) or 1)
+    new = small.get("head_dim") or (_first(small, _MAIN) or 0) // (_first(small, _HEADS) or 1)
+    for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        for name, value in table.items():
+            if name == "mrope_section" and dim:
+                table[name] = [item * new // dim for item in value]
+            elif name in ("short_factor", "long_factor") and dim:
+                table[name] = value[: max(1, len(value) * new // dim)]
+            elif name == "original_max_position_embeddings":
+                table[name] = min(value, 32)
