@@ -1,111 +1,219 @@
-"""BERT, RoBERTa and DistilBERT: encoders with the norm after each block, one residual stream throughout."""
+"""BERT and the encoders of its layout: one residual stream throughout, norms before or after the blocks.
+
+DistilBERT names everything differently; the others differ from BERT in the rows of `LAYOUTS`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hf_llfc.adapters.blocks import Heads, attention, embedding, head, heads_of, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.compose import occurring, renamed
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
-    from transformers import BertConfig, DistilBertConfig, RobertaConfig
+    from transformers import BertConfig, DistilBertConfig
 
     from hf_llfc.symmetry.spec import PermutationSpec
-
-SYMMETRIC = ("residual", "pooled", "neurons")
 
 # Checkpoints converted from TensorFlow, bert-base-uncased for one.
 OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def _heads(config: BertConfig | RobertaConfig) -> Heads:
-    heads = config.num_attention_heads
-    return heads_of(heads, head_dim=config.hidden_size // heads, free_channels=True)
+def optional_norm(name: str, axis: str = "residual") -> list[str]:
+    """The norm of a task head."""
+    return [f"{name}.weight?  {axis}", f"{name}.bias?  {axis}"]
 
 
-def _encoder(config: BertConfig | RobertaConfig, prefix: str) -> list[str]:
-    return within(
-        prefix,
-        embedding("embeddings.word_embeddings"),
-        embedding("embeddings.position_embeddings", rows="positions"),
-        embedding("embeddings.token_type_embeddings", rows="token_types"),
-        layer_norm("embeddings.LayerNorm"),
-        ["embeddings.position_ids?  1 positions", "embeddings.token_type_ids?  1 positions"],
-        layers(
-            "encoder.layer",
-            config.num_hidden_layers,
-            attention(
-                "attention.self.query",
-                "attention.self.key",
-                "attention.self.value",
-                "attention.output.dense",
-                _heads(config),
-                bias=True,
-                output_bias=True,
-            ),
-            layer_norm("attention.output.LayerNorm"),
-            mlp("intermediate.dense", "output.dense", bias=True),
-            layer_norm("output.LayerNorm"),
-        ),
-        linear("pooler.dense", "pooled", "residual", optional=True),
-    )
+def classifier(hidden: str) -> list[str]:
+    """A linear classifier of what a hidden layer gives out; of every token where a checkpoint has no such layer."""
+    return [
+        *linear(hidden, "pooled", "residual", optional=True),
+        *(f"{line}  if {hidden}.weight" for line in head("classifier", into="pooled")),
+        *(f"{line}  unless {hidden}.weight" for line in head("classifier")),
+    ]
 
 
-def _sizes(config: BertConfig | RobertaConfig) -> dict[str, int | None]:
-    return {
-        "vocab": config.vocab_size,
-        "positions": config.max_position_embeddings,
-        "token_types": config.type_vocab_size,
-        "residual": config.hidden_size,
-        "pooled": config.hidden_size,
-        **_heads(config).sizes,
-        "neurons": config.intermediate_size,
-        "labels": None,
-    }
+def deep_classifier(name: str = "classifier") -> list[str]:
+    """A classifier of one token, with a hidden layer of its own."""
+    return [*linear(f"{name}.dense", "classifier", "residual", optional=True), *head(f"{name}.out_proj", "classifier")]
+
+
+def masked_tokens(name: str, norm: str, decoder: str, bias: str, axis: str = "residual") -> list[str]:
+    """A head that predicts tokens through one more hidden layer, by the embedding of each token."""
+    return [
+        *linear(name, axis, "residual", optional=True),
+        *optional_norm(norm, axis),
+        f"{bias}?  vocab",
+        *head(decoder, axis, out="vocab"),
+    ]
+
+
+def bert_heads(prefix: str) -> list[str]:
+    """BERT's heads: masked tokens, the next sentence, classes from the pooler."""
+    name = "cls.predictions"
+    return [
+        *masked_tokens(f"{name}.transform.dense", f"{name}.transform.LayerNorm", f"{name}.decoder", f"{name}.bias"),
+        *head("cls.seq_relationship", into="pooled"),
+        *classifier(f"{prefix}.pooler.dense"),
+    ]
+
+
+def roberta_heads(prefix: str) -> list[str]:
+    """RoBERTa's heads: masked tokens, classes of sequences, choices from the pooler."""
+    return [
+        *masked_tokens("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
+        *deep_classifier(),
+        *classifier(f"{prefix}.pooler.dense"),
+    ]
+
+
+def electra_heads(prefix: str) -> list[str]:
+    """ELECTRA's generator, whose predictions have the width of the embedding, and its discriminator."""
+    name = "generator_predictions"
+    return [
+        *masked_tokens(f"{name}.dense", f"{name}.LayerNorm", "generator_lm_head", f"{name}.bias", "embedding"),
+        *linear("discriminator_predictions.dense", "discriminator", "residual", optional=True),
+        *head("discriminator_predictions.dense_prediction", into="discriminator"),
+        *deep_classifier(),
+        *classifier("sequence_summary.summary"),
+    ]
+
+
+def generation_head(prefix: str) -> list[str]:
+    """The head of a BERT that generates; its weight is the embedding's."""
+    return ["lm_head.bias?  vocab", *head("lm_head.decoder", out="vocab")]
+
+
+POSITIONS = {"position_embeddings": "positions"}
+POSITIONS_AND_TYPES = {**POSITIONS, "token_type_embeddings": "token_types"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What sets a family apart from BERT.
+
+    Attributes:
+        prefix: The head prefix.
+        heads: From the head prefix to its task heads and their poolers.
+        tables: Embedding tables beside that of words, and the axis along their rows.
+        embedding_norm: Whether a norm follows the embedding.
+        norms: The norms of a layer, that of its attention and that of its MLP.
+        last_norm: The norm after the last layer.
+        pooled: What the pooler gives out; `residual` where checkpoints with a pooler also classify tokens.
+        projection: What leads from the width of the embedding to that of the residual stream, where they differ.
+    """
+
+    prefix: str
+    heads: Callable[[str], list[str]]
+    tables: Mapping[str, str] = field(default_factory=lambda: POSITIONS_AND_TYPES)
+    embedding_norm: bool = True
+    norms: tuple[str, str] = ("attention.output.LayerNorm", "output.LayerNorm")
+    last_norm: str | None = None
+    pooled: str = "pooled"
+    projection: str | None = None
+
+
+ROBERTA = Layout("roberta", roberta_heads)
+
+LAYOUTS: dict[str, Layout] = {
+    "bert": Layout("bert", bert_heads),
+    "bert-generation": Layout("bert", generation_head, tables=POSITIONS),
+    "camembert": ROBERTA,
+    "data2vec-text": Layout("data2vec_text", roberta_heads),
+    "electra": Layout("electra", electra_heads, projection="embeddings_project"),
+    "ernie": Layout("ernie", bert_heads, tables={**POSITIONS_AND_TYPES, "task_type_embeddings": "tasks"}),
+    "layoutlm": Layout(
+        "layoutlm",
+        bert_heads,
+        tables={**POSITIONS_AND_TYPES, **{f"{side}_position_embeddings": "places" for side in "xyhw"}},
+        pooled="residual",
+    ),
+    "megatron-bert": Layout(
+        "bert", bert_heads, embedding_norm=False, norms=("attention.ln", "ln"), last_norm="encoder.ln"
+    ),
+    "roberta": ROBERTA,
+    "roberta-prelayernorm": Layout(
+        "roberta_prelayernorm",
+        roberta_heads,
+        norms=("attention.LayerNorm", "intermediate.LayerNorm"),
+        last_norm="LayerNorm",
+    ),
+    "xlm-roberta": ROBERTA,
+    "xlm-roberta-xl": Layout(
+        "roberta",
+        roberta_heads,
+        embedding_norm=False,
+        norms=("attention.self_attn_layer_norm", "LayerNorm"),
+        last_norm="encoder.LayerNorm",
+    ),
+}
+
+SYMMETRIC = ("residual", "embedding", "neurons", "pooled", "classifier", "discriminator")
 
 
 def bert(config: BertConfig) -> PermutationSpec:
-    """BERT with any of its heads."""
+    """A family of `LAYOUTS` with any of its heads."""
+    layout = LAYOUTS[config.model_type]
+    options = config.to_dict()
+    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    own, cross = (heads_of(heads, head_dim=head_dim, free_channels=True, prefix=prefix) for prefix in ("", "cross_"))
+    width = "embedding" if layout.projection and options["embedding_size"] != config.hidden_size else "residual"
+
+    def attend(name: str, heads: Heads, context: str | None = None) -> list[str]:
+        parts = (f"{name}.self.query", f"{name}.self.key", f"{name}.self.value", f"{name}.output.dense")
+        norm = layer_norm(layout.norms[0].replace("attention", name))
+        return [*attention(*parts, heads, context=context, bias=True, output_bias=True), *norm]
+
+    blocks = [
+        *within(
+            layout.prefix,
+            embedding("embeddings.word_embeddings", axis=width),
+            *(
+                embedding(f"embeddings.{table}", rows, width)
+                for table, rows in layout.tables.items()
+                if rows != "tasks" or options["use_task_id"]
+            ),
+            layer_norm("embeddings.LayerNorm", width) if layout.embedding_norm else [],
+            ["embeddings.position_ids?  1 positions", "embeddings.token_type_ids?  1 positions"],
+            linear(layout.projection, "residual", width, bias=True)
+            if layout.projection and width != "residual"
+            else [],
+            layers(
+                "encoder.layer",
+                config.num_hidden_layers,
+                attend("attention", own),
+                attend("crossattention", cross, "context") if options.get("add_cross_attention") else [],
+                mlp("intermediate.dense", "output.dense", bias=True),
+                layer_norm(layout.norms[1]),
+            ),
+            layer_norm(layout.last_norm) if layout.last_norm else [],
+        ),
+        *renamed(layout.heads(layout.prefix), embedding=width, pooled=layout.pooled),
+        *head("qa_outputs"),
+    ]
     return declare(
         config,
-        _encoder(config, "bert"),
-        linear("cls.predictions.transform.dense", "residual", "residual", optional=True),
-        [
-            "cls.predictions.transform.LayerNorm.weight?  residual",
-            "cls.predictions.transform.LayerNorm.bias?  residual",
-        ],
-        ["cls.predictions.bias?  vocab"],
-        head("cls.predictions.decoder", out="vocab"),
-        head("cls.seq_relationship", into="pooled"),
-        [f"{line}  if bert.pooler.dense.weight" for line in head("classifier", into="pooled")],
-        [f"{line}  unless bert.pooler.dense.weight" for line in head("classifier")],
-        head("qa_outputs"),
-        sizes=_sizes(config),
-        symmetric=(*SYMMETRIC, *_heads(config).symmetric),
+        blocks,
+        sizes={
+            "vocab": config.vocab_size,
+            "positions": config.max_position_embeddings,
+            "token_types": options.get("type_vocab_size"),
+            "tasks": options.get("task_type_vocab_size"),
+            "places": options.get("max_2d_position_embeddings"),
+            "embedding": options.get("embedding_size"),
+            "context": None,
+            **dict.fromkeys(("residual", "pooled", "classifier", "discriminator"), config.hidden_size),
+            **own.sizes,
+            **cross.sizes,
+            "neurons": config.intermediate_size,
+            "labels": None,
+        },
+        symmetric=occurring((*SYMMETRIC, *own.symmetric, *cross.symmetric), blocks),
         outputs=("residual", "pooled"),
-        prefix="bert.",
-        old_endings=OLD_ENDINGS,
-    )
-
-
-def roberta(config: RobertaConfig) -> PermutationSpec:
-    """RoBERTa with any of its heads."""
-    return declare(
-        config,
-        _encoder(config, "roberta"),
-        linear("lm_head.dense", "residual", "residual", optional=True),
-        ["lm_head.layer_norm.weight?  residual", "lm_head.layer_norm.bias?  residual"],
-        ["lm_head.bias?  vocab"],
-        head("lm_head.decoder", out="vocab"),
-        linear("classifier.dense", "classifier", "residual", optional=True),
-        head("classifier.out_proj", into="classifier"),
-        [f"{line}  if roberta.pooler.dense.weight" for line in head("classifier", into="pooled")],
-        [f"{line}  unless roberta.pooler.dense.weight" for line in head("classifier")],
-        head("qa_outputs"),
-        sizes={**_sizes(config), "classifier": config.hidden_size},
-        symmetric=(*SYMMETRIC, *_heads(config).symmetric, "classifier"),
-        outputs=("residual", "pooled"),
-        prefix="roberta.",
+        prefix=f"{layout.prefix}.",
         old_endings=OLD_ENDINGS,
     )
 
@@ -139,11 +247,9 @@ def distilbert(config: DistilBertConfig) -> PermutationSpec:
             ),
         ),
         linear("vocab_transform", "residual", "residual", optional=True),
-        ["vocab_layer_norm.weight?  residual", "vocab_layer_norm.bias?  residual"],
+        optional_norm("vocab_layer_norm"),
         head("vocab_projector", out="vocab"),
-        linear("pre_classifier", "pooled", "residual", optional=True),
-        [f"{line}  if pre_classifier.weight" for line in head("classifier", into="pooled")],
-        [f"{line}  unless pre_classifier.weight" for line in head("classifier")],
+        classifier("pre_classifier"),
         head("qa_outputs"),
         sizes={
             "vocab": config.vocab_size,
@@ -154,7 +260,7 @@ def distilbert(config: DistilBertConfig) -> PermutationSpec:
             "neurons": config.hidden_dim,
             "labels": None,
         },
-        symmetric=(*SYMMETRIC, *heads.symmetric),
+        symmetric=("residual", "pooled", "neurons", *heads.symmetric),
         outputs=("residual",),
         prefix="distilbert.",
     )

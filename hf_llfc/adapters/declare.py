@@ -12,9 +12,9 @@ from hf_llfc.symmetry.spec import PermutationSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# `BertModel` and `ResNetBackbone`, but not `GPT2LMHeadModel` or `GPT2DoubleHeadsModel`: classes that return features,
-# not predictions.
-_RETURNS_FEATURES = re.compile(r".*((?<!LMHead)(?<!DoubleHeads)Model|Backbone)")
+# `BertModel`, `ResNetBackbone` and `CLIPTextModelWithProjection`, but not `GPT2LMHeadModel`, `GPT2DoubleHeadsModel` or
+# `MarianMTModel`: classes that return features, not predictions.
+_RETURNS_FEATURES = re.compile(r".*((?<!LMHead)(?<!DoubleHeads)(?<!MT)Model|Backbone|Encoder|WithProjection)")
 
 
 def declare(
