@@ -9,7 +9,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hf_llfc.adapters.blocks import Heads, attention, embedding, head, heads_of, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.blocks import (
+    Heads,
+    attention,
+    embedding,
+    head,
+    heads_of,
+    layer_norm,
+    layers,
+    linear,
+    mlp,
+    optional_norm,
+    within,
+)
 from hf_llfc.adapters.compose import occurring, renamed
 from hf_llfc.adapters.declare import declare
 
@@ -20,11 +32,6 @@ if TYPE_CHECKING:
 
 # Checkpoints converted from TensorFlow, bert-base-uncased for one.
 OLD_ENDINGS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-def optional_norm(name: str, axis: str = "residual") -> list[str]:
-    """The norm of a task head."""
-    return [f"{name}.weight?  {axis}", f"{name}.bias?  {axis}"]
 
 
 def classifier(hidden: str) -> list[str]:

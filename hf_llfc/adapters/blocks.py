@@ -6,8 +6,9 @@ that it is a statistic.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class Heads:
         keys: Of what the key projection gives out.
         values: Of what the value projection gives out.
         output: Of what the output projection reads.
+        by_head: Of what one projection gives out for all three where each head (each group) has its own after another.
+        query_heads: Of one number a query head.
+        key_heads: Of one number a key/value head.
+        channels: Of the query or key channels of one head.
         sizes: Size of each axis, by the part of its name before the dot.
         symmetric: The symmetric axes, named likewise.
     """
@@ -27,8 +32,17 @@ class Heads:
     keys: str
     values: str
     output: str
+    by_head: str
+    query_heads: str
+    key_heads: str
+    channels: str
     sizes: dict[str, int | None]
     symmetric: tuple[str, ...]
+
+    @property
+    def fused(self) -> str:
+        """Of what one projection gives out for all three: all queries, then all keys, then all values."""
+        return f"{self.queries} + {self.keys} + {self.values}"
 
 
 def heads_of(
@@ -38,6 +52,7 @@ def heads_of(
     head_dim: int,
     value_dim: int | None = None,
     free_channels: bool = False,
+    rotary_dim: int | None = None,
     prefix: str = "",
 ) -> Heads:
     """The axes of multi-head, grouped-query or multi-query attention.
@@ -53,43 +68,68 @@ def heads_of(
         value_dim: Value channels of a head; `head_dim` where None.
         free_channels: Whether query and key channels may move: not under a rotary embedding, nor where a norm or a
             table of positions that all heads share acts on them.
+        rotary_dim: How many of a head's leading query and key channels a rotary embedding acts on; the others may move.
         prefix: Goes before the names of the axes, for a second attention in one layer (`cross_`).
     """
-    shared = f"{prefix}head_dim.{{i}}" if free_channels else f"{prefix}head_dim"
+    sizes: dict[str, int | None] = {"value_dim": head_dim if value_dim is None else value_dim}
+    free = f"{prefix}head_dim.{{i}}"
+    if rotary_dim is None:
+        moves, shared = free_channels, free if free_channels else f"{prefix}head_dim"
+        sizes["head_dim"] = head_dim
+    else:
+        moves = rotary_dim < head_dim
+        shared = f"{prefix}rotary + {free}" if moves else f"{prefix}rotary"
+        sizes |= {"rotary": rotary_dim, "head_dim": head_dim - rotary_dim} if moves else {"rotary": rotary_dim}
     value, q = f"{prefix}value_dim.{{i}}", f"{prefix}q.{{i}}"
     counts: dict[str, int | None]
     if heads == 1:
         counts = {}
         queries = keys = shared
         values = output = value
+        by_head = f"{queries} + {keys} + {values}"
+        query_heads = key_heads = "1"
     elif kv_heads == 1:
         counts = {"q": heads}
         queries, keys = f"({q} {shared})", shared
         values, output = value, f"({q} {value})"
+        by_head = f"{queries} + {keys} + {values}"
+        query_heads, key_heads = q, "1"
     else:
         grouped = kv_heads is not None and kv_heads != heads
         root = f"{prefix}kv" if grouped else f"{prefix}heads"
         counts = {"kv": kv_heads, "q": heads // (kv_heads or heads)} if grouped else {"heads": heads}
         # Without free channels all heads share one axis, which stays put.
-        of_head = f"{shared}[{root}]" if free_channels else shared
+        of_head = f"{shared}[{root}]" if moves else shared
         keys, values = f"({root}.{{i}} {of_head})", f"({root}.{{i}} {value}[{root}])"
         queries = f"({root}.{{i}} {q}[{root}] {of_head})" if grouped else keys
         output = f"({root}.{{i}} {q}[{root}] {value}[{root}])" if grouped else values
-    sizes = {**counts, "head_dim": head_dim, "value_dim": head_dim if value_dim is None else value_dim}
-    symmetric = (*counts, *(["head_dim"] if free_channels else []), "value_dim")
+        own = f"({q}[{root}] {of_head})" if grouped else of_head
+        by_head = f"({root}.{{i}} {own} + {of_head} + {value}[{root}])"
+        key_heads = f"{root}.{{i}}"
+        query_heads = f"({key_heads} {q}[{root}])" if grouped else key_heads
+    symmetric = (*counts, *(["head_dim"] if moves else []), "value_dim")
     return Heads(
         queries,
         keys,
         values,
         output,
-        {f"{prefix}{axis}": size for axis, size in sizes.items()},
+        by_head,
+        query_heads,
+        key_heads,
+        shared,
+        {f"{prefix}{axis}": size for axis, size in {**counts, **sizes}.items()},
         tuple(f"{prefix}{axis}" for axis in symmetric),
     )
 
 
 def layers(prefix: str, count: int, *blocks: Sequence[str]) -> list[str]:
     """Repeats blocks for layers 0 … count − 1; names get `prefix.{i}.` in front."""
-    return [f"{prefix}.{i}.{line}".replace("{i}", str(i)) for i in range(count) for block in blocks for line in block]
+    return [line for i in range(count) for line in layer(prefix, i, *blocks)]
+
+
+def layer(prefix: str, index: int, *blocks: Sequence[str]) -> list[str]:
+    """The blocks of one layer, where layers differ."""
+    return [f"{prefix}.{index}.{line}".replace("{i}", str(index)) for block in blocks for line in block]
 
 
 def within(prefix: str, *blocks: Sequence[str]) -> list[str]:
@@ -208,3 +248,28 @@ def mixture_of_experts(router: str, experts: str, gate: str, up: str, down: str)
 def head(name: str, into: str = "residual", out: str = "labels") -> list[str]:
     """A task head that a checkpoint may lack."""
     return linear(name, out, into, optional=True)
+
+
+def norm(name: str, axis: str = "residual") -> list[str]:
+    """A norm whose shift a config may leave out."""
+    return [f"{name}.weight  {axis}", f"{name}.bias?  {axis}"]
+
+
+def optional_norm(name: str, axis: str = "residual") -> list[str]:
+    """A norm that a checkpoint may lack: that of a task head, or of an option."""
+    return [f"{name}.weight?  {axis}", f"{name}.bias?  {axis}"]
+
+
+def one_for_all_layers(heads: Heads) -> Heads:
+    """Heads whose order all layers share, as where one table of relative positions gives each head its bias."""
+
+    def shared(expression: str) -> str:
+        return re.sub(r"\[(\w*heads)\]", r"[\1.all]", re.sub(r"\b(\w*heads)\.\{i\}", r"\1.all", expression))
+
+    return replace(
+        heads,
+        queries=shared(heads.queries),
+        keys=shared(heads.keys),
+        values=shared(heads.values),
+        output=shared(heads.output),
+    )
