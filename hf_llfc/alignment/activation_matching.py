@@ -3,11 +3,13 @@
 Units are matched by the correlation of their activations on calibration data. Where a unit's activation can be seen
 follows from the spec: a linear map whose weight is declared `[out, into]` reads `into` at its input. Every input that
 carries an axis adds its correlations, once however many maps read it; axes that no input carries are seen where a
-linear map writes them.
+linear map writes them. So heads and their value channels are seen where the output projection reads them, query and key
+channels where their projections write them.
 
 Statistics are streamed: per site and batch the sums, squares and cross-products are added up in float64, and no
 activation outlives its batch. Shape suffixes: n samples (positions where the mask is one), i and j an entry of the
-matched axis in A and B, c the other channels of the site (`head_dim`, say), matched index by index.
+matched axes in A and B, c the other channels of the site (`head_dim` under a rotary embedding, say), matched index by
+index.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,10 +25,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_llfc.alignment.assignment import assign
-from hf_llfc.alignment.gains import ROLES, Group, groups_of
+from hf_llfc.alignment.gains import ROLES
+from hf_llfc.alignment.groups import Group, groups_of, solve_group
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product, axis_uses
+from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, axis_uses
 from hf_llfc.symmetry.spec import Binding, PermutationSpec
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
@@ -51,9 +55,17 @@ class Site:
     channel_dim: int
 
 
+@dataclass(frozen=True)
+class Sight:
+    """A group as a place shows it; `axes` are those of its axes that are to be seen there."""
+
+    group: Group
+    axes: frozenset[str]
+
+
 @dataclass
 class _Moments:
-    """Streamed first and second moments of one axis at one site; everything else contracted or kept aligned."""
+    """Streamed first and second moments of matched axes at one site; everything else contracted or kept aligned."""
 
     count: int = 0
     a_sum: Tensor | float = 0.0
@@ -84,6 +96,10 @@ class _Moments:
         variance = square - mean.square()
         alive = variance > DEAD * square
         return mean, torch.where(alive, variance, 1).rsqrt() * alive
+
+
+# (site, number of the piece of its channels, children of the group that the piece holds) → moments.
+_GroupMoments = dict[tuple[Site, int, tuple[str, ...]], _Moments]
 
 
 def match_activations(
@@ -117,21 +133,17 @@ def match_activations(
     if binding.sizes != of_model.sizes or binding.tensors.keys() != of_model.tensors.keys():
         raise AlignmentError("activation matching needs two models of one architecture; their tensors differ")
     groups = groups_of(binding)
-    seen_at = _sites(reference, binding, groups)
-    if not seen_at:
+    sights = _sights(reference, binding, groups)
+    if not sights:
         raise AlignmentError("no symmetric axis can be seen at a linear map or convolution; use weight matching")
-    groups_at: dict[Site, list[Group]] = {}
-    for group, chosen in seen_at:
-        for site in chosen:
-            groups_at.setdefault(site, []).append(group)
-    moments: dict[str, dict[tuple[Site, int], _Moments]] = {}
+    moments: dict[str, _GroupMoments] = {}
     for batch in batches:
         mask = batch.get("attention_mask")
-        with torch.no_grad(), _captured(reference, groups_at) as of_a, _captured(model, groups_at) as of_b:
+        with torch.no_grad(), _captured(reference, sights) as of_a, _captured(model, sights) as of_b:
             reference(**batch)
             model(**batch)
         looked_at: set[tuple[int, int, Expression]] = set()
-        for site, groups_here in groups_at.items():
+        for site, seen_here in sights.items():
             if site not in of_a or site not in of_b:
                 continue  # a head or an attention that this kind of input does not reach
             activations = (id(of_a[site]), id(of_b[site]), site.channels)
@@ -141,18 +153,21 @@ def match_activations(
             a_flat, b_flat = (
                 _samples(captured[site], site, mask, role) for captured, role in zip((of_a, of_b), ROLES, strict=True)
             )
-            for group in groups_here:
-                _update(moments.setdefault(group.axis, {}), site, group, a_flat, b_flat, binding.sizes)
+            for sight in seen_here:
+                _update(moments.setdefault(sight.group.axis, {}), site, sight, a_flat, b_flat, binding.sizes)
     if not moments:
         raise AlignmentError("activation matching needs calibration data, and there was not a single batch")
     transforms: dict[str, Transform] = dict(spec.identity_alignment().transforms)
     before = after = 0.0
+    unmatched: list[str] = []
     for group in groups:
-        if group.axis in moments:
-            found, value_before, value_after = _solve(group, list(moments[group.axis].values()))
-            transforms.update(found)
-            before, after = before + value_before, after + value_after
-    unmatched = [axis for group in groups if group.axis not in moments for axis in group.matched]
+        of_group = moments.get(group.axis, {})
+        if not of_group or not {child for _, _, children in of_group for child in children}.issuperset(group.children):
+            unmatched += group.matched
+            continue
+        found, value_before, value_after = _solve(group, of_group, {axis: transforms[axis] for axis in group.matched})
+        transforms.update(found)
+        before, after = before + value_before, after + value_after
     return Alignment(
         spec,
         transforms,
@@ -161,13 +176,16 @@ def match_activations(
             "objective_before": before,
             "objective_after": after,
             "unmatched": unmatched,
-            "samples": max(moment.count for at_sites in moments.values() for moment in at_sites.values()),
+            "samples": max(moment.count for of_group in moments.values() for moment in of_group.values()),
         },
     )
 
 
-def _sites(model: nn.Module, binding: Binding, groups: list[Group]) -> list[tuple[Group, list[Site]]]:
-    """Where each group that can be seen is seen: at inputs if there are any, else at outputs."""
+def _sights(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[Site, list[Sight]]:
+    """What is looked at where: each axis of a group at inputs if there are any, else at outputs.
+
+    A group is left out unless all its axes can be seen.
+    """
     inputs: list[Site] = []
     outputs: list[Site] = []
     for name, module in model.named_modules():
@@ -181,24 +199,30 @@ def _sites(model: nn.Module, binding: Binding, groups: list[Group]) -> list[tupl
         out, into = bound.spec.dimensions[:2] if not transposed else bound.spec.dimensions[1::-1]
         inputs.append(Site(name, True, into, 1 if convolution else -1))
         outputs.append(Site(name, False, out, 1 if convolution else -1))
-    seen_at = []
+    sights: dict[Site, list[Sight]] = {}
     for group in groups:
-        at_inputs, at_outputs = (
-            [site for site in candidates if _carries(site.channels, group)] for candidates in (inputs, outputs)
-        )
-        if at_inputs or at_outputs:
-            seen_at.append((group, at_inputs or at_outputs))
-    return seen_at
+        axes_at: dict[Site, list[str]] = {}
+        seen: set[str] = set()
+        for axis in (group.axis, *group.children):
+            at_inputs, at_outputs = (
+                [site for site in candidates if _carries(site.channels, group.axis, axis)]
+                for candidates in (inputs, outputs)
+            )
+            for site in at_inputs or at_outputs:
+                axes_at.setdefault(site, []).append(axis)
+                seen.add(axis)
+        if seen == group.axes:
+            for site, axes in axes_at.items():
+                sights.setdefault(site, []).append(Sight(group, frozenset(axes)))
+    return sights
 
 
-def _carries(channels: Expression, group: Group) -> bool:
-    """Whether the channels hold the group's axis and, if it has them, its children."""
+def _carries(channels: Expression, *axes: str) -> bool:
+    """Whether a part of the channels holds all of the axes."""
     if isinstance(channels, Concatenation):
-        return any(_carries(part, group) for part in channels.parts)
-    if not isinstance(channels, Product | AxisUse):
-        return False
-    names = [use.axis for use in axis_uses(channels)]
-    return group.axis in names and all(child in names for child in group.children)
+        return any(_carries(part, *axes) for part in channels.parts)
+    names = {use.axis for use in axis_uses(channels)}
+    return names.issuperset(axes)
 
 
 @contextmanager
@@ -243,22 +267,24 @@ def _samples(activation: Tensor, site: Site, mask: Tensor | None, role: str) -> 
 
 
 def _update(
-    moments: dict[tuple[Site, int], _Moments],
+    moments: _GroupMoments,
     site: Site,
-    group: Group,
+    sight: Sight,
     a_flat: Tensor,
     b_flat: Tensor,
     sizes: Mapping[str, int],
 ) -> None:
+    group = sight.group
     a_pieces = _channel_pieces(a_flat, site.channels, sizes)
     b_pieces = _channel_pieces(b_flat, site.channels, sizes)
     for number, ((a_piece, atoms), (b_piece, _)) in enumerate(zip(a_pieces, b_pieces, strict=True)):
         place_of = {atom.axis: dim for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse)}
-        if group.axis not in place_of:
+        if group.axis not in place_of or sight.axes.isdisjoint(place_of):
             continue
-        places = [place_of[axis] for axis in (group.axis, *group.children)]
+        children = tuple(child for child in group.children if child in place_of)
+        places = [place_of[axis] for axis in (group.axis, *children)]
         a_nic, b_njc = (_entries_first(piece, places) for piece in (a_piece, b_piece))
-        moments.setdefault((site, number), _Moments()).update(a_nic, b_njc)
+        moments.setdefault((site, number, children), _Moments()).update(a_nic, b_njc)
 
 
 def _channel_pieces(
@@ -276,26 +302,29 @@ def _entries_first(piece: Tensor, places: list[int]) -> Tensor:
     return ordered.reshape(ordered.shape[0], entries, -1)
 
 
-def _solve(group: Group, moments: list[_Moments]) -> tuple[dict[str, Transform], float, float]:
-    """The best transforms of a group, with the correlation summed over its units before and after.
-
-    One assignment, or one per pair of parents inside one over the parents.
-    """
-    correlation = moments[0].correlation()
-    for moment in moments[1:]:
-        correlation += moment.correlation()
-    correlation = correlation.cpu()
-    before = float(correlation.trace())
+def _solve(
+    group: Group, moments: _GroupMoments, present: Mapping[str, Transform]
+) -> tuple[Mapping[str, Transform], float, float]:
+    """The best transforms of a group, with the correlation summed over its units before and after."""
+    correlations: dict[tuple[str, ...], Tensor] = {}
+    for (_, _, children), moment in moments.items():
+        correlation = moment.correlation()
+        correlations[children] = correlations[children] + correlation if children in correlations else correlation
+    entries = range(group.size)
     if not group.children:
-        perm = assign(correlation)
-        return {group.axis: Permutation(perm)}, before, float(correlation[torch.arange(group.size), perm].sum())
-    (child, child_size), *more = group.children.items()
-    if more:
-        raise AlignmentError(f"activation matching cannot match {child} and {more[0][0]} together; hold one fixed")
-    gains = correlation.reshape(group.size, child_size, group.size, child_size).permute(0, 2, 1, 3)
-    best = torch.stack([torch.stack([assign(gain_ab) for gain_ab in row]) for row in gains])
-    value_ij = torch.take_along_dim(gains, best.unsqueeze(-1), -1).sum((-1, -2))
-    perm = assign(value_ij) if group.moves else torch.arange(group.size)
-    transforms: dict[str, Transform] = {group.axis: Permutation(perm)} if group.moves else {}
-    transforms[child] = Permutation(best[torch.arange(group.size), perm])
-    return transforms, before, float(value_ij[torch.arange(group.size), perm].sum())
+        (gain_ij,) = (correlation.cpu() for correlation in correlations.values())
+        perm = assign(gain_ij)
+        return {group.axis: Permutation(perm)}, float(gain_ij.trace()), float(gain_ij[entries, perm].sum())
+    gain_iajb = {
+        children: correlation.cpu().unflatten(1, (group.size, -1)).unflatten(0, (group.size, -1))
+        for children, correlation in correlations.items()
+    }
+    solution = solve_group(
+        group,
+        (
+            (i, j, {children: gain[i, :, j] for children, gain in gain_iajb.items()})
+            for i, j in (product(entries, entries) if group.moves else zip(entries, entries, strict=True))
+        ),
+        present,
+    )
+    return solution.transforms if solution.gain else present, solution.value, solution.value + solution.gain

@@ -5,9 +5,9 @@ axis x are linear in the permutation of x:
 
     Σ_i gain[i, perm[i]],   gain[i, j] = Σ_pieces Σ_others A[.. i ..] · B'[.. j ..]
 
-where B' is B moved along every other axis. A *group* is an axis together with the axes that depend on it
-(`kv` with `q[kv]`, `experts` with `neurons[experts]`): for every pair (i, j) of parents the best permutation of the
-children is an assignment of its own, so that the group's optimum is exact.
+where B' is B moved along every other axis. An axis is matched together with the axes that depend on it (`heads` with
+`value_dim[heads]`, say): the gains of every pair (i, j) of its entries are blocks of one large matrix product,
+`[i, a, j, b]`; `hf_llfc.alignment.groups` says what is then solved exactly.
 
 Axes that are not determined yet are averaged over in B' and summed over in A: the expectation under a uniformly
 random permutation.
@@ -19,94 +19,37 @@ a child; k everything else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import chain, product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, solve_group
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.expressions import Atom, AxisUse
-from hf_llfc.symmetry.spec import Binding
+from hf_llfc.symmetry.expressions import Atom, AxisUse, atoms_of_pieces
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
 
 # Up to this width gains are accumulated in float64; wider ones in float32, whose matrix products are twice as fast.
 DOUBLE_UP_TO = 1024
 
-# A rise of the objective below this fraction of the terms that change is float noise.
-NOISE = {torch.float64: 1e-13, torch.float32: 1e-6}
-
 # Tensors are cast this many elements at a time: casts that leave the cache are ten times slower and take gigabytes.
 CHUNK = 1 << 20
 
 ROLES = ("the reference", "the model that moves")
 
+# A block of gains between entries of a group's root holds at most this many numbers, or one pair of entries.
+BLOCK = 1 << 26
+
 # A tensor: its declared name, and its index along the axes in the name.
 Key = tuple[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """An axis that is matched as a whole, with the axes that depend on it.
-
-    Attributes:
-        axis: The root axis.
-        size: Its number of entries.
-        moves: Whether the root itself is symmetric (else only its children move).
-        children: Symmetric axes that depend on it → their size.
-    """
-
-    axis: str
-    size: int
-    moves: bool
-    children: Mapping[str, int]
-
-    @property
-    def axes(self) -> frozenset[str]:
-        """All axes of the group."""
-        return frozenset((self.axis, *self.children))
-
-    @property
-    def matched(self) -> tuple[str, ...]:
-        """The axes that may move."""
-        return ((self.axis,) if self.moves else ()) + tuple(self.children)
-
-
-def groups_of(binding: Binding) -> list[Group]:
-    """The groups of the axes that a checkpoint's tensors use, in the order of the spec."""
-    spec = binding.spec
-    roots: dict[str, dict[str, int]] = {}
-    for name in binding.symmetric_axes:
-        axis = spec.axes[name]
-        assert axis.size is not None
-        if axis.parent is None:
-            roots.setdefault(name, {})
-        else:
-            roots.setdefault(axis.parent, {})[name] = axis.size
-    groups = []
-    for name, children in roots.items():
-        size = spec.axes[name].size
-        assert size is not None
-        groups.append(Group(name, size, spec.axes[name].symmetric, children))
-    return groups
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The best transforms of one group with everything else held.
-
-    Attributes:
-        transforms: Axis → transform.
-        gain: By how much they raise the objective against the transforms before, 0 if that is not above float noise.
-    """
-
-    transforms: Mapping[str, Transform]
-    gain: float
 
 
 @dataclass(frozen=True)
@@ -170,13 +113,13 @@ class Gains:
 
     def anchoring(self, group: Group, undetermined: Set[str]) -> float:
         """How many weights of each unit of the group lie in rows that no undetermined axis shuffles."""
-        known = 0
+        known = 0.0
         for key in self.keys({group.axis}):
             tensor = self.a.binding.tensors[self.a.keys[key]].spec
             others = [use.axis for use in tensor.axes if use.axis != group.axis]
             if not any(axis in undetermined for axis in others):
                 shape = tensor.shape(self.a.binding.sizes)
-                known += torch.Size(shape).numel()
+                known += torch.Size(shape).numel() / self._width(key, group)
         return known / group.size
 
     def solve(self, group: Group, alignment: Alignment, undetermined: Set[str] = frozenset()) -> Solution:
@@ -200,7 +143,7 @@ class Gains:
         )
         present = {axis: alignment.transforms[axis] for axis in group.matched}
         if group.children or self._is_in_names(group.axis):
-            return self._solve_entrywise(group, held, present, undetermined - group.axes)
+            return solve_group(group, self._pair_gains(group, held, undetermined - group.axes), present)
         return self._solve_at_once(group, held, present[group.axis], undetermined)
 
     def _is_in_names(self, axis: str) -> bool:
@@ -222,8 +165,8 @@ class Gains:
                 if others and own_is_known:
                     b = _moved(b, others, present)
                 elif others:
-                    a, b = _averaged(a, b, others)
-                gain_ij = _add(gain_ij, _gain(a, b, place, dtype))
+                    a, b = _summed(a, others), _averaged(b, others)
+                gain_ij = _add(gain_ij, _gain(a, b, [place], dtype))
         if gain_ij is None:
             return Solution({group.axis: present}, 0.0)
         proposal = Permutation(assign(gain_ij))
@@ -239,63 +182,62 @@ class Gains:
             change += _inner(pair.a, after) - _inner(pair.a, before)
         return Solution({group.axis: proposal}, change if change > noise else 0.0)
 
-    def _solve_entrywise(
-        self, group: Group, held: Alignment, present: Mapping[str, Transform], undetermined: Set[str]
-    ) -> Solution:
-        """For every pair of entries of the root an assignment of its children, and one assignment of the root."""
-        size = group.size
-        gain_ij = torch.zeros(size, size, dtype=torch.float64)
-        best: dict[tuple[int, int], dict[str, Permutation]] = {}
-        value_of_present = 0.0
-        entry_pairs = self._entry_pairs(group, held, undetermined)
-        for i in range(size):
-            source = present[group.axis].source(i) if group.moves else i
-            for j in range(size) if group.moves else (i,):
-                base, gains = _base_and_child_gains(entry_pairs(i, j), group.children)
-                best[i, j] = {child: Permutation(assign(gain_ab)) for child, gain_ab in gains.items()}
-                gain_ij[i, j] = base + sum(
-                    float(_along(gain_ab, best[i, j][child]).sum()) for child, gain_ab in gains.items()
-                )
-                if j == source:
-                    value_of_present += base + sum(
-                        float(_along(gain_ab, present[child].at(i)).sum()) for child, gain_ab in gains.items()
-                    )
-        root = Permutation(assign(gain_ij)) if group.moves else Permutation.identity(size)
-        value = float(_along(gain_ij, root).sum())
-        transforms: dict[str, Transform] = {group.axis: root} if group.moves else {}
-        for child in group.children:
-            transforms[child] = Permutation(torch.stack([best[i, root.source(i)][child].perm for i in range(size)]))
-        noise = max(NOISE[_accumulator(child_size)] for child_size in (1, *group.children.values())) * abs(value)
-        return Solution(transforms, value - value_of_present if value - value_of_present > noise else 0.0)
-
-    def _entry_pairs(
+    def _pair_gains(
         self, group: Group, held: Alignment, undetermined: Set[str]
-    ) -> Callable[[int, int], Iterator[Pair]]:
-        """Gives, for entries i of A and j of B along a group's root, the pieces that hold them."""
-        keys_in_shapes: list[Key] = []
-        in_names: dict[tuple[Any, ...], dict[int, Key]] = {}
-        for key in self.keys(group.axes):
-            name_axes = self.a.binding.tensors[self.a.keys[key]].spec.name_axes
-            if group.axis in name_axes:
-                position = name_axes.index(group.axis)
-                others = (key[0], key[1][:position], key[1][position + 1 :])
-                in_names.setdefault(others, {})[key[1][position]] = key
-            else:
-                keys_in_shapes.append(key)
+    ) -> Iterator[tuple[int, int, PairGains]]:
+        """The gains of every pair of entries of the root, or of each entry with itself where the root does not move."""
+        keys = self.keys(group.axes)
+        in_names = self._by_root(keys, group.axis)
+        named = {key for of_root in in_names for key in of_root.values()}
         in_shapes = [
-            (pair, use[0])
-            for pair in self._pairs(keys_in_shapes, held, undetermined)
-            if (use := _only_use(pair, {group.axis})) is not None
+            _root_first(pair, group)
+            for pair in self._pairs([key for key in keys if key not in named], held, undetermined)
+            if any(_is(atom, group.axis) for atom in pair.atoms)
         ]
+        widest = max((self._width(key, group) for key in keys), default=1)
+        step = max(1, math.isqrt(BLOCK) // widest) if group.moves else 1
+        parts = [range(start, min(start + step, group.size)) for start in range(0, group.size, step)]
+        for rows, columns in product(parts, parts) if group.moves else zip(parts, parts, strict=True):
+            gain_iajb: dict[tuple[str, ...], Tensor] = {}
+            stacked = (self._stacked(of_root, rows, columns, held, undetermined) for of_root in in_names)
+            for pair in chain((_part(pair, rows, columns) for pair in in_shapes), *stacked):
+                places = _places_of_children(pair, group)
+                width = prod(group.children[child] for child in places)
+                gain = _gain(pair.a, pair.b, [0, *places.values()], _accumulator(group.size * width))
+                gain = gain.reshape(len(rows), width, len(columns), width)
+                gain_iajb[tuple(places)] = _add(gain_iajb.get(tuple(places)), gain)
+            for (row, i), (column, j) in product(enumerate(rows), enumerate(columns)):
+                yield i, j, {axes: gain[row, :, column] for axes, gain in gain_iajb.items()}
 
-        def entry_pairs(i: int, j: int) -> Iterator[Pair]:
-            for pair, place in in_shapes:
-                atoms = (*pair.atoms[:place], *pair.atoms[place + 1 :])
-                yield Pair(pair.a.select(place, i), pair.b.select(place, j), atoms)
-            for keys in in_names.values():
-                yield from self._key_pairs(keys[i], keys[j], held, undetermined)
+    def _by_root(self, keys: Iterable[Key], root: str) -> list[dict[int, Key]]:
+        """The tensors whose name carries the index along a root, each with its kin: index → tensor."""
+        kin: dict[tuple[Any, ...], dict[int, Key]] = {}
+        for name, index in keys:
+            name_axes = self.a.binding.tensors[self.a.keys[name, index]].spec.name_axes
+            if root in name_axes:
+                place = name_axes.index(root)
+                kin.setdefault((name, index[:place], index[place + 1 :]), {})[index[place]] = (name, index)
+        return list(kin.values())
 
-        return entry_pairs
+    def _width(self, key: Key, group: Group) -> int:
+        """How many entries of the group's children a tensor holds together for one entry of the root."""
+        dimensions = self.a.binding.tensors[self.a.keys[key]].spec.dimensions
+        return max(
+            prod(
+                group.children[atom.axis] for atom in atoms if isinstance(atom, AxisUse) and atom.axis in group.children
+            )
+            for atoms in atoms_of_pieces(dimensions)
+        )
+
+    def _stacked(
+        self, keys: Mapping[int, Key], rows: range, columns: range, held: Alignment, undetermined: Set[str]
+    ) -> Iterator[Pair]:
+        """The pieces of tensors that have the root in their names, with the root as first dimension."""
+        a_pieces = [list(self._pieces_of_a(keys[i], undetermined)) for i in rows]
+        b_pieces = [list(self._pieces_of_b(keys[j], held, undetermined)) for j in columns]
+        for number, (_, atoms) in enumerate(a_pieces[0]):
+            a, b = (torch.stack([each[number][0] for each in side]) for side in (a_pieces, b_pieces))
+            yield Pair(a, b.to(a.device), atoms)
 
     def _pairs(self, keys: Iterable[Key], held: Alignment, undetermined: Set[str]) -> Iterator[Pair]:
         """The pieces of A beside those of the (moved) B, unknown axes averaged over, also those in names."""
@@ -305,9 +247,9 @@ class Gains:
             known = tuple(None if axis in undetermined else place for axis, place in zip(name_axes, index, strict=True))
             alike.setdefault((name, known), []).append((name, index))
         for first, *more in alike.values():
-            pairs = list(self._key_pairs(first, first, held, undetermined))
+            pairs = list(self._key_pairs(first, held, undetermined))
             for key in more:
-                added = self._key_pairs(key, key, held, undetermined)
+                added = self._key_pairs(key, held, undetermined)
                 pairs = [
                     Pair(total.a.double() + pair.a, total.b.double() + pair.b, pair.atoms)
                     for total, pair in zip(pairs, added, strict=True)
@@ -315,78 +257,99 @@ class Gains:
             for pair in pairs:
                 yield Pair(pair.a, pair.b / (1 + len(more)), pair.atoms) if more else pair
 
-    def _key_pairs(self, a_key: Key, b_key: Key, held: Alignment, undetermined: Set[str]) -> Iterator[Pair]:
+    def _key_pairs(self, key: Key, held: Alignment, undetermined: Set[str]) -> Iterator[Pair]:
         """The pieces of a tensor of A beside those of the (moved) tensor of B, unknown axes averaged over."""
-        bound = self.a.binding.tensors[self.a.keys[a_key]]
-        a_tensor = self.a.read(self.a.keys[a_key])
-        b_tensor = self.b.aligned(self.b.keys[b_key], held).to(a_tensor.device)
-        sizes = self.a.binding.sizes
-        for (a, atoms), (b, _) in zip(
-            pieces(a_tensor, bound.spec.dimensions, sizes),
-            pieces(b_tensor, bound.spec.dimensions, sizes),
-            strict=True,
-        ):
-            unknown = [dim for dim, atom in enumerate(atoms) if _in(atom, undetermined)]
-            yield Pair(*_averaged(a, b, unknown), atoms)
+        a_pieces, b_pieces = self._pieces_of_a(key, undetermined), self._pieces_of_b(key, held, undetermined)
+        for (a, atoms), (b, _) in zip(a_pieces, b_pieces, strict=True):
+            yield Pair(a, b.to(a.device), atoms)
+
+    def _pieces_of_a(self, key: Key, undetermined: Set[str]) -> Iterator[tuple[Tensor, tuple[Atom, ...]]]:
+        """The pieces of a tensor of A, summed over unknown axes."""
+        dimensions = self.a.binding.tensors[self.a.keys[key]].spec.dimensions
+        for piece, atoms in pieces(self.a.read(self.a.keys[key]), dimensions, self.a.binding.sizes):
+            yield _summed(piece, _unknown(atoms, undetermined)), atoms
+
+    def _pieces_of_b(
+        self, key: Key, held: Alignment, undetermined: Set[str]
+    ) -> Iterator[tuple[Tensor, tuple[Atom, ...]]]:
+        """The pieces of a tensor of the moved B, averaged over unknown axes."""
+        dimensions = self.a.binding.tensors[self.a.keys[key]].spec.dimensions
+        for piece, atoms in pieces(self.b.aligned(self.b.keys[key], held), dimensions, self.a.binding.sizes):
+            yield _averaged(piece, _unknown(atoms, undetermined)), atoms
 
 
 def _is(atom: Atom, axis: str) -> bool:
     return isinstance(atom, AxisUse) and atom.axis == axis
 
 
-def _only_use(pair: Pair, axes: Set[str] | Mapping[str, int]) -> tuple[int, str] | None:
-    """Where a piece holds one of the axes, and which; None if it holds none."""
-    uses = [(dim, atom.axis) for dim, atom in enumerate(pair.atoms) if isinstance(atom, AxisUse) and atom.axis in axes]
-    if len(uses) > 1:
-        names = " and ".join(axis for _, axis in uses)
-        raise AlignmentError(f"weight matching cannot match {names} of one tensor together; hold one of them fixed")
-    return uses[0] if uses else None
+def _root_first(pair: Pair, group: Group) -> Pair:
+    """The pair with the root as first dimension, left out of the atoms."""
+    places = [dim for dim, atom in enumerate(pair.atoms) if _is(atom, group.axis)]
+    if len(places) != 1:
+        raise _held_twice(group.axis, group)
+    atoms = tuple(atom for dim, atom in enumerate(pair.atoms) if dim != places[0])
+    return Pair(pair.a.movedim(places[0], 0), pair.b.movedim(places[0], 0), atoms)
 
 
-def _in(atom: Atom, axes: Set[str] | Mapping[str, int]) -> bool:
-    return isinstance(atom, AxisUse) and atom.axis in axes
+def _places_of_children(pair: Pair, group: Group) -> dict[str, int]:
+    """The children that a piece holds, in the order of the group, and their dimensions after the root's."""
+    places: dict[str, int] = {}
+    for child in group.children:
+        found = [dim + 1 for dim, atom in enumerate(pair.atoms) if _is(atom, child)]
+        if len(found) > 1:
+            raise _held_twice(child, group)
+        if found:
+            places[child] = found[0]
+    return places
+
+
+def _held_twice(axis: str, group: Group) -> AlignmentError:
+    return AlignmentError(
+        f"weight matching cannot match {' and '.join(group.matched)} together, since one tensor holds {axis} twice; "
+        "hold one of them fixed"
+    )
+
+
+def _unknown(atoms: Iterable[Atom], undetermined: Set[str]) -> list[int]:
+    return [dim for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse) and atom.axis in undetermined]
+
+
+def _part(pair: Pair, rows: range, columns: range) -> Pair:
+    """Some entries along the first dimension, rows of A and columns of B."""
+    return Pair(pair.a[rows.start : rows.stop], pair.b[columns.start : columns.stop], pair.atoms)
 
 
 def _accumulator(size: int) -> torch.dtype:
     return torch.float64 if size <= DOUBLE_UP_TO else torch.float32
 
 
-def _base_and_child_gains(pairs: Iterable[Pair], children: Mapping[str, int]) -> tuple[float, dict[str, Tensor]]:
-    """The inner product of the pieces without a child axis, and the gains of each child over the others."""
-    base = 0.0
-    gains: dict[str, Tensor | None] = dict.fromkeys(children)
-    for pair in pairs:
-        use = _only_use(pair, children)
-        if use is None:
-            base += _inner(pair.a, pair.b)
-            continue
-        place, child = use
-        gains[child] = _add(gains[child], _gain(pair.a, pair.b, place, _accumulator(children[child])))
-    return base, {
-        child: torch.zeros(children[child], children[child]) if g is None else g for child, g in gains.items()
-    }
-
-
-def _gain(a: Tensor, b: Tensor, place: int, dtype: torch.dtype) -> Tensor:
-    """Σ_k A[.. i ..] B[.. j ..] over everything but one dimension, `[i, j]`."""
-    size = a.shape[place]
-    a_ki, b_kj = (tensor.movedim(place, -1).reshape(-1, size) for tensor in (a, b))
-    gain_ij = torch.zeros(size, size, dtype=dtype, device=a.device)
-    rows = max(1, CHUNK // size)
+def _gain(a: Tensor, b: Tensor, places: list[int], dtype: torch.dtype) -> Tensor:
+    """Σ_k A[.. i ..] B[.. j ..] over everything but some dimensions, `[i, j]`, of several their row-major product."""
+    a_ki, b_kj = (_entries_last(tensor, places) for tensor in (a, b))
+    gain_ij = torch.zeros(a_ki.shape[1], b_kj.shape[1], dtype=dtype, device=a.device)
+    rows = max(1, CHUNK // a_ki.shape[1])
     for a_part, b_part in zip(a_ki.split(rows), b_kj.split(rows), strict=True):
         gain_ij.addmm_(a_part.to(dtype).T, b_part.to(dtype))
     return gain_ij
+
+
+def _entries_last(tensor: Tensor, places: list[int]) -> Tensor:
+    size = prod(tensor.shape[place] for place in places)
+    return tensor.movedim(places, list(range(-len(places), 0))).reshape(-1, size)
 
 
 def _add(total: Tensor | None, gain: Tensor) -> Tensor:
     return gain if total is None else total.add_(gain)
 
 
-def _averaged(a: Tensor, b: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """A summed and B averaged over dimensions, in float64."""
-    if not dims:
-        return a, b
-    return a.sum(dims, keepdim=True, dtype=torch.float64), b.mean(dims, keepdim=True, dtype=torch.float64)
+def _summed(tensor: Tensor, dims: list[int]) -> Tensor:
+    """Summed over dimensions in float64, if there are any."""
+    return tensor.sum(dims, keepdim=True, dtype=torch.float64) if dims else tensor
+
+
+def _averaged(tensor: Tensor, dims: list[int]) -> Tensor:
+    """Averaged over dimensions in float64, if there are any."""
+    return tensor.mean(dims, keepdim=True, dtype=torch.float64) if dims else tensor
 
 
 def _moved(tensor: Tensor, places: list[int], transform: Transform) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from hf_llfc.alignment.gains import ROLES, Gains, Group, groups_of
+from hf_llfc.alignment.gains import ROLES, Gains
+from hf_llfc.alignment.groups import Group, groups_of
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.progress import Progress, silent

@@ -113,7 +113,7 @@ def test_a_planted_transform_under_noise_in_half_precision(generator):
 
 def test_a_fixed_residual_stays_and_every_mlp_is_solved_in_one_visit():
     spec, a, b = two_models("vit", "image-classification")
-    found = match(spec.fix("residual", "heads"), a, b, restarts=1)
+    found = match(spec.keep("neurons"), a, b, restarts=1)
     assert set(found.transforms) == {"neurons.0", "neurons.1"}
     assert len(found.metadata["sweeps"]) == 1 and found.metadata["converged"]
     for layer in range(2):

@@ -187,7 +187,7 @@ def test_activation_matching_recovers_a_planted_transform_exactly(row: Row):
     planted = row.random(9)
     moved = copy.deepcopy(row.model)
     moved.load_state_dict(planted.apply(row.model.state_dict()))
-    batches = [tiny_inputs(row.model, seed=seed, batch_size=8) for seed in range(2)]
+    batches = [tiny_inputs(row.model, seed=seed, batch_size=32) for seed in range(2)]
     found = match_activations(row.model, moved, batches, row.spec)
     # Experts are fused into one tensor, where no linear map shows them: their weights finish what is left.
     experts = {axis for axis in row.spec.symmetric_axes if axis.split(".")[0] in ("experts", "neurons")}
