@@ -68,9 +68,14 @@ def in_memory_layout(config: PreTrainedConfig, spec: PermutationSpec) -> list[Te
     for name, sources in gathered.items():
         converter = converter_of[next(iter(sources))]
         ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
-        dimensions = _convert([tensor.dimensions for tensor in ordered], ordered[0].name_axes, converter.operations)
-        if dimensions is not None:
-            layout.append(TensorSpec(name, dimensions, True, None, _covered(ordered, spec)))
+        # Of several targets the name of a source tells the first.
+        targets = [name.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
+        shapes = _convert(
+            [tensor.dimensions for tensor in ordered], ordered[0].name_axes, converter.operations, len(targets)
+        )
+        covered = _covered(ordered, spec)
+        if len(shapes) == len(targets):
+            layout += [TensorSpec(*pair, True, None, covered) for pair in zip(targets, shapes, strict=True)]
     return layout
 
 
@@ -91,10 +96,10 @@ def _covered(tensors: Sequence[TensorSpec], spec: PermutationSpec) -> tuple[str,
 
 
 def _convert(
-    sources: list[tuple[Expression, ...]], name_axes: tuple[str, ...], operations: Sequence[Any]
-) -> tuple[Expression, ...] | None:
-    """Executes conversion operations on axis expressions; None for one that is not understood."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+    sources: list[tuple[Expression, ...]], name_axes: tuple[str, ...], operations: Sequence[Any], targets: int
+) -> list[tuple[Expression, ...]]:
+    """Executes conversion operations on axis expressions; gives none for one that is not understood."""
+    from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose
 
     for operation in operations:
         match operation:
@@ -104,11 +109,25 @@ def _convert(
             case Concatenate(dim=dim):
                 joined = Concatenation(tuple(shape[dim] for shape in sources))
                 sources = [(*sources[0][:dim], joined, *sources[0][dim + 1 :])]
+            case Chunk(dim=dim) if len(sources) == 1:
+                sources = [
+                    (*sources[0][:dim], chunk, *sources[0][dim + 1 :]) for chunk in _chunks(sources[0][dim], targets)
+                ]
             case Transpose(dim0=dim0, dim1=dim1):
                 sources = [_swapped(shape, dim0, dim1) for shape in sources]
             case _:
-                return None
-    return sources[0] if len(sources) == 1 and not name_axes else None
+                return []
+    return [] if name_axes else sources
+
+
+def _chunks(dimension: Expression, count: int) -> list[Expression]:
+    """The parts of a concatenation, dealt to as many tensors; none where that does not come out even."""
+    parts = dimension.parts if isinstance(dimension, Concatenation) else ()
+    each, rest = divmod(len(parts), count)
+    if rest or not each:
+        return []
+    dealt = [parts[start : start + each] for start in range(0, len(parts), each)]
+    return [Concatenation(chunk) if each > 1 else chunk[0] for chunk in dealt]
 
 
 def _swapped(shape: tuple[Expression, ...], dim0: int, dim1: int) -> tuple[Expression, ...]:

@@ -1,65 +1,255 @@
-"""ViT: patches into a pre-norm encoder."""
+"""ViT and the encoders of its layout: patches into a pre-norm encoder, for images and spectrograms.
+
+The families differ from ViT in the rows of `LAYOUTS`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from hf_llfc.adapters.blocks import attention, head, heads_of, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.blocks import (
+    Heads,
+    attention,
+    gated_mlp,
+    head,
+    heads_of,
+    layer_norm,
+    layers,
+    linear,
+    mlp,
+    one_for_all_layers,
+    optional_norm,
+    within,
+)
+from hf_llfc.adapters.compose import occurring, only_if, renamed
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
-    from transformers import ViTConfig
-
     from hf_llfc.symmetry.spec import PermutationSpec
 
 
-def vit(config: ViTConfig) -> PermutationSpec:
-    """ViT with a classification or masked-image head, or none."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    heads = heads_of(config.num_attention_heads, head_dim=head_dim, free_channels=True)
+def _mlp(config: Any) -> tuple[list[str], int]:
+    return mlp("intermediate.dense", "output.dense", bias=True), config.intermediate_size
+
+
+def _dinov2_mlp(config: Any) -> tuple[list[str], int]:
+    neurons = int(config.hidden_size * config.mlp_ratio)
+    if not config.use_swiglu_ffn:
+        return mlp("mlp.fc1", "mlp.fc2", bias=True), neurons
+    lines = [
+        *linear("mlp.weights_in", "neurons.{i} + neurons.{i}", "residual", bias=True),
+        *linear("mlp.weights_out", "residual", "neurons.{i}", bias=True),
+    ]
+    return lines, (int(neurons * 2 / 3) + 7) // 8 * 8
+
+
+def _dinov3_mlp(config: Any) -> tuple[list[str], int]:
+    plain, gated = mlp("mlp.up_proj", "mlp.down_proj"), gated_mlp("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return gated if config.use_gated_mlp else plain, config.intermediate_size
+
+
+def _classifier(config: Any) -> list[str]:
+    return head("classifier")
+
+
+def _two_token_classifier(config: Any) -> list[str]:
+    """From the class token beside the mean of the patches."""
+    return head("classifier", into="residual + residual")
+
+
+def _deit_heads(config: Any) -> list[str]:
+    return [*head("classifier"), *head("cls_classifier"), *head("distillation_classifier"), *_masked_patches(config)]
+
+
+def _vit_heads(config: Any) -> list[str]:
+    return [*head("classifier"), *_masked_patches(config)]
+
+
+def _masked_patches(config: Any) -> list[str]:
+    return ["decoder.0.weight?  pixels residual 1 1", "decoder.0.bias?  pixels"]
+
+
+def _beit_heads(config: Any) -> list[str]:
+    return [*head("classifier"), *optional_norm("layernorm"), *head("lm_head", out="vocab")]
+
+
+def _audio_classifier(config: Any) -> list[str]:
+    return [*optional_norm("classifier.layernorm"), *head("classifier.dense")]
+
+
+def _mae_decoder(config: Any) -> list[str]:
+    """A narrower encoder of the same layout that paints the masked patches."""
+    encoder = layers(
+        "decoder.decoder_encoder.layer",
+        config.decoder_num_hidden_layers,
+        layer_norm("layernorm_before"),
+        attention(*ATTENTION, _decoder_heads(config), bias=None, output_bias=True),
+        layer_norm("layernorm_after"),
+        mlp("intermediate.dense", "output.dense", bias=True),
+    )
+    decoder = only_if(
+        "decoder.mask_token",
+        linear("decoder.decoder_embed", "decoder_residual", "residual", bias=True),
+        ["decoder.decoder_pos_embed  1 decoder_positions decoder_residual"],
+        renamed(encoder, residual="decoder_residual", neurons="decoder_neurons"),
+        layer_norm("decoder.decoder_norm", "decoder_residual"),
+        linear("decoder.decoder_pred", "pixels", "decoder_residual", bias=True),
+    )
+    return ["decoder.mask_token?  1 1 decoder_residual", *decoder]
+
+
+def _decoder_heads(config: Any) -> Heads:
+    heads = config.decoder_num_attention_heads
+    return heads_of(heads, head_dim=config.decoder_hidden_size // heads, free_channels=True, prefix="decoder_")
+
+
+ATTENTION = (
+    "attention.attention.query",
+    "attention.attention.key",
+    "attention.attention.value",
+    "attention.output.dense",
+)
+TOKENS = {"cls_token": "1 1", "mask_token": "1 1"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What sets a family apart from ViT.
+
+    Attributes:
+        prefix: The head prefix.
+        heads: Declares its task heads.
+        tokens: Tokens beside the patches, and the axes before the residual stream.
+        patches: The convolution of the patches.
+        layers: Where the layers are.
+        attention: The projections of a layer.
+        norms: The norms of a layer.
+        last_norm: The norm after the last layer; with `?` if only some checkpoints have it, or pool and then normalise.
+        scales: Learned scales of what a layer adds to the residual stream.
+        feed_forward: Declares the MLP of a layer and counts its neurons.
+        rotary: Whether positions rotate queries and keys.
+    """
+
+    prefix: str
+    heads: Callable[[Any], list[str]] = _classifier
+    tokens: dict[str, str] = field(default_factory=lambda: TOKENS)
+    patches: str = "embeddings.patch_embeddings.projection"
+    layers: str = "encoder.layer"
+    attention: tuple[str, str, str, str] = ATTENTION
+    norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
+    last_norm: str = "layernorm"
+    scales: tuple[str, ...] = ()
+    feed_forward: Callable[[Any], tuple[list[str], int]] = _mlp
+    rotary: bool = False
+
+
+DINOV2 = Layout(
+    "dinov2",
+    tokens={"cls_token": "1 1", "register_tokens": "1 registers", "mask_token": "1"},
+    norms=("norm1", "norm2"),
+    scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    heads=_two_token_classifier,
+    feed_forward=_dinov2_mlp,
+)
+BEIT = Layout("beit", _beit_heads, last_norm="layernorm?", scales=("lambda_1?", "lambda_2?"))
+
+LAYOUTS: dict[str, Layout] = {
+    "audio-spectrogram-transformer": Layout(
+        "audio_spectrogram_transformer", _audio_classifier, tokens={"cls_token": "1 1", "distillation_token": "1 1"}
+    ),
+    "beit": BEIT,
+    "data2vec-vision": replace(BEIT, prefix="data2vec_vision"),
+    "deit": Layout("deit", _deit_heads, tokens={**TOKENS, "distillation_token": "1 1"}),
+    "dinov2": DINOV2,
+    "dinov2_with_registers": replace(DINOV2, prefix="dinov2_with_registers"),
+    "dinov3_vit": replace(
+        DINOV2,
+        prefix="model",
+        tokens={**DINOV2.tokens, "mask_token": "1 1"},
+        patches="embeddings.patch_embeddings",
+        layers="layer",
+        attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
+        last_norm="norm",
+        feed_forward=_dinov3_mlp,
+        rotary=True,
+    ),
+    "ijepa": Layout("ijepa"),
+    "vit": Layout("vit", _vit_heads),
+    "vit_mae": Layout("vit", _mae_decoder),
+    "vit_msn": Layout("vit"),
+}
+
+
+def vit(config: Any) -> PermutationSpec:
+    """A family of `LAYOUTS` with any of its heads."""
+    layout, options = LAYOUTS[config.model_type], config.to_dict()
+    heads = heads_of(
+        config.num_attention_heads,
+        head_dim=config.hidden_size // config.num_attention_heads,
+        free_channels=not layout.rotary,
+    )
+    if options.get("use_shared_relative_position_bias"):
+        heads = one_for_all_layers(heads)
+    order = "heads.all" if options.get("use_shared_relative_position_bias") else "heads.{i}"
+    table = "relative_position_bias.relative_position_bias_table"
+    feed_forward, neurons = layout.feed_forward(config)
+    optional = layout.last_norm.endswith("?")
+    last_norm = (
+        [*optional_norm(layout.last_norm[:-1]), *optional_norm("pooler.layernorm")]
+        if optional
+        else layer_norm(layout.last_norm)
+    )
+    blocks = [
+        *within(
+            layout.prefix,
+            [f"embeddings.{token}?  {axes} residual" for token, axes in layout.tokens.items()],
+            ["embeddings.position_embeddings?  1 positions residual"],
+            [
+                f"{layout.patches}.weight  residual channels patch_height patch_width",
+                f"{layout.patches}.bias  residual",
+            ],
+            [f"encoder.{table}?  distances heads.all"] if order == "heads.all" else [],
+            layers(
+                layout.layers,
+                config.num_hidden_layers,
+                layer_norm(layout.norms[0]),
+                attention(*layout.attention, heads),
+                [f"attention.attention.{table}?  distances {order}"] if "use_relative_position_bias" in options else [],
+                layer_norm(layout.norms[1]),
+                feed_forward,
+                [f"{scale}  residual" for scale in layout.scales],
+            ),
+            last_norm,
+            linear("pooler.dense", "pooled", "residual", optional=True) if "pooler_output_size" in options else [],
+        ),
+        *layout.heads(config),
+    ]
+    unknown = ("patch_height", "patch_width", "positions", "distances", "registers", "labels", "pixels")
+    decoder = _decoder_heads(config) if config.model_type == "vit_mae" else None
     return declare(
         config,
-        within(
-            "vit",
-            ["embeddings.cls_token  1 1 residual", "embeddings.mask_token?  1 1 residual"],
-            ["embeddings.position_embeddings  1 positions residual"],
-            [
-                "embeddings.patch_embeddings.projection.weight  residual channels patch_height patch_width",
-                "embeddings.patch_embeddings.projection.bias  residual",
-            ],
-            layers(
-                "encoder.layer",
-                config.num_hidden_layers,
-                layer_norm("layernorm_before"),
-                attention(
-                    "attention.attention.query",
-                    "attention.attention.key",
-                    "attention.attention.value",
-                    "attention.output.dense",
-                    heads,
-                    output_bias=True,
-                ),
-                layer_norm("layernorm_after"),
-                mlp("intermediate.dense", "output.dense", bias=True),
-            ),
-            layer_norm("layernorm"),
-            linear("pooler.dense", "pooled", "residual", optional=True),
-        ),
-        head("classifier"),
-        ["decoder.0.weight?  pixels residual 1 1", "decoder.0.bias?  pixels"],
+        blocks,
         sizes={
+            **dict.fromkeys((*unknown, "decoder_positions"), None),
             "residual": config.hidden_size,
-            "pooled": config.pooler_output_size,
+            "pooled": options.get("pooler_output_size"),
             **heads.sizes,
-            "neurons": config.intermediate_size,
-            "channels": config.num_channels,
-            "patch_height": None,
-            "patch_width": None,
-            "positions": None,
-            "labels": None,
-            "pixels": None,
+            "neurons": neurons,
+            "channels": options.get("num_channels", 1),
+            "vocab": options.get("vocab_size"),
+            **(decoder.sizes if decoder else {}),
+            "decoder_residual": options.get("decoder_hidden_size"),
+            "decoder_neurons": options.get("decoder_intermediate_size"),
         },
-        symmetric=("residual", *heads.symmetric, "neurons"),
+        symmetric=occurring(
+            (
+                *("residual", "neurons", "decoder_residual", "decoder_neurons", *heads.symmetric),
+                *(decoder.symmetric if decoder else ()),
+            ),
+            blocks,
+        ),
         outputs=("residual",),
-        prefix="vit.",
+        prefix=f"{layout.prefix}.",
     )
