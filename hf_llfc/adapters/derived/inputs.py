@@ -1,10 +1,16 @@
 """Valid inputs for any model, made from the signature of its forward pass and its config.
 
-Only config and signature are read, so that a model on the meta device will do.
+`_ALWAYS` says what an argument is filled with wherever a forward pass has it, `_IF_REQUIRED` what it is filled with
+only where it has no default, `_OF_TYPE` what single model types want otherwise. Arguments of no table keep their
+default. Only config and signature are read, and the number of image and audio features that the model's own
+`get_image_features` and its like hand out, so that as many placeholder tokens stand in the text.
+
+b batch, t tokens or frames, c channels, h height, w width, p patches, d width of a feature.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,24 +26,41 @@ if TYPE_CHECKING:
 
 _LENGTH = 12
 _PADDED = 4
+_FRAMES = 4  # of a video
+_GRID = (2, 3)  # merged patches of an image, down and across
 
 
 @dataclass
 class _Request:
     """What the builders of single arguments know."""
 
-    config: PreTrainedConfig
+    model: PreTrainedModel
     arguments: dict[str, inspect.Parameter]
-    dtype: torch.dtype
     generator: torch.Generator
     batch: int
     made: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    @property
+    def text(self) -> dict[str, Any]:
+        return _values(self.config.get_text_config())
+
+    @property
+    def vision(self) -> dict[str, Any]:
+        return _values(_part(self.config, ("vision", "image", "vit", "encoder", "backbone")))
+
+    @property
+    def audio(self) -> dict[str, Any]:
+        return _values(_part(self.config, ("audio", "speech", "encoder")))
+
     def size(self, *names: str, default: Any = None) -> Any:
         """The first of some fields that this config or one of its parts has."""
-        for part in _parts(self.config):
-            for name in names:
-                value = vars(part).get(name)
+        for name in names:
+            for part in _parts(self.config):
+                value = _values(part).get(name)
                 if value is not None:
                     return value
         if default is None:
@@ -45,124 +68,23 @@ class _Request:
         return default
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.model.dtype)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, max(high, low + 1), shape, generator=self.generator)
 
-
-def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    from transformers import PreTrainedConfig
-
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _parts(value)
+    def ones(self, *shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.long)
 
 
-def _part(config: PreTrainedConfig, *words: str) -> PreTrainedConfig:
-    """The first sub-config whose name in its parent holds one of some words, or the config itself."""
-    from transformers import PreTrainedConfig
-
-    for word in words:
-        for name, value in vars(config).items():
-            if isinstance(value, PreTrainedConfig) and word in name:
-                return value
-    return config
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, list | tuple):
-        return (int(value[-2]), int(value[-1])) if len(value) > 1 else (int(value[0]), int(value[0]))
-    if isinstance(value, dict):
-        return int(value["height"]), int(value["width"])
-    return int(value), int(value)
-
-
-def _special_tokens(config: PreTrainedConfig) -> set[int]:
-    found = set()
-    for part in _parts(config):
-        for name, value in vars(part).items():
-            if name.endswith(("token_id", "token_index")) and isinstance(value, int):
-                found.add(value)
-    return found
-
-
-def _tokens(request: _Request, vocabulary: int, length: int) -> Tensor:
-    """Token ids without special tokens."""
-    special = _special_tokens(request.config)
-    ordinary = torch.tensor([token for token in range(1, vocabulary) if token not in special])
-    return ordinary[request.integers(0, len(ordinary), request.batch, length)]
-
-
-def _input_ids(request: _Request) -> Tensor:
-    text = request.config.get_text_config()
-    vocabulary = vars(text).get("vocab_size") or request.size("vocab_size", "encoder_vocab_size", "src_vocab_size")
-    ids = _tokens(request, vocabulary, _LENGTH)
-    padding = vars(text).get("pad_token_id")
-    if request.batch > 1 and isinstance(padding, int) and 0 <= padding < vocabulary:
-        ids[-1, -_PADDED:] = padding
-    return ids
-
-
-def _attention_mask(request: _Request) -> Tensor | None:
-    ids = request.made.get("input_ids")
-    if ids is None:
-        return None
-    mask = torch.ones_like(ids)
-    if request.batch > 1:
-        mask[-1, -_PADDED:] = 0
-    return mask
-
-
-def _decoder_input_ids(request: _Request) -> Tensor:
-    decoder = request.config.get_text_config(decoder=True)
-    vocabulary = vars(decoder).get("decoder_vocab_size") or vars(decoder).get("vocab_size")
-    return _tokens(request, vocabulary or request.size("decoder_vocab_size", "tgt_vocab_size"), _LENGTH - 3)
-
-
-def _token_type_ids(request: _Request) -> Tensor | None:
-    kinds = request.size("type_vocab_size", default=0)
-    if kinds < 2 or "input_ids" not in request.made:
-        return None
-    return request.integers(0, kinds, *request.made["input_ids"].shape)
-
-
-def _pixel_values(request: _Request) -> Tensor:
-    vision = _part(request.config, "vision", "image", "encoder", "backbone")
-    values = vars(vision)
-    channels = values.get("num_channels") or values.get("in_channels") or request.size("num_channels", default=3)
-    size = values.get("image_size") or request.size("image_size", default=64)
-    return request.normal(request.batch, channels if isinstance(channels, int) else 3, *_pair(size))
-
-
-def _waveform(request: _Request) -> Tensor:
-    return request.normal(request.batch, 4000)
-
-
-def _features(request: _Request) -> Tensor:
-    audio = _part(request.config, "audio", "encoder")
-    bins = vars(audio).get("num_mel_bins") or request.size("num_mel_bins", "feature_size", "input_dim")
-    return request.normal(request.batch, bins, 2 * request.size("max_source_positions", default=32))
-
-
-# What an argument of a forward pass is filled with. Arguments of no builder keep their default.
-_BUILDERS: dict[str, Callable[[_Request], Tensor | None]] = {
-    "input_ids": _input_ids,
-    "pixel_values": _pixel_values,
-    "input_values": _waveform,
-    "input_features": _features,
-    "attention_mask": _attention_mask,
-    "token_type_ids": _token_type_ids,
-    "decoder_input_ids": _decoder_input_ids,
-}
+Builder = Callable[[_Request], "Tensor | None"]
 
 
 def sample_inputs(model: PreTrainedModel, *, seed: int = 0, batch_size: int = 2) -> dict[str, Tensor]:
     """Valid inputs of a model's forward pass that exercise every part of it.
 
     Args:
-        model: Any model of transformers; its parameters are not read.
+        model: Any model of transformers; the values of its parameters do not matter.
         seed: Of the draw.
         batch_size: Rows; the last of several is padded where the model takes a mask.
 
@@ -173,24 +95,36 @@ def sample_inputs(model: PreTrainedModel, *, seed: int = 0, batch_size: int = 2)
         SpecError: No inputs can be made for a model of this type.
     """
     arguments = dict(inspect.signature(model.forward).parameters)
-    request = _Request(model.config, arguments, model.dtype, torch.Generator().manual_seed(seed), batch_size)
-    for name, builder in _BUILDERS.items():
-        if name in arguments:
-            try:
-                value = builder(request)
-            except SpecError:
-                raise
-            except Exception as error:
-                raise SpecError(
-                    f"model type {model.config.model_type!r}: no value for {name} of {type(model).__name__}: {error}"
-                ) from error
-            if value is not None:
-                request.made[name] = value
+    request = _Request(model, arguments, torch.Generator().manual_seed(seed), batch_size)
+    own = _OF_TYPE.get(model.config.model_type, {})
+    required = {
+        name
+        for name, argument in arguments.items()
+        if argument.default is inspect.Parameter.empty
+        and argument.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    }
+    names = [
+        *_ALWAYS,
+        *(name for name in _IF_REQUIRED if name in required),
+        *(name for name in own if name not in _ALWAYS),
+    ]
+    for name in names:
+        builder = own.get(name, _ALWAYS.get(name) or _IF_REQUIRED.get(name))
+        if name not in arguments or builder is None:
+            continue
+        try:
+            value = builder(request)
+        except SpecError:
+            raise
+        except Exception as error:
+            raise _failure(request, f"no value for {name}: {type(error).__name__}: {error}") from error
+        if value is not None:
+            request.made[name] = value
+    missing = required - set(request.made)
+    if missing:
+        raise _failure(request, f"no value can be made for {', '.join(sorted(missing))}")
     if not request.made:
-        raise SpecError(
-            f"model type {model.config.model_type!r}: {type(model).__name__} takes none of the inputs that can be made; "
-            f"its arguments are {', '.join(arguments)}"
-        )
+        raise _failure(request, f"none of its arguments can be made: {', '.join(arguments)}")
     return request.made
 
 
@@ -202,7 +136,7 @@ def forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
         inputs: As `sample_inputs` makes them.
 
     Returns:
-        Every floating-point tensor of the output by its path, for example ``"encoder_last_hidden_state"`` or ``"0.1"``.
+        Every floating-point tensor of the output by its path, for example ``"logits"`` or ``"backbone_features.1"``.
     """
     arguments = inspect.signature(model.forward).parameters
     options = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in arguments}
@@ -224,3 +158,316 @@ def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
         items = enumerate(value)
     for name, inner in items:
         yield from _tensors(inner, f"{path}.{name}" if path else str(name))
+
+
+def _failure(request: _Request, what: str) -> SpecError:
+    return SpecError(f"model type {request.config.model_type!r}: {what} of {type(request.model).__name__}.forward")
+
+
+def _values(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a config, also under the standard names that its attribute map gives them."""
+    values = dict(vars(config))
+    for standard, own in config.attribute_map.items():
+        values.setdefault(standard, values.get(own))
+    return values
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    from transformers import PreTrainedConfig
+
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def _part(config: PreTrainedConfig, words: tuple[str, ...]) -> PreTrainedConfig:
+    """The first sub-config whose field holds one of some words, or the config itself."""
+    from transformers import PreTrainedConfig
+
+    for word in words:
+        for name, value in vars(config).items():
+            if isinstance(value, PreTrainedConfig) and word in name:
+                return value
+    return config
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, dict):
+        return int(value["height"]), int(value["width"])
+    if isinstance(value, list | tuple):
+        return int(value[-2] if len(value) > 1 else value[0]), int(value[-1])
+    return int(value), int(value)
+
+
+# Text
+
+
+def _special_tokens(config: PreTrainedConfig) -> set[int]:
+    found = set()
+    for part in _parts(config):
+        for name, value in vars(part).items():
+            if name.endswith(("token_id", "token_index")) and isinstance(value, int):
+                found.add(value)
+    return found
+
+
+def _tokens(request: _Request, vocabulary: int, length: int) -> Tensor:
+    """Token ids without special tokens, (b, t)."""
+    special = _special_tokens(request.config)
+    ordinary = torch.tensor([token for token in range(1, vocabulary) if token not in special])
+    return ordinary[request.integers(0, len(ordinary), request.batch, length)]
+
+
+def _input_ids(request: _Request) -> Tensor | None:
+    if "inputs_embeds" in request.made:
+        return None
+    vocabulary = request.text.get("vocab_size") or request.size("vocab_size", "encoder_vocab_size", "src_vocab_size")
+    ids = _tokens(request, vocabulary, _LENGTH)
+    padding = request.text.get("pad_token_id")
+    if request.batch > 1 and isinstance(padding, int) and 0 <= padding < vocabulary:
+        ids[-1, -_PADDED:] = padding
+    placeholders = _placeholders(request)
+    return torch.cat((ids[:, :2], placeholders, ids[:, 2:]), dim=1) if placeholders.numel() else ids
+
+
+# The features that stand for placeholder tokens: the method that makes them, and the fields that name the token,
+# that before the features and that after them.
+_MEDIA = (
+    (
+        "get_image_features",
+        "pixel_values",
+        ("image_token_id", "image_token_index", "media_placeholder_token_id"),
+        ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index"),
+        ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index"),
+    ),
+    (
+        "get_video_features",
+        "pixel_values_videos",
+        ("video_token_id", "video_token_index"),
+        ("vision_start_token_id", "video_start_token_id"),
+        ("vision_end_token_id", "video_end_token_id"),
+    ),
+    (
+        "get_audio_features",
+        "input_features",
+        ("audio_token_id", "audio_token_index"),
+        ("audio_bos_token_id", "audio_start_token_id"),
+        ("audio_eos_token_id", "audio_end_token_id"),
+    ),
+)
+
+
+def _placeholders(request: _Request) -> Tensor:
+    """As many tokens as there are image, video and audio features, in every row alike: (b, t)."""
+    tokens: list[int] = []
+    values = _values(request.config)
+    for method, argument, names, before, after in _MEDIA:
+        token = next((values[name] for name in names if isinstance(values.get(name), int)), None)
+        if token is None or argument not in request.made:
+            continue
+        count = _feature_count(request, method)
+        if count:
+            start = [values[name] for name in before if isinstance(values.get(name), int)]
+            end = [values[name] for name in after if isinstance(values.get(name), int)]
+            tokens += [*start[:1], *[token] * count, *end[:1]]
+    return torch.tensor(tokens, dtype=torch.long).expand(request.batch, -1)
+
+
+def _feature_count(request: _Request, method: str) -> int:
+    """How many features a model makes of the image, video or audio of one row."""
+    model = request.model
+    bound = getattr(model, method, None) or getattr(model.base_model, method, None)
+    if bound is None:
+        return 0
+    if next(model.parameters()).is_meta:
+        model = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
+        bound = getattr(model, method, None) or getattr(model.base_model, method)
+    taken = inspect.signature(bound).parameters
+    anything = any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in taken.values())
+    given = {name: value for name, value in request.made.items() if name in taken or anything}
+    with torch.no_grad():
+        features: Any = bound(**given)
+    if not isinstance(features, Tensor | list | tuple):
+        features = features.pooler_output if features.get("pooler_output") is not None else features[0]
+    elif isinstance(features, tuple) and features and isinstance(features[0], list | tuple):
+        features = features[0]
+    parts = [features] if isinstance(features, Tensor) else list(features)
+    return sum(part.numel() // part.shape[-1] for part in parts) // request.batch
+
+
+def _attention_mask(request: _Request) -> Tensor | None:
+    ids = request.made.get("input_ids")
+    if ids is None:
+        return None
+    mask = torch.ones_like(ids)
+    if request.batch > 1:
+        mask[-1, -_PADDED:] = 0
+    return mask
+
+
+def _decoder_input_ids(request: _Request) -> Tensor:
+    decoder = _values(request.config.get_text_config(decoder=True))
+    vocabulary = decoder.get("decoder_vocab_size") or decoder.get("vocab_size")
+    return _tokens(request, vocabulary or request.size("decoder_vocab_size", "tgt_vocab_size"), _LENGTH - 3)
+
+
+def _token_type_ids(request: _Request) -> Tensor | None:
+    kinds = request.text.get("type_vocab_size") or 0
+    ids = request.made.get("input_ids")
+    if ids is None:
+        return None
+    if kinds >= 2:
+        return request.integers(0, kinds, *ids.shape)
+    return _media_types(request) if "pixel_values" in request.made and not kinds else None
+
+
+def _media_types(request: _Request) -> Tensor | None:
+    """0 for text, 1 for images, 2 for videos, 3 for audio: (b, t)."""
+    ids = request.made.get("input_ids")
+    if ids is None:
+        return None
+    types = torch.zeros_like(ids)
+    values = _values(request.config)
+    for kind, (_, _, names, _, _) in enumerate(_MEDIA, start=1):
+        token = next((values[name] for name in names if isinstance(values.get(name), int)), None)
+        if token is not None:
+            types[ids == token] = kind
+    return types
+
+
+def _boxes(request: _Request) -> Tensor | None:
+    """Boxes of tokens on a page of 1000 × 1000, left, top, right, bottom: (b, t, 4)."""
+    ids = request.made.get("input_ids")
+    if ids is None:
+        return None
+    most = request.size("max_2d_position_embeddings", default=1000) // 2
+    corner = request.integers(0, most // 2, *ids.shape, 2)
+    return torch.cat((corner, corner + request.integers(1, most // 2, *ids.shape, 2)), dim=-1)
+
+
+def _embeddings(request: _Request) -> Tensor:
+    return request.normal(request.batch, _LENGTH, request.text["hidden_size"])
+
+
+# Images and videos
+
+
+def _channels(request: _Request) -> int:
+    for values in (request.vision, _values(request.config)):
+        for name in ("num_channels", "in_channels", "in_chans", "n_channels"):
+            if isinstance(values.get(name), int):
+                return int(values[name])
+    return int(request.size("num_channels", default=3))
+
+
+def _image_size(request: _Request) -> tuple[int, int]:
+    return _pair(request.vision.get("image_size") or request.size("image_size", default=64))
+
+
+def _pixel_values(request: _Request) -> Tensor:
+    if "image_grid_thw" in request.made:
+        return _patches(request)
+    return request.normal(request.batch, _channels(request), *_image_size(request))
+
+
+def _video(request: _Request) -> Tensor | None:
+    if "pixel_values" in request.made or "video_grid_thw" in request.arguments:
+        return None
+    frames = request.size("num_frames", "frames_per_clip", default=_FRAMES)
+    return request.normal(request.batch, frames, _channels(request), *_image_size(request))
+
+
+def _grid(request: _Request) -> Tensor:
+    """Patches in time, down and across of one image a row: (b, 3)."""
+    merge = request.size("spatial_merge_size", "merge_size", default=1)
+    if not isinstance(merge, int):
+        merge = merge[-1]
+    return torch.tensor([[1, _GRID[0] * merge, _GRID[1] * merge]] * request.batch)
+
+
+def _patches(request: _Request) -> Tensor:
+    """Flattened patches of all images of a grid: (p, d)."""
+    grid = request.made.get("image_grid_thw", request.made.get("grid_thw"))
+    assert grid is not None, "the grid is made before the patches"
+    side = _pair(request.vision.get("patch_size") or request.size("patch_size"))
+    depth = request.vision.get("temporal_patch_size") or 1
+    return request.normal(int(grid.prod(dim=1).sum()), _channels(request) * depth * side[0] * side[1])
+
+
+def _hidden_states(request: _Request) -> Tensor:
+    if "grid_thw" in request.made:
+        return _patches(request)
+    return request.normal(request.batch, _LENGTH, request.size("hidden_size"))
+
+
+# Audio
+
+
+def _waveform(request: _Request) -> Tensor:
+    return request.normal(request.batch, 4000)
+
+
+def _features(request: _Request) -> Tensor:
+    """Log-mel features: (b, c, t) for encoders with a table of positions after two convolutions, else (b, t, c)."""
+    bins = request.audio.get("num_mel_bins") or request.size(
+        "num_mel_bins", "feature_size", "input_dim", "input_feat_size", "n_mels", "feat_in", "mel_bins"
+    )
+    positions = request.audio.get("max_source_positions")
+    if positions:
+        return request.normal(request.batch, bins, 2 * positions)
+    return request.normal(request.batch, 64, bins)
+
+
+def _features_mask(request: _Request) -> Tensor | None:
+    features = request.made.get("input_features")
+    if features is None:
+        return None
+    return request.ones(request.batch, features.shape[-1 if request.audio.get("max_source_positions") else 1])
+
+
+# Time series
+
+
+def _series(request: _Request) -> Tensor:
+    values = _values(request.config)
+    length = values["context_length"] + max(values.get("lags_sequence") or [0])
+    channels = values.get("num_input_channels") or values.get("input_size") or 1
+    shape = (
+        (request.batch, length) if channels == 1 and "lags_sequence" in values else (request.batch, length, channels)
+    )
+    return request.normal(*shape)
+
+
+def _time_features(request: _Request) -> Tensor:
+    return request.normal(*request.made["past_values"].shape[:2], request.size("num_time_features"))
+
+
+_ALWAYS: dict[str, Builder] = {
+    "grid_thw": _grid,
+    "image_grid_thw": _grid,
+    "hidden_states": lambda request: _hidden_states(request) if "grid_thw" in request.made else None,
+    "pixel_values": _pixel_values,
+    "pixel_values_videos": _video,
+    "input_values": _waveform,
+    "input_features": _features,
+    "input_features_mask": _features_mask,
+    "feature_attention_mask": _features_mask,
+    "past_values": _series,
+    "input_ids": _input_ids,
+    "attention_mask": _attention_mask,
+    "token_type_ids": _token_type_ids,
+    "mm_token_type_ids": _media_types,
+    "bbox": _boxes,
+    "decoder_input_ids": _decoder_input_ids,
+}
+
+_IF_REQUIRED: dict[str, Builder] = {
+    "inputs_embeds": _embeddings,
+    "hidden_states": _hidden_states,
+    "past_time_features": _time_features,
+    "past_observed_mask": lambda request: torch.ones_like(request.made["past_values"]),
+    "qformer_input_ids": lambda request: request.integers(3, request.size("vocab_size"), request.batch, 5),
+}
+
+_OF_TYPE: dict[str, dict[str, Builder | None]] = {}

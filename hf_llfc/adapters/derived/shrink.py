@@ -33,7 +33,8 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("keep", r"num_channels|in_chans|.*_per_second.*|.*ignore_index|num_labels|.*_period|.*_offset|.*factors?|hc_.*"),
     ("keep", r".*temperature.*|.*theta.*|.*_base|shortest_edge|problem_type|.*_sizes_ratio|mel_dim|.*_bins"),
     ("token", r".*(token_id|token_index|_token|token_ids)|(bos|eos|pad|unk|sep|cls|mask|lang)_(index|id)"),
-    ("vocab", r".*(vocab_size|n_vocab|num_embeddings|codebook_size|num_embeds|vocab_sizes?)"),
+    ("codebook", r".*codebook_size"),
+    ("vocab", r".*(vocab_size|n_vocab|num_embeddings|num_embeds|vocab_sizes?)"),
     ("top_k", r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k|num_selected_experts|top_k_experts"),
     ("experts", r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_moe_experts|zero_expert_num"),
     ("groups", r"n_group|num_expert_group|n_groups|mamba_n_groups"),
@@ -46,6 +47,9 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("qk_nope", r"qk_nope_head_dim"),
     ("qk_both", r"qk_head_dim"),
     ("v_head", r"v_head_dim"),
+    ("mamba_head", r"mamba_d_head|mamba_headdim"),
+    ("rotary", r"rotary_dim"),
+    ("conv_base", r"base_channels"),
     ("head_dim", r".*(head_dim|d_kv|d_head|dim_head|kv_channels|attention_head_size|head_size)"),
     ("rank", r".*(_rank)"),
     ("state", r".*(d_state|state_size)"),
@@ -76,6 +80,10 @@ _AT_MOST: dict[str, int] = {
     "window": 8,
     "positions": 64,
     "queries": 6,
+    "codebook": 64,
+    "mamba_head": 32,
+    "rotary": 8,
+    "conv_base": 32,
 }
 
 _HIDDEN = (64, 32, 96, 48, 80, 112, 128)
@@ -88,8 +96,24 @@ _MAIN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "
 _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "attention_heads")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "layers")
 
+# Indices of layers whose outputs are used further on.
+_TAPS = r".*(out_indices|visual_indexes|layers_indices|extract_layers|vision_feature_layer|target_layers|hook_ids|state_indices|attn_indexes|attention_blocks|block_indexes|block_indices|global_attn_indexes)"
+
+# Sections of rotary embeddings that a modelling file has as its own default, for heads of the config's default size.
+_SECTIONS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text"), (16, 24, 24)),
+    **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"), (8, 12, 12)),
+}
+
 # Fields of single model types that the names above would get wrong, as `field: value`.
-_EXCEPTIONS: dict[str, dict[str, Any]] = {}
+_EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "align_vision_model": {"width_coefficient": 0.25},
+    "bit": {"num_groups": 4},
+    "efficientnet": {"width_coefficient": 0.25},
+    "falcon_h1": {"mamba_d_ssm": 32},
+    "layoutlmv3": {"hidden_size": 96, "coordinate_size": 16, "shape_size": 16},
+    "lilt": {"hidden_size": 96},
+}
 
 
 def shrunken(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -188,7 +212,9 @@ class _Sizes:
 
     def stage_widths(self, values: list[int]) -> list[int]:
         if self.divisor:
-            return [self.width(value) for value in values]
+            return [value // self.divisor if min(values) > self.divisor else value for value in values]
+        if all(value in self.stages for value in values):
+            return [self.stages[value] for value in values]
         if all(value in self.widths for value in values):
             return [self.widths[value] for value in values]
         known = next((value for value in values if value in self.stages), None)
@@ -228,7 +254,7 @@ class _Sizes:
 
 def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
     """The config anew with small sizes, so that its own checks and derived values hold."""
-    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_") or name == "_out_indices"}
     small = {name: copy.deepcopy(value) for name, value in values.items()}
     for name, value in values.items():
         if _is_config(value):
@@ -243,31 +269,23 @@ def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
         if isinstance(value, int):
             small[name] = _small(kind, name, value, values, sizes)
         elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
-            small[name] = type(value)(_small_list(kind, name, list(value), values, sizes))
-    _rope(values, small)
+            small[name] = type(value)(_small_list(kind, name, list(small[name]), values, sizes))
+    _rope(values, small, config.model_type)
     small.update(_EXCEPTIONS.get(config.model_type, {}))
 
     config_class = type(config)
     fields = {field.name for field in dataclasses.fields(config_class)}
     given = {name: value for name, value in small.items() if name in fields}
     if "_out_indices" in vars(config) and "_out_features" in vars(config):
-        given["out_indices"] = _taps(vars(config)["_out_indices"], values, small)
+        given["out_indices"] = small.get("_out_indices") or list(vars(config)["_out_indices"])
     rebuilt = config_class(**given)
     for name, value in small.items():
-        if name not in fields and name not in vars(rebuilt):
+        if name not in fields and name not in vars(rebuilt) and not name.startswith("_"):
             setattr(rebuilt, name, value)
     for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
         vars(rebuilt)[name] = vars(config).get(name)
     rebuilt.architectures = config.architectures
     return rebuilt
-
-
-def _taps(indices: list[int], values: dict[str, Any], small: dict[str, Any]) -> list[int]:
-    """The hidden states that a backbone hands out, after some layers have gone."""
-    depth, left = _first(values, _DEPTH), _first(small, _DEPTH)
-    if depth is None or left is None or max(indices) <= left:
-        return list(indices)
-    return list(range(left - len(indices) + 1, left + 1))
 
 
 def _small(kind: str | None, name: str, value: int, values: dict[str, Any], sizes: _Sizes) -> int:
@@ -318,6 +336,8 @@ def _small_list(kind: str | None, name: str, items: list[int], values: dict[str,
 
 def _layers(values: dict[str, Any]) -> dict[str, Any]:
     """Fewer layers, at least one of each kind, and everything that is said layer by layer to match."""
+    if any(_kind_of(name) == "depths" and isinstance(value, list | tuple) for name, value in values.items()):
+        return {}  # the layers are the stages
     small: dict[str, Any] = {}
     for name, value in values.items():
         if _kind_of(name) == "layers" and type(value) is int:
@@ -328,35 +348,57 @@ def _layers(values: dict[str, Any]) -> dict[str, Any]:
     by_layer = {
         name: value
         for name, value in values.items()
-        if isinstance(value, list | tuple) and len(value) == depth and depth > 2 and _kind_of(name) in (None, "layers")
+        if isinstance(value, list | tuple) and len(value) == depth and depth > 2 and name != "stage_names"
     }
     kept, seen = [], set()
     for index in range(depth):
-        kind = tuple(str(value[index]) for value in by_layer.values())
+        kind = tuple(str(value[index]) for value in by_layer.values() if not isinstance(value[index], float))
         if kind not in seen:
             seen.add(kind)
             kept.append(index)
-    # A second layer of the commonest kind: what crosses from layer to layer must show.
-    kept = sorted({*kept, *range(min(2, depth))}) if len(kept) < 2 else kept
+    taps = [
+        value
+        for name, value in values.items()
+        if re.fullmatch(_TAPS, name) and isinstance(value, list | tuple) and all(type(item) is int for item in value)
+    ]
+    least = max([min(2, depth), *(len(set(indices)) for indices in taps)])
+    kept = sorted({*kept, *[index for index in range(depth) if index not in kept][: max(0, least - len(kept))]})
     for name in _DEPTH:
         if values.get(name) == depth and name in small:
             small[name] = len(kept)
     for name, value in by_layer.items():
         small[name] = type(value)(value[index] for index in kept)
+    for name, value in values.items():
+        if any(value is indices for indices in taps):
+            small[name] = _tapped(value, depth, len(kept))
     return small
 
 
-def _rope(values: dict[str, Any], small: dict[str, Any]) -> None:
+def _tapped(indices: Any, depth: int, kept: int) -> Any:
+    """Indices of layers whose outputs are used further on, after some layers have gone."""
+    if not indices or all(index < 0 for index in indices):
+        return indices
+    highest = kept if max(indices) >= depth else kept - 1
+    distinct = sorted(set(indices))
+    moved = {index: max(0, highest - len(distinct) + 1 + place) for place, index in enumerate(distinct)}
+    return type(indices)(index if index < 0 else moved[index] for index in indices)
+
+
+def _rope(values: dict[str, Any], small: dict[str, Any], model_type: str) -> None:
     """Sections and factors of rotary embeddings are as long as half a head."""
     rope = small.get("rope_parameters")
     if not isinstance(rope, dict):
         return
+    if model_type in _SECTIONS and "mrope_section" not in rope:
+        rope["mrope_section"] = list(_SECTIONS[model_type])
     dim = values.get("head_dim") or (_first(values, _MAIN) or 0) // (_first(values, _HEADS) or 1)
     new = small.get("head_dim") or (_first(small, _MAIN) or 0) // (_first(small, _HEADS) or 1)
     for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         for name, value in table.items():
             if name == "mrope_section" and dim:
-                table[name] = [item * new // dim for item in value]
+                sections = [item * new // dim for item in value]
+                sections[-1] += sum(value) * new // dim - sum(sections)
+                table[name] = sections
             elif name in ("short_factor", "long_factor") and dim:
                 table[name] = value[: max(1, len(value) * new // dim)]
             elif name == "original_max_position_embeddings":
