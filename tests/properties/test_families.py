@@ -1,0 +1,176 @@
+"""What must hold for every family of the registry: each property on one tiny model per model type and head class.
+
+A new row of `registry.FAMILIES` is tested by everything here without another line. `VARIANTS` adds what a config may
+say differently. `tests.properties.test_every_adapter` goes deeper on fewer families.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_llfc.adapters.derived.inputs import sample_inputs
+from hf_llfc.adapters.derived.shrink import shrunken
+from hf_llfc.adapters.registry import FAMILIES
+from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.symmetry import Alignment, PermutationSpec
+from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
+from tests.tiny_models import randomise
+
+# What transformers' default config lacks, or what its defaults leave untested.
+DEFAULTS: dict[str, dict[str, object]] = {
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+}
+
+# Name, model type, class, and what its config says differently.
+VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
+    ("one key/value head", "llama", "LlamaForCausalLM", {"num_key_value_heads": 1}),
+    ("grouped queries, biases", "llama", "LlamaForCausalLM", {"num_key_value_heads": 2, "attention_bias": True}),
+    ("norms on queries and keys", "cohere", "CohereForCausalLM", {"use_qk_norm": True, "num_key_value_heads": 2}),
+    ("norms on queries and keys", "phi", "PhiForCausalLM", {"qk_layernorm": True}),
+    ("grouped queries", "phi", "PhiForCausalLM", {"num_key_value_heads": 2}),
+    (
+        "a rotary embedding on all channels",
+        "phi",
+        "PhiForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    ("grouped queries", "phi3", "Phi3ForCausalLM", {"num_key_value_heads": 2}),
+    ("grouped queries", "olmo2", "Olmo2ForCausalLM", {"num_key_value_heads": 2}),
+    ("a dense layer between", "qwen3_moe", "Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}),
+    ("an output head of its own", "gemma", "GemmaForCausalLM", {"tie_word_embeddings": False}),
+]
+
+# What a family must hold fixed: model type → kind of axis → why.
+FIXED: dict[str, dict[str, str]] = {}
+
+
+EXPORTED = frozenset(dir(transformers))
+
+
+def classes_of(model_type: str) -> list[str]:
+    """Every head that an auto class builds for a model type, and the base model."""
+    names: dict[str, None] = {}
+    for attribute, mapping in vars(modeling_auto).items():
+        if attribute.endswith("_MAPPING_NAMES") and attribute.startswith("MODEL_"):
+            found = mapping.get(model_type, ())
+            names |= dict.fromkeys([found] if isinstance(found, str) else found)
+    return [name for name in names if name in EXPORTED]
+
+
+ROWS = [
+    *((model_type, name, "", {}) for model_type in FAMILIES for name in classes_of(model_type)),
+    *((model_type, name, variant, changes) for variant, model_type, name, changes in VARIANTS),
+]
+
+
+@cache
+def small_config(model_type: str) -> PreTrainedConfig:
+    return shrunken(CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {})))
+
+
+def config_of(model_type: str, changes: Mapping[str, object]) -> PreTrainedConfig:
+    config = small_config(model_type)
+    config = type(config)(**{**config.to_dict(), **changes}) if changes else copy.deepcopy(config)
+    # Heads of a sequence ask for the padding token; the fused kernels of attention and experts have no float64.
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = 0
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return config
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model type with one head, in float64: the model, its spec, its tensors as `save_pretrained` writes them."""
+
+    model_type: str
+    head: str
+    model: PreTrainedModel
+    spec: PermutationSpec
+    on_disk: dict[str, Tensor]
+
+    def random(self, seed: int) -> Alignment:
+        return self.spec.random_alignment(torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: "-".join(filter(None, row[:3])).replace(" ", "_"))
+def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Row]:
+    model_type, name, _, changes = request.param
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(config_of(model_type, changes))
+    randomise(model, torch.Generator().manual_seed(0))
+    model = model.double().eval()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    config = type(model.config).from_pretrained(folder)
+    on_disk = load_file(folder / "model.safetensors")
+    yield Row(model_type, name, model, PermutationSpec.from_config(config), on_disk)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_every_tensor_is_declared_exactly_once(row: Row):
+    for tensors in (row.on_disk, row.model.state_dict()):
+        binding = row.spec.bind(shapes(tensors))
+        assert binding.tensors.keys() == tensors.keys()
+    binding = row.spec.bind(shapes(row.on_disk))
+    assert len({(bound.spec.name, bound.index) for bound in binding.tensors.values()}) == len(row.on_disk)
+
+
+def test_a_random_transform_of_every_symmetric_axis_keeps_the_outputs(row: Row):
+    assert change_by_random_transform(row.model, row.spec, sample_inputs(row.model)) <= RELATIVE_CHANGE
+
+
+def test_the_inverse_undoes_a_transform_bit_for_bit(row: Row):
+    alignment = row.random(3)
+    assert_equal(alignment.inverse().apply(alignment.apply(row.on_disk)), row.on_disk)
+
+
+def test_names_in_memory_and_names_on_disk_move_alike(row: Row, tmp_path: Path):
+    alignment = row.random(1)
+    in_memory = alignment.apply(row.model.state_dict())
+    save_file(alignment.apply(row.on_disk), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    row.model.config.save_pretrained(tmp_path)
+    loaded = type(row.model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert_equal(loaded.state_dict(), in_memory)
+
+
+def test_weight_matching_recovers_a_planted_transform(row: Row):
+    moved = row.random(8).apply(row.on_disk)
+    found = match_weights(
+        Parameters.from_state_dict(row.spec, row.on_disk), Parameters.from_state_dict(row.spec, moved)
+    )
+    assert found.metadata["cosine_before"] < 0.99
+    assert_equal(found.apply(moved), row.on_disk)
+
+
+def test_nothing_obvious_is_held_fixed(row: Row):
+    """The residual stream, heads and neurons move, or `FIXED` says why they do not."""
+    used = {axis.split(".")[0] for axis in row.spec.bind(shapes(row.on_disk)).symmetric_axes}
+    fixed = FIXED.get(row.model_type, {})
+    assert not used & fixed.keys()
+    base = row.head.endswith(("Model", "Backbone")) and not row.head.endswith(("LMHeadModel", "DoubleHeadsModel"))
+    for kinds in (("residual", "channels"), ("heads", "kv", "q"), ("neurons", "inner")):
+        assert used.intersection(kinds) or fixed.keys() & set(kinds) or (base and kinds[0] == "residual"), kinds
