@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_llfc.adapters.bert import OLD_ENDINGS, masked_tokens
-from hf_llfc.adapters.blocks import attention, embedding, head, heads_of, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.blocks import (
+    attention,
+    embedding,
+    head,
+    heads_of,
+    layer_norm,
+    layers_of_stage,
+    linear,
+    mlp,
+    within,
+)
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -38,10 +48,8 @@ def albert(config: AlbertConfig) -> PermutationSpec:
     groups = [
         line
         for group in range(config.num_hidden_groups)
-        for line in layers(
-            f"encoder.albert_layer_groups.{group}.albert_layers",
-            config.inner_group_num,
-            [line.replace("{i}", f"{group}.{{i}}") for line in layer],
+        for line in layers_of_stage(
+            f"encoder.albert_layer_groups.{group}.albert_layers", group, config.inner_group_num, layer
         )
     ]
     return declare(

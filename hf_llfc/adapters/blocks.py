@@ -7,7 +7,7 @@ that it is a statistic.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -273,3 +273,21 @@ def one_for_all_layers(heads: Heads) -> Heads:
         values=shared(heads.values),
         output=shared(heads.output),
     )
+
+
+def normalized_convolution(name: str, out: str, into: str, kernel: int) -> list[str]:
+    """A convolution without bias, and its BatchNorm."""
+    return [
+        *convolution(f"{name}.convolution", out, into, kernel, bias=False),
+        *batch_norm(f"{name}.normalization", out),
+    ]
+
+
+def layers_of_stage(prefix: str, stage: int, count: int, *blocks: Sequence[str]) -> list[str]:
+    """Repeats blocks for the layers of a stage; `{i}` becomes the stage and the layer."""
+    return layers(prefix, count, [line.replace("{i}", f"{stage}.{{i}}") for block in blocks for line in block])
+
+
+def sizes_in_stage(stage: int, count: int, sizes: Mapping[str, int | None]) -> dict[str, int | None]:
+    """The sizes of axes that every layer of a stage has, by their full names."""
+    return {f"{axis}.{stage}.{layer}": size for layer in range(count) for axis, size in sizes.items()}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression
 from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
 
@@ -38,10 +39,11 @@ def in_memory_layout(config: PreTrainedConfig, spec: PermutationSpec) -> list[Te
         rename_source_key,
     )
 
-    if type(config) not in AutoModel._model_mapping:
+    if not config.architectures and type(config) not in AutoModel._model_mapping:
         return []
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
+        # A head may have conversions of its own.
+        model = model_class_for(config)._from_config(config) if config.architectures else AutoModel.from_config(config)
     conversions = [
         conversion
         for conversion in get_model_conversion_mapping(model, add_legacy=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.adapters.blocks import batch_norm, convolution, head, within
+from hf_llfc.adapters.blocks import head, normalized_convolution, within
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def resnet(config: ResNetConfig) -> PermutationSpec:
         "colours": config.num_channels,
         "labels": None,
     }
-    blocks = _convolution("embedder.embedder", channels, "colours", 7)
+    blocks = normalized_convolution("embedder.embedder", channels, "colours", 7)
     for stage, (width, depth) in enumerate(zip(config.hidden_sizes or (), config.depths or (), strict=True)):
         for block in range(depth):
             prefix = f"encoder.stages.{stage}.layers.{block}"
@@ -32,7 +32,7 @@ def resnet(config: ResNetConfig) -> PermutationSpec:
             if strided or sizes[channels] != width:
                 channels = f"channels.{stage}"
                 sizes[channels] = width
-                blocks += _convolution(f"{prefix}.shortcut", channels, into, 1)
+                blocks += normalized_convolution(f"{prefix}.shortcut", channels, into, 1)
             inner = [f"inner.{stage}.{block}.{position}" for position in range(2)]
             if config.layer_type == "basic":
                 sizes[inner[0]] = width
@@ -41,7 +41,7 @@ def resnet(config: ResNetConfig) -> PermutationSpec:
                 sizes[inner[0]] = sizes[inner[1]] = width // BOTTLENECK_REDUCTION
                 steps = [(inner[0], into, 1), (inner[1], inner[0], 3), (channels, inner[1], 1)]
             for position, (out, source, kernel) in enumerate(steps):
-                blocks += _convolution(f"{prefix}.layer.{position}", out, source, kernel)
+                blocks += normalized_convolution(f"{prefix}.layer.{position}", out, source, kernel)
     returns_every_stage = "ResNetBackbone" in (config.architectures or ())
     return declare(
         config,
@@ -52,10 +52,3 @@ def resnet(config: ResNetConfig) -> PermutationSpec:
         outputs=("channels",) if returns_every_stage else (channels,),
         prefix="resnet.",
     )
-
-
-def _convolution(name: str, out: str, into: str, kernel: int) -> list[str]:
-    return [
-        *convolution(f"{name}.convolution", out, into, kernel, bias=False),
-        *batch_norm(f"{name}.normalization", out),
-    ]

@@ -25,6 +25,7 @@ from hf_llfc.adapters.blocks import (
 )
 from hf_llfc.adapters.compose import occurring, only_if, renamed
 from hf_llfc.adapters.declare import declare
+from hf_llfc.adapters.segmentation import SEGMENTATION, Names, segmentation_heads
 
 if TYPE_CHECKING:
     from hf_llfc.symmetry.spec import PermutationSpec
@@ -72,7 +73,20 @@ def _masked_patches(config: Any) -> list[str]:
 
 
 def _beit_heads(config: Any) -> list[str]:
-    return [*head("classifier"), *optional_norm("layernorm"), *head("lm_head", out="vocab")]
+    auxiliary, concatenates = config.auxiliary_num_convs, config.auxiliary_concat_input
+    return [
+        *head("classifier"),
+        *optional_norm("layernorm"),
+        *head("lm_head", out="vocab"),
+        *segmentation_heads(
+            len(config.pool_scales),
+            auxiliary,
+            concatenates=concatenates,
+            names=Names("conv", "bn", "psp_modules.{scale}.1", "bottleneck")
+            if config.model_type == "beit"
+            else Names(),
+        ),
+    ]
 
 
 def _audio_classifier(config: Any) -> list[str]:
@@ -242,10 +256,20 @@ def vit(config: Any) -> PermutationSpec:
             **(decoder.sizes if decoder else {}),
             "decoder_residual": options.get("decoder_hidden_size"),
             "decoder_neurons": options.get("decoder_intermediate_size"),
+            **dict.fromkeys(SEGMENTATION, config.hidden_size),
+            "auxiliary": options.get("auxiliary_channels"),
         },
         symmetric=occurring(
             (
-                *("residual", "neurons", "decoder_residual", "decoder_neurons", *heads.symmetric),
+                *(
+                    "residual",
+                    "neurons",
+                    "decoder_residual",
+                    "decoder_neurons",
+                    *heads.symmetric,
+                    *SEGMENTATION,
+                    "auxiliary",
+                ),
                 *(decoder.symmetric if decoder else ()),
             ),
             blocks,
