@@ -343,6 +343,7 @@ def _inspect(options: argparse.Namespace) -> int:
                 "model_type": found.model_type,
                 "architecture": found.architecture,
                 "spec": found.spec.origin,
+                "notes": list(found.spec.notes),
                 "parameters": found.parameters,
                 "symmetric_axes": list(found.symmetric_axes),
                 "axes": axes,
@@ -360,6 +361,8 @@ def _inspect(options: argparse.Namespace) -> int:
         print_table(
             title, rows if options.all else fold_layers(rows), columns=("tensor", "shape", "dtype", "axes", "symmetric")
         )
+        for note in found.spec.notes:
+            print(f"{found.spec.origin} spec: {note}")
         if found.verification is not None:
             sentence = "the symmetries hold" if found.verification["verified"] else "THE SYMMETRIES DO NOT HOLD"
             print(

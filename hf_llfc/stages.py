@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_llfc.adapters import known_model_types, spec_for
+from hf_llfc.adapters import spec_for
 from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.checkpoints import Checkpoint, compare, load_model
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, diagnose_models
@@ -60,10 +60,11 @@ class Parent:
         return {name: self.read(name) for name in self.checkpoint.tensors}
 
     def axes_of(self, name: str) -> tuple[str, ...]:
-        """The axes that a tensor carries; none where the architecture has no adapter."""
-        if self.checkpoint.config.model_type not in known_model_types():
+        """The axes that a tensor carries; none where the architecture has no spec."""
+        try:
+            return tuple(use.axis for use in self._unmoved.tensors[name].spec.axes)
+        except SpecError:
             return ()
-        return tuple(use.axis for use in self._unmoved.tensors[name].spec.axes)
 
     @cached_property
     def _unmoved(self) -> Binding:
@@ -84,7 +85,7 @@ def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
     """The permutation spec of a checkpoint; the error names the checkpoint.
 
     Raises:
-        SpecError: The architecture has no adapter, or the adapter refuses the config.
+        SpecError: The architecture has no adapter and no spec can be derived, or the adapter refuses the config.
     """
     try:
         return spec_for(checkpoint.config)
@@ -274,40 +275,22 @@ def largest_logit_change(checkpoint: Checkpoint, *, seed: int = 0) -> dict[str, 
         `change`: largest change of the logits, relative to the largest logit, in float64; `noise`: that of computing
         them in float32 instead of float64.
     """
-    generator = torch.Generator().manual_seed(seed)
-    random = spec_of(checkpoint).random_alignment(generator)
+    from hf_llfc.adapters.derived import answer_of, relative_change, sample_inputs
+
+    random = spec_of(checkpoint).random_alignment(torch.Generator().manual_seed(seed))
     model = Parent(checkpoint).load()
-    inputs = _random_inputs(model, generator)
     moved = Parent(checkpoint, random).load()
     for each in (model, moved):
         if type(each)._can_set_experts_implementation():
             each.set_experts_implementation("eager")  # the grouped kernels have no float64
-    single = _outputs(model.float(), inputs).double()
-    exact, changed = (_outputs(each.double(), inputs) for each in (model, moved))
-    scale = exact.abs().max().clamp(min=1e-30)
+    inputs = sample_inputs(model.float(), seed=seed)
+    single = {name: answer.double() for name, answer in answer_of(model, inputs).items()}
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    exact = answer_of(model.double(), inputs)
     return {
-        "change": float((changed - exact).abs().max() / scale),
-        "noise": float((single - exact).abs().max() / scale),
+        "change": relative_change(exact, answer_of(moved.double(), inputs)),
+        "noise": relative_change(exact, single),
     }
-
-
-def _random_inputs(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
-    config = model.config
-    if model.main_input_name == "pixel_values":
-        size = config.to_dict().get("image_size") or 32
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=generator)}
-    low = (config.to_dict().get("pad_token_id") or 0) + 1
-    return {
-        "input_ids": torch.randint(min(low, config.vocab_size - 1), config.vocab_size, (2, 12), generator=generator)
-    }
-
-
-def _outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    arguments = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    with torch.no_grad():
-        output: Tensor = model(**arguments)[0]
-    return output
 
 
 def alignment_summary(alignment: Alignment) -> dict[str, Any]:

@@ -146,28 +146,33 @@ def register_adapter(model_type: str, adapter: Adapter) -> None:
 
 
 def known_model_types() -> list[str]:
-    """Every model type with an adapter, sorted."""
+    """Every model type with an adapter, sorted; the specs of all others are derived."""
     return sorted({*FAMILIES, *_registered})
 
 
 def spec_for(config: PreTrainedConfig) -> PermutationSpec:
-    """Builds the permutation spec of a config.
+    """Builds the permutation spec of a config: by its adapter, or derived from the model where there is none.
 
     Args:
         config: A Hugging Face model config.
 
     Raises:
-        SpecError: No adapter is registered for its model type.
+        SpecError: The model type has no adapter, and its spec cannot be derived.
     """
     model_type = config.model_type
     if model_type in _registered:
         return _registered[model_type](config)
-    if model_type not in FAMILIES:
+    if model_type in FAMILIES:
+        module, function = FAMILIES[model_type]
+        spec: PermutationSpec = getattr(import_module(f"hf_llfc.adapters.{module}"), function)(config)
+        return spec
+    from hf_llfc.adapters.derived import derived_spec
+
+    try:
+        return derived_spec(config)
+    except SpecError as error:
         raise SpecError(
-            f"no adapter for model type {model_type!r}{suggest(model_type, known_model_types())}. "
-            "Models of this type can still be merged by equal tensor names with `--align none`; "
+            f"no adapter for model type {model_type!r}{suggest(model_type, known_model_types())}, and none can be "
+            f"derived: {error}. Models of this type can still be merged by equal tensor names with `--align none`; "
             "hf_llfc.register_adapter adds a spec of your own"
-        )
-    module, function = FAMILIES[model_type]
-    spec: PermutationSpec = getattr(import_module(f"hf_llfc.adapters.{module}"), function)(config)
-    return spec
+        ) from error

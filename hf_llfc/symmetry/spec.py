@@ -189,6 +189,7 @@ class PermutationSpec:
         other_layouts: Gives, for a spec, the same tensors as transformers names them in memory; asked only when a
             name is not among `declarations`.
         origin: `hand-written` or `derived`.
+        notes: What a reader should know of how it was made and verified, a sentence each.
     """
 
     model_type: str
@@ -201,6 +202,7 @@ class PermutationSpec:
         default=None, compare=False, repr=False
     )
     origin: str = "hand-written"
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any) -> PermutationSpec:
@@ -210,7 +212,7 @@ class PermutationSpec:
             config: A `PreTrainedConfig`.
 
         Raises:
-            SpecError: No adapter is registered for `config.model_type`.
+            SpecError: `config.model_type` has no adapter, and its spec cannot be derived.
         """
         from hf_llfc.adapters import spec_for
 
@@ -276,6 +278,7 @@ class PermutationSpec:
             "other_prefixes": list(self.other_prefixes),
             "old_endings": dict(self.old_endings),
             "origin": self.origin,
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -296,6 +299,7 @@ class PermutationSpec:
                 dict(values["old_endings"]),
                 partial(_given_layouts, layouts) if layouts else None,
                 str(values["origin"]),
+                tuple(values.get("notes", ())),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise SpecError(f"not a permutation spec: {error}") from None

@@ -1,0 +1,420 @@
+"""From a traced model to its permutation spec."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from hf_llfc.adapters.derived.inputs import sample_inputs
+from hf_llfc.adapters.derived.nesting import parents_of
+from hf_llfc.adapters.derived.terms import Term, factors_of, find, fix, leaves
+from hf_llfc.adapters.derived.trace import META, Trace, stand_in
+from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product
+from hf_llfc.symmetry.spec import Axis, PermutationSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Outputs that a model gives beside its answer: features, which a symmetry of the weights may move.
+FEATURES = re.compile(r"(?!last_hidden_state$).*(hidden_states?|attentions|past_key_values|_cache|_model_output)$")
+
+# How many names an axis could have.
+WISHES = 4
+
+_STATISTIC = re.compile(r".*(running_mean|running_var|num_batches_tracked)$")
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """What tracing a model found.
+
+    Attributes:
+        trace: The trace.
+        model: The model on the meta device.
+        tensors: Name in memory → the traced parameter or buffer.
+    """
+
+    trace: Trace
+    model: PreTrainedModel
+    tensors: Mapping[str, Tensor]
+
+
+def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> TracedModel:
+    """Builds a model without its weights, runs it and follows its dimensions.
+
+    Args:
+        model_class: The class that the config builds.
+        config: Its config, of any size.
+
+    Raises:
+        SpecError: There are no valid inputs for it.
+    """
+    config = deepcopy(config)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "batched_mm"  # experts are looked up by index; a loop over them hides the axis
+    with torch.device(META):
+        model = model_class._from_config(config).eval()
+    _replace_meta(model)
+    trace = Trace()
+    state = model.state_dict(keep_vars=True)
+    for tensor in {id(tensor): tensor for tensor in state.values()}.values():
+        if tensor.is_floating_point():
+            trace.put_leaf(tensor, weight=True)
+    inputs = sample_inputs(model, batch_size=2)
+    with torch.no_grad(), trace:
+        answer = model(**inputs)
+    for tensor in answers(answer).values():
+        trace.fix(tensor)
+    for tensor in state.values():
+        if id(tensor) not in trace.met:
+            trace.fix(tensor)
+    return TracedModel(trace, model, state)
+
+
+def answers(output: Any) -> dict[str, Tensor]:
+    """The floating-point tensors that a model gives as its answer, by name; features beside it left out."""
+    named = output.items() if isinstance(output, Mapping) else [("output", output)]
+    found = {
+        f"{name}.{place}": tensor
+        for name, value in named
+        if not FEATURES.fullmatch(name)
+        for place, tensor in enumerate(tree_flatten(value)[0])
+        if isinstance(tensor, Tensor) and tensor.is_floating_point()
+    }
+    if found:
+        return found
+    return {
+        f"{name}.{place}": tensor
+        for name, value in named
+        for place, tensor in enumerate(tree_flatten(value)[0])
+        if isinstance(tensor, Tensor) and tensor.is_floating_point()
+    }
+
+
+def _replace_meta(model: PreTrainedModel) -> None:
+    """Puts stand-ins in place of weights, and values in place of constants (tables of indices, rotary frequencies)."""
+    saved = set(model.state_dict())
+    before = list(model.parameters())  # held, so that no identity is given to another while they are replaced
+    replaced = {
+        id(parameter): torch.nn.Parameter(stand_in(parameter.shape, parameter.dtype), requires_grad=False)
+        for parameter in before
+    }
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = replaced[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device == META:
+                full = f"{prefix}.{name}" if prefix else name
+                if not buffer.is_floating_point():
+                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+                elif full in saved:
+                    module._buffers[name] = stand_in(buffer.shape, buffer.dtype)
+                else:
+                    module._buffers[name] = torch.rand(buffer.shape).to(buffer.dtype)
+
+
+def on_disk(traced_model: TracedModel) -> dict[str, tuple[list[Term], dict[Term, int], frozenset[str]]]:
+    """The tensors as `save_pretrained` writes them.
+
+    Returns:
+        Name on disk → its dimensions, the dimensions that it is one entry of, the names in memory it is made from.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+
+    trace, model = traced_model.trace, traced_model.model
+    state: dict[str, Tensor] = {}
+    for name, tensor in traced_model.tensors.items():
+        alias = tensor.detach()
+        trace.put(alias, trace_label := type(trace.label(tensor))(trace.label(tensor).dims))
+        trace_label.origins = frozenset({name})
+        state[name] = alias
+    conversions = [
+        conversion
+        for conversion in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(conversion, PrefixChange)
+    ]
+    if not conversions:
+        return {name: (trace.label(tensor).dims, {}, frozenset({name})) for name, tensor in state.items()}
+    vars(model)["_weight_conversions"] = conversions
+    trace.converting = True
+    with torch.no_grad(), trace:
+        converted = revert_weight_conversion(model, state)
+    trace.converting = False
+    found = {}
+    for name, tensor in converted.items():
+        label = trace.label(tensor)
+        found[name] = (label.dims, label.entries, label.origins)
+    return found
+
+
+def derive(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PermutationSpec:
+    """Derives the permutation spec of a model from the operations that it runs.
+
+    Args:
+        model_class: The class that the config builds.
+        config: Its config.
+
+    Returns:
+        The spec, not verified.
+
+    Raises:
+        SpecError: There are no valid inputs for it.
+    """
+    return spec_of(traced(model_class, config))
+
+
+def spec_of(traced_model: TracedModel) -> PermutationSpec:
+    """The permutation spec of a traced model."""
+    trace, model = traced_model.trace, traced_model.model
+    disk = on_disk(traced_model)
+    memory = {name: trace.label(tensor).dims for name, tensor in traced_model.tensors.items()}
+    templates = _templates(disk)
+    parents = parents_of(trace)
+    names = _names(memory, parents, {find(term) for _, entries, _ in disk.values() for term in entries})
+    writer = _Writer(names, parents)
+
+    saved = _saved_names(model, traced_model.tensors)
+    declarations: dict[str, TensorSpec] = {}
+    for name, (dims, _, origins) in disk.items():
+        template = templates.get(name)
+        written = name
+        if template is not None:
+            text, term = template
+            if find(term) in names:
+                written = text.replace("\0", f"<{names[find(term)]}>")
+        optional = not (origins & saved) or any(_STATISTIC.fullmatch(origin) for origin in origins)
+        declarations.setdefault(
+            written,
+            TensorSpec(
+                written,
+                writer.shape(dims),
+                optional=optional,
+                statistic=any(_is_buffer(model, origin) for origin in origins),
+            ),
+        )
+    layouts = []
+    made_from: dict[str, list[str]] = {}
+    for name, (_, _, origins) in disk.items():
+        for origin in origins:
+            made_from.setdefault(origin, []).append(name)
+    for name, dims in memory.items():
+        if made_from.get(name) != [name]:
+            layouts.append(TensorSpec(name, writer.shape(dims), True, None, tuple(made_from.get(name, ()))))
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    if not any(name.startswith(prefix) for name in memory):
+        prefix = ""
+    return PermutationSpec(
+        model.config.model_type,
+        writer.axes(),
+        tuple(declarations.values()),
+        prefix,
+        other_layouts=partial(_given, tuple(layouts)) if layouts else None,
+        origin="derived",
+    )
+
+
+def _given(layouts: tuple[TensorSpec, ...], spec: PermutationSpec) -> tuple[TensorSpec, ...]:
+    return layouts
+
+
+def _is_buffer(model: PreTrainedModel, name: str) -> bool:
+    return name in dict(model.named_buffers())
+
+
+def _saved_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names in memory that `save_pretrained` always writes."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    return set(tensors) - ignored - set(model.all_tied_weights_keys)
+
+
+def _templates(
+    disk: Mapping[str, tuple[list[Term], dict[Term, int], frozenset[str]]],
+) -> dict[str, tuple[str, Term]]:
+    """For names that carry the index along an axis: the name with a mark in its place, and the axis.
+
+    An axis whose index cannot be found in the names is fixed.
+    """
+    found: dict[str, tuple[str, Term]] = {}
+    for name, (_, entries, _) in disk.items():
+        if not entries:
+            continue
+        if len(entries) > 1:
+            for term in entries:
+                fix(term)
+            continue
+        term, index = next(iter(entries.items()))
+        for match in _INDEX.finditer(name):
+            if match.group() == str(index):
+                before, after = name[: match.start()], name[match.end() :]
+                if all(f"{before}{other}{after}" in disk for other in range(find(term).size)):
+                    found[name] = f"{before}\0{after}", term
+                    break
+        else:
+            fix(term)
+    return found
+
+
+class _Writer:
+    """Writes terms as axis expressions."""
+
+    def __init__(self, names: Mapping[Term, str], parents: Mapping[Term, Term]) -> None:
+        self.names = names
+        self.parents = parents
+
+    def shape(self, dims: Iterable[Term]) -> tuple[Expression, ...]:
+        return tuple(self.expression(term) for term in dims)
+
+    def expression(self, term: Term) -> Expression:
+        term = find(term)
+        if term.factors is not None:
+            factors = _joined([self.expression(factor) for factor in term.factors], Product)
+            return factors[0] if len(factors) == 1 else Product(tuple(factors))
+        if term.parts is not None:
+            parts = _joined([self.expression(part) for part in term.parts], Concatenation)
+            return parts[0] if len(parts) == 1 else Concatenation(tuple(parts))
+        if term not in self.names:
+            return Fixed(term.size)
+        parent = self.parents.get(term)
+        return AxisUse(self.names[term], None if parent is None else self.names[parent])
+
+    def axes(self) -> dict[str, Axis]:
+        axes = {}
+        for term, name in self.names.items():
+            parent = self.parents.get(term)
+            axes[name] = Axis(name, term.size, not term.fixed, None if parent is None else self.names[parent])
+        return axes
+
+
+def _joined(expressions: Sequence[Expression], kind: type[Product] | type[Concatenation]) -> list[Expression]:
+    """Nested expressions of the same kind flattened, fixed sizes side by side made one."""
+    flat: list[Expression] = []
+    for expression in expressions:
+        match expression:
+            case Product(factors=children) if kind is Product:
+                flat += children
+            case Concatenation(parts=children) if kind is Concatenation:
+                flat += children
+            case _:
+                flat.append(expression)
+    joined: list[Expression] = []
+    for expression in flat:
+        if kind is Product and expression == Fixed(1):
+            continue
+        last = joined[-1] if joined else None
+        if isinstance(expression, Fixed) and isinstance(last, Fixed):
+            size = last.size * expression.size if kind is Product else last.size + expression.size
+            joined[-1] = Fixed(size)
+        else:
+            joined.append(expression)
+    return joined or [Fixed(1)]
+
+
+@dataclass
+class _Place:
+    """One occurrence of a leaf in a tensor: its name, and how the leaf stands in its dimension."""
+
+    tensor: str
+    image: bool
+    first: bool
+    last: bool
+
+
+def _names(memory: Mapping[str, Sequence[Term]], parents: Mapping[Term, Term], experts: set[Term]) -> dict[Term, str]:
+    """Names for every leaf that may move, and for those that others depend on."""
+    places: dict[Term, list[_Place]] = {}
+    needed = set(parents.values())
+    for tensor, dims in memory.items():
+        image = len([term for term in dims if find(term) not in experts]) > 2
+        for term in dims:
+            for leaf, first, last in _leaf_places(term):
+                if not leaf.fixed or leaf in needed:
+                    places.setdefault(leaf, []).append(_Place(tensor, image, first, last))
+    wishes = {leaf: _wishes(leaf, found, experts) for leaf, found in places.items()}
+    names: dict[Term, str] = {}
+    waiting = list(places)
+    for turn in range(WISHES):
+        wanted = Counter(wishes[leaf][turn] for leaf in waiting)
+        taken = set(names.values())
+        for leaf in list(waiting):
+            wish = wishes[leaf][turn]
+            if wanted[wish] == 1 and wish not in taken:
+                names[leaf] = wish
+                waiting.remove(leaf)
+    for number, leaf in enumerate(waiting):
+        names[leaf] = f"{wishes[leaf][-1]}.part{number}"
+    return names
+
+
+def _wishes(leaf: Term, places: Sequence[_Place], experts: set[Term]) -> list[str]:
+    """The names that a leaf could have, the shortest first."""
+    kind = "experts" if leaf in experts else _kind(places)
+    words = [[_word(word) for word in place.tensor.split(".")] for place in places]
+    common = _common_start([each[:-1] for each in words])
+    first = [] if kind == "residual" else common
+    wishes = [first, common, words[0][:-1], words[0]]
+    assert len(wishes) == WISHES
+    return [".".join([kind, *wish]) for wish in wishes]
+
+
+def _common_start(paths: Sequence[Sequence[str]]) -> list[str]:
+    """The words that all paths begin with."""
+    common = []
+    for words in zip(*paths, strict=False):
+        if len(set(words)) > 1:
+            break
+        common.append(words[0])
+    return common
+
+
+def _leaf_places(term: Term) -> Iterable[tuple[Term, bool, bool]]:
+    """The leaves of a dimension, and whether they are of the first free and of the last factor of its product."""
+    term = find(term)
+    if term.parts is not None:
+        for part in term.parts:
+            yield from _leaf_places(part)
+    elif term.factors is not None:
+        factors = factors_of(term)
+        first = next((place for place, each in enumerate(factors) if not all(leaf.fixed for leaf in leaves(each))), 0)
+        for place, factor in enumerate(factors):
+            for leaf in leaves(factor):
+                yield leaf, place == first, place == len(factors) - 1
+    else:
+        yield term, True, True
+
+
+def _kind(places: Sequence[_Place]) -> str:
+    """The field's word for an axis, from where it stands."""
+    inside = [place for place in places if not (place.first and place.last)]
+    images = any(place.image for place in places)
+    if inside:
+        if all(place.first for place in inside):
+            return "groups" if images else "heads"
+        return "channels" if all(place.last for place in inside) else "queries"
+    if len({_layer(place.tensor) for place in places}) > 1:
+        return "residual"
+    return "channels" if images else "neurons"
+
+
+def _layer(tensor: str) -> tuple[str, ...]:
+    """The path down to the first number, `model.layers.3`; of a tensor outside of layers nothing."""
+    words = tensor.split(".")
+    for place, word in enumerate(words):
+        if word.isdigit():
+            return tuple(words[: place + 1])
+    return ()
+
+
+def _word(word: str) -> str:
+    return re.sub(r"\W", "_", word)
