@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import prod
 from typing import Any
@@ -85,12 +85,12 @@ class Gains:
 
     def objective(self, alignment: Alignment) -> float:
         """Σ ⟨A, T·B⟩ over all tensors that hold a symmetric axis."""
-        total = 0.0
-        for key in self.keys(set(self.spec.symmetric_axes)):
-            a_tensor = self.a.read(self.a.keys[key])
-            b_tensor = self.b.aligned(self.b.keys[key], alignment)
-            total += _inner(a_tensor, b_tensor.to(a_tensor.device))
-        return total
+        return sum((self._inner(key, alignment) for key in self.keys(set(self.spec.symmetric_axes))), start=0.0)
+
+    def _inner(self, key: Key, alignment: Alignment) -> float:
+        """⟨A, T·B⟩ of one tensor."""
+        a_tensor = self.a.read(self.a.keys[key])
+        return _inner(a_tensor, self.b.aligned(self.b.keys[key], alignment).to(a_tensor.device))
 
     def norms(self) -> tuple[float, float]:
         """The norms of A and of B over the tensors of the objective.
@@ -143,7 +143,7 @@ class Gains:
         )
         present = {axis: alignment.transforms[axis] for axis in group.matched}
         if group.children or self._is_in_names(group.axis):
-            return solve_group(group, self._pair_gains(group, held, undetermined - group.axes), present)
+            return self._solve_with_children(group, held, present, undetermined - group.axes)
         return self._solve_at_once(group, held, present[group.axis], undetermined)
 
     def _is_in_names(self, axis: str) -> bool:
@@ -182,17 +182,48 @@ class Gains:
             change += _inner(pair.a, after) - _inner(pair.a, before)
         return Solution({group.axis: proposal}, change if change > noise else 0.0)
 
+    def _solve_with_children(
+        self, group: Group, held: Alignment, present: Mapping[str, Transform], undetermined: Set[str]
+    ) -> Solution:
+        """The best transforms of a root with its children.
+
+        The objective is quadratic in an axis that a tensor holds twice (mixed heads, `heads heads`, or a recurrence
+        inside each head). Such tensors take no part in the choice; they decide whether it is an improvement.
+        """
+        keys, quadratic = self.keys(group.axes), self._quadratic(group)
+        linear = [key for key in keys if key not in quadratic]
+        solution = solve_group(group, self._pair_gains(linear, group, held, undetermined), present)
+        if not quadratic or not solution.gain:
+            return solution
+        before, after = (
+            sum(self._inner(key, Alignment(self.spec, {**held.transforms, **transforms})) for key in quadratic)
+            for transforms in (present, solution.transforms)
+        )
+        return replace(solution, gain=max(0.0, solution.gain + after - before))
+
+    def _quadratic(self, group: Group) -> list[Key]:
+        """The tensors that hold an axis of the group twice."""
+
+        def holds_twice(key: Key) -> bool:
+            dimensions = self.a.binding.tensors[self.a.keys[key]].spec.dimensions
+            return any(
+                sum(_is(atom, axis) for atom in atoms) > 1
+                for atoms in atoms_of_pieces(dimensions)
+                for axis in group.axes
+            )
+
+        return [key for key in self.keys(group.axes) if holds_twice(key)]
+
     def _pair_gains(
-        self, group: Group, held: Alignment, undetermined: Set[str]
+        self, keys: list[Key], group: Group, held: Alignment, undetermined: Set[str]
     ) -> Iterator[tuple[int, int, PairGains]]:
         """The gains of every pair of entries of the root, or of each entry with itself where the root does not move."""
-        keys = self.keys(group.axes)
         in_names = self._by_root(keys, group.axis)
         named = {key for of_root in in_names for key in of_root.values()}
         in_shapes = [
-            _root_first(pair, group)
+            _root_first(pair, place)
             for pair in self._pairs([key for key in keys if key not in named], held, undetermined)
-            if any(_is(atom, group.axis) for atom in pair.atoms)
+            if (place := _place(pair.atoms, group.axis)) is not None
         ]
         widest = max((self._width(key, group) for key in keys), default=1)
         step = max(1, math.isqrt(BLOCK) // widest) if group.moves else 1
@@ -201,11 +232,13 @@ class Gains:
             gain_iajb: dict[tuple[str, ...], Tensor] = {}
             stacked = (self._stacked(of_root, rows, columns, held, undetermined) for of_root in in_names)
             for pair in chain((_part(pair, rows, columns) for pair in in_shapes), *stacked):
-                places = _places_of_children(pair, group)
-                width = prod(group.children[child] for child in places)
-                gain = _gain(pair.a, pair.b, [0, *places.values()], _accumulator(group.size * width))
+                place_of = {child: _place(pair.atoms, child) for child in group.children}
+                children = tuple(child for child, place in place_of.items() if place is not None)
+                places = [1 + place for place in place_of.values() if place is not None]
+                width = prod(group.children[child] for child in children)
+                gain = _gain(pair.a, pair.b, [0, *places], _accumulator(group.size * width))
                 gain = gain.reshape(len(rows), width, len(columns), width)
-                gain_iajb[tuple(places)] = _add(gain_iajb.get(tuple(places)), gain)
+                gain_iajb[children] = _add(gain_iajb.get(children), gain)
             for (row, i), (column, j) in product(enumerate(rows), enumerate(columns)):
                 yield i, j, {axes: gain[row, :, column] for axes, gain in gain_iajb.items()}
 
@@ -282,32 +315,14 @@ def _is(atom: Atom, axis: str) -> bool:
     return isinstance(atom, AxisUse) and atom.axis == axis
 
 
-def _root_first(pair: Pair, group: Group) -> Pair:
+def _root_first(pair: Pair, place: int) -> Pair:
     """The pair with the root as first dimension, left out of the atoms."""
-    places = [dim for dim, atom in enumerate(pair.atoms) if _is(atom, group.axis)]
-    if len(places) != 1:
-        raise _held_twice(group.axis, group)
-    atoms = tuple(atom for dim, atom in enumerate(pair.atoms) if dim != places[0])
-    return Pair(pair.a.movedim(places[0], 0), pair.b.movedim(places[0], 0), atoms)
+    atoms = (*pair.atoms[:place], *pair.atoms[place + 1 :])
+    return Pair(pair.a.movedim(place, 0), pair.b.movedim(place, 0), atoms)
 
 
-def _places_of_children(pair: Pair, group: Group) -> dict[str, int]:
-    """The children that a piece holds, in the order of the group, and their dimensions after the root's."""
-    places: dict[str, int] = {}
-    for child in group.children:
-        found = [dim + 1 for dim, atom in enumerate(pair.atoms) if _is(atom, child)]
-        if len(found) > 1:
-            raise _held_twice(child, group)
-        if found:
-            places[child] = found[0]
-    return places
-
-
-def _held_twice(axis: str, group: Group) -> AlignmentError:
-    return AlignmentError(
-        f"weight matching cannot match {' and '.join(group.matched)} together, since one tensor holds {axis} twice; "
-        "hold one of them fixed"
-    )
+def _place(atoms: Iterable[Atom], axis: str) -> int | None:
+    return next((dim for dim, atom in enumerate(atoms) if _is(atom, axis)), None)
 
 
 def _unknown(atoms: Iterable[Atom], undetermined: Set[str]) -> list[int]:

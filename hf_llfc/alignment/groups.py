@@ -9,16 +9,19 @@ where c runs over the sets of children that pieces of tensors hold together, and
 single one for the empty set). The root is then one assignment on these values, and exact.
 
 Children that share no piece are one assignment each, and exact. Children that share one (the output projection of
-grouped queries reads `(kv q[kv] value_dim[kv])`) are a bilinear assignment problem, which is NP-hard. It is solved by
-alternation: each child is assigned exactly with the others held, until nothing improves. It starts from the present
-transforms and, once for every child, from that child assigned with the others averaged over. The best is kept, so that
-the value never falls.
+grouped queries reads `(kv q[kv] value_dim[kv])`) are a bilinear assignment problem, which is NP-hard. With up to four
+query heads in a group every choice of theirs is tried, with the best value channels for each, and the answer is exact.
+Beyond that it is alternation: each child is assigned exactly with the others held, until nothing improves, from the
+present transforms and, once for every child, from that child assigned with the others averaged over. The best is kept,
+so that the value never falls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
+from math import factorial, prod
 
 import torch
 from torch import Tensor
@@ -29,6 +32,9 @@ from hf_llfc.symmetry.transforms import Permutation, Transform
 
 # A rise of the objective below this fraction of the terms that change is float noise.
 NOISE = {torch.float64: 1e-13, torch.float32: 1e-6}
+
+# Children that share a piece are solved by trying every choice of all but the largest, if there are no more than these.
+TRIED = 24
 
 # For one pair of root entries: children held together → gain[a, b] over the entries of their product, row-major.
 PairGains = Mapping[tuple[str, ...], Tensor]
@@ -114,7 +120,7 @@ def solve_group(
     perms = {child: torch.zeros(size, size, width, dtype=torch.int64) for child, width in group.children.items()}
     noise = NOISE[torch.float64]
     for i, j, gains in pairs:
-        noise = max(noise, *(_noise(gain) for gain in gains.values()))
+        noise = max([noise, *(_noise(gain) for gain in gains.values())])
         is_present = not group.moves or present[group.axis].source(i) == j
         here = {child: _indices(present[child].at(i)) for child in group.children} if is_present else None
         best, value_ij[i, j] = best_children(group.children, gains, here)
@@ -176,31 +182,43 @@ def value_of(gains: PairGains, perms: Mapping[str, Tensor]) -> float:
 def _best_coupled(
     sizes: Mapping[str, int], gains: PairGains, present: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Alternating assignments from every start; the best of them."""
+    """The best of what trying every choice, or alternating from several starts, comes to."""
     noise = max(_noise(gain) for gain in gains.values())
     shaped = {
         axes: gain.reshape(*(sizes[axis] for axis in axes), *(sizes[axis] for axis in axes))
         for axes, gain in gains.items()
     }
 
-    def alternate(perms: Mapping[str, Tensor], order: Sequence[str]) -> tuple[dict[str, Tensor], float]:
-        found = {child: perms[child] for child in order if child in perms}
-        value = value_of(gains, found) if found else -torch.inf
-        while True:
-            following = dict(found)
-            for child in order:
-                following[child] = assign(_slope(child, shaped, following))
-            value_there = value_of(gains, following)
-            if found and value_there - value <= noise * abs(value):
-                return found, value
-            found, value = following, value_there
+    def assigned(perms: Mapping[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
+        found = dict(perms)
+        for child in order:
+            found[child] = assign(_slope(child, shaped, found))
+        return found
 
-    answers = [] if present is None else [alternate(present, list(sizes))]
-    answers += [alternate({}, [first, *(child for child in sizes if child != first)]) for first in sizes]
-    best, value = answers[0]
-    for found, value_there in answers[1:]:
+    def alternate(perms: dict[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
+        value = value_of(gains, perms)
+        while True:
+            following = assigned(perms, order)
+            value_there = value_of(gains, following)
+            if value_there - value <= noise * abs(value):
+                return perms
+            perms, value = following, value_there
+
+    *tried, largest = sorted(sizes, key=sizes.__getitem__)
+    answers = [] if present is None else [dict(present)]
+    if prod(factorial(sizes[child]) for child in tried) <= TRIED:
+        for choice in product(*(permutations(range(sizes[child])) for child in tried)):
+            perms = {child: torch.tensor(perm) for child, perm in zip(tried, choice, strict=True)}
+            answers.append(assigned(perms, [largest]))
+    else:
+        orders = [[first, *(child for child in sizes if child != first)] for first in sizes]
+        answers = [alternate(perms, orders[0]) for perms in answers]
+        answers += [alternate(assigned({}, order), order) for order in orders]
+    best, value = answers[0], value_of(gains, answers[0])
+    for answer in answers[1:]:
+        value_there = value_of(gains, answer)
         if value_there - value > noise * abs(value):
-            best, value = found, value_there
+            best, value = answer, value_there
     return best
 
 
