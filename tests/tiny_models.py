@@ -336,6 +336,8 @@ class FullDouble(TorchFunctionMode):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
+        if func is torch.full and kwargs.get("dtype") is None and isinstance(args[-1], float):
+            kwargs["dtype"] = torch.float64  # a mask of float64's least number overflows the default
         return func(*args, **kwargs)
 
 
