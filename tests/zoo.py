@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
@@ -14,6 +15,69 @@ from tests.tiny_models import FullDouble, randomise
 __all__ = ["FullDouble", "zoo_config", "zoo_model", "zoo_reason", "zoo_types"]
 
 
+# What default configs leave open, or set in a way that no model can be built from.
+_SERIES = {"prediction_length": 8, "context_length": 16, "num_time_features": 2}
+_T5GEMMA2 = {"dropout_rate": 0.0}
+_QSA = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 128,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+_RESNET = transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+_DETR = {"backbone_config": _RESNET, "use_timm_backbone": False}
+_COMPLETED: dict[str, dict[str, Any]] = {
+    "autoformer": _SERIES,
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "conditional_detr": _DETR,
+    "dab-detr": _DETR,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 11},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "deformable_detr": _DETR,
+    "detr": _DETR,
+    "diffusion_gemma": {"text_config": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}},
+    "diffusion_gemma_text": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "granitemoehybrid": {
+        "layers_block_type": ["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 26
+    },
+    "hiera": {"decoder_hidden_size": 512, "decoder_depth": 8, "decoder_num_heads": 16},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "hunyuan_vl_text": {"head_dim": 128},
+    "informer": _SERIES,
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 768}}},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 768},
+    "qwen4_exp": {"text_config": _QSA},
+    "qwen4_exp_text": _QSA,
+    "reformer": {"is_decoder": True},
+    "sapiens2": {"head_config": {"upsample_out_channels": [256, 128], "conv_out_channels": [128]}},
+    "step3p5": {"sliding_window": 512},
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "t5gemma2_decoder": _T5GEMMA2,
+    "t5gemma2_encoder": {"text_config": _T5GEMMA2},
+    "t5gemma2_text": _T5GEMMA2,
+    "table-transformer": _DETR,
+    "time_series_transformer": _SERIES,
+    "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32], "convstream_hidden_sizes": [48, 96, 192]},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "xmod": {"default_language": "en_XX"},
+}
+
+
 def zoo_types() -> list[str]:
     """Every registered model type, parts of other models included."""
     return list(CONFIG_MAPPING_NAMES)
@@ -21,7 +85,7 @@ def zoo_types() -> list[str]:
 
 def zoo_config(model_type: str) -> PreTrainedConfig:
     """The shrunken default config of a model type."""
-    return shrunken(CONFIG_MAPPING[model_type]())
+    return shrunken(CONFIG_MAPPING[model_type](**_COMPLETED.get(model_type, {})))
 
 
 def zoo_model(

@@ -18,6 +18,8 @@ _MAPPINGS = (
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
     "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING",
+    "MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING",
     "MODEL_FOR_PRETRAINING_MAPPING",
     "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
@@ -42,8 +44,6 @@ _MAPPINGS = (
     "MODEL_FOR_TEXT_RECOGNITION_MAPPING",
     "MODEL_FOR_DECISION_MAPPING",
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
-    "MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING",
-    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING",
     "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING",
     "MODEL_MAPPING",
     "MODEL_FOR_MASK_GENERATION_MAPPING",
@@ -86,7 +86,10 @@ def _of_config(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | 
         mapping = getattr(modeling_auto, name)
         if config_class not in mapping:
             continue
-        found = mapping[config_class]
+        try:
+            found = mapping[config_class]
+        except ValueError:  # the table names a class that is not exported
+            continue
         if isinstance(found, tuple):
             found = found[0]
         return found

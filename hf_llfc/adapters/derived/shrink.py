@@ -30,11 +30,16 @@ MAX_PARAMETERS = 5_000_000
 _KINDS: tuple[tuple[str, str], ...] = (
     ("keep", r".*(dropout|drop_rate|_eps|_std|_range|_loss|_coef|_cost|_weight|_act|_ratio|_ratios|_rate|rates)"),
     ("keep", r"chunk_size_feed_forward|pretraining_tp|.*(stride|strides|dilation|dilations|padding|kernel_sizes?)"),
+    ("keep", r"model_in_dim|acoustic_tokenizer_chunk_size|num_kv_shared_layers"),
     ("keep", r"num_channels|in_chans|.*_per_second.*|.*ignore_index|num_labels|.*_period|.*_offset|.*factors?|hc_.*"),
     ("keep", r".*temperature.*|.*theta.*|.*_base|shortest_edge|problem_type|.*_sizes_ratio|mel_dim|.*_bins"),
     ("token", r".*(token_id|token_index|_token|token_ids)|(bos|eos|pad|unk|sep|cls|mask|lang)_(index|id)"),
     ("codebook", r".*codebook_size"),
-    ("vocab", r".*(vocab_size|n_vocab|num_embeddings|num_embeds|vocab_sizes?)"),
+    ("per_layer_input", r"hidden_size_per_layer_input"),
+    ("filters", r"num_filters|n_filters"),
+    ("vocoder", r"upsample_initial_channel"),
+    ("n_window", r"n_window"),
+    ("vocab", r".*(vocab_size|vocab_size_per_layer_input|_vocab|n_vocab|num_embeddings|num_embeds|vocab_sizes?)"),
     ("top_k", r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k|num_selected_experts|top_k_experts"),
     ("experts", r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_moe_experts|zero_expert_num"),
     ("groups", r"n_group|num_expert_group|n_groups|mamba_n_groups"),
@@ -61,7 +66,11 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("positions", r".*(max_position_embeddings|_positions|max_pos_emb|n_ctx|max_seq_len|position_embedding_size)"),
     ("positions", r".*(max_2d_position_embeddings|context_length|max_length|num_position_embeddings|seq_len)"),
     ("queries", r"num_queries|num_query_tokens|num_latents|.*num_proposals|num_denoising|.*n_latents|.*query_num"),
-    ("width", r".*(hidden_size|hidden_sizes|d_model|n_embd|_dim|_dims|channels|_width|_size|_sizes|features)|dim"),
+    (
+        "width",
+        r".*(hidden_size|hidden_sizes|d_model|n_embd|_dim|_dims|channels|_width|_size|_sizes|features|_dimension)|dim|upsample_groups|d_latents",
+    ),
+    ("width", r".*(dim_per_stage|channel_list)"),
 )
 
 # The small value of kinds that need to know nothing else; `None` keeps what is already smaller.
@@ -72,8 +81,6 @@ _AT_MOST: dict[str, int] = {
     "one": 1,
     "depths": 2,
     "qk_rope": 8,
-    "qk_nope": 16,
-    "qk_both": 24,
     "v_head": 12,
     "state": 8,
     "patch": 4,
@@ -84,6 +91,10 @@ _AT_MOST: dict[str, int] = {
     "mamba_head": 32,
     "rotary": 8,
     "conv_base": 32,
+    "per_layer_input": 16,
+    "filters": 8,
+    "vocoder": 64,
+    "n_window": 8,
 }
 
 _HIDDEN = (64, 32, 96, 48, 80, 112, 128)
@@ -95,6 +106,9 @@ _VOCABULARIES = (96, 104, 112, 120, 128, 136, 144, 152, 160, 168, 176)
 _MAIN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "hidden_dim", "emb_dim", "embedding_size")
 _HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "attention_heads")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "layers")
+
+# Fields of encoders that repeat the width of the text model beside them.
+_TO_TEXT = ("out_hidden_size", "text_hidden_size", "output_proj_dims")
 
 # Indices of layers whose outputs are used further on.
 _TAPS = r".*(out_indices|visual_indexes|layers_indices|extract_layers|vision_feature_layer|target_layers|hook_ids|state_indices|attn_indexes|attention_blocks|block_indexes|block_indices|global_attn_indexes)"
@@ -109,10 +123,23 @@ _SECTIONS: dict[str, tuple[int, ...]] = {
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 0.25},
     "bit": {"num_groups": 4},
+    "depth_pro": {"patch_size": 32},
     "efficientnet": {"width_coefficient": 0.25},
     "falcon_h1": {"mamba_d_ssm": 32},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "layoutlmv3": {"hidden_size": 96, "coordinate_size": 16, "shape_size": 16},
     "lilt": {"hidden_size": 96},
+    "lw_detr_vit": {"num_windows": 4},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "perceiver": {"num_self_attends_per_block": 2, "d_latents": 32},
+    "pp_lcnet_v3": {"scale": 0.25},
+    "sam2_hiera_det_model": {"global_attention_blocks": [3, 4, 5], "window_size_per_stage": [4, 2, 4, 2]},
+    "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "vipllava": {"vision_feature_layers": [-1, -2, -1, -2, 1]},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
 }
 
 
@@ -259,7 +286,8 @@ def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
     for name, value in values.items():
         if _is_config(value):
             small[name] = _rebuilt(value, sizes)
-    small.update(_layers(values))
+    heterogeneity = vars(config).get("_heterogeneity_spec")
+    small.update(_layers(values, heterogeneity.per_layer_overrides if heterogeneity else {}))
     for name, value in values.items():
         if name not in small or isinstance(value, bool) or name == "architectures":
             continue
@@ -270,22 +298,51 @@ def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
             small[name] = _small(kind, name, value, values, sizes)
         elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
             small[name] = type(value)(_small_list(kind, name, list(small[name]), values, sizes))
+    if "per_layer_config" in small:
+        small["per_layer_config"] = {
+            index: {name: _overridden(name, value, values, small, sizes) for name, value in layer.items()}
+            for index, layer in small["per_layer_config"].items()
+        }
     _rope(values, small, config.model_type)
+    _towards_text(small)
     small.update(_EXCEPTIONS.get(config.model_type, {}))
 
     config_class = type(config)
     fields = {field.name for field in dataclasses.fields(config_class)}
-    given = {name: value for name, value in small.items() if name in fields}
+    stored = {name: config_class.attribute_map.get(name, name) for name in fields}
+    given = {name: small[stored[name]] for name in fields if stored[name] in small}
+    if "per_layer_config" in small:
+        given["per_layer_config"] = small.pop("per_layer_config")
     if "_out_indices" in vars(config) and "_out_features" in vars(config):
         given["out_indices"] = small.get("_out_indices") or list(vars(config)["_out_indices"])
     rebuilt = config_class(**given)
     for name, value in small.items():
-        if name not in fields and name not in vars(rebuilt) and not name.startswith("_"):
+        if name not in stored.values() and name not in vars(rebuilt) and not name.startswith("_"):
             setattr(rebuilt, name, value)
     for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
         vars(rebuilt)[name] = vars(config).get(name)
     rebuilt.architectures = config.architectures
     return rebuilt
+
+
+def _overridden(name: str, value: Any, values: dict[str, Any], small: dict[str, Any], sizes: _Sizes) -> Any:
+    """The small value of a field that differs in some layers, in the proportion it has to that of the others."""
+    if type(value) is not int or not isinstance(values.get(name), int):
+        return value
+    proportional = value * small[name] / values[name]
+    return max(1, int(proportional)) if proportional <= 4 * small[name] else small[name] * 4
+
+
+def _towards_text(small: dict[str, Any]) -> None:
+    """What an encoder of images or audio hands to the text model is as wide as that."""
+    if not _is_config(small.get("text_config")):
+        return
+    hidden = _first(vars(small["text_config"]), _MAIN)
+    for part in small.values():
+        if _is_config(part) and part is not small["text_config"]:
+            for name in _TO_TEXT:
+                if vars(part).get(name):
+                    setattr(part, name, hidden)
 
 
 def _small(kind: str | None, name: str, value: int, values: dict[str, Any], sizes: _Sizes) -> int:
@@ -311,7 +368,14 @@ def _small(kind: str | None, name: str, value: int, values: dict[str, Any], size
     if kind == "kv_heads":
         of = values.get(re.sub("key_value_heads|kv_heads", "attention_heads", name), heads)
         return value if value == 1 else min(value, 4 if value == of else 2)
+    if kind in ("qk_nope", "qk_both"):
+        rope, nope = values.get("qk_rope_head_dim") or 0, values.get("qk_nope_head_dim") or 0
+        small_nope = min(nope, 8 if nope == rope else 16)
+        return small_nope if kind == "qk_nope" else small_nope + min(rope, 8)
     if kind == "head_dim":
+        if name == "head_dim" and value and value in (values.get("qk_rope_head_dim"), values.get("qk_head_dim")):
+            rotary = value == values.get("qk_rope_head_dim")
+            return _small("qk_rope" if rotary else "qk_both", name, value, values, sizes)
         if value == 0 or name != "head_dim":
             return min(value, 16)
         if heads and hidden and heads * value == hidden:
@@ -334,7 +398,7 @@ def _small_list(kind: str | None, name: str, items: list[int], values: dict[str,
     return [_small(kind, name, item, values, sizes) for item in items]
 
 
-def _layers(values: dict[str, Any]) -> dict[str, Any]:
+def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Fewer layers, at least one of each kind, and everything that is said layer by layer to match."""
     if any(_kind_of(name) == "depths" and isinstance(value, list | tuple) for name, value in values.items()):
         return {}  # the layers are the stages
@@ -350,9 +414,11 @@ def _layers(values: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if isinstance(value, list | tuple) and len(value) == depth and depth > 2 and name != "stage_names"
     }
+    shared = values.get("num_kv_shared_layers") or 0
     kept, seen = [], set()
     for index in range(depth):
         kind = tuple(str(value[index]) for value in by_layer.values() if not isinstance(value[index], float))
+        kind += (index >= depth - shared, str(overrides.get(index)))
         if kind not in seen:
             seen.add(kind)
             kept.append(index)
@@ -366,6 +432,10 @@ def _layers(values: dict[str, Any]) -> dict[str, Any]:
     for name in _DEPTH:
         if values.get(name) == depth and name in small:
             small[name] = len(kept)
+    if shared:
+        small["num_kv_shared_layers"] = sum(index >= depth - shared for index in kept)
+    if overrides:
+        small["per_layer_config"] = {place: overrides[index] for place, index in enumerate(kept) if index in overrides}
     for name, value in by_layer.items():
         small[name] = type(value)(value[index] for index in kept)
     for name, value in values.items():
