@@ -129,6 +129,7 @@ LAYOUTS: dict[str, Layout] = {
     "bert": Layout("bert", bert_heads),
     "bert-generation": Layout("bert", generation_head, tables=POSITIONS),
     "camembert": ROBERTA,
+    "chinese_clip_text_model": Layout("bert", bert_heads),
     "data2vec-text": Layout("data2vec_text", roberta_heads),
     "electra": Layout("electra", electra_heads, projection="embeddings_project"),
     "ernie": Layout("ernie", bert_heads, tables={**POSITIONS_AND_TYPES, "task_type_embeddings": "tasks"}),

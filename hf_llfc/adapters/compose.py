@@ -59,38 +59,40 @@ def only_if(other: str, *blocks: Iterable[str]) -> list[str]:
 
 def part_of(
     config: PreTrainedConfig,
-    rename: Callable[[str], str | None],
+    place: str,
     *,
-    axes: str,
+    axes: str = "",
     shared: Mapping[str, str] | None = None,
+    heads: Mapping[str, str] | None = None,
 ) -> Part:
     """The spec of a model inside another one.
 
     Args:
         config: Config of the inner model.
-        rename: From the name of one of its tensors, head prefix included, to the name in the outer model; None for
-            tensors that the outer model has not.
+        place: Goes before the names of its tensors, in place of the head prefix that they have alone.
         axes: Goes before the names of its axes (`vision_`).
         shared: Axes that it shares with the outer model, by their part before the dot → the name there.
+        heads: Its task heads that the outer model has too → their names there.
     """
     config = copy.copy(config)
     config.architectures = None  # what the inner model returns alone is not what the outer one returns
     spec = spec_for(config)
-    shared = shared or {}
-    tensors = [(rename(tensor.name), tensor) for tensor in spec.declarations]
-    lines = [
-        _with_axes(_declaration(name, tensor, rename), lambda axis: shared.get(axis, axes + axis))
-        for name, tensor in tensors
-        if name is not None
-    ]
-    used = {use.axis for name, tensor in tensors if name is not None for use in tensor.axes}
+    shared, heads = shared or {}, heads or {}
 
     def outer(axis: str) -> str:
         base, dot, index = axis.partition(".")
         return shared.get(base, axes + base) + dot + index
 
+    def rename(name: str) -> str | None:
+        for inner, there in heads.items():
+            if name == inner or name.startswith(f"{inner}."):
+                return there + name.removeprefix(inner)
+        return f"{place}.{name.removeprefix(spec.prefix)}" if name.startswith(spec.prefix) else None
+
+    tensors = [(name, tensor) for tensor in spec.declarations if (name := rename(tensor.name)) is not None]
+    used = {use.axis for _, tensor in tensors for use in tensor.axes}
     return Part(
-        tuple(lines),
+        tuple(_with_axes(_declaration(name, tensor, rename), lambda axis: outer(axis)) for name, tensor in tensors),
         {outer(name): axis.size for name, axis in spec.axes.items() if name in used},
         tuple(outer(name) for name in spec.symmetric_axes if name in used),
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_llfc.symmetry.spec import PermutationSpec
+from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,6 +27,7 @@ def declare(
     prefix: str = "",
     other_prefixes: Iterable[str] = (),
     old_endings: Mapping[str, str] | None = None,
+    other_places: Mapping[str, str] | None = None,
 ) -> PermutationSpec:
     """Builds the permutation spec of a family from its blocks.
 
@@ -40,12 +42,11 @@ def declare(
         prefix: The head prefix, with its dot; names with and without it are the same tensor.
         other_prefixes: Head prefixes that some heads write instead of it.
         old_endings: How names ended in old checkpoints → how they end now.
+        other_places: How names begin → how they begin in other checkpoints of the same model.
 
     Raises:
         SpecError: The declarations contradict themselves.
     """
-    from hf_llfc.adapters.layouts import in_memory_layout
-
     spec = PermutationSpec.from_lines(
         [line for block in blocks for line in block],
         sizes=sizes,
@@ -54,9 +55,28 @@ def declare(
         prefix=prefix,
         other_prefixes=other_prefixes,
         old_endings=old_endings,
-        other_layouts=partial(in_memory_layout, config),
+        other_layouts=partial(_other_layouts, config, dict(other_places or {})),
     )
     architectures = config.architectures or []
     returns_features = bool(architectures) and all(_RETURNS_FEATURES.fullmatch(name) for name in architectures)
     present = [axis for axis in outputs if any(axis in (name, name.split(".")[0]) for name in spec.symmetric_axes)]
     return spec.fix(*present) if returns_features and present else spec
+
+
+def _other_layouts(
+    config: PreTrainedConfig, other_places: Mapping[str, str], spec: PermutationSpec
+) -> Sequence[TensorSpec]:
+    """The names in memory, and those that begin differently in other checkpoints."""
+    from hf_llfc.adapters.layouts import in_memory_layout
+
+    def moved(name: str, place: str) -> str:
+        return name.replace(place, other_places[place], 1)
+
+    layout = in_memory_layout(config, spec)
+    for tensor in spec.declarations:
+        for place in other_places:
+            if tensor.name.startswith(place) and not tensor.name_axes:
+                condition = tensor.condition and (tensor.condition[0], moved(tensor.condition[1], place))
+                name = moved(tensor.name, place)
+                layout.append(replace(tensor, name=name, optional=True, condition=condition, covers=(tensor.name,)))
+    return layout

@@ -12,13 +12,18 @@ from tests.tiny_models import FullDouble
 
 RELATIVE_CHANGE = 1e-9
 
+# Hidden states that a model with a head passes along beside its predictions.
+BESIDE_PREDICTIONS = {"encoder_last_hidden_state", "image_hidden_states", "hidden_states"}
+
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor that a forward pass returns: logits, or last hidden state, pooled output, feature maps."""
+    """What a forward pass is for: logits, or the last hidden state of a base model, pooled output, feature maps."""
     with torch.no_grad(), FullDouble():
         answer = model(**inputs)
     found = {}
     for name, value in answer.items():
+        if name in BESIDE_PREDICTIONS and "last_hidden_state" not in answer:
+            continue
         for place, each in enumerate(value if isinstance(value, tuple) else [value]):
             if isinstance(each, Tensor):
                 found[f"{name}.{place}"] = each
