@@ -117,7 +117,7 @@ def solve_group(
     size = group.size
     value_ij = torch.zeros(size, size, dtype=torch.float64)
     before_i = torch.zeros(size, dtype=torch.float64)
-    perms = {child: torch.zeros(size, size, width, dtype=torch.int64) for child, width in group.children.items()}
+    perms = {child: torch.zeros(size, size, width, dtype=torch.int32) for child, width in group.children.items()}
     noise = NOISE[torch.float64]
     for i, j, gains in pairs:
         noise = max([noise, *(_noise(gain) for gain in gains.values())])
@@ -131,7 +131,7 @@ def solve_group(
     every = torch.arange(size)
     root = assign(value_ij) if group.moves else every
     transforms: dict[str, Transform] = {group.axis: Permutation(root)} if group.moves else {}
-    transforms |= {child: Permutation(perm[every, root]) for child, perm in perms.items()}
+    transforms |= {child: Permutation(perm[every, root].long()) for child, perm in perms.items()}
     after_i = value_ij[every, root]
     rise = float((after_i - before_i).sum())
     floor = noise * float((after_i.abs() + before_i.abs())[after_i != before_i].sum())
