@@ -23,7 +23,7 @@ class Heads:
         by_head: Of what one projection gives out for all three where each head (each group) has its own after another.
         query_heads: Of one number a query head.
         key_heads: Of one number a key/value head.
-        channels: Of the query or key channels of one head.
+        channels: Of the query or key channels of a head, beside its head.
         sizes: Size of each axis, by the part of its name before the dot.
         symmetric: The symmetric axes, named likewise.
     """
@@ -81,6 +81,7 @@ def heads_of(
         shared = f"{prefix}rotary + {free}" if moves else f"{prefix}rotary"
         sizes |= {"rotary": rotary_dim, "head_dim": head_dim - rotary_dim} if moves else {"rotary": rotary_dim}
     value, q = f"{prefix}value_dim.{{i}}", f"{prefix}q.{{i}}"
+    of_head = shared
     counts: dict[str, int | None]
     if heads == 1:
         counts = {}
@@ -116,7 +117,7 @@ def heads_of(
         by_head,
         query_heads,
         key_heads,
-        shared,
+        of_head,
         {f"{prefix}{axis}": size for axis, size in {**counts, **sizes}.items()},
         tuple(f"{prefix}{axis}" for axis in symmetric),
     )
@@ -291,3 +292,27 @@ def layers_of_stage(prefix: str, stage: int, count: int, *blocks: Sequence[str])
 def sizes_in_stage(stage: int, count: int, sizes: Mapping[str, int | None]) -> dict[str, int | None]:
     """The sizes of axes that every layer of a stage has, by their full names."""
     return {f"{axis}.{stage}.{layer}": size for layer in range(count) for axis, size in sizes.items()}
+
+
+def windowed_attention(
+    name: str, output: str, heads: Heads, global_head_dim: str, *, residual: str = "residual"
+) -> list[str]:
+    """Longformer's attention: tokens that all attend to have queries, keys and values of their own.
+
+    Both kinds of values pass through one output projection, so they share channels; queries meet keys of their kind.
+
+    Args:
+        name: Goes before `query`, `key`, `value` and their global kin.
+        output: Name of the output projection.
+        heads: Their axes, with free channels.
+        global_head_dim: Name of the axis of global queries and keys inside a head, in place of that in `heads`.
+        residual: The residual stream.
+    """
+    globally = re.sub(r"\w*head_dim", global_head_dim, heads.queries)
+    projections = (f"{name}.query", f"{name}.key", f"{name}.value")
+    return [
+        *attention(*projections, output, heads, residual=residual, bias=True, output_bias=True),
+        *linear(f"{name}.query_global", globally, residual, bias=True),
+        *linear(f"{name}.key_global", globally, residual, bias=True),
+        *linear(f"{name}.value_global", heads.values, residual, bias=True),
+    ]

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _RETURNS_FEATURES = re.compile(r".*((?<!LMHead)(?<!DoubleHeads)(?<!MT)Model|Backbone|Encoder|WithProjection)")
 
 
+def returns_features(architecture: str) -> bool:
+    """Whether a class of transformers returns features, not predictions, by its name."""
+    return _RETURNS_FEATURES.fullmatch(architecture) is not None
+
+
 def declare(
     config: PreTrainedConfig,
     *blocks: Sequence[str],
@@ -58,9 +63,9 @@ def declare(
         other_layouts=partial(_other_layouts, config, dict(other_places or {})),
     )
     architectures = config.architectures or []
-    returns_features = bool(architectures) and all(_RETURNS_FEATURES.fullmatch(name) for name in architectures)
+    bare = bool(architectures) and all(returns_features(name) for name in architectures)
     present = [axis for axis in outputs if any(axis in (name, name.split(".")[0]) for name in spec.symmetric_axes)]
-    return spec.fix(*present) if returns_features and present else spec
+    return spec.fix(*present) if bare and present else spec
 
 
 def _other_layouts(

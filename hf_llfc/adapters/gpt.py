@@ -23,24 +23,7 @@ from hf_llfc.adapters.declare import declare
 from hf_llfc.adapters.llama import rotary_channels
 
 if TYPE_CHECKING:
-    from transformers import (
-        BioGptConfig,
-        BloomConfig,
-        CodeGenConfig,
-        CTRLConfig,
-        DbrxConfig,
-        FalconConfig,
-        GPTBigCodeConfig,
-        GPTJConfig,
-        GPTNeoConfig,
-        GPTNeoXConfig,
-        GPTNeoXJapaneseConfig,
-        MptConfig,
-        OpenAIGPTConfig,
-        OPTConfig,
-        PreTrainedConfig,
-        XGLMConfig,
-    )
+    from transformers import PreTrainedConfig
 
     from hf_llfc.symmetry.spec import PermutationSpec
 
@@ -104,7 +87,7 @@ def _partly_rotary_heads(config: PreTrainedConfig, rotary_dim: int) -> Heads:
     return heads_of(count, head_dim=head_dim, rotary_dim=rotary_dim)
 
 
-def gpt_neo(config: GPTNeoConfig) -> PermutationSpec:
+def gpt_neo(config: PreTrainedConfig) -> PermutationSpec:
     """GPT-Neo with any of its heads."""
     heads = _free_heads(config)
     return _gpt(
@@ -130,7 +113,7 @@ def gpt_neo(config: GPTNeoConfig) -> PermutationSpec:
     )
 
 
-def gptj(config: GPTJConfig) -> PermutationSpec:
+def gptj(config: PreTrainedConfig) -> PermutationSpec:
     """GPT-J with any of its heads."""
     heads = _partly_rotary_heads(config, config.rotary_dim)
     return _gpt(
@@ -150,7 +133,7 @@ def gptj(config: GPTJConfig) -> PermutationSpec:
     )
 
 
-def codegen(config: CodeGenConfig) -> PermutationSpec:
+def codegen(config: PreTrainedConfig) -> PermutationSpec:
     """CodeGen with any of its heads."""
     head_dim = config.n_embd // config.n_head
     # A head is an index along two axes, the cores and the heads of a core: nothing further can depend on both.
@@ -187,14 +170,14 @@ def codegen(config: CodeGenConfig) -> PermutationSpec:
     )
 
 
-def gpt_neox(config: GPTNeoXConfig) -> PermutationSpec:
+def gpt_neox(config: PreTrainedConfig) -> PermutationSpec:
     """GPT-NeoX and Pythia with any of their heads."""
     head_dim = config.hidden_size // config.num_attention_heads
     heads = _partly_rotary_heads(config, rotary_channels(config.to_dict(), head_dim))
     return declare_neox(config, "gpt_neox", heads, config.intermediate_size)
 
 
-def gpt_neox_japanese(config: GPTNeoXJapaneseConfig) -> PermutationSpec:
+def gpt_neox_japanese(config: PreTrainedConfig) -> PermutationSpec:
     """GPT-NeoX Japanese with any of its heads."""
     head_dim = config.hidden_size // config.num_attention_heads
     heads = _partly_rotary_heads(config, rotary_channels(config.to_dict(), head_dim))
@@ -242,7 +225,7 @@ def declare_neox(config: PreTrainedConfig, root: str, heads: Heads, neurons: int
     )
 
 
-def gpt_bigcode(config: GPTBigCodeConfig) -> PermutationSpec:
+def gpt_bigcode(config: PreTrainedConfig) -> PermutationSpec:
     """GPT-BigCode, StarCoder and SantaCoder with any of their heads."""
     count = config.n_head
     heads = heads_of(count, 1 if config.multi_query else count, head_dim=config.n_embd // count, free_channels=True)
@@ -266,7 +249,7 @@ def gpt_bigcode(config: GPTBigCodeConfig) -> PermutationSpec:
     )
 
 
-def openai_gpt(config: OpenAIGPTConfig) -> PermutationSpec:
+def openai_gpt(config: PreTrainedConfig) -> PermutationSpec:
     """The first GPT with any of its heads."""
     heads = _free_heads(config)
     return _gpt(
@@ -290,10 +273,9 @@ def openai_gpt(config: OpenAIGPTConfig) -> PermutationSpec:
     )
 
 
-def ctrl(config: CTRLConfig) -> PermutationSpec:
+def ctrl(config: PreTrainedConfig) -> PermutationSpec:
     """CTRL with any of its heads."""
     heads = _free_heads(config)
-    block = "multi_head_attention"
     return _gpt(
         config,
         "transformer",
@@ -301,7 +283,7 @@ def ctrl(config: CTRLConfig) -> PermutationSpec:
         layers(
             "h",
             config.n_layer,
-            attention(*(f"{block}.{name}" for name in ("Wq", "Wk", "Wv", "dense")), heads, bias=True, output_bias=True),
+            within("multi_head_attention", attention("Wq", "Wk", "Wv", "dense", heads, bias=True, output_bias=True)),
             mlp("ffn.0", "ffn.2", bias=True),
             norm("layernorm1"),
             norm("layernorm2"),
@@ -313,7 +295,7 @@ def ctrl(config: CTRLConfig) -> PermutationSpec:
     )
 
 
-def opt(config: OPTConfig) -> PermutationSpec:
+def opt(config: PreTrainedConfig) -> PermutationSpec:
     """OPT with any of its heads."""
     heads = _free_heads(config)
     # Some sizes are embedded in a narrower space than the residual stream.
@@ -329,7 +311,7 @@ def opt(config: OPTConfig) -> PermutationSpec:
                 "layers",
                 config.num_hidden_layers,
                 _optional(norm("self_attn_layer_norm")),
-                attention(*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), heads),
+                within("self_attn", attention("q_proj", "k_proj", "v_proj", "out_proj", heads)),
                 _optional(norm("final_layer_norm")),
                 mlp("fc1", "fc2"),
             ),
@@ -361,7 +343,7 @@ def _optional(lines: Iterable[str]) -> list[str]:
     return [line.replace(".weight  ", ".weight?  ") for line in lines]
 
 
-def biogpt(config: BioGptConfig) -> PermutationSpec:
+def biogpt(config: PreTrainedConfig) -> PermutationSpec:
     """BioGPT with any of its heads."""
     heads = _free_heads(config)
     lines = [
@@ -393,7 +375,7 @@ def biogpt(config: BioGptConfig) -> PermutationSpec:
     )
 
 
-def xglm(config: XGLMConfig) -> PermutationSpec:
+def xglm(config: PreTrainedConfig) -> PermutationSpec:
     """XGLM with any of its heads."""
     heads = _free_heads(config)
     return _gpt(
@@ -414,13 +396,13 @@ def _fairseq_layers(count: int, heads: Heads) -> list[str]:
         "layers",
         count,
         norm("self_attn_layer_norm"),
-        attention(*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), heads, bias=True, output_bias=True),
+        within("self_attn", attention("q_proj", "k_proj", "v_proj", "out_proj", heads, bias=True, output_bias=True)),
         norm("final_layer_norm"),
         mlp("fc1", "fc2", bias=True),
     )
 
 
-def bloom(config: BloomConfig) -> PermutationSpec:
+def bloom(config: PreTrainedConfig) -> PermutationSpec:
     """BLOOM with any of its heads."""
     heads = _free_heads(config)
     return _gpt(
@@ -443,7 +425,7 @@ def bloom(config: BloomConfig) -> PermutationSpec:
     )
 
 
-def mpt(config: MptConfig) -> PermutationSpec:
+def mpt(config: PreTrainedConfig) -> PermutationSpec:
     """MPT with any of its heads."""
     heads = _free_heads(config)
     return _gpt(
@@ -465,7 +447,7 @@ def mpt(config: MptConfig) -> PermutationSpec:
     )
 
 
-def falcon(config: FalconConfig) -> PermutationSpec:
+def falcon(config: PreTrainedConfig) -> PermutationSpec:
     """Falcon with any of its heads, of the first or the second architecture."""
     count = config.num_attention_heads
     one_kv_head = config.multi_query and not config.new_decoder_architecture
@@ -495,7 +477,7 @@ def falcon(config: FalconConfig) -> PermutationSpec:
     )
 
 
-def dbrx(config: DbrxConfig) -> PermutationSpec:
+def dbrx(config: PreTrainedConfig) -> PermutationSpec:
     """DBRX with any of its heads; all experts of a layer share one tensor."""
     heads = heads_of(config.n_heads, config.attn_config.kv_n_heads, head_dim=config.d_model // config.n_heads)
     return _gpt(

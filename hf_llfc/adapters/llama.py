@@ -6,7 +6,7 @@ What differs from Llama is a row of `LAYOUTS`: names, norms, fused projections, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,6 @@ GATED_FUSED = (
 )
 PLAIN = tuple(mlp("mlp.up_proj", "mlp.down_proj"))
 ROUTED = tuple(mixture_of_experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"))
-CORRECTION = ("mlp.gate.e_score_correction_bias  experts.{i}",)
 
 
 def shared_experts(name: str) -> tuple[str, ...]:
@@ -53,8 +52,22 @@ def shared_experts(name: str) -> tuple[str, ...]:
     return tuple(gated_mlp(*parts, neurons="shared.{i}"))
 
 
-# Dots1, GLM-4 MoE, Solar and DeepSeek route alike.
-DEEPSEEK_ROUTED = (*ROUTED, *CORRECTION, *shared_experts("mlp.shared_experts"))
+def fused_experts(block: str, router: str, up: str, down: str) -> tuple[str, ...]:
+    """Routed gated MLPs whose experts are one dimension of a tensor, `[expert, out, into]`."""
+    return (
+        f"{block}.{router}.weight  experts.{{i}}  residual",
+        f"{block}.{up}  experts.{{i}}  neurons.{{i}}[experts] + neurons.{{i}}[experts]  residual",
+        f"{block}.{down}  experts.{{i}}  residual  neurons.{{i}}[experts]",
+    )
+
+
+def fused_experts_transposed(block: str, up: str, down: str) -> tuple[str, ...]:
+    """The same with tensors `[expert, into, out]`."""
+    return (
+        f"{block}.router.weight  experts.{{i}}  residual",
+        f"{block}.{up}  experts.{{i}}  residual  neurons.{{i}}[experts] + neurons.{{i}}[experts]",
+        f"{block}.{down}  experts.{{i}}  neurons.{{i}}[experts]  residual",
+    )
 
 
 @dataclass(frozen=True)
@@ -102,15 +115,17 @@ class Layout:
     """What a family of the Llama line does differently from Llama.
 
     Attributes:
-        norms: The norms of a layer.
+        norms: The norms of a layer; `?` after a name that a checkpoint may lack.
         last_norm: The norm after all layers.
         block: The attention block.
         projections: Its query, key, value and output projections.
         fused: One projection for queries, keys and values, instead of three.
+        by_head: Whether that one gives them head by head.
+        latent: Whether queries, keys and values go through latent vectors (multi-head latent attention).
         qk_norms: Norms on queries and on keys.
         qk_flag: The config's name for whether there are such norms, where it says so.
         qk_gain: What the gain of those runs over: the `channels` that heads share, all of a `projection`, or each of
-            the `heads` on its own.
+            the `heads` on its own, in one tensor or with a tensor for each (`names`).
         without_rotary: Whether a layer has no rotary embedding, given the config's values and the layer.
         mlp: Declarations of the MLP.
         experts: The routed layers.
@@ -123,6 +138,8 @@ class Layout:
     block: str = "self_attn"
     projections: tuple[str, str, str, str] = PROJECTIONS
     fused: str = ""
+    by_head: bool = False
+    latent: bool = False
     qk_norms: tuple[str, ...] = ()
     qk_flag: str = ""
     qk_gain: str = "channels"
@@ -133,15 +150,55 @@ class Layout:
     neurons: str = "intermediate_size"
 
 
+def sinks(name: str) -> Callable[[Heads], list[str]]:
+    """A score per query head that no token has."""
+    return lambda heads: [f"self_attn.{name}?  {heads.query_heads}"]
+
+
 def full_attention_layers(values: dict[str, Any], index: int) -> bool:
     """Whether a layer has no rotary embedding where only those with a window have one."""
     return bool(values["sliding_window"] and values["layer_types"][index] != "sliding_attention")
 
 
 QK_NORMS = ("q_norm", "k_norm")
-QWEN_ROUTED = Experts(ROUTED, layers=every_so_often)
+
+# How DeepSeek routes, and Dots1, GLM-4 and Solar after it.
+DEEPSEEK_EXPERTS = Experts(
+    (*ROUTED, "mlp.gate.e_score_correction_bias?  experts.{i}", *shared_experts("mlp.shared_experts")),
+    count="n_routed_experts",
+    shared=("n_shared_experts", "moe_intermediate_size"),
+    layers=after_dense,
+)
+MIXTRAL_EXPERTS = Experts(
+    tuple(mixture_of_experts("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2")),
+    count="num_local_experts",
+    neurons=("intermediate_size",),
+)
+GRANITE_EXPERTS = Experts(
+    fused_experts("block_sparse_moe", "router.layer", "input_linear.weight", "output_linear.weight"),
+    count="num_local_experts",
+    neurons=("intermediate_size",),
+)
+GRANITE_SHARED = (
+    *linear("shared_mlp.input_linear", "shared.{i} + shared.{i}", "residual", bias=False),
+    *linear("shared_mlp.output_linear", "residual", "shared.{i}", bias=False),
+)
 
 LAYOUTS: dict[str, Layout] = {
+    "afmoe": Layout(
+        norms=(*PRE_NORMS, "pre_mlp_layernorm", "post_mlp_layernorm"),
+        qk_norms=QK_NORMS,
+        more=lambda heads: linear("self_attn.gate_proj", heads.output, "residual"),
+        experts=Experts(
+            (
+                *mixture_of_experts("mlp.router.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+                "mlp.expert_bias  experts.{i}",
+                *shared_experts("mlp.shared_experts"),
+            ),
+            shared=("num_shared_experts", "moe_intermediate_size"),
+            layers=lambda values, index: bool(index >= values["num_dense_layers"]),
+        ),
+    ),
     "apertus": Layout(
         norms=("attention_layernorm", "feedforward_layernorm"),
         qk_norms=QK_NORMS,
@@ -153,25 +210,163 @@ LAYOUTS: dict[str, Layout] = {
         ],
     ),
     "arcee": Layout(mlp=PLAIN),
+    "aria_text": Layout(
+        experts=Experts(
+            (
+                *fused_experts_transposed("mlp", "experts.fc1.weight", "experts.fc2.weight"),
+                *shared_experts("mlp.shared_experts"),
+            ),
+            count="moe_num_experts",
+            neurons=("intermediate_size",),
+            shared=("moe_num_shared_experts", "intermediate_size"),
+        )
+    ),
+    "bitnet": Layout(
+        more=lambda heads: norm("self_attn.attn_sub_norm", heads.output),
+        mlp=(*GATED, *norm("mlp.ffn_sub_norm", "neurons.{i}")),
+    ),
     "cohere": Layout(norms=("input_layernorm",), qk_norms=QK_NORMS, qk_flag="use_qk_norm", qk_gain="heads"),
     "cohere2": Layout(norms=("input_layernorm",), without_rotary=full_attention_layers),
+    "cohere2_moe": Layout(
+        norms=("input_layernorm",),
+        without_rotary=lambda values, index: (
+            full_attention_layers(values, index)
+            and not (values["mlp_layer_types"][index] == "dense" and values["prefix_dense_sliding_window_pattern"] == 1)
+        ),
+        neurons="prefix_dense_intermediate_size",
+        experts=Experts(
+            (*ROUTED, *shared_experts("mlp.shared_experts")),
+            neurons=("intermediate_size",),
+            shared=("num_shared_experts", "intermediate_size"),
+            layers=as_listed,
+        ),
+    ),
+    "deepseek_v2": Layout(latent=True, experts=DEEPSEEK_EXPERTS),
+    "deepseek_v3": Layout(latent=True, experts=DEEPSEEK_EXPERTS),
+    "dots1": Layout(qk_norms=QK_NORMS, experts=DEEPSEEK_EXPERTS),
+    "ernie4_5_moe": Layout(
+        experts=Experts(
+            (
+                *ROUTED,
+                "mlp.moe_statics.e_score_correction_bias  1  experts.{i}",
+                *shared_experts("mlp.shared_experts"),
+            ),
+            count="moe_num_experts",
+            shared=("moe_num_shared_experts", "moe_intermediate_size"),
+            layers=ernie_interval,
+        )
+    ),
     "exaone4": Layout(norms=POST_NORMS, qk_norms=QK_NORMS),
+    "exaone_moe": Layout(
+        qk_norms=QK_NORMS,
+        experts=Experts(
+            (*ROUTED, "mlp.e_score_correction_bias  experts.{i}", *shared_experts("mlp.shared_experts")),
+            shared=("num_shared_experts", "moe_intermediate_size"),
+            layers=as_listed,
+        ),
+    ),
+    "flex_olmo": Layout(
+        norms=POST_NORMS,
+        qk_norms=QK_NORMS,
+        qk_gain="projection",
+        experts=Experts(ROUTED, neurons=("intermediate_size",)),
+    ),
     "gemma2": Layout(norms=BOTH_NORMS),
     "gemma3_text": Layout(norms=BOTH_NORMS, qk_norms=QK_NORMS),
     "glm": Layout(mlp=GATED_FUSED),
     "glm4": Layout(norms=(*PRE_NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"), mlp=GATED_FUSED),
-    "mixtral": Layout(
+    "glm4_moe": Layout(qk_norms=QK_NORMS, qk_flag="use_qk_norm", experts=DEEPSEEK_EXPERTS),
+    "glm4_moe_lite": Layout(latent=True, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "gpt_oss": Layout(
+        more=sinks("sinks"),
         experts=Experts(
-            tuple(mixture_of_experts("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2")),
+            (
+                "mlp.router.weight  experts.{i}  residual",
+                "mlp.router.bias  experts.{i}",
+                "mlp.experts.gate_up_proj  experts.{i}  residual  (neurons.{i}[experts] 2)",
+                "mlp.experts.gate_up_proj_bias  experts.{i}  (neurons.{i}[experts] 2)",
+                "mlp.experts.down_proj  experts.{i}  neurons.{i}[experts]  residual",
+                "mlp.experts.down_proj_bias  experts.{i}  residual",
+            ),
             count="num_local_experts",
             neurons=("intermediate_size",),
+        ),
+    ),
+    "granite_swa": Layout(more=sinks("sinks")),
+    "granitemoe": Layout(experts=GRANITE_EXPERTS),
+    "granitemoe_swa": Layout(
+        more=sinks("sinks"),
+        experts=replace(
+            GRANITE_EXPERTS,
+            lines=(
+                *fused_experts("block_sparse_moe", "router", "experts.gate_up_proj", "experts.down_proj"),
+                *GRANITE_SHARED,
+            ),
+            shared=("shared_intermediate_size",),
+        ),
+    ),
+    "granitemoeshared": Layout(
+        experts=replace(
+            GRANITE_EXPERTS,
+            lines=(*GRANITE_EXPERTS.lines, *GRANITE_SHARED),
+            shared=("shared_intermediate_size",),
         )
     ),
+    "hunyuan_v1_dense": Layout(qk_norms=("query_layernorm", "key_layernorm")),
+    "hunyuan_v1_moe": Layout(
+        qk_norms=("query_layernorm", "key_layernorm"),
+        experts=Experts(
+            (
+                *mixture_of_experts("mlp.gate.wg", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+                *shared_experts("mlp.shared_mlp"),
+            ),
+            neurons=("intermediate_size",),
+            shared=("intermediate_size",),
+        ),
+    ),
+    "hyperclovax": Layout(norms=(*PRE_NORMS, "post_norm1?", "post_norm2?")),
+    "jais2": Layout(mlp=PLAIN),
+    "llama4_text": Layout(
+        without_rotary=lambda values, index: not values["no_rope_layers"][index],
+        mlp=tuple(gated_mlp("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")),
+        neurons="intermediate_size_mlp",
+        experts=Experts(
+            (
+                *fused_experts_transposed("feed_forward", "experts.gate_up_proj", "experts.down_proj"),
+                *shared_experts("feed_forward.shared_expert"),
+            ),
+            count="num_local_experts",
+            neurons=("intermediate_size",),
+            shared=("intermediate_size",),
+            layers=lambda values, index: index in values["moe_layers"],
+        ),
+    ),
+    "mellum": Layout(qk_norms=QK_NORMS, experts=Experts(ROUTED, layers=as_listed)),
+    "minicpm3": Layout(latent=True),
+    "minimax_m2": Layout(
+        qk_norms=QK_NORMS,
+        qk_gain="projection",
+        experts=replace(
+            MIXTRAL_EXPERTS,
+            lines=(*MIXTRAL_EXPERTS.lines, "block_sparse_moe.e_score_correction_bias  experts.{i}"),
+        ),
+    ),
+    "mixtral": Layout(experts=MIXTRAL_EXPERTS),
+    "nanochat": Layout(norms=(), last_norm="", mlp=tuple(mlp("mlp.fc1", "mlp.fc2"))),
     "nemotron": Layout(mlp=PLAIN),
     "olmo": Layout(norms=(), last_norm=""),
     "olmo2": Layout(norms=POST_NORMS, qk_norms=QK_NORMS, qk_gain="projection"),
     "olmo3": Layout(norms=POST_NORMS, qk_norms=QK_NORMS, qk_gain="projection"),
     "olmoe": Layout(qk_norms=QK_NORMS, qk_gain="projection", experts=Experts(ROUTED, neurons=("intermediate_size",))),
+    "persimmon": Layout(
+        last_norm="final_layernorm",
+        fused="query_key_value",
+        by_head=True,
+        projections=("", "", "", "dense"),
+        qk_norms=("q_layernorm", "k_layernorm"),
+        qk_flag="qk_layernorm",
+        mlp=tuple(mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+    ),
     "phi": Layout(
         norms=("input_layernorm",),
         last_norm="final_layernorm",
@@ -181,6 +376,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp=tuple(mlp("mlp.fc1", "mlp.fc2")),
     ),
     "phi3": Layout(fused="qkv_proj", mlp=GATED_FUSED),
+    "phimoe": Layout(experts=MIXTRAL_EXPERTS),
     "qwen2_moe": Layout(
         experts=Experts(
             (*ROUTED, *shared_experts("mlp.shared_expert"), "mlp.shared_expert_gate.weight  1  residual"),
@@ -189,9 +385,18 @@ LAYOUTS: dict[str, Layout] = {
         )
     ),
     "qwen3": Layout(qk_norms=QK_NORMS),
-    "qwen3_moe": Layout(qk_norms=QK_NORMS, experts=QWEN_ROUTED),
+    "qwen3_moe": Layout(qk_norms=QK_NORMS, experts=Experts(ROUTED, layers=every_so_often)),
     "smollm3": Layout(without_rotary=lambda values, index: not values["no_rope_layers"][index]),
+    "solar_open": Layout(experts=replace(DEEPSEEK_EXPERTS, layers=lambda values, index: True)),
+    "stablelm": Layout(
+        norms=("input_layernorm", "post_attention_layernorm?"),
+        qk_norms=("q_layernorm", "k_layernorm"),
+        qk_flag="qk_layernorm",
+        qk_gain="names",
+    ),
     "starcoder2": Layout(mlp=tuple(mlp("mlp.c_fc", "mlp.c_proj"))),
+    "vaultgemma": Layout(norms=("input_layernorm", "pre_feedforward_layernorm")),
+    "youtu": Layout(latent=True),
 }
 
 
@@ -209,15 +414,19 @@ def llama(config: PreTrainedConfig) -> PermutationSpec:
     for index in range(config.num_hidden_layers):
         heads = _heads(config, layout, values, index)
         routed = layout.experts if layout.experts is not None and layout.experts.layers(values, index) else None
-        sizes |= {**heads.sizes, **_widths(config, layout, index, routed)}
+        widths = _widths(config, layout, index, routed)
+        feed_forward = routed.lines if routed else layout.mlp
+        if not widths.get("shared"):
+            feed_forward = tuple(line for line in feed_forward if "shared.{i}" not in line)
+        sizes |= {**heads.sizes, **widths}
         symmetric += [axis for axis in heads.symmetric if axis not in symmetric]
         stack += layer(
             "layers",
             index,
-            [line for name in layout.norms for line in norm(name)],
+            [line for name in layout.norms for line in _norm(name)],
             within(layout.block, _attention(layout, values, heads)),
             layout.more(heads),
-            routed.lines if routed else layout.mlp,
+            feed_forward,
         )
     # Where experts are chosen group by group, they could only move inside their group.
     if (values.get("n_group") or 1) == 1:
@@ -237,17 +446,38 @@ def llama(config: PreTrainedConfig) -> PermutationSpec:
     )
 
 
+def _norm(name: str) -> list[str]:
+    if name.endswith("?"):
+        return [f"{name[:-1]}.weight?  residual", f"{name[:-1]}.bias?  residual"]
+    return norm(name)
+
+
 def _heads(config: PreTrainedConfig, layout: Layout, values: dict[str, Any], index: int) -> Heads:
     # A config may leave head_dim out or set it to None; both mean an even split of the residual stream.
+    if layout.latent:
+        return latent_heads(config)
     head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
-    heads = partial(heads_of, config.num_attention_heads, config.num_key_value_heads, head_dim=head_dim)
+    heads = partial(heads_of, config.num_attention_heads, values.get("num_key_value_heads"), head_dim=head_dim)
     if _has_qk_norms(layout, values) and layout.qk_gain == "channels":
         return heads()
+    if _has_qk_norms(layout, values) and layout.qk_gain == "names" and "q" in heads().sizes:
+        # The name of a query head's norm counts through all groups: an index along two axes.
+        return replace(heads(), symmetric=("value_dim",))
     without = layout.without_rotary
     if without is not None and without(values, index):
         return heads(free_channels=True)
     rotary_dim = rotary_channels(values, head_dim, index)
     return heads() if rotary_dim == head_dim and without is None else heads(rotary_dim=rotary_dim)
+
+
+def _norm_of_each_head(name: str, heads: Heads) -> list[str]:
+    """Norms with tensors of their own, numbered by head."""
+    if "heads" in heads.sizes:
+        return norm(f"{name}.norms.<heads.{{i}}>", heads.channels)
+    count = (
+        (heads.sizes.get("kv") or 1) * (heads.sizes["q"] or 1) if name.startswith("q") else heads.sizes.get("kv") or 1
+    )
+    return [line for index in range(count) for line in norm(f"{name}.norms.{index}", heads.channels)]
 
 
 def rotary_channels(values: dict[str, Any], head_dim: int, index: int = 0) -> int:
@@ -270,7 +500,7 @@ def _widths(config: PreTrainedConfig, layout: Layout, index: int, routed: Expert
     return {
         f"neurons.{index}": prod(getattr(config, name) for name in routed.neurons),
         "experts": getattr(config, routed.count),
-        "shared": prod(getattr(config, name) for name in routed.shared),
+        "shared": prod(getattr(config, name) for name in routed.shared) if routed.shared else None,
     }
 
 
@@ -279,14 +509,18 @@ def _has_qk_norms(layout: Layout, values: dict[str, Any]) -> bool:
 
 
 def _attention(layout: Layout, values: dict[str, Any], heads: Heads) -> list[str]:
+    if layout.latent:
+        return latent_attention(heads, query_latent=bool(values["q_lora_rank"]))
     if layout.fused:
         lines = [
-            *linear(layout.fused, heads.fused, "residual"),
+            *linear(layout.fused, heads.by_head if layout.by_head else heads.fused, "residual"),
             *linear(layout.projections[-1], "residual", heads.output),
         ]
     else:
         lines = attention(*layout.projections, heads)
-    if _has_qk_norms(layout, values):
+    if _has_qk_norms(layout, values) and layout.qk_gain == "names":
+        lines += [line for name in layout.qk_norms for line in _norm_of_each_head(name, heads)]
+    elif _has_qk_norms(layout, values):
         gains = {
             "channels": (heads.channels, heads.channels),
             "projection": (heads.queries, heads.keys),
@@ -294,3 +528,48 @@ def _attention(layout: Layout, values: dict[str, Any], heads: Heads) -> list[str
         }[layout.qk_gain]
         lines += [line for name, gain in zip(layout.qk_norms, gains, strict=True) for line in norm(name, gain)]
     return [*lines, "rotary_emb.inv_freq?  frequencies"]
+
+
+def latent_heads(config: PreTrainedConfig) -> Heads:
+    """The axes of multi-head latent attention; in a head, channels without rotary embedding come first."""
+    queries = "(heads.{i} nope.{i}[heads] + rotary)"
+    values = "(heads.{i} value_dim.{i}[heads])"
+    return Heads(
+        queries=queries,
+        keys=queries,
+        values=values,
+        output=values,
+        by_head="(heads.{i} nope.{i}[heads] + value_dim.{i}[heads])",
+        query_heads="heads.{i}",
+        key_heads="heads.{i}",
+        channels="nope.{i}[heads] + rotary",
+        sizes={
+            "heads": config.num_attention_heads,
+            "nope": config.qk_nope_head_dim,
+            "rotary": config.qk_rope_head_dim,
+            "value_dim": config.v_head_dim,
+            "query_latent": config.q_lora_rank,
+            "latent": config.kv_lora_rank,
+        },
+        symmetric=("heads", "nope", "value_dim", *(["query_latent"] if config.q_lora_rank else []), "latent"),
+    )
+
+
+def latent_attention(heads: Heads, *, query_latent: bool) -> list[str]:
+    """Multi-head latent attention; `query_latent` says whether queries go through a latent vector, too."""
+    if query_latent:
+        queries = [
+            *linear("q_a_proj", "query_latent.{i}", "residual"),
+            *norm("q_a_layernorm", "query_latent.{i}"),
+            *linear("q_b_proj", heads.queries, "query_latent.{i}"),
+        ]
+    else:
+        queries = linear("q_proj", heads.queries, "residual")
+    return [
+        *queries,
+        *linear("kv_a_proj_with_mqa", "latent.{i} + rotary", "residual"),
+        *norm("kv_a_layernorm", "latent.{i}"),
+        *linear("kv_b_proj", heads.by_head, "latent.{i}"),
+        *linear("o_proj", "residual", heads.output),
+        "rotary_emb.inv_freq?  frequencies",
+    ]
