@@ -9,7 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.adapters.blocks import Heads, attention, head, heads_of, layer_norm, layers, linear, mlp, within
+from hf_llfc.adapters.blocks import (
+    Heads,
+    attention,
+    head,
+    heads_of,
+    layer_norm,
+    layers,
+    linear,
+    mlp,
+    windowed_attention,
+    within,
+)
 from hf_llfc.adapters.compose import only_if, renamed
 from hf_llfc.adapters.declare import declare
 
@@ -107,7 +118,16 @@ def bart(config: Any) -> PermutationSpec:
 
     longformer = config.model_type == "led"
     encoder_attention = (
-        [*windowed_attention(heads["encoder"]), *layer_norm("self_attn_layer_norm", "encoder_residual")]
+        [
+            *windowed_attention(
+                "self_attn.longformer_self_attn",
+                "self_attn.output",
+                heads["encoder"],
+                "global_head_dim",
+                residual="encoder_residual",
+            ),
+            *layer_norm("self_attn_layer_norm", "encoder_residual"),
+        ]
         if longformer
         else attend("self_attn", heads["encoder"], "encoder_residual")
     )
@@ -176,27 +196,3 @@ def bart(config: Any) -> PermutationSpec:
 def heads_of_stack(heads: int, width: int, prefix: str) -> Heads:
     """The heads of a stack without rotary positions."""
     return heads_of(heads, head_dim=width // heads, free_channels=True, prefix=prefix)
-
-
-def windowed_attention(heads: Heads) -> list[str]:
-    """Longformer's attention in LED: tokens that all attend to have queries, keys and values of their own.
-
-    Both kinds of values pass through one output projection, so they share channels; queries meet keys of their kind.
-    """
-    name, residual = "self_attn.longformer_self_attn", "encoder_residual"
-    globally = heads.queries.replace("encoder_head_dim", "global_head_dim")
-    return [
-        *attention(
-            f"{name}.query",
-            f"{name}.key",
-            f"{name}.value",
-            "self_attn.output",
-            heads,
-            residual=residual,
-            bias=True,
-            output_bias=True,
-        ),
-        *linear(f"{name}.query_global", globally, residual, bias=True),
-        *linear(f"{name}.key_global", globally, residual, bias=True),
-        *linear(f"{name}.value_global", heads.values, residual, bias=True),
-    ]

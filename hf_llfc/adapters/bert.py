@@ -20,6 +20,7 @@ from hf_llfc.adapters.blocks import (
     linear,
     mlp,
     optional_norm,
+    windowed_attention,
     within,
 )
 from hf_llfc.adapters.compose import occurring, renamed
@@ -68,6 +69,22 @@ def bert_heads(prefix: str) -> list[str]:
     ]
 
 
+def big_bird_heads(prefix: str) -> list[str]:
+    """BigBird's heads: BERT's for tokens, RoBERTa's for sequences, one more MLP before answers."""
+    name = "cls.predictions"
+    return [
+        *masked_tokens(f"{name}.transform.dense", f"{name}.transform.LayerNorm", f"{name}.decoder", f"{name}.bias"),
+        *head("cls.seq_relationship", into="pooled"),
+        *linear(f"{prefix}.pooler", "pooled", "residual", optional=True),
+        *deep_classifier(),
+        *head("classifier"),
+        *linear("qa_classifier.intermediate.dense", "neurons.answers", "residual", optional=True),
+        *linear("qa_classifier.output.dense", "residual", "neurons.answers", optional=True),
+        *optional_norm("qa_classifier.output.LayerNorm"),
+        *head("qa_classifier.qa_outputs"),
+    ]
+
+
 def roberta_heads(prefix: str) -> list[str]:
     """RoBERTa's heads: masked tokens, classes of sequences, choices from the pooler."""
     return [
@@ -110,6 +127,7 @@ class Layout:
         norms: The norms of a layer, that of its attention and that of its MLP.
         last_norm: The norm after the last layer.
         pooled: What the pooler gives out; `residual` where checkpoints with a pooler also classify tokens.
+        windowed: Whether attention is Longformer's.
         projection: What leads from the width of the embedding to that of the residual stream, where they differ.
     """
 
@@ -120,6 +138,7 @@ class Layout:
     norms: tuple[str, str] = ("attention.output.LayerNorm", "output.LayerNorm")
     last_norm: str | None = None
     pooled: str = "pooled"
+    windowed: bool = False
     projection: str | None = None
 
 
@@ -127,6 +146,7 @@ ROBERTA = Layout("roberta", roberta_heads)
 
 LAYOUTS: dict[str, Layout] = {
     "bert": Layout("bert", bert_heads),
+    "big_bird": Layout("bert", big_bird_heads, pooled="residual"),
     "bert-generation": Layout("bert", generation_head, tables=POSITIONS),
     "camembert": ROBERTA,
     "chinese_clip_text_model": Layout("bert", bert_heads),
@@ -139,6 +159,7 @@ LAYOUTS: dict[str, Layout] = {
         tables={**POSITIONS_AND_TYPES, **{f"{side}_position_embeddings": "places" for side in "xyhw"}},
         pooled="residual",
     ),
+    "longformer": Layout("longformer", roberta_heads, windowed=True),
     "megatron-bert": Layout(
         "bert", bert_heads, embedding_norm=False, norms=("attention.ln", "ln"), last_norm="encoder.ln"
     ),
@@ -173,6 +194,8 @@ def bert(config: BertConfig) -> PermutationSpec:
     def attend(name: str, heads: Heads, context: str | None = None) -> list[str]:
         parts = (f"{name}.self.query", f"{name}.self.key", f"{name}.self.value", f"{name}.output.dense")
         norm = layer_norm(layout.norms[0].replace("attention", name))
+        if layout.windowed:
+            return [*windowed_attention(f"{name}.self", f"{name}.output.dense", heads, "global_head_dim"), *norm]
         return [*attention(*parts, heads, context=context, bias=True, output_bias=True), *norm]
 
     blocks = [
@@ -216,10 +239,11 @@ def bert(config: BertConfig) -> PermutationSpec:
             **dict.fromkeys(("residual", "pooled", "classifier", "discriminator"), config.hidden_size),
             **own.sizes,
             **cross.sizes,
+            "global_head_dim": head_dim,
             "neurons": config.intermediate_size,
             "labels": None,
         },
-        symmetric=occurring((*SYMMETRIC, *own.symmetric, *cross.symmetric), blocks),
+        symmetric=occurring((*SYMMETRIC, "global_head_dim", *own.symmetric, *cross.symmetric), blocks),
         outputs=("residual", "pooled"),
         prefix=f"{layout.prefix}.",
         old_endings=OLD_ENDINGS,

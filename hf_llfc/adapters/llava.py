@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.adapters.blocks import linear
-from hf_llfc.adapters.compose import part_of
+from hf_llfc.adapters.blocks import linear, rms_norm
+from hf_llfc.adapters.compose import occurring, part_of
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 
 
 def llava(config: Any) -> PermutationSpec:
-    """LLaVA, LLaVA-NeXT, PaliGemma; only the residual stream of the language model is seen from outside."""
+    """LLaVA and LLaVA-NeXT, PaliGemma, Gemma 3; the residual stream of the language model is all that is returned."""
     words = part_of(
         config.text_config,
         "language_model.model",
-        heads={"lm_head": "language_model.lm_head"},
+        heads={"lm_head": "language_model.lm_head", "score": "score"},
     )
     images = part_of(config.vision_config, "vision_tower", axes="vision_")
     if config.model_type == "paligemma":
         projector = linear("multi_modal_projector.linear", "residual", "vision_residual")
+    elif config.model_type == "gemma3":
+        projector = [
+            "multi_modal_projector.mm_input_projection_weight  vision_residual residual",
+            *rms_norm("multi_modal_projector.mm_soft_emb_norm", "vision_residual"),
+        ]
     else:
         chosen = config.vision_feature_layer
         into = " + ".join(["vision_residual"] * (1 if isinstance(chosen, int) else len(chosen)))
@@ -42,7 +47,7 @@ def llava(config: Any) -> PermutationSpec:
         symmetric=(
             *images.symmetric,
             *words.symmetric,
-            *(() if config.model_type == "paligemma" else ("projector",)),
+            *occurring(("projector",), projector),
         ),
         outputs=("residual",),
         # CLIP and SigLIP towers were stored under one more name.
