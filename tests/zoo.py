@@ -21,14 +21,16 @@ _T5GEMMA2 = {"dropout_rate": 0.0}
 _QSA = {
     "indexer_n_heads": 4,
     "indexer_kv_heads": 1,
-    "indexer_head_dim": 128,
+    "indexer_head_dim": 256,
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
 _RESNET = transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"])
 _DETR = {"backbone_config": _RESNET, "use_timm_backbone": False}
 _COMPLETED: dict[str, dict[str, Any]] = {
+    "align": {"projection_dim": 2560},
     "autoformer": _SERIES,
+    "blip-2": {"image_token_index": 50265},
     "cohere_compass": {
         "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
     },
@@ -55,10 +57,14 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "hunyuan_vl_text": {"head_dim": 128},
     "informer": _SERIES,
+    "instructblip": {"image_token_index": 50265},
+    "instructblipvideo": {"video_token_index": 50265},
+    "janus": {"vision_config": {"projection_dim": 4096}},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "ministral": {"head_dim": 128},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "ovis2": {"hidden_size": 4096},
     "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 768}}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 768},
     "qwen4_exp": {"text_config": _QSA},

@@ -13,11 +13,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from hf_llfc.errors import SpecError
 
@@ -103,11 +105,8 @@ def sample_inputs(model: PreTrainedModel, *, seed: int = 0, batch_size: int = 2)
         if argument.default is inspect.Parameter.empty
         and argument.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     }
-    names = [
-        *_ALWAYS,
-        *(name for name in _IF_REQUIRED if name in required),
-        *(name for name in own if name not in _ALWAYS),
-    ]
+    general = [*_ALWAYS, *(name for name in _IF_REQUIRED if name in required)]
+    names = [*(name for name in own if name not in general), *general]
     for name in names:
         builder = own.get(name, _ALWAYS.get(name) or _IF_REQUIRED.get(name))
         if name not in arguments or builder is None:
@@ -141,9 +140,48 @@ def forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tens
     arguments = inspect.signature(model.forward).parameters
     options = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in arguments}
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(model.dtype):
         output = model(**inputs, **options)
     return dict(_tensors(output, ""))
+
+
+@contextmanager
+def full_precision(dtype: torch.dtype) -> Iterator[None]:
+    """Keeps float64 where a modelling file casts to float32; does nothing for any other dtype."""
+    if dtype != torch.float64:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Double(TorchFunctionMode):
+    """Float64 in, float64 throughout: casts to float32 do nothing, and float32 operands of float64 ones are widened."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        double = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if double and func is Tensor.float:
+            return args[0]
+        if double:
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        name = getattr(func, "__name__", "")
+        if not name.endswith("_") and any(_is(arg, torch.float64) for arg in args):
+            args = tuple(arg.double() if _is(arg, torch.float32) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _is(value: object, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype
 
 
 def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
@@ -286,7 +324,7 @@ def _feature_count(request: _Request, method: str) -> int:
     taken = inspect.signature(bound).parameters
     anything = any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in taken.values())
     given = {name: value for name, value in request.made.items() if name in taken or anything}
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(model.dtype):
         features: Any = bound(**given)
     if not isinstance(features, Tensor | list | tuple):
         features = features.pooler_output if features.get("pooler_output") is not None else features[0]
@@ -362,11 +400,13 @@ def _channels(request: _Request) -> int:
 
 
 def _image_size(request: _Request) -> tuple[int, int]:
-    return _pair(request.vision.get("image_size") or request.size("image_size", default=64))
+    return _pair(
+        request.vision.get("image_size") or request.vision.get("input_size") or request.size("image_size", default=64)
+    )
 
 
 def _pixel_values(request: _Request) -> Tensor:
-    if "image_grid_thw" in request.made:
+    if "image_grid_thw" in request.made or "grid_thw" in request.made:
         return _patches(request)
     return request.normal(request.batch, _channels(request), *_image_size(request))
 
@@ -378,11 +418,13 @@ def _video(request: _Request) -> Tensor | None:
     return request.normal(request.batch, frames, _channels(request), *_image_size(request))
 
 
-def _grid(request: _Request) -> Tensor:
+def _grid(request: _Request) -> Tensor | None:
     """Patches in time, down and across of one image a row: (b, 3)."""
     merge = request.size("spatial_merge_size", "merge_size", default=1)
     if not isinstance(merge, int):
         merge = merge[-1]
+    if "image_grid_thw" in request.arguments and "grid_thw" in request.arguments:
+        return None
     return torch.tensor([[1, _GRID[0] * merge, _GRID[1] * merge]] * request.batch)
 
 
@@ -446,6 +488,7 @@ def _time_features(request: _Request) -> Tensor:
 _ALWAYS: dict[str, Builder] = {
     "grid_thw": _grid,
     "image_grid_thw": _grid,
+    "image_sizes": lambda request: None,
     "hidden_states": lambda request: _hidden_states(request) if "grid_thw" in request.made else None,
     "pixel_values": _pixel_values,
     "pixel_values_videos": _video,
@@ -470,4 +513,259 @@ _IF_REQUIRED: dict[str, Builder] = {
     "qformer_input_ids": lambda request: request.integers(3, request.size("vocab_size"), request.batch, 5),
 }
 
-_OF_TYPE: dict[str, dict[str, Builder | None]] = {}
+# What single model types want otherwise
+
+
+def _images(count: int) -> Builder:
+    """Several images a row: (b, n, c, h, w)."""
+    return lambda request: request.normal(request.batch, count, _channels(request), *_image_size(request))
+
+
+def _frames(request: _Request) -> Tensor:
+    return _images(request.size("num_frames", "frames_per_clip", default=_FRAMES))(request)
+
+
+def _image_sizes(request: _Request) -> Tensor:
+    return torch.tensor([_image_size(request)] * request.batch)
+
+
+def _tiles(request: _Request) -> Tensor:
+    """Tiles of images of which `image_sizes` says the size: (b, n, c, h, w)."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    side = _image_size(request)[0]
+    pinpoints = request.size("image_grid_pinpoints")
+    count = image_size_to_num_patches([side, side], pinpoints, side)
+    return _images(count)(request)
+
+
+def _patches_of(*leading: int, square: bool = False) -> Builder:
+    """Patches in the order of a grid, flattened or square, with leading dimensions of size one."""
+
+    def build(request: _Request) -> Tensor:
+        patches = _patches(request)
+        if square:
+            side = _pair(request.vision.get("patch_size") or request.size("patch_size"))
+            patches = patches.reshape(patches.shape[0], -1, *side)
+        return patches.reshape(*leading, *patches.shape)
+
+    return build
+
+
+def _packed_patches(request: _Request) -> Tensor:
+    """A fixed number of flattened patches of every image: (b, p, d)."""
+    side = request.vision.get("patch_size") or request.size("patch_size")
+    return request.normal(request.batch, _GRID[0] * _GRID[1] * 4, _channels(request) * side * side)
+
+
+def _positioned_patches(request: _Request) -> Tensor:
+    """Flattened patches after their row and column: (b, p, 2 + d)."""
+    count = _GRID[0] * _GRID[1] * 4
+    patches = request.normal(request.batch, count, request.size("patch_embed_hidden_size"))
+    rows, columns = 2 * _GRID[0], 2 * _GRID[1]
+    places = torch.cartesian_prod(torch.arange(1, rows + 1), torch.arange(1, columns + 1))
+    return torch.cat((places.to(patches.dtype).expand(request.batch, -1, -1), patches), dim=-1)
+
+
+def _packed_mask(request: _Request) -> Tensor:
+    return request.ones(request.batch, _GRID[0] * _GRID[1] * 4)
+
+
+def _spatial_shapes(request: _Request) -> Tensor:
+    return torch.tensor([[2 * _GRID[0], 2 * _GRID[1]]] * request.batch)
+
+
+def _mono(request: _Request) -> Tensor:
+    return request.normal(request.batch, 1, 4000)
+
+
+def _spectrogram(request: _Request) -> Tensor:
+    return request.normal(request.batch, request.size("max_length"), request.size("num_mel_bins"))
+
+
+def _channels_first(request: _Request) -> Tensor:
+    return request.normal(request.batch, request.size("num_mel_bins"), 64)
+
+
+def _frames_of(*names: str, length: int = 64) -> Builder:
+    """Feature frames whose width is one of some fields: (b, t, c)."""
+    return lambda request: request.normal(request.batch, length, request.size(*names))
+
+
+def _visible(request: _Request) -> Tensor:
+    """Which patches of a video are masked, equally many in every row: (b, p)."""
+    side, patch = _image_size(request), _pair(request.size("patch_size"))
+    frames = request.size("num_frames") // request.size("tubelet_size")
+    masked = torch.zeros(frames * (side[0] // patch[0]) * (side[1] // patch[1]), dtype=torch.bool)
+    masked[::2] = True
+    return masked.expand(request.batch, -1).clone()
+
+
+def _states(*names: str, length: int = _LENGTH) -> Builder:
+    """Hidden states of another component: (b, t, c)."""
+    return lambda request: request.normal(request.batch, length, request.size(*names))
+
+
+def _merge_sizes(request: _Request) -> Tensor:
+    return torch.full((request.batch,), request.size("spatial_merge_size", "merge_size", default=1))
+
+
+def _with_question(request: _Request) -> Tensor:
+    ids = _input_ids(request)
+    assert ids is not None
+    ids[:, 2] = request.size("question_token_id")
+    return ids
+
+
+def _codebooks(request: _Request) -> Tensor:
+    """Codes of several codebooks, one row each: (b · n, t)."""
+    shape = (request.batch * request.size("num_codebooks"), _LENGTH)
+    return request.integers(0, request.size("vocab_size"), *shape)
+
+
+def _image_tiles(request: _Request) -> Tensor:
+    return request.normal(request.batch, 1, request.size("max_num_tiles"), _channels(request), *_image_size(request))
+
+
+_MLLAMA: dict[str, Builder | None] = {
+    "pixel_values": _image_tiles,
+    "aspect_ratio_ids": lambda request: request.ones(request.batch, 1),
+    "aspect_ratio_mask": lambda request: request.ones(request.batch, 1, request.size("max_num_tiles")),
+    "cross_attention_mask": lambda request: request.ones(request.batch, _LENGTH, 1, request.size("max_num_tiles")),
+}
+_CODEBOOKS: dict[str, Builder | None] = {"input_ids": _codebooks, "attention_mask": lambda request: None}
+_PAIR_OF_IMAGES: dict[str, Builder | None] = {"pixel_values": _images(2)}
+_IMAGE_LIST: dict[str, Builder | None] = {"pixel_values": _images(2)}
+_TILES: dict[str, Builder | None] = {"image_sizes": _image_sizes, "pixel_values": _tiles}
+_PATCHES: dict[str, Builder | None] = {
+    "pixel_values": _packed_patches,
+    "pixel_attention_mask": _packed_mask,
+    "spatial_shapes": _spatial_shapes,
+}
+_POSITIONED: dict[str, Builder | None] = {"flattened_patches": _positioned_patches}
+_FRAMES_OF_VIDEO: dict[str, Builder | None] = {"pixel_values": _frames}
+_CHANNELS_FIRST: dict[str, Builder | None] = {"input_features": _channels_first}
+_MONO: dict[str, Builder | None] = {"input_values": _mono}
+_LAYOUT: dict[str, Builder | None] = {"image_sizes": _image_sizes}
+
+_OF_TYPE: dict[str, dict[str, Builder | None]] = {
+    "audio-spectrogram-transformer": {"input_values": _spectrogram},
+    "bridgetower_vision_model": {"image": _pixel_values},
+    "clap": {"input_features": lambda request: request.normal(request.batch, 1, 64, request.size("num_mel_bins"))},
+    "clap_audio_model": {
+        "input_features": lambda request: request.normal(request.batch, 1, 64, request.size("num_mel_bins"))
+    },
+    "colmodernvbert": _IMAGE_LIST,
+    "dac": _MONO,
+    "encodec": _MONO,
+    "mimi": _MONO,
+    "mimi_encoder": _MONO,
+    "pocket_tts_audio_tokenizer": _MONO,
+    "vibevoice_acoustic_tokenizer": _MONO,
+    "vibevoice_acoustic_tokenizer_encoder": _MONO,
+    "mllama": _MLLAMA,
+    "mllama_vision_model": _MLLAMA,
+    "deepseek_vl_hybrid": {
+        "high_res_pixel_values": lambda request: request.normal(
+            request.batch, 3, *_pair(_values(request.config.high_res_vision_config)["image_size"])
+        )
+    },
+    "depth_pro": {"pixel_values": lambda request: request.normal(request.batch, 3, 128, 128)},
+    "canine": {"input_ids": lambda request: request.integers(10, 1000, request.batch, 40)},
+    "video_llama_3": {"image_merge_sizes": _merge_sizes},
+    "video_llama_3_vision": {"merge_sizes": _merge_sizes},
+    "lxmert": {
+        "visual_feats": _states("visual_feat_dim", length=5),
+        "visual_pos": lambda request: torch.rand(
+            request.batch, 5, 4, generator=request.generator, dtype=torch.float64
+        ).to(request.model.dtype),
+    },
+    "granite_speech_encoder": {"hidden_states": _frames_of("input_dim")},
+    "granite_speech_plus_encoder": {"hidden_states": _frames_of("input_dim")},
+    "granite_speech": {"input_features": _frames_of("input_dim")},
+    "granite_speech_plus": {"input_features": _frames_of("input_dim")},
+    "granite_speech5_encoder": {"input_features": _frames_of("input_dim")},
+    "granite_speech5_ctc": {"input_features": _frames_of("input_dim")},
+    "speech_to_text": {"input_features": _frames_of("input_feat_per_channel")},
+    "wav2vec2-bert": {"input_features": _frames_of("feature_projection_input_dim")},
+    "pop2piano": {"input_features": _frames_of("d_model")},
+    "fun_asr_nano": {"input_features": _frames_of("input_size")},
+    "fun_asr_nano_encoder": {"input_features": _frames_of("input_size")},
+    "blip_2_qformer": {"query_embeds": _states("hidden_size"), "encoder_hidden_states": _states("encoder_hidden_size")},
+    "instructblip_qformer": {
+        "query_embeds": _states("hidden_size"),
+        "encoder_hidden_states": _states("encoder_hidden_size"),
+    },
+    "t5gemma2_decoder": {"encoder_hidden_states": _states("hidden_size")},
+    "decision_transformer": {
+        "states": _states("state_dim"),
+        "actions": _states("act_dim"),
+        "rewards": lambda request: request.normal(request.batch, _LENGTH, 1),
+        "returns_to_go": lambda request: request.normal(request.batch, _LENGTH, 1),
+        "timesteps": lambda request: torch.arange(_LENGTH).expand(request.batch, -1),
+    },
+    "musicgen_decoder": _CODEBOOKS,
+    "musicgen_melody_decoder": _CODEBOOKS,
+    "speecht5_hifigan": {"spectrogram": _states("model_in_dim")},
+    "fastspeech2_conformer_hifigan": {"spectrogram": _states("model_in_dim")},
+    "qwen2_5_omni_bigvgan": {
+        "mel_spectrogram": lambda request: request.normal(request.batch, request.size("mel_dim"), _LENGTH)
+    },
+    "flava_multimodal_model": {"hidden_states": _states("hidden_size")},
+    "splinter": {"input_ids": _with_question},
+    "tvp": {"pixel_values": _frames},
+    "seggpt": {
+        "prompt_pixel_values": _pixel_values,
+        "prompt_masks": _pixel_values,
+    },
+    "florence_vision": {"hidden_states": _pixel_values},
+    "phi4_multimodal_audio": {
+        "hidden_states": _frames_of("input_size"),
+        "mask": lambda request: torch.ones(request.batch, 64, dtype=torch.bool),
+    },
+    "gemma3n_audio": {
+        "audio_mel": _frames_of("input_feat_size"),
+        "audio_mel_mask": lambda request: torch.zeros(request.batch, 64, dtype=torch.bool),
+    },
+    "granite_docling": {
+        "pixel_values": _images(2),
+        "pixel_attention_mask": lambda request: torch.ones(request.batch, 2, dtype=torch.bool),
+    },
+    "efficientloftr": _PAIR_OF_IMAGES,
+    "glmasr": _CHANNELS_FIRST,
+    "glmasr_encoder": _CHANNELS_FIRST,
+    "granite4_vision": _TILES,
+    "idefics2": _IMAGE_LIST,
+    "idefics3": _IMAGE_LIST,
+    "instructblipvideo": _FRAMES_OF_VIDEO,
+    "kimi_k25": {"pixel_values": _patches_of(square=True)},
+    "kosmos_2_5_vision_model": _POSITIONED,
+    "lfm2_vl": _PATCHES,
+    "lightglue": _PAIR_OF_IMAGES,
+    "lighton_ocr": _LAYOUT,
+    "llava_next": _TILES,
+    "llava_next_video": _TILES,
+    "llava_onevision": _TILES,
+    "mistral3": _LAYOUT,
+    "mistral_large4": _LAYOUT,
+    "modernvbert": _IMAGE_LIST,
+    "paddleocr_vl": {"pixel_values": _patches_of(square=True)},
+    "paddleocr_vl_vision": {"pixel_values": _patches_of(1, square=True)},
+    "pe_audio": _MONO,
+    "pe_audio_encoder": _MONO,
+    "pix2struct": _POSITIONED,
+    "pix2struct_vision_model": _POSITIONED,
+    "pocket_tts_audio_tokenizer_encoder": _MONO,
+    "siglip2": _PATCHES,
+    "siglip2_vision_model": _PATCHES,
+    "smolvlm": _IMAGE_LIST,
+    "superglue": _PAIR_OF_IMAGES,
+    "timesformer": _FRAMES_OF_VIDEO,
+    "ultravbert": _IMAGE_LIST,
+    "videomae": {"pixel_values": _frames, "bool_masked_pos": _visible},
+    "vivit": _FRAMES_OF_VIDEO,
+    "voxtral_realtime": _CHANNELS_FIRST,
+    "voxtral_realtime_encoder": _CHANNELS_FIRST,
+    "xclip": _FRAMES_OF_VIDEO,
+    "xcodec": _MONO,
+}

@@ -30,7 +30,7 @@ MAX_PARAMETERS = 5_000_000
 _KINDS: tuple[tuple[str, str], ...] = (
     ("keep", r".*(dropout|drop_rate|_eps|_std|_range|_loss|_coef|_cost|_weight|_act|_ratio|_ratios|_rate|rates)"),
     ("keep", r"chunk_size_feed_forward|pretraining_tp|.*(stride|strides|dilation|dilations|padding|kernel_sizes?)"),
-    ("keep", r"model_in_dim|acoustic_tokenizer_chunk_size|num_kv_shared_layers"),
+    ("keep", r"feature_size|keypoint_decoder_dim|model_in_dim|acoustic_tokenizer_chunk_size|num_kv_shared_layers"),
     ("keep", r"num_channels|in_chans|.*_per_second.*|.*ignore_index|num_labels|.*_period|.*_offset|.*factors?|hc_.*"),
     ("keep", r".*temperature.*|.*theta.*|.*_base|shortest_edge|problem_type|.*_sizes_ratio|mel_dim|.*_bins"),
     ("token", r".*(token_id|token_index|_token|token_ids)|(bos|eos|pad|unk|sep|cls|mask|lang)_(index|id)"),
@@ -60,7 +60,8 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("state", r".*(d_state|state_size)"),
     ("ffn", r".*(intermediate_size|ffn_dim|mlp_dim|d_ff|dim_ff|ffn_hidden_size|d_inner|dff|n_inner|ffn_size)"),
     ("ffn", r".*(feedforward_dim|dim_feedforward|feed_forward_size|intermediate_size_mlp|intermediate_dim|_units)"),
-    ("image", r"(.*_)?(image_size|img_size)"),
+    ("image", r"(.*_)?(image_size|img_size)|spec_size"),
+    ("frames", r"num_frames|frames_per_clip"),
     ("patch", r"(.*_)?patch_size"),
     ("window", r"sliding_window(_size)?|local_attention|attention_window|.*chunk_size|window_size|block_size"),
     ("positions", r".*(max_position_embeddings|_positions|max_pos_emb|n_ctx|max_seq_len|position_embedding_size)"),
@@ -95,6 +96,7 @@ _AT_MOST: dict[str, int] = {
     "filters": 8,
     "vocoder": 64,
     "n_window": 8,
+    "frames": 4,
 }
 
 _HIDDEN = (64, 32, 96, 48, 80, 112, 128)
@@ -119,15 +121,27 @@ _SECTIONS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"), (8, 12, 12)),
 }
 
+# Fields that are a multiple of another one in a way that only the modelling file knows.
+_MULTIPLES: dict[str, dict[str, tuple[str, int]]] = {
+    "glmasr_encoder": {"intermediate_size": ("hidden_size", 4)},
+    "voxtral_encoder": {"intermediate_size": ("hidden_size", 4)},
+}
+
 # Fields of single model types that the names above would get wrong, as `field: value`.
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "align_vision_model": {"width_coefficient": 0.25},
+    "align": {"projection_dim": 320},
+    "align_vision_model": {"width_coefficient": 0.25, "hidden_dim": 320},
     "bit": {"num_groups": 4},
     "depth_pro": {"patch_size": 32},
-    "efficientnet": {"width_coefficient": 0.25},
+    "efficientnet": {"width_coefficient": 0.25, "hidden_dim": 320},
     "falcon_h1": {"mamba_d_ssm": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
-    "layoutlmv3": {"hidden_size": 96, "coordinate_size": 16, "shape_size": 16},
+    "layoutlmv3": {
+        "hidden_size": 96,
+        "coordinate_size": 16,
+        "shape_size": 16,
+        "input_size": 32,
+    },
     "lilt": {"hidden_size": 96},
     "lw_detr_vit": {"num_windows": 4},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -138,8 +152,20 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "aria": {"projector_patch_to_query_dict": {64: 6}},
+    "gemma3": {"mm_tokens_per_image": 16},
+    "shieldgemma2": {"mm_tokens_per_image": 16},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 16},
     "vipllava": {"vision_feature_layers": [-1, -2, -1, -2, 1]},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_hidden_layers": 4,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "clap_audio_model": {"num_mel_bins": 16},
+    "clvp": {"projection_dim": 128},
+    "clvp_encoder": {"hidden_size": 128, "projection_dim": 128},
 }
 
 
@@ -288,7 +314,8 @@ def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
             small[name] = _rebuilt(value, sizes)
     heterogeneity = vars(config).get("_heterogeneity_spec")
     small.update(_layers(values, heterogeneity.per_layer_overrides if heterogeneity else {}))
-    for name, value in values.items():
+    # Lists first: the widths of stages settle what single widths that equal one of them become.
+    for name, value in sorted(values.items(), key=lambda item: not isinstance(item[1], list | tuple)):
         if name not in small or isinstance(value, bool) or name == "architectures":
             continue
         kind = _kind_of(name)
@@ -305,6 +332,9 @@ def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
         }
     _rope(values, small, config.model_type)
     _towards_text(small)
+    _pinpoints(values, small)
+    for name, (field, times) in _MULTIPLES.get(config.model_type, {}).items():
+        small[name] = times * small[field]
     small.update(_EXCEPTIONS.get(config.model_type, {}))
 
     config_class = type(config)
@@ -345,7 +375,21 @@ def _towards_text(small: dict[str, Any]) -> None:
                     setattr(part, name, hidden)
 
 
+def _pinpoints(values: dict[str, Any], small: dict[str, Any]) -> None:
+    """Sizes of images that are cut into tiles, in multiples of a tile."""
+    pinpoints = values.get("image_grid_pinpoints")
+    if pinpoints and _is_config(small.get("vision_config")):
+        old, new = (vars(tree["vision_config"]).get("image_size") for tree in (values, small))
+        if isinstance(old, int) and isinstance(new, int):
+            small["image_grid_pinpoints"] = [[side * new // old for side in sides] for sides in pinpoints]
+
+
 def _small(kind: str | None, name: str, value: int, values: dict[str, Any], sizes: _Sizes) -> int:
+    stages = next(
+        (len(values[name]) for name in ("depths", "num_heads") if isinstance(values.get(name), list | tuple)), 0
+    )
+    if kind == "window" and name == "window_size" and stages:
+        return min(value, 2)
     if kind in _AT_MOST:
         return min(value, _AT_MOST[kind])
     if kind == "token":
@@ -385,6 +429,8 @@ def _small(kind: str | None, name: str, value: int, values: dict[str, Any], size
         patch = values.get("patch_size")
         if isinstance(patch, list | tuple):
             patch = patch[-1]
+        if isinstance(patch, int) and isinstance(values.get("window_size"), int) and stages:
+            return min(value, min(patch, 4) * min(values["window_size"], 2) * 2 ** (stages - 1))
         return min(value, 8 * min(patch, 4) if isinstance(patch, int) else 64)
     return value
 
