@@ -9,6 +9,7 @@ from hf_llfc.alignment import match_activations
 from hf_llfc.alignment.activation_matching import _Moments
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry import Alignment, PermutationSpec
+from tests.alignment.oracle import every_transform
 from tests.tiny_models import tiny_inputs, tiny_model
 
 
@@ -140,6 +141,20 @@ def test_what_several_maps_read_counts_once():
     assert found.metadata["objective_after"] == pytest.approx(2 * (24 + 24 + 6 * 8 + 40) + 24, rel=1e-9)
 
 
+def test_channels_of_heads_are_seen_once_each():
+    model = tiny_model("bert", "masked-lm", dtype=torch.float64)
+    spec = PermutationSpec.from_config(model.config)
+    found = match_activations(model, model, [tiny_inputs(model)], spec)
+    # In each of two layers: the residual before attention and before the MLP, 3 heads of 8 values where the output
+    # projection reads them, of 8 queries and 8 keys where they are written, 40 neurons; then the residual before either
+    # map of the head.
+    assert found.metadata["objective_after"] == pytest.approx(2 * (24 + 24 + 3 * (8 + 8 + 8) + 40) + 24 + 24, rel=1e-9)
+    gpt2 = tiny_model("gpt2", "causal-lm", dtype=torch.float64)
+    found = match_activations(gpt2, gpt2, [tiny_inputs(gpt2)], PermutationSpec.from_config(gpt2.config))
+    # Queries, keys and values are written by one map; its values do not count beside those that are read.
+    assert found.metadata["objective_after"] == pytest.approx(2 * (24 + 24 + 3 * (8 + 8 + 8) + 44) + 24, rel=1e-9)
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 def test_masked_positions_never_count(flatten):
     a, b = Net(0, flatten), Net(1, flatten)
@@ -254,7 +269,49 @@ def test_a_child_written_before_its_parent(generator):
     assert planted.then(found).is_identity
 
 
-@pytest.mark.parametrize("fixed", ["kv", "q"])
+class Grouped(nn.Module):
+    """Two maps through `(kv q[kv] v[kv])` channels."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.into, self.out = nn.Linear(5, 12), nn.Linear(12, 5)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.into(x).tanh())
+
+
+@pytest.mark.parametrize("fixed", [(), ("kv",), ("q",), ("v",)])
+def test_children_that_share_a_site_against_every_transform(fixed, generator):
+    channels = "(kv q[kv] v[kv])"
+    spec = PermutationSpec.from_lines(
+        [f"into.weight  {channels} 5", f"into.bias  {channels}", f"out.weight  5 {channels}", "out.bias  5"],
+        sizes={"kv": 2, "q": 2, "v": 3},
+        symmetric=["kv", "q", "v"],
+    )
+    spec = spec.fix(*fixed) if fixed else spec
+    x = torch.randn(50, 5, generator=generator, dtype=torch.float64)
+    for seed in range(3):
+        a, b = Grouped(seed), Grouped(seed + 100)
+        found = match_activations(a, b, [{"x": x}], spec)
+        with torch.no_grad():
+            of_a, of_b = (each.into(x).tanh().numpy()[..., None] for each in (a, b))
+            correlation = torch.from_numpy(correlation_by_numpy(of_a, of_b))
+        index = torch.arange(12, dtype=torch.float64)[:, None].expand(12, 5).contiguous()
+        values = []
+        for transforms in every_transform(spec, *spec.symmetric_axes):
+            source = (
+                Alignment(spec, transforms).apply({**b.state_dict(), "into.weight": index})["into.weight"][:, 0].long()
+            )
+            values.append(float(correlation[torch.arange(12), source].sum()))
+        assert found.metadata["objective_after"] == pytest.approx(max(values), rel=1e-9)
+
+
+@pytest.mark.parametrize("fixed", ["kv", "q", "value_dim"])
 def test_a_family_with_a_fixed_member(fixed, generator):
     model = tiny_model("llama", "causal-lm")
     spec = PermutationSpec.from_config(model.config).fix(fixed)

@@ -100,14 +100,19 @@ def test_units_that_are_alike_stay_where_they_are():
     assert match(spec, a, a).is_identity
 
 
-def test_a_planted_transform_under_noise_in_half_precision(generator):
-    spec, a, _ = two_models("qwen3", "causal-lm")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("qwen3", "causal-lm"), ("bert", "sequence-classification"), ("gpt2", "causal-lm"), ("llama", "causal-lm")],
+)
+def test_a_planted_transform_under_noise(family, head, dtype, generator):
+    spec, a, _ = two_models(family, head)
     planted = spec.random_alignment(generator)
     noisy = {
         name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=generator) for name, tensor in a.items()
     }
-    halves = [{name: tensor.bfloat16() for name, tensor in each.items()} for each in (a, planted.apply(noisy))]
-    found = match(spec, *halves)
+    stored = [{name: tensor.to(dtype) for name, tensor in each.items()} for each in (a, planted.apply(noisy))]
+    found = match(spec, *stored)
     assert planted.then(found).is_identity
 
 
