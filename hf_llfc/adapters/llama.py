@@ -385,6 +385,7 @@ LAYOUTS: dict[str, Layout] = {
         )
     ),
     "qwen3": Layout(qk_norms=QK_NORMS),
+    "qwen3_vl_text": Layout(qk_norms=QK_NORMS),
     "qwen3_moe": Layout(qk_norms=QK_NORMS, experts=Experts(ROUTED, layers=every_so_often)),
     "smollm3": Layout(without_rotary=lambda values, index: not values["no_rope_layers"][index]),
     "solar_open": Layout(experts=replace(DEEPSEEK_EXPERTS, layers=lambda values, index: True)),

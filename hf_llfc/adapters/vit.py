@@ -93,6 +93,16 @@ def _audio_classifier(config: Any) -> list[str]:
     return [*optional_norm("classifier.layernorm"), *head("classifier.dense")]
 
 
+def _detection_heads(config: Any) -> list[str]:
+    """Two MLPs that read every detection token, for its class and its box."""
+    lines = []
+    for name, out in (("class_labels_classifier", "labels"), ("bbox_predictor", "coordinates")):
+        lines += linear(f"{name}.layers.0", f"detection.{name}.0", "residual", optional=True)
+        lines += linear(f"{name}.layers.1", f"detection.{name}.1", f"detection.{name}.0", optional=True)
+        lines += head(f"{name}.layers.2", into=f"detection.{name}.1", out=out)
+    return lines
+
+
 def _mae_decoder(config: Any) -> list[str]:
     """A narrower encoder of the same layout that paints the masked patches."""
     encoder = layers(
@@ -193,6 +203,7 @@ LAYOUTS: dict[str, Layout] = {
     "vit": Layout("vit", _vit_heads),
     "vit_mae": Layout("vit", _mae_decoder),
     "vit_msn": Layout("vit"),
+    "yolos": Layout("vit", _detection_heads, tokens={"cls_token": "1 1", "detection_tokens": "1 detections"}),
 }
 
 
@@ -220,6 +231,7 @@ def vit(config: Any) -> PermutationSpec:
             layout.prefix,
             [f"embeddings.{token}?  {axes} residual" for token, axes in layout.tokens.items()],
             ["embeddings.position_embeddings?  1 positions residual"],
+            ["encoder.mid_position_embeddings?  depth 1 positions residual"] if config.model_type == "yolos" else [],
             [
                 f"{layout.patches}.weight  residual channels patch_height patch_width",
                 f"{layout.patches}.bias  residual",
@@ -236,11 +248,22 @@ def vit(config: Any) -> PermutationSpec:
                 [f"{scale}  residual" for scale in layout.scales],
             ),
             last_norm,
-            linear("pooler.dense", "pooled", "residual", optional=True) if "pooler_output_size" in options else [],
+            linear("pooler.dense", "pooled", "residual", optional=True),
         ),
         *layout.heads(config),
     ]
-    unknown = ("patch_height", "patch_width", "positions", "distances", "registers", "labels", "pixels")
+    unknown = (
+        "patch_height",
+        "patch_width",
+        "positions",
+        "distances",
+        "registers",
+        "detections",
+        "depth",
+        "labels",
+        "coordinates",
+        "pixels",
+    )
     decoder = _decoder_heads(config) if config.model_type == "vit_mae" else None
     return declare(
         config,
@@ -256,7 +279,7 @@ def vit(config: Any) -> PermutationSpec:
             **(decoder.sizes if decoder else {}),
             "decoder_residual": options.get("decoder_hidden_size"),
             "decoder_neurons": options.get("decoder_intermediate_size"),
-            **dict.fromkeys(SEGMENTATION, config.hidden_size),
+            **dict.fromkeys((*SEGMENTATION, "detection"), config.hidden_size),
             "auxiliary": options.get("auxiliary_channels"),
         },
         symmetric=occurring(
@@ -269,6 +292,7 @@ def vit(config: Any) -> PermutationSpec:
                     *heads.symmetric,
                     *SEGMENTATION,
                     "auxiliary",
+                    "detection",
                 ),
                 *(decoder.symmetric if decoder else ()),
             ),
