@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,7 +16,7 @@ from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from tests.tiny_models import FullDouble, randomise
 
-__all__ = ["FullDouble", "zoo_config", "zoo_model", "zoo_reason", "zoo_types"]
+__all__ = ["FullDouble", "ZooResult", "zoo_config", "zoo_model", "zoo_reason", "zoo_result", "zoo_types"]
 
 
 # What default configs leave open, or set in a way that no model can be built from.
@@ -89,16 +93,68 @@ def zoo_types() -> list[str]:
     return list(CONFIG_MAPPING_NAMES)
 
 
+@dataclass(frozen=True)
+class ZooResult:
+    """How far a model type gets.
+
+    Attributes:
+        stage: What failed: "config", "class", "shrink", "build" or "inputs"; "forward" if nothing has.
+        reason: Why, or None.
+        model: In eval mode, if it could be built.
+        inputs: For its forward pass, if they could be made.
+    """
+
+    stage: str
+    reason: str | None = None
+    model: PreTrainedModel | None = None
+    inputs: dict[str, torch.Tensor] | None = None
+    error: Exception | None = None
+
+
 def zoo_config(model_type: str) -> PreTrainedConfig:
     """The shrunken default config of a model type."""
-    return shrunken(CONFIG_MAPPING[model_type](**_COMPLETED.get(model_type, {})))
+    return shrunken(_default_config(model_type))
 
 
 def zoo_model(
     model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A tiny model in eval mode whose every parameter and running statistic is drawn from `seed`, and inputs for it."""
-    config = zoo_config(model_type)
+    result = zoo_result(model_type, seed=seed, dtype=dtype)
+    if result.error is not None:
+        raise result.error
+    assert result.model is not None and result.inputs is not None
+    return result.model, result.inputs
+
+
+def zoo_reason(model_type: str) -> str | None:
+    """Why a model type cannot be built or run, or None if it can."""
+    return zoo_result(model_type).reason
+
+
+def zoo_result(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> ZooResult:
+    """A tiny model and its inputs, or what stood in the way."""
+    stage, model = "config", None
+    try:
+        config = _default_config(model_type)
+        stage = "class"
+        model_class_for(config)
+        stage = "shrink"
+        config = shrunken(config)
+        stage = "build"
+        model = _built(config, seed).to(dtype).eval()
+        stage = "inputs"
+        return ZooResult("forward", model=model, inputs=sample_inputs(model, seed=seed))
+    except Exception as error:  # whatever stands in the way is the result
+        return ZooResult(stage, f"{type(error).__name__}: {error}", model, error=error)
+
+
+def _default_config(model_type: str) -> PreTrainedConfig:
+    return CONFIG_MAPPING[model_type](**copy.deepcopy(_COMPLETED.get(model_type, {})))
+
+
+def _built(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """The model of a config with random weights; attention and experts as float64 can run them."""
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     # Modelling files draw their first weights from the global generator.
@@ -106,14 +162,4 @@ def zoo_model(
         torch.manual_seed(seed)
         model = model_class_for(config)._from_config(config)
     randomise(model, torch.Generator().manual_seed(seed))
-    model = model.to(dtype).eval()
-    return model, sample_inputs(model, seed=seed)
-
-
-def zoo_reason(model_type: str) -> str | None:
-    """Why a model type cannot be built, or None if it can."""
-    try:
-        zoo_model(model_type)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    return model
