@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.nesting import parents_of
 from hf_llfc.adapters.derived.terms import Term, factors_of, find, fix, leaves
-from hf_llfc.adapters.derived.trace import META, Trace, stand_in
+from hf_llfc.adapters.derived.trace import META, Label, Trace, stand_in
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product
 from hf_llfc.symmetry.spec import Axis, PermutationSpec, TensorSpec
 
@@ -69,7 +69,7 @@ def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Trac
     state = model.state_dict(keep_vars=True)
     for tensor in {id(tensor): tensor for tensor in state.values()}.values():
         if tensor.is_floating_point():
-            trace.put_leaf(tensor, weight=True)
+            trace.put_leaf(tensor, hollow=True)
     inputs = sample_inputs(model, batch_size=2)
     with torch.no_grad(), trace:
         answer = model(**inputs)
@@ -137,8 +137,9 @@ def on_disk(traced_model: TracedModel) -> dict[str, tuple[list[Term], dict[Term,
     state: dict[str, Tensor] = {}
     for name, tensor in traced_model.tensors.items():
         alias = tensor.detach()
-        trace.put(alias, trace_label := type(trace.label(tensor))(trace.label(tensor).dims))
-        trace_label.origins = frozenset({name})
+        label = trace.put(alias, Label(trace.label(tensor).dims))
+        label.hollow = tensor.is_floating_point()
+        label.origins = frozenset({name})
         state[name] = alias
     conversions = [
         conversion
@@ -152,11 +153,8 @@ def on_disk(traced_model: TracedModel) -> dict[str, tuple[list[Term], dict[Term,
     with torch.no_grad(), trace:
         converted = revert_weight_conversion(model, state)
     trace.converting = False
-    found = {}
-    for name, tensor in converted.items():
-        label = trace.label(tensor)
-        found[name] = (label.dims, label.entries, label.origins)
-    return found
+    labels = {name: trace.label(tensor) for name, tensor in converted.items()}
+    return {name: (label.dims, label.entries, label.origins) for name, label in labels.items()}
 
 
 def derive(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PermutationSpec:
@@ -185,6 +183,7 @@ def spec_of(traced_model: TracedModel) -> PermutationSpec:
     names = _names(memory, parents, {find(term) for _, entries, _ in disk.values() for term in entries})
     writer = _Writer(names, parents)
 
+    buffers = {name for name, _ in model.named_buffers()}
     saved = _saved_names(model, traced_model.tensors)
     declarations: dict[str, TensorSpec] = {}
     for name, (dims, _, origins) in disk.items():
@@ -201,7 +200,7 @@ def spec_of(traced_model: TracedModel) -> PermutationSpec:
                 written,
                 writer.shape(dims),
                 optional=optional,
-                statistic=any(_is_buffer(model, origin) for origin in origins),
+                statistic=not origins.isdisjoint(buffers),
             ),
         )
     layouts = []
@@ -229,10 +228,6 @@ def _given(layouts: tuple[TensorSpec, ...], spec: PermutationSpec) -> tuple[Tens
     return layouts
 
 
-def _is_buffer(model: PreTrainedModel, name: str) -> bool:
-    return name in dict(model.named_buffers())
-
-
 def _saved_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> set[str]:
     """Names in memory that `save_pretrained` always writes."""
     ignored = set(model._keys_to_ignore_on_save or ())
@@ -256,11 +251,11 @@ def _templates(
             continue
         term, index = next(iter(entries.items()))
         for match in _INDEX.finditer(name):
-            if match.group() == str(index):
-                before, after = name[: match.start()], name[match.end() :]
-                if all(f"{before}{other}{after}" in disk for other in range(find(term).size)):
-                    found[name] = f"{before}\0{after}", term
-                    break
+            before, after = name[: match.start()], name[match.end() :]
+            family = [f"{before}{other}{after}" for other in range(find(term).size)]
+            if all(each in disk and disk[each][1] == {term: other} for other, each in enumerate(family)):
+                found[name] = f"{before}\0{after}", term
+                break
         else:
             fix(term)
     return found

@@ -4,9 +4,9 @@ The model runs as it is, in Python, on real inputs; a `TorchDispatchMode` sees e
 flow, vmap or custom code led to it. Beside each tensor stands what its dimensions are built from (`terms`), and the
 rule of each operation (`rules`) says how they relate. An operation without a rule fixes all that it touches.
 
-A model of any size is traced without its weights. Tensors without memory stand in for them and for what is made from
-them alone, and where an activation meets one the result is drawn at random: the dimensions do not depend on values, and
-where Python asks for one (the experts that a router chose) there is one.
+A model of any size is traced without its weights. *Hollow* tensors, without memory, stand in for them and for every
+number that is computed from one: the dimensions do not depend on values. What is computed from the inputs alone has its
+values, and where a hollow number becomes an index (the experts that a router chose) random numbers decide.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from hf_llfc.adapters.derived.terms import Term, find, fix, leaves
 
 META = torch.device("meta")
 
+# Indices that come from more numbers than this are all zero instead.
+LARGEST_DRAWN = 1 << 24
+
 
 class Label:
     """What is known of one tensor.
@@ -34,19 +37,19 @@ class Label:
         values: For a tensor of indices, the term that they are positions along; None otherwise.
         pending: What is fixed as soon as the values of the tensor are used, and not only its shape.
         constant: Whether its values are written in the model's code.
-        weight: Whether it is made from weights alone, so that a stand-in is in its place.
+        hollow: Whether it has a shape but no values, being a weight or made from one.
         entries: While names are converted: the dimensions that the tensor is one entry of, and which.
         origins: While names are converted: the names of the tensors that it is made from.
     """
 
-    __slots__ = ("constant", "dims", "entries", "origins", "pending", "values", "weight")
+    __slots__ = ("constant", "dims", "entries", "hollow", "origins", "pending", "values")
 
     def __init__(self, dims: Iterable[Term], values: Term | None = None) -> None:
         self.dims = list(dims)
         self.values = values
         self.entries: dict[Term, int] = {}
         self.origins: frozenset[str] = frozenset()
-        self.weight = False
+        self.hollow = False
         self.constant = False
         self.pending: list[Term] = []
 
@@ -69,7 +72,7 @@ class Trace(TorchDispatchMode):
         self.mixed: list[tuple[list[Term], list[Term]]] = []
         self.unknown: Counter[str] = Counter()
         self.converting = False
-        self._weights_made = False
+        self._made_hollow: list[Tensor] = []
         self.met: set[int] = set()
         self._labels = WeakTensorKeyDictionary()
         self._generator = torch.Generator().manual_seed(0)
@@ -88,10 +91,10 @@ class Trace(TorchDispatchMode):
         self.see(label.dims)
         return label
 
-    def put_leaf(self, tensor: Tensor, *, weight: bool = False) -> Label:
+    def put_leaf(self, tensor: Tensor, *, hollow: bool = False) -> Label:
         """Labels a tensor of which nothing is known: a weight, or a constant of equal entries."""
         label = self.put(tensor, Label(Term(size) for size in tensor.shape))
-        label.weight = weight
+        label.hollow = hollow
         return label
 
     def see(self, dims: Sequence[Term]) -> None:
@@ -123,19 +126,17 @@ class Trace(TorchDispatchMode):
             label = self.label(tensor)
             while label.pending:
                 fix(label.pending.pop())
-        self._weights_made = False
+        self._made_hollow = []
         result = self._run(func, args, kwargs, tensors)
         outputs = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
-        are_weights = self._weights_made
         rule = rule_for(func)
         if rule is None:
             self.unknown[str(func)] += 1
             self._fix_all(tensors, outputs)
         else:
             rule(self, Call(func, args, kwargs, result))
-        for output in outputs:
-            label = self.label(output)
-            label.weight = are_weights or label.weight
+        for output in self._made_hollow:
+            self.label(output).hollow = True
         if self.converting:
             labels = [self.label(tensor) for tensor in tensors]
             for output in outputs:
@@ -161,30 +162,53 @@ class Trace(TorchDispatchMode):
             fix(label.values)
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-        """Runs an operation; where it takes a weight, only for its shape."""
-        are_weights = [self.label(tensor).weight for tensor in tensors]
-        if not any(are_weights) or not func._schema.returns or func.name() in _TO_PYTHON:
+        """Runs an operation; one that takes hollow tensors gives hollow ones, and indices as of random numbers."""
+        if not any(self.label(tensor).hollow for tensor in tensors) or func.name() in _TO_PYTHON:
             return func(*args, **kwargs)
         written = _written(func, args, kwargs)
         if written:
-            return written[0]
+            for tensor in written:
+                self.label(tensor).hollow |= tensor.is_floating_point()
+            return written[0] if len(func._schema.returns) == 1 else func(*args, **kwargs)
         on_meta, meta_kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
         if kwargs.get("device") is not None:
             meta_kwargs["device"] = META
         try:
-            result = func(*on_meta, **meta_kwargs)
+            shapes = func(*on_meta, **meta_kwargs)
         except (NotImplementedError, RuntimeError):  # no shape without values
-            return func(*args, **kwargs)
-        if not all(are_weights):
-            return tree_map_only(Tensor, self._drawn, result)
-        result = tree_map_only(Tensor, lambda tensor: stand_in(tensor.shape, tensor.dtype), result)
-        self._weights_made = True
-        return result
+            shapes = None
+        outputs = [each for each in tree_flatten(shapes)[0] if isinstance(each, Tensor)]
+        if shapes is not None and all(_is_number(each) for each in outputs):
+            return self._hollow(shapes)
+        if shapes is not None and max(tensor.numel() for tensor in tensors) > LARGEST_DRAWN:
+            return self._hollow(tree_map_only(Tensor, lambda each: _zeros(each) if not _is_number(each) else each, shapes))
+        drawn, drawn_kwargs = tree_map_only(Tensor, self._drawn, (args, kwargs))
+        return self._hollow(func(*drawn, **drawn_kwargs))
+
+    def _hollow(self, result: Any) -> Any:
+        """The result of an operation with hollow tensors in place of its numbers."""
+
+        def hollow(tensor: Tensor) -> Tensor:
+            if not _is_number(tensor):
+                return tensor
+            new = stand_in(tensor.shape, tensor.dtype)
+            self._made_hollow.append(new)
+            return new
+
+        return tree_map_only(Tensor, hollow, result)
 
     def _drawn(self, tensor: Tensor) -> Tensor:
-        if tensor.dtype.is_floating_point:
-            return torch.randn(tensor.shape, generator=self._generator).to(tensor.dtype)
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        if not self.label(tensor).hollow:
+            return tensor
+        return torch.empty(tensor.shape).uniform_(-1, 1, generator=self._generator).to(tensor.dtype)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 # Operations that give a number to Python.
