@@ -44,6 +44,12 @@ class Heads:
         """Of what one projection gives out for all three: all queries, then all keys, then all values."""
         return f"{self.queries} + {self.keys} + {self.values}"
 
+    @property
+    def queries_and_gates(self) -> str:
+        """Of what a query projection gives out that gives a gate on the head's output after each query."""
+        queries, output = self.queries.strip("()"), self.output.rstrip(")").split()[-1]
+        return f"({queries} + {output})"
+
 
 def heads_of(
     heads: int,

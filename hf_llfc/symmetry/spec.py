@@ -386,7 +386,7 @@ class PermutationSpec:
                 name = name.removesuffix(old) + new
         for prefix in (self.prefix, *self.other_prefixes):
             bare = name.removeprefix(prefix)
-            for candidate in (name, self.prefix + bare, bare):
+            for candidate in (name, self.prefix + bare, bare, *(other + bare for other in self.other_prefixes)):
                 if candidate in declared:
                     return declared[candidate]
         return None
