@@ -42,6 +42,20 @@ ANY_ATOM = st.one_of(INDEPENDENT, DEPENDENT, st.integers(1, 10**9).map(Fixed))
         ("q [ kv ]", (AxisUse("q", "kv"),)),
         ("a + b c", (Concatenation((AxisUse("a"), AxisUse("b"))), AxisUse("c"))),
         ("(a + b c)", (Product((Concatenation((AxisUse("a"), AxisUse("b"))), AxisUse("c"))),)),
+        ("((a + b) c)", (Product((Concatenation((AxisUse("a"), AxisUse("b"))), AxisUse("c"))),)),
+        (
+            "(kv.3 (q.3[kv] 8) + 8 + v.3[kv])",
+            (
+                Product(
+                    (
+                        AxisUse("kv.3"),
+                        Concatenation(
+                            (Product((AxisUse("q.3", "kv.3"), Fixed(8))), Fixed(8), AxisUse("v.3", "kv.3")),
+                        ),
+                    )
+                ),
+            ),
+        ),
         ("a + (b c) + 2", (Concatenation((AxisUse("a"), Product((AxisUse("b"), AxisUse("c"))), Fixed(2))),)),
         ("((a) + (b + c))", (Concatenation((AxisUse("a"), AxisUse("b"), AxisUse("c"))),)),
     ],
