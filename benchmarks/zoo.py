@@ -4,7 +4,7 @@
 
 Every type is built from its shrunken default config in a worker process, in float64 with random weights, and run once.
 A type that crashes its worker, takes too long or too much memory costs that worker alone. `--check` names a function
-that gets the model type, the model and its inputs, and returns what is wrong, or None.
+that gets the model type, the model and its inputs, and returns what is wrong, facts for the row, or None.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def examine(model_type: str, check: str | None) -> dict[str, Any]:
             problem = getattr(import_module(module), function)(model_type, result.model, result.inputs)
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        if problem is not None:
+        if isinstance(problem, dict):
+            row |= problem
+        elif problem is not None:
             return row | {"stage": "check", "reason": str(problem)}
     return row | {"stage": "done", "reason": None}
 
@@ -142,6 +144,8 @@ def _gist(reason: str) -> str:
     needs = re.search(r"requires the (\S+) library", reason)
     if needs:
         return f"needs the package {needs[1]}"
+    if "no modelling class" in reason:
+        return "no modelling class in transformers"
     line = reason.replace("\n", " ").split("small sizes: ")[-1].split("  widths")[0]
     line = re.sub(r"model type '[^']*': ", "", line)
     return re.sub(r"\d+", "#", line)[:110]

@@ -16,7 +16,16 @@ from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from tests.tiny_models import FullDouble, randomise
 
-__all__ = ["FullDouble", "ZooResult", "zoo_config", "zoo_model", "zoo_reason", "zoo_result", "zoo_types"]
+__all__ = [
+    "FullDouble",
+    "ZooResult",
+    "default_config",
+    "zoo_config",
+    "zoo_model",
+    "zoo_reason",
+    "zoo_result",
+    "zoo_types",
+]
 
 
 # What default configs leave open, or set in a way that no model can be built from.
@@ -31,6 +40,12 @@ _QSA = {
 }
 _RESNET = transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"])
 _DETR = {"backbone_config": _RESNET, "use_timm_backbone": False}
+_GLM4V = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [8, 12, 12],
+}
 _COMPLETED: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 2560},
     "autoformer": _SERIES,
@@ -52,6 +67,13 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
+    "glm46v": {"text_config": {"model_type": "glm4v_text", "rope_parameters": _GLM4V, "num_attention_heads": 32}},
+    "glm4v": {"text_config": {"rope_parameters": _GLM4V}},
+    "glm4v_moe": {"text_config": {"head_dim": 128}},
+    "glm4v_moe_text": {"head_dim": 128},
+    "glm4v_text": {"rope_parameters": _GLM4V},
+    "glm_image_text": {"rope_parameters": _GLM4V},
+    "glmga": {"text_config": {"rope_parameters": _GLM4V}},
     "granitemoehybrid": {
         "layers_block_type": ["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 26
     },
@@ -83,6 +105,7 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "table-transformer": _DETR,
     "time_series_transformer": _SERIES,
     "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32], "convstream_hidden_sizes": [48, 96, 192]},
+    "voxtral": {"audio_token_id": 24},
     "wav2vec2-bert": {"vocab_size": 32},
     "xmod": {"default_language": "en_XX"},
 }
@@ -113,7 +136,7 @@ class ZooResult:
 
 def zoo_config(model_type: str) -> PreTrainedConfig:
     """The shrunken default config of a model type."""
-    return shrunken(_default_config(model_type))
+    return shrunken(default_config(model_type))
 
 
 def zoo_model(
@@ -136,7 +159,7 @@ def zoo_result(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
     """A tiny model and its inputs, or what stood in the way."""
     stage, model = "config", None
     try:
-        config = _default_config(model_type)
+        config = default_config(model_type)
         stage = "class"
         model_class_for(config)
         stage = "shrink"
@@ -149,7 +172,8 @@ def zoo_result(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
         return ZooResult(stage, f"{type(error).__name__}: {error}", model, error=error)
 
 
-def _default_config(model_type: str) -> PreTrainedConfig:
+def default_config(model_type: str) -> PreTrainedConfig:
+    """The default config of a model type, completed where it leaves open what a model needs."""
     return CONFIG_MAPPING[model_type](**copy.deepcopy(_COMPLETED.get(model_type, {})))
 
 

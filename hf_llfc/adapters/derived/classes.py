@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -78,7 +77,6 @@ def model_class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return found
 
 
-@cache
 def _of_config(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
     from transformers.models.auto import modeling_auto
 

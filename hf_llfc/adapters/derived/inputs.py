@@ -174,9 +174,12 @@ class _Double(TorchFunctionMode):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         if kwargs.get("dtype") is torch.float32:
             kwargs["dtype"] = torch.float64
-        name = getattr(func, "__name__", "")
-        if not name.endswith("_") and any(_is(arg, torch.float64) for arg in args):
+        in_place = getattr(func, "__name__", "").endswith("_")
+        operands = args[:1] if in_place else args
+        if any(_is(arg, torch.float64) for arg in operands):
             args = tuple(arg.double() if _is(arg, torch.float32) else arg for arg in args)
+        elif in_place and args and _is(args[0], torch.float32):
+            args = tuple(arg.float() if _is(arg, torch.float64) else arg for arg in args)
         return func(*args, **kwargs)
 
 
@@ -317,7 +320,7 @@ def _feature_count(request: _Request, method: str) -> int:
     model = request.model
     bound = getattr(model, method, None) or getattr(model.base_model, method, None)
     if bound is None:
-        return 0
+        return 1  # older models put all features in the place of one token themselves
     if next(model.parameters()).is_meta:
         model = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
         bound = getattr(model, method, None) or getattr(model.base_model, method)
@@ -433,7 +436,7 @@ def _patches(request: _Request) -> Tensor:
     grid = request.made.get("image_grid_thw", request.made.get("grid_thw"))
     assert grid is not None, "the grid is made before the patches"
     side = _pair(request.vision.get("patch_size") or request.size("patch_size"))
-    depth = request.vision.get("temporal_patch_size") or 1
+    depth = request.vision.get("temporal_patch_size") or request.vision.get("patch_temporal") or 1
     return request.normal(int(grid.prod(dim=1).sum()), _channels(request) * depth * side[0] * side[1])
 
 
@@ -516,7 +519,7 @@ _IF_REQUIRED: dict[str, Builder] = {
 # What single model types want otherwise
 
 
-def _images(count: int) -> Builder:
+def _images(count: int) -> Callable[[_Request], Tensor]:
     """Several images a row: (b, n, c, h, w)."""
     return lambda request: request.normal(request.batch, count, _channels(request), *_image_size(request))
 
@@ -672,6 +675,7 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     },
     "depth_pro": {"pixel_values": lambda request: request.normal(request.batch, 3, 128, 128)},
     "canine": {"input_ids": lambda request: request.integers(10, 1000, request.batch, 40)},
+    "kimi_k25_vision": {"pixel_values": _patches_of(square=True)},
     "video_llama_3": {"image_merge_sizes": _merge_sizes},
     "video_llama_3_vision": {"merge_sizes": _merge_sizes},
     "lxmert": {
@@ -684,8 +688,6 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "granite_speech_plus_encoder": {"hidden_states": _frames_of("input_dim")},
     "granite_speech": {"input_features": _frames_of("input_dim")},
     "granite_speech_plus": {"input_features": _frames_of("input_dim")},
-    "granite_speech5_encoder": {"input_features": _frames_of("input_dim")},
-    "granite_speech5_ctc": {"input_features": _frames_of("input_dim")},
     "speech_to_text": {"input_features": _frames_of("input_feat_per_channel")},
     "wav2vec2-bert": {"input_features": _frames_of("feature_projection_input_dim")},
     "pop2piano": {"input_features": _frames_of("d_model")},

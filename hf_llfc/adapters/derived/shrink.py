@@ -30,9 +30,13 @@ MAX_PARAMETERS = 5_000_000
 _KINDS: tuple[tuple[str, str], ...] = (
     ("keep", r".*(dropout|drop_rate|_eps|_std|_range|_loss|_coef|_cost|_weight|_act|_ratio|_ratios|_rate|rates)"),
     ("keep", r"chunk_size_feed_forward|pretraining_tp|.*(stride|strides|dilation|dilations|padding|kernel_sizes?)"),
-    ("keep", r"feature_size|keypoint_decoder_dim|model_in_dim|acoustic_tokenizer_chunk_size|num_kv_shared_layers"),
+    (
+        "keep",
+        r"pos_emb_.*|feature_size|keypoint_decoder_dim|model_in_dim|acoustic_tokenizer_chunk_size|num_kv_shared_layers",
+    ),
     ("keep", r"num_channels|in_chans|.*_per_second.*|.*ignore_index|num_labels|.*_period|.*_offset|.*factors?|hc_.*"),
     ("keep", r".*temperature.*|.*theta.*|.*_base|shortest_edge|problem_type|.*_sizes_ratio|mel_dim|.*_bins"),
+    ("top_k", r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k|num_selected_experts|top_k_experts"),
     ("token", r".*(token_id|token_index|_token|token_ids)|(bos|eos|pad|unk|sep|cls|mask|lang)_(index|id)"),
     ("codebook", r".*codebook_size"),
     ("per_layer_input", r"hidden_size_per_layer_input"),
@@ -40,7 +44,6 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("vocoder", r"upsample_initial_channel"),
     ("n_window", r"n_window"),
     ("vocab", r".*(vocab_size|vocab_size_per_layer_input|_vocab|n_vocab|num_embeddings|num_embeds|vocab_sizes?)"),
-    ("top_k", r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k|num_selected_experts|top_k_experts"),
     ("experts", r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_moe_experts|zero_expert_num"),
     ("groups", r"n_group|num_expert_group|n_groups|mamba_n_groups"),
     ("one", r"topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index"),
@@ -60,6 +63,8 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("state", r".*(d_state|state_size)"),
     ("ffn", r".*(intermediate_size|ffn_dim|mlp_dim|d_ff|dim_ff|ffn_hidden_size|d_inner|dff|n_inner|ffn_size)"),
     ("ffn", r".*(feedforward_dim|dim_feedforward|feed_forward_size|intermediate_size_mlp|intermediate_dim|_units)"),
+    ("half", r"num_pos_feats"),
+    ("image_grid", r"image_embedding_size"),
     ("image", r"(.*_)?(image_size|img_size)|spec_size"),
     ("frames", r"num_frames|frames_per_clip"),
     ("patch", r"(.*_)?patch_size"),
@@ -96,6 +101,7 @@ _AT_MOST: dict[str, int] = {
     "filters": 8,
     "vocoder": 64,
     "n_window": 8,
+    "image_grid": 8,
     "frames": 4,
 }
 
@@ -113,7 +119,10 @@ _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "en
 _TO_TEXT = ("out_hidden_size", "text_hidden_size", "output_proj_dims")
 
 # Indices of layers whose outputs are used further on.
-_TAPS = r".*(out_indices|visual_indexes|layers_indices|extract_layers|vision_feature_layer|target_layers|hook_ids|state_indices|attn_indexes|attention_blocks|block_indexes|block_indices|global_attn_indexes)"
+_TAPS = (
+    r".*(out_indices|visual_indexes|layers_indices|extract_layers|vision_feature_layer|target_layers|hook_ids"
+    r"|state_indices|attn_indexes|attention_blocks|block_indexes|block_indices)"
+)
 
 # Sections of rotary embeddings that a modelling file has as its own default, for heads of the config's default size.
 _SECTIONS: dict[str, tuple[int, ...]] = {
@@ -124,6 +133,10 @@ _SECTIONS: dict[str, tuple[int, ...]] = {
 # Fields that are a multiple of another one in a way that only the modelling file knows.
 _MULTIPLES: dict[str, dict[str, tuple[str, int]]] = {
     "glmasr_encoder": {"intermediate_size": ("hidden_size", 4)},
+    "llama4_vision_model": {
+        "intermediate_size": ("hidden_size", 4),
+        "vision_output_dim": ("projector_output_dim", 1),
+    },
     "voxtral_encoder": {"intermediate_size": ("hidden_size", 4)},
 }
 
@@ -142,6 +155,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "shape_size": 16,
         "input_size": 32,
     },
+    "levit": {"patch_size": 16, "image_size": 64},
     "lilt": {"hidden_size": 96},
     "lw_detr_vit": {"num_windows": 4},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -204,7 +218,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config on the meta device: structure and shapes without memory."""
     model_class = model_class_for(config)
     with torch.device("meta"):
-        return model_class._from_config(copy.deepcopy(config))  # type: ignore[no-any-return]
+        return model_class._from_config(copy.deepcopy(config))
 
 
 def parameter_count(model: PreTrainedModel) -> int:
@@ -246,8 +260,9 @@ class _Sizes:
         self.tokens: dict[int, int] = {}
         hidden = iter(_HIDDEN)
         for part in _components(config):
-            main = _first(vars(part), _MAIN)
-            if main and main > 8 and main not in self.widths:
+            for main in [vars(part)[name] for name in _MAIN if type(vars(part).get(name)) is int]:
+                if main <= 16 or main in self.widths:
+                    continue
                 staged = any(isinstance(vars(part).get(name), list | tuple) for name in ("depths", "num_heads"))
                 self.widths[main] = 16 if staged else next(hidden, 64)
         self._pools = {name: iter(pool) for name, pool in (("w", _WIDTHS), ("i", _INNER), ("v", _VOCABULARIES))}
@@ -402,6 +417,8 @@ def _small(kind: str | None, name: str, value: int, values: dict[str, Any], size
         return sizes.rank(value)
     if kind == "width":
         return sizes.width(value)
+    if kind == "half":
+        return sizes.width(2 * value) // 2
     heads, hidden = _first(values, _HEADS), _first(values, _MAIN)
     if sizes.divisor and kind in ("heads", "kv_heads"):
         return value
@@ -512,8 +529,9 @@ def _rope(values: dict[str, Any], small: dict[str, Any], model_type: str) -> Non
     for table in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         for name, value in table.items():
             if name == "mrope_section" and dim:
-                sections = [item * new // dim for item in value]
-                sections[-1] += sum(value) * new // dim - sum(sections)
+                half = int(new * (table.get("partial_rotary_factor") or 1)) // 2
+                sections = [item * half // sum(value) for item in value]
+                sections[-1] += half - sum(sections)
                 table[name] = sections
             elif name in ("short_factor", "long_factor") and dim:
                 table[name] = value[: max(1, len(value) * new // dim)]
