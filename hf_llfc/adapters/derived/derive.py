@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Outputs that a model gives beside its answer: features, which a symmetry of the weights may move.
-FEATURES = re.compile(r"(?!last_hidden_state$).*(hidden_states?|attentions|past_key_values|_cache|_model_output)$")
+FEATURES = re.compile(
+    r"(?!last_hidden_state$).*(hidden_states?|attentions|past_key_values|_cache|_model_output)|states?|mems|.*_params"
+)
 
 # How many names an axis could have.
 WISHES = 4
@@ -249,7 +251,7 @@ def _templates(
             for term in entries:
                 fix(term)
             continue
-        term, index = next(iter(entries.items()))
+        term = next(iter(entries))
         for match in _INDEX.finditer(name):
             before, after = name[: match.start()], name[match.end() :]
             family = [f"{before}{other}{after}" for other in range(find(term).size)]

@@ -43,8 +43,7 @@ def derived_spec(config: PreTrainedConfig) -> PermutationSpec:
     Raises:
         SpecError: No class of transformers builds it, it cannot be run, or it cannot be verified.
     """
-    model_class = model_class_for(config)
-    return _derived(model_class, _Key(config))
+    return _derived(_Key(config))
 
 
 class _Key:
@@ -62,8 +61,9 @@ class _Key:
 
 
 @lru_cache(maxsize=_REMEMBERED)
-def _derived(model_class: type[PreTrainedModel], key: _Key) -> PermutationSpec:
+def _derived(key: _Key) -> PermutationSpec:
     config = key.config
+    model_class = model_class_for(config)
     with torch.random.fork_rng(devices=[]):
         try:
             spec = derive(model_class, config)

@@ -9,7 +9,8 @@ it, because tensors share terms by reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from math import prod
 
 
@@ -21,10 +22,11 @@ class Term:
         fixed: Whether its entries are told apart by the model, so that they may not move. Only of leaves.
         factors: What it is the row-major product of, or None.
         parts: What it is the concatenation of, or None.
+        why: Which operation fixed it, for people; empty if none did.
         chooses: For a dimension along which entries of another were chosen (the experts of a token), that other.
     """
 
-    __slots__ = ("_same_as", "chooses", "factors", "fixed", "parts", "size")
+    __slots__ = ("_same_as", "chooses", "factors", "fixed", "parts", "size", "why")
 
     def __init__(self, size: int, *, fixed: bool = False) -> None:
         self.size = size
@@ -32,6 +34,7 @@ class Term:
         self.factors: tuple[Term, ...] | None = None
         self.parts: tuple[Term, ...] | None = None
         self.chooses: Term | None = None
+        self.why = ""
         self._same_as: Term | None = None
 
     def __repr__(self) -> str:
@@ -67,10 +70,17 @@ def leaves(term: Term) -> Iterator[Term]:
         yield from leaves(child)
 
 
-def fix(term: Term) -> None:
+# Describes the operation at work, which is what fixes a term; set by the trace.
+operation: ContextVar[Callable[[], str] | None] = ContextVar("operation", default=None)
+
+
+def fix(term: Term, why: str = "") -> None:
     """Says that the entries of a term may not move."""
     for leaf in leaves(term):
-        leaf.fixed = True
+        if not leaf.fixed:
+            leaf.fixed = True
+            describe = operation.get()
+            leaf.why = why or (describe() if describe is not None else "")
 
 
 def factors_of(term: Term) -> list[Term]:
@@ -218,7 +228,7 @@ def unify(a: Term, b: Term) -> None:
         if not is_leaf(a):
             a, b = b, a
         if a.fixed:
-            fix(b)
+            fix(b, a.why)
         b.chooses = b.chooses or a.chooses
         a._same_as = b
     elif a.parts is not None and b.parts is not None:

@@ -11,8 +11,12 @@ values, and where a hollow number becomes an index (the experts that a router ch
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_llfc.adapters.derived.terms import Term, find, fix, leaves
+from hf_llfc.adapters.derived.terms import Term, find, fix, leaves, operation
 
 META = torch.device("meta")
 
@@ -125,16 +129,18 @@ class Trace(TorchDispatchMode):
         for tensor in tensors:
             label = self.label(tensor)
             while label.pending:
-                fix(label.pending.pop())
+                fix(label.pending.pop(), f"single entries of it go into {_describe(func)}")
         self._made_hollow = []
         result = self._run(func, args, kwargs, tensors)
         outputs = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
         rule = rule_for(func)
+        token = operation.set(partial(_describe, func))
         if rule is None:
             self.unknown[str(func)] += 1
             self._fix_all(tensors, outputs)
         else:
             rule(self, Call(func, args, kwargs, result))
+        operation.reset(token)
         for output in self._made_hollow:
             self.label(output).hollow = True
         if self.converting:
@@ -181,7 +187,9 @@ class Trace(TorchDispatchMode):
         if shapes is not None and all(_is_number(each) for each in outputs):
             return self._hollow(shapes)
         if shapes is not None and max(tensor.numel() for tensor in tensors) > LARGEST_DRAWN:
-            return self._hollow(tree_map_only(Tensor, lambda each: _zeros(each) if not _is_number(each) else each, shapes))
+            return self._hollow(
+                tree_map_only(Tensor, lambda each: _zeros(each) if not _is_number(each) else each, shapes)
+            )
         drawn, drawn_kwargs = tree_map_only(Tensor, self._drawn, (args, kwargs))
         return self._hollow(func(*drawn, **drawn_kwargs))
 
@@ -203,12 +211,22 @@ class Trace(TorchDispatchMode):
         return torch.empty(tensor.shape).uniform_(-1, 1, generator=self._generator).to(tensor.dtype)
 
 
+def _describe(func: Any) -> str:
+    """An operation and the line of the modelling file that called it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not Path(frame.f_code.co_filename).name.startswith("modeling_"):
+        frame = frame.f_back
+    name = str(func.name()).removeprefix("aten::")
+    return name if frame is None else f"{name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+
+
 def _is_number(tensor: Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    """Indices that are all zero; numbers stay as they are, to be made hollow."""
+    return tensor if _is_number(tensor) else torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 # Operations that give a number to Python.
