@@ -239,6 +239,8 @@ class Gains:
                 gain = _gain(pair.a, pair.b, [0, *places], _accumulator(group.size * width))
                 gain = gain.reshape(len(rows), width, len(columns), width)
                 gain_iajb[children] = _add(gain_iajb.get(children), gain)
+            if len(rows) > 1:  # many small assignments, which are solved on the CPU
+                gain_iajb = {axes: gain.cpu() for axes, gain in gain_iajb.items()}
             for (row, i), (column, j) in product(enumerate(rows), enumerate(columns)):
                 yield i, j, {axes: gain[row, :, column] for axes, gain in gain_iajb.items()}
 

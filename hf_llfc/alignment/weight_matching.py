@@ -1,4 +1,4 @@
-"""Weight matching by coordinate descent (Ainsworth et al., *Git Re-Basin*, ICLR 2023), exact group by group."""
+"""Weight matching by coordinate descent (Ainsworth et al., *Git Re-Basin*, ICLR 2023) over groups of axes, see `groups`."""
 
 from __future__ import annotations
 
