@@ -1,4 +1,4 @@
-"""Weight matching by coordinate descent (Ainsworth et al., *Git Re-Basin*, ICLR 2023) over groups of axes, see `groups`."""
+"""Weight matching by coordinate descent over groups of axes (Ainsworth et al., *Git Re-Basin*, ICLR 2023)."""
 
 from __future__ import annotations
 
