@@ -22,6 +22,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_llfc.adapters.declare import returns_features
+from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from hf_llfc.adapters.registry import FAMILIES
@@ -42,7 +43,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "num_hidden_layers": 2,
         "shared_intermediate_size": 512,
     },
+    "deepseek_ocr2_text": {"num_experts_per_tok": 6},
     "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_vl_text": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 16, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
@@ -57,6 +60,18 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "xlstm": {"qk_dim_factor": 1.0},
     "nemotron": {"num_key_value_heads": 8},
     **{model_type: {"decoder_start_token_id": 0} for model_type in ("t5", "mt5", "umt5")},
+}
+
+DEBERTA_V3 = {
+    "relative_attention": True,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
+    "type_vocab_size": 0,
 }
 
 # Name, model type, class, and what its config says differently.
@@ -122,6 +137,33 @@ VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
     ("no post-norms", "hyperclovax", "HyperCLOVAXForCausalLM", {"use_post_norm": False}),
     ("grouped queries", "olmoe", "OlmoeForCausalLM", {"num_key_value_heads": 2}),
     ("an output head of its own", "gemma", "GemmaForCausalLM", {"tie_word_embeddings": False}),
+    ("several groups of layers", "albert", "AlbertForMaskedLM", {"num_hidden_groups": 2, "inner_group_num": 2}),
+    ("attention to an encoder", "bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
+    ("shared position projections", "deberta-v2", "DebertaV2ForMaskedLM", DEBERTA_V3),
+    ("own position projections", "deberta-v2", "DebertaV2Model", {**DEBERTA_V3, "share_att_key": False}),
+    (
+        "relative positions",
+        "deberta",
+        "DebertaForMaskedLM",
+        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
+    ("a gated MLP", "dinov2", "Dinov2ForImageClassification", {"use_swiglu_ffn": True}),
+    ("a gated MLP", "dinov3_vit", "DINOv3ViTModel", {"use_gated_mlp": True, "num_register_tokens": 2}),
+    ("an embedding as wide as the stream", "electra", "ElectraForMaskedLM", {"embedding_size": 64}),
+    ("rotary positions", "esm", "EsmForMaskedLM", {"position_embedding_type": "rotary"}),
+    ("batch norm of positions", "hubert", "HubertForCTC", {"conv_pos_batch_norm": True, "feat_proj_layer_norm": False}),
+    ("attention to blocks", "longt5", "LongT5ForConditionalGeneration", {"encoder_attention_type": "transient-global"}),
+    ("two vocabularies", "marian", "MarianMTModel", {"share_encoder_decoder_embeddings": False}),
+    ("biases", "modernbert", "ModernBertForMaskedLM", {"norm_bias": True, "attention_bias": True, "mlp_bias": True}),
+    ("no squeeze", "regnet", "RegNetForImageClassification", {"layer_type": "x"}),
+    ("position embeddings", "swin", "SwinForImageClassification", {"use_absolute_embeddings": True}),
+    ("gated MLPs", "t5", "T5ForConditionalGeneration", {"feed_forward_proj": "gated-gelu"}),
+    (
+        "layer norms and adapters",
+        "wav2vec2",
+        "Wav2Vec2ForCTC",
+        {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "add_adapter": True, "adapter_attn_dim": 6},
+    ),
 ]
 
 # What a family must hold fixed: model type → kind of axis → why.
@@ -155,14 +197,14 @@ EXPORTED = frozenset(dir(transformers)) - {"BeitForSemanticSegmentation"}
 
 
 def classes_of(model_type: str) -> list[str]:
-    """Every head that an auto class builds for a model type, and the base model."""
+    """Every head that an auto class builds for a model type, and the base model; "" where no auto class knows it."""
     names: dict[str, None] = {}
     for attribute, mapping in vars(modeling_auto).items():
         # The decision head wraps other models in a config of its own.
         if attribute.endswith("_MAPPING_NAMES") and attribute.startswith("MODEL_") and "DECISION" not in attribute:
             found = mapping.get(model_type, ())
             names |= dict.fromkeys([found] if isinstance(found, str) else found)
-    return [name for name in names if name in EXPORTED]
+    return [name for name in names if name in EXPORTED] or [""]
 
 
 ROWS = [
@@ -207,14 +249,15 @@ def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     model_type, name, _, changes = request.param
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, name)(config_of(model_type, changes))
+        config = config_of(model_type, changes)
+        model = (getattr(transformers, name) if name else model_class_for(config))(config)
     randomise(model, torch.Generator().manual_seed(0))
     model = model.double().eval()
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
     config = type(model.config).from_pretrained(folder)
     on_disk = load_file(folder / "model.safetensors")
-    yield Row(model_type, name, model, PermutationSpec.from_config(config), on_disk)
+    yield Row(model_type, type(model).__name__, model, PermutationSpec.from_config(config), on_disk)
 
 
 def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
