@@ -25,7 +25,7 @@ from hf_llfc.adapters.blocks import (
     norm,
     within,
 )
-from hf_llfc.adapters.compose import occurring
+from hf_llfc.adapters.compose import Part, occurring
 from hf_llfc.adapters.declare import declare
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 BOTH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+GLM4_NORMS = (*PRE_NORMS, "post_self_attn_layernorm", "post_mlp_layernorm")
 GATED = tuple(gated_mlp("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
 GATED_FUSED = (
     *linear("mlp.gate_up_proj", "neurons.{i} + neurons.{i}", "residual"),
@@ -68,6 +69,115 @@ def fused_experts_transposed(block: str, up: str, down: str) -> tuple[str, ...]:
         f"{block}.{up}  experts.{{i}}  residual  neurons.{{i}}[experts] + neurons.{{i}}[experts]",
         f"{block}.{down}  experts.{{i}}  neurons.{{i}}[experts]  residual",
     )
+
+
+def latent_attention(config: PreTrainedConfig, index: int) -> Part:
+    """Multi-head latent attention: keys and values go through a latent vector, and mostly queries, too.
+
+    In a head, the channels without rotary embedding come first; the keys of those with one are the same in all heads.
+    """
+    query = "(heads.{i} nope.{i}[heads] + rotary)"
+    key_and_value = "(heads.{i} nope.{i}[heads] + value_dim.{i}[heads])"
+    sizes: dict[str, int | None] = {
+        "heads": config.num_attention_heads,
+        "nope": config.qk_nope_head_dim,
+        "rotary": config.qk_rope_head_dim,
+        "value_dim": config.v_head_dim,
+        "latent": config.kv_lora_rank,
+    }
+    if config.q_lora_rank:
+        sizes["query_latent"] = config.q_lora_rank
+        queries = [
+            *linear("q_a_proj", "query_latent.{i}", "residual"),
+            *norm("q_a_layernorm", "query_latent.{i}"),
+            *linear("q_b_proj", query, "query_latent.{i}"),
+        ]
+    else:
+        queries = linear("q_proj", query, "residual")
+    lines = [
+        *queries,
+        *linear("kv_a_proj_with_mqa", "latent.{i} + rotary", "residual"),
+        *norm("kv_a_layernorm", "latent.{i}"),
+        *linear("kv_b_proj", key_and_value, "latent.{i}"),
+        *linear("o_proj", "residual", "(heads.{i} value_dim.{i}[heads])"),
+        "rotary_emb.inv_freq?  frequencies",
+    ]
+    return Part(tuple(lines), sizes, tuple(axis for axis in sizes if axis != "rotary"))
+
+
+def indexed_attention(config: PreTrainedConfig, index: int) -> Part:
+    """The same over the tokens that an indexer picks, by scores of heads of its own against one key."""
+    block = latent_attention(config, index)
+    if config.to_dict().get("indexer_types", ["full"] * (index + 1))[index] == "shared":
+        return block
+    channels = "rotary + index_dim.{i}"
+    lines = [
+        *linear("indexer.wq_b", f"(index_heads.{{i}} {channels})", "query_latent.{i}"),
+        *linear("indexer.wk", channels, "residual"),
+        *norm("indexer.k_norm", channels),
+        *linear("indexer.weights_proj", "index_heads.{i}", "residual"),
+    ]
+    sizes: dict[str, int | None] = {
+        "index_heads": config.index_n_heads,
+        "index_dim": config.index_head_dim - config.qk_rope_head_dim,
+    }
+    return Part((*block.lines, *lines), {**block.sizes, **sizes}, (*block.symmetric, *sizes))
+
+
+def differential_attention(config: PreTrainedConfig, index: int) -> Part:
+    """DiffLlama's: heads of the first half are paired with those of the second, each with half of the values."""
+    values = config.to_dict()
+    pairs = config.num_key_value_heads // 2
+    lines = [
+        *linear("q_proj", "(2 pairs.{i} q.{i}[pairs] head_dim)", "residual"),
+        *linear("k_proj", "(2 pairs.{i} head_dim)", "residual"),
+        *linear("v_proj", "(pairs.{i} first_dim.{i}[pairs]) + (pairs.{i} second_dim.{i}[pairs])", "residual"),
+        *linear("o_proj", "residual", "(pairs.{i} q.{i}[pairs] first_dim.{i}[pairs] + second_dim.{i}[pairs])"),
+        *(f"lambda_{name}  head_dim" for name in ("q1", "k1", "q2", "k2")),
+    ]
+    head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
+    sizes: dict[str, int | None] = {
+        "pairs": pairs,
+        "q": config.num_attention_heads // config.num_key_value_heads,
+        "first_dim": head_dim,
+        "second_dim": head_dim,
+        "head_dim": head_dim,
+    }
+    return Part(tuple(lines), sizes, tuple(axis for axis in sizes if axis != "head_dim"))
+
+
+def expert_attention(config: PreTrainedConfig, index: int) -> Part:
+    """JetMoE's: query and output projections are experts, whose heads all meet the same keys and values."""
+    lines = [
+        "experts.router.layer.weight  attention_experts.{i}  residual",
+        "experts.input_linear.weight  attention_experts.{i}  (heads.{i} head_dim)  residual",
+        "experts.output_linear.weight  attention_experts.{i}  residual  (heads.{i} value_dim.{i}[heads])",
+        "experts.bias  residual",
+        *linear("kv_proj", "(heads.{i} head_dim) + (heads.{i} value_dim.{i}[heads])", "residual"),
+    ]
+    sizes: dict[str, int | None] = {
+        "attention_experts": config.num_local_experts,
+        "heads": config.num_key_value_heads,
+        "head_dim": config.kv_channels,
+        "value_dim": config.kv_channels,
+    }
+    return Part(tuple(lines), sizes, ("attention_experts", "heads", "value_dim"))
+
+
+def mimo_attention(config: PreTrainedConfig, index: int) -> Part:
+    """MiMo-V2's: layers with a window have twice the key/value heads, and a score that no token has."""
+    window = config.layer_types[index] == "sliding_attention"
+    head_dim = config.head_dim
+    heads = heads_of(
+        config.num_attention_heads,
+        config.num_key_value_heads * (2 if window else 1),
+        head_dim=head_dim,
+        value_dim=config.v_head_dim,
+        rotary_dim=rotary_channels(config.to_dict(), head_dim, index),
+        prefix="window_" if window else "",
+    )
+    sink = [f"attention_sink_bias  {heads.query_heads}"] if window else []
+    return Part((*attention(*PROJECTIONS, heads), *sink), heads.sizes, heads.symmetric)
 
 
 @dataclass(frozen=True)
@@ -121,7 +231,7 @@ class Layout:
         projections: Its query, key, value and output projections.
         fused: One projection for queries, keys and values, instead of three.
         by_head: Whether that one gives them head by head.
-        latent: Whether queries, keys and values go through latent vectors (multi-head latent attention).
+        attention: The attention block of a layer, where it is of another kind.
         qk_norms: Norms on queries and on keys.
         qk_flag: The config's name for whether there are such norms, where it says so.
         qk_gain: What the gain of those runs over: the `channels` that heads share, all of a `projection`, or each of
@@ -139,7 +249,7 @@ class Layout:
     projections: tuple[str, str, str, str] = PROJECTIONS
     fused: str = ""
     by_head: bool = False
-    latent: bool = False
+    attention: Callable[[PreTrainedConfig, int], Part] | None = None
     qk_norms: tuple[str, ...] = ()
     qk_flag: str = ""
     qk_gain: str = "channels"
@@ -162,9 +272,13 @@ def full_attention_layers(values: dict[str, Any], index: int) -> bool:
 
 QK_NORMS = ("q_norm", "k_norm")
 
+CORRECTION = ("mlp.gate.e_score_correction_bias  experts.{i}",)
+SHARED_EXPERTS = shared_experts("mlp.shared_experts")
+FUSED_ROUTED = fused_experts("mlp", "gate", "experts.gate_up_proj", "experts.down_proj")
+
 # How DeepSeek routes, and Dots1, GLM-4 and Solar after it.
 DEEPSEEK_EXPERTS = Experts(
-    (*ROUTED, "mlp.gate.e_score_correction_bias?  experts.{i}", *shared_experts("mlp.shared_experts")),
+    (*ROUTED, "mlp.gate.e_score_correction_bias?  experts.{i}", *SHARED_EXPERTS),
     count="n_routed_experts",
     shared=("n_shared_experts", "moe_intermediate_size"),
     layers=after_dense,
@@ -193,7 +307,7 @@ LAYOUTS: dict[str, Layout] = {
             (
                 *mixture_of_experts("mlp.router.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
                 "mlp.expert_bias  experts.{i}",
-                *shared_experts("mlp.shared_experts"),
+                *SHARED_EXPERTS,
             ),
             shared=("num_shared_experts", "moe_intermediate_size"),
             layers=lambda values, index: bool(index >= values["num_dense_layers"]),
@@ -214,12 +328,17 @@ LAYOUTS: dict[str, Layout] = {
         experts=Experts(
             (
                 *fused_experts_transposed("mlp", "experts.fc1.weight", "experts.fc2.weight"),
-                *shared_experts("mlp.shared_experts"),
+                *SHARED_EXPERTS,
             ),
             count="moe_num_experts",
             neurons=("intermediate_size",),
             shared=("moe_num_shared_experts", "intermediate_size"),
         )
+    ),
+    "axk1": Layout(
+        norms=(*PRE_NORMS, "post_mlp_layernorm?"),
+        attention=latent_attention,
+        experts=replace(DEEPSEEK_EXPERTS, layers=as_listed),
     ),
     "bitnet": Layout(
         more=lambda heads: norm("self_attn.attn_sub_norm", heads.output),
@@ -235,21 +354,23 @@ LAYOUTS: dict[str, Layout] = {
         ),
         neurons="prefix_dense_intermediate_size",
         experts=Experts(
-            (*ROUTED, *shared_experts("mlp.shared_experts")),
+            (*ROUTED, *SHARED_EXPERTS),
             neurons=("intermediate_size",),
             shared=("num_shared_experts", "intermediate_size"),
             layers=as_listed,
         ),
     ),
-    "deepseek_v2": Layout(latent=True, experts=DEEPSEEK_EXPERTS),
-    "deepseek_v3": Layout(latent=True, experts=DEEPSEEK_EXPERTS),
+    "deepseek_v2": Layout(attention=latent_attention, experts=DEEPSEEK_EXPERTS),
+    "deepseek_v3": Layout(attention=latent_attention, experts=DEEPSEEK_EXPERTS),
+    "deepseek_v32": Layout(attention=indexed_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "diffllama": Layout(attention=differential_attention),
     "dots1": Layout(qk_norms=QK_NORMS, experts=DEEPSEEK_EXPERTS),
     "ernie4_5_moe": Layout(
         experts=Experts(
             (
                 *ROUTED,
                 "mlp.moe_statics.e_score_correction_bias  1  experts.{i}",
-                *shared_experts("mlp.shared_experts"),
+                *SHARED_EXPERTS,
             ),
             count="moe_num_experts",
             shared=("moe_num_shared_experts", "moe_intermediate_size"),
@@ -260,7 +381,7 @@ LAYOUTS: dict[str, Layout] = {
     "exaone_moe": Layout(
         qk_norms=QK_NORMS,
         experts=Experts(
-            (*ROUTED, "mlp.e_score_correction_bias  experts.{i}", *shared_experts("mlp.shared_experts")),
+            (*ROUTED, "mlp.e_score_correction_bias  experts.{i}", *SHARED_EXPERTS),
             shared=("num_shared_experts", "moe_intermediate_size"),
             layers=as_listed,
         ),
@@ -274,9 +395,14 @@ LAYOUTS: dict[str, Layout] = {
     "gemma2": Layout(norms=BOTH_NORMS),
     "gemma3_text": Layout(norms=BOTH_NORMS, qk_norms=QK_NORMS),
     "glm": Layout(mlp=GATED_FUSED),
-    "glm4": Layout(norms=(*PRE_NORMS, "post_self_attn_layernorm", "post_mlp_layernorm"), mlp=GATED_FUSED),
+    "glm4": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
     "glm4_moe": Layout(qk_norms=QK_NORMS, qk_flag="use_qk_norm", experts=DEEPSEEK_EXPERTS),
-    "glm4_moe_lite": Layout(latent=True, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "glm4_moe_lite": Layout(attention=latent_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "glm4v_moe_text": Layout(experts=replace(DEEPSEEK_EXPERTS, lines=(*FUSED_ROUTED, *CORRECTION, *SHARED_EXPERTS))),
+    "glm4v_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
+    "glm_image_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
+    "glm_moe_dsa": Layout(attention=indexed_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "glm_ocr_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
     "gpt_oss": Layout(
         more=sinks("sinks"),
         experts=Experts(
@@ -324,8 +450,32 @@ LAYOUTS: dict[str, Layout] = {
             shared=("intermediate_size",),
         ),
     ),
+    "hy_v3": Layout(
+        qk_norms=QK_NORMS,
+        experts=Experts(
+            (
+                *mixture_of_experts("mlp.router.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+                "mlp.expert_bias  experts.{i}",
+                *shared_experts("mlp.shared_mlp"),
+            ),
+            shared=("num_shared_experts", "moe_intermediate_size"),
+            layers=as_listed,
+        ),
+    ),
     "hyperclovax": Layout(norms=(*PRE_NORMS, "post_norm1?", "post_norm2?")),
     "jais2": Layout(mlp=PLAIN),
+    "jetmoe": Layout(
+        block="self_attention",
+        attention=expert_attention,
+        experts=Experts(
+            (
+                *fused_experts("mlp", "router.layer", "input_linear.weight", "output_linear.weight"),
+                "mlp.bias  residual",
+            ),
+            count="num_local_experts",
+            neurons=("intermediate_size",),
+        ),
+    ),
     "llama4_text": Layout(
         without_rotary=lambda values, index: not values["no_rope_layers"][index],
         mlp=tuple(gated_mlp("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")),
@@ -342,7 +492,13 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "mellum": Layout(qk_norms=QK_NORMS, experts=Experts(ROUTED, layers=as_listed)),
-    "minicpm3": Layout(latent=True),
+    "mimo_v2_flash": Layout(
+        attention=mimo_attention,
+        experts=Experts(
+            (*ROUTED, "mlp.gate.e_score_correction_bias  experts.{i}"), count="n_routed_experts", layers=as_listed
+        ),
+    ),
+    "minicpm3": Layout(attention=latent_attention),
     "minimax_m2": Layout(
         qk_norms=QK_NORMS,
         qk_gain="projection",
@@ -385,8 +541,10 @@ LAYOUTS: dict[str, Layout] = {
         )
     ),
     "qwen3": Layout(qk_norms=QK_NORMS),
-    "qwen3_vl_text": Layout(qk_norms=QK_NORMS),
     "qwen3_moe": Layout(qk_norms=QK_NORMS, experts=Experts(ROUTED, layers=every_so_often)),
+    "qwen3_omni_moe_text": Layout(qk_norms=QK_NORMS, experts=Experts(ROUTED, layers=every_so_often)),
+    "qwen3_vl_moe_text": Layout(qk_norms=QK_NORMS, experts=Experts(FUSED_ROUTED, layers=every_so_often)),
+    "qwen3_vl_text": Layout(qk_norms=QK_NORMS),
     "smollm3": Layout(without_rotary=lambda values, index: not values["no_rope_layers"][index]),
     "solar_open": Layout(experts=replace(DEEPSEEK_EXPERTS, layers=lambda values, index: True)),
     "stablelm": Layout(
@@ -396,8 +554,9 @@ LAYOUTS: dict[str, Layout] = {
         qk_gain="names",
     ),
     "starcoder2": Layout(mlp=tuple(mlp("mlp.c_fc", "mlp.c_proj"))),
+    "unlimited_ocr_text": Layout(experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
     "vaultgemma": Layout(norms=("input_layernorm", "pre_feedforward_layernorm")),
-    "youtu": Layout(latent=True),
+    "youtu": Layout(attention=latent_attention),
 }
 
 
@@ -413,20 +572,20 @@ def llama(config: PreTrainedConfig) -> PermutationSpec:
     stack: list[str] = []
     symmetric = ["residual", "neurons", "shared"]
     for index in range(config.num_hidden_layers):
-        heads = _heads(config, layout, values, index)
+        block, heads = _attention(config, layout, values, index)
         routed = layout.experts if layout.experts is not None and layout.experts.layers(values, index) else None
         widths = _widths(config, layout, index, routed)
         feed_forward = routed.lines if routed else layout.mlp
         if not widths.get("shared"):
             feed_forward = tuple(line for line in feed_forward if "shared.{i}" not in line)
-        sizes |= {**heads.sizes, **widths}
-        symmetric += [axis for axis in heads.symmetric if axis not in symmetric]
+        sizes |= {**block.sizes, **widths}
+        symmetric += [axis for axis in block.symmetric if axis not in symmetric]
         stack += layer(
             "layers",
             index,
             [line for name in layout.norms for line in _norm(name)],
-            within(layout.block, _attention(layout, values, heads)),
-            layout.more(heads),
+            within(layout.block, block.lines),
+            layout.more(heads) if heads is not None else [],
             feed_forward,
         )
     # Where experts are chosen group by group, they could only move inside their group.
@@ -455,8 +614,6 @@ def _norm(name: str) -> list[str]:
 
 def _heads(config: PreTrainedConfig, layout: Layout, values: dict[str, Any], index: int) -> Heads:
     # A config may leave head_dim out or set it to None; both mean an even split of the residual stream.
-    if layout.latent:
-        return latent_heads(config)
     head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
     heads = partial(heads_of, config.num_attention_heads, values.get("num_key_value_heads"), head_dim=head_dim)
     if _has_qk_norms(layout, values) and layout.qk_gain == "channels":
@@ -509,9 +666,13 @@ def _has_qk_norms(layout: Layout, values: dict[str, Any]) -> bool:
     return bool(layout.qk_norms) and (not layout.qk_flag or bool(values[layout.qk_flag]))
 
 
-def _attention(layout: Layout, values: dict[str, Any], heads: Heads) -> list[str]:
-    if layout.latent:
-        return latent_attention(heads, query_latent=bool(values["q_lora_rank"]))
+def _attention(
+    config: PreTrainedConfig, layout: Layout, values: dict[str, Any], index: int
+) -> tuple[Part, Heads | None]:
+    """The attention block of a layer, and its heads where they are of the usual kind."""
+    if layout.attention is not None:
+        return layout.attention(config, index), None
+    heads = _heads(config, layout, values, index)
     if layout.fused:
         lines = [
             *linear(layout.fused, heads.by_head if layout.by_head else heads.fused, "residual"),
@@ -528,49 +689,4 @@ def _attention(layout: Layout, values: dict[str, Any], heads: Heads) -> list[str
             "heads": (f"{heads.query_heads}  {heads.channels}", f"{heads.key_heads}  {heads.channels}"),
         }[layout.qk_gain]
         lines += [line for name, gain in zip(layout.qk_norms, gains, strict=True) for line in norm(name, gain)]
-    return [*lines, "rotary_emb.inv_freq?  frequencies"]
-
-
-def latent_heads(config: PreTrainedConfig) -> Heads:
-    """The axes of multi-head latent attention; in a head, channels without rotary embedding come first."""
-    queries = "(heads.{i} nope.{i}[heads] + rotary)"
-    values = "(heads.{i} value_dim.{i}[heads])"
-    return Heads(
-        queries=queries,
-        keys=queries,
-        values=values,
-        output=values,
-        by_head="(heads.{i} nope.{i}[heads] + value_dim.{i}[heads])",
-        query_heads="heads.{i}",
-        key_heads="heads.{i}",
-        channels="nope.{i}[heads] + rotary",
-        sizes={
-            "heads": config.num_attention_heads,
-            "nope": config.qk_nope_head_dim,
-            "rotary": config.qk_rope_head_dim,
-            "value_dim": config.v_head_dim,
-            "query_latent": config.q_lora_rank,
-            "latent": config.kv_lora_rank,
-        },
-        symmetric=("heads", "nope", "value_dim", *(["query_latent"] if config.q_lora_rank else []), "latent"),
-    )
-
-
-def latent_attention(heads: Heads, *, query_latent: bool) -> list[str]:
-    """Multi-head latent attention; `query_latent` says whether queries go through a latent vector, too."""
-    if query_latent:
-        queries = [
-            *linear("q_a_proj", "query_latent.{i}", "residual"),
-            *norm("q_a_layernorm", "query_latent.{i}"),
-            *linear("q_b_proj", heads.queries, "query_latent.{i}"),
-        ]
-    else:
-        queries = linear("q_proj", heads.queries, "residual")
-    return [
-        *queries,
-        *linear("kv_a_proj_with_mqa", "latent.{i} + rotary", "residual"),
-        *norm("kv_a_layernorm", "latent.{i}"),
-        *linear("kv_b_proj", heads.by_head, "latent.{i}"),
-        *linear("o_proj", "residual", heads.output),
-        "rotary_emb.inv_freq?  frequencies",
-    ]
+    return Part((*lines, "rotary_emb.inv_freq?  frequencies"), heads.sizes, heads.symmetric), heads
