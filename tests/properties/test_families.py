@@ -134,6 +134,15 @@ VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
     ("grouped queries", "granitemoe", "GraniteMoeForCausalLM", {"num_key_value_heads": 2, "attention_bias": True}),
     ("no post-norms", "hyperclovax", "HyperCLOVAXForCausalLM", {"use_post_norm": False}),
     ("grouped queries", "olmoe", "OlmoeForCausalLM", {"num_key_value_heads": 2}),
+    ("one group of heads", "mamba2", "Mamba2ForCausalLM", {"n_groups": 1, "use_bias": True}),
+    ("biases", "mamba", "MambaForCausalLM", {"use_bias": True, "use_conv_bias": False}),
+    ("a rotary embedding", "granitemoehybrid", "GraniteMoeHybridForCausalLM", {"position_embedding_type": "rope"}),
+    ("no experts", "granitemoehybrid", "GraniteMoeHybridForCausalLM", {"num_local_experts": 0}),
+    ("gated norms in groups", "falcon_h1", "FalconH1ForCausalLM", {"mamba_rms_norm": True, "mamba_n_groups": 2}),
+    ("experts in a latent space", "nemotron_h", "NemotronHForCausalLM", {"moe_latent_size": 24}),
+    ("experts in groups", "nemotron_h", "NemotronHForCausalLM", {"n_group": 2, "topk_group": 1}),
+    ("a width as given", "lfm2", "Lfm2ForCausalLM", {"block_auto_adjust_ff_dim": False, "conv_bias": True}),
+    ("a dense layer between", "qwen3_next", "Qwen3NextForCausalLM", {"mlp_only_layers": [1]}),
     ("an output head of its own", "gemma", "GemmaForCausalLM", {"tie_word_embeddings": False}),
     ("several groups of layers", "albert", "AlbertForMaskedLM", {"num_hidden_groups": 2, "inner_group_num": 2}),
     ("attention to an encoder", "bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
@@ -345,7 +354,7 @@ def test_nothing_obvious_is_held_fixed(row: Row):
     """The residual stream, heads and neurons move, or a reason is on record."""
     used = {axis.split(".")[0] for axis in row.spec.bind(shapes(row.on_disk)).symmetric_axes}
     reasons = reasons_to_hold_fixed(row)
-    for kinds in (("residual", "channels"), ("heads", "kv", "q"), ("neurons", "inner")):
+    for kinds in (("residual", "channels"), ("heads", "kv", "q"), ("neurons", "inner", "shared")):
         moves = any(axis.endswith(kinds) for axis in used)
         assert moves or reasons.keys() & set(kinds), kinds
 
