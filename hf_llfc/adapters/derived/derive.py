@@ -76,11 +76,26 @@ def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Trac
     with torch.no_grad(), trace:
         answer = model(**inputs)
     for tensor in answers(answer).values():
-        trace.fix(tensor)
-    for tensor in state.values():
-        if id(tensor) not in trace.met:
-            trace.fix(tensor)
+        trace.fix(tensor, "it is part of the answer")
+    _fix_unused(trace, state)
     return TracedModel(trace, model, state)
+
+
+def _fix_unused(trace: Trace, state: Mapping[str, Tensor]) -> None:
+    """Fixes the tensors that no operation took, and what those of the same module may share with them.
+
+    They serve inputs that were not tried (segments, masks): a bias of the heads must not stay behind when they move.
+    """
+    for name, tensor in state.items():
+        if id(tensor) in trace.met:
+            continue
+        trace.fix(tensor, "no operation uses it")
+        module = name.rpartition(".")[0]
+        for other, beside in state.items():
+            if other.rpartition(".")[0] == module and other != name:
+                for term in trace.label(beside).dims:
+                    if term.size > 1 and term.size in tensor.shape:
+                        fix(term, f"it may belong to {name}, which no operation uses")
 
 
 def answers(output: Any) -> dict[str, Tensor]:
@@ -185,6 +200,8 @@ def spec_of(traced_model: TracedModel) -> PermutationSpec:
     names = _names(memory, parents, {find(term) for _, entries, _ in disk.values() for term in entries})
     writer = _Writer(names, parents)
 
+    unused = [name for name, tensor in traced_model.tensors.items() if id(tensor) not in trace.met]
+    unused = [name for name in unused if traced_model.tensors[name].is_floating_point()]
     buffers = {name for name, _ in model.named_buffers()}
     saved = _saved_names(model, traced_model.tensors)
     declarations: dict[str, TensorSpec] = {}
@@ -223,6 +240,7 @@ def spec_of(traced_model: TracedModel) -> PermutationSpec:
         prefix,
         other_layouts=partial(_given, tuple(layouts)) if layouts else None,
         origin="derived",
+        notes=(f"left as they are, since no operation uses them: {', '.join(unused)}",) if unused else (),
     )
 
 

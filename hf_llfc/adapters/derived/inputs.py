@@ -48,7 +48,10 @@ class _Request:
 
     @property
     def text(self) -> dict[str, Any]:
-        return _values(self.config.get_text_config())
+        try:
+            return _values(self.config.get_text_config())
+        except ValueError:  # an encoder and a decoder of text side by side
+            return _values(self.config.get_text_config(encoder=True))
 
     @property
     def vision(self) -> dict[str, Any]:
@@ -453,11 +456,12 @@ def _waveform(request: _Request) -> Tensor:
     return request.normal(request.batch, 4000)
 
 
-def _features(request: _Request) -> Tensor:
+def _features(request: _Request) -> Tensor | None:
     """Log-mel features: (b, c, t) for encoders with a table of positions after two convolutions, else (b, t, c)."""
-    bins = request.audio.get("num_mel_bins") or request.size(
-        "num_mel_bins", "feature_size", "input_dim", "input_feat_size", "n_mels", "feat_in", "mel_bins"
-    )
+    names = ("num_mel_bins", "feature_size", "input_dim", "input_feat_size", "n_mels", "feat_in", "mel_bins")
+    bins = request.audio.get("num_mel_bins") or request.size(*names, default=0)
+    if not bins:
+        return None
     positions = request.audio.get("max_source_positions")
     if positions:
         return request.normal(request.batch, bins, 2 * positions)
@@ -630,6 +634,47 @@ def _image_tiles(request: _Request) -> Tensor:
     return request.normal(request.batch, 1, request.size("max_num_tiles"), _channels(request), *_image_size(request))
 
 
+def _decoder_codebooks(request: _Request) -> Tensor:
+    decoder = _values(_part(request.config, ("decoder",)))
+    shape = (request.batch * decoder["num_codebooks"], _LENGTH)
+    return request.integers(0, decoder["vocab_size"], *shape)
+
+
+def _stacked(request: _Request) -> Tensor:
+    """Frames that each hold several frames of log-mel features: (b, t, c)."""
+    return request.normal(request.batch, 64, request.size("num_mel_bins") * request.size("num_stacked_frames"))
+
+
+def _packed_strip(request: _Request) -> Tensor:
+    """The patches of all images side by side in one strip: (1, c, h, w)."""
+    side = request.size("patch_size")
+    return request.normal(1, 3, side, side * request.batch * 16)
+
+
+_NAVIT: dict[str, Builder | None] = {
+    "pixel_values": _packed_strip,
+    "target_sizes": lambda request: torch.tensor([[4, 4]] * request.batch),
+}
+_SUBSAMPLED: dict[str, Builder | None] = {
+    "input_features": lambda request: (
+        request.normal(request.batch, 64, channels[0])
+        if (channels := request.size("subsampling_conv_channels", default=()))
+        else None
+    )
+}
+_CODEC_WITH_FEATURES: dict[str, Builder | None] = {
+    "input_values": lambda request: request.normal(request.batch, 1, 64 * 320),
+    "input_features": _frames_of("feature_projection_input_dim"),
+}
+_SERIES: dict[str, Builder | None] = {
+    "past_values": lambda request: request.normal(request.batch, request.size("context_length"))
+}
+_WITH_QFORMER: dict[str, Builder | None] = {
+    "qformer_input_ids": lambda request: request.integers(
+        3, _values(request.config.qformer_config)["vocab_size"], request.batch, 5
+    ),
+    "qformer_attention_mask": lambda request: request.ones(request.batch, 5),
+}
 _MLLAMA: dict[str, Builder | None] = {
     "pixel_values": _image_tiles,
     "aspect_ratio_ids": lambda request: request.ones(request.batch, 1),
@@ -676,6 +721,56 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "depth_pro": {"pixel_values": lambda request: request.normal(request.batch, 3, 128, 128)},
     "canine": {"input_ids": lambda request: request.integers(10, 1000, request.batch, 40)},
     "kimi_k25_vision": {"pixel_values": _patches_of(square=True)},
+    "clvp": {"input_features": _channels_first},
+    "gemma4": _SUBSAMPLED,
+    "gemma4_audio": _SUBSAMPLED,
+    "embedding_gemma2": _SUBSAMPLED,
+    "gemma4_unified": {"input_features": _frames_of("audio_embed_dim")},
+    "minicpm_ocr_vision": _NAVIT,
+    "minicpmv4_6_vision": _NAVIT,
+    "minicpmv4_7_vision": _NAVIT,
+    "musicgen": {"decoder_input_ids": _decoder_codebooks},
+    "musicgen_melody": {"input_features": _frames_of("num_chroma"), "decoder_input_ids": _decoder_codebooks},
+    "neucodec": _CODEC_WITH_FEATURES,
+    "timesfm": _SERIES,
+    "timesfm2_5": _SERIES,
+    "xclip_vision_model": {
+        "pixel_values": lambda request: request.normal(
+            request.batch * request.size("num_frames"), 3, *_image_size(request)
+        )
+    },
+    "xcodec2": _CODEC_WITH_FEATURES,
+    "mimi_decoder": {"latents": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)},
+    "pocket_tts_audio_tokenizer_decoder": {
+        "latents": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
+    },
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
+    "vibevoice_acoustic_tokenizer_decoder": {
+        "hidden_states": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
+    },
+    "vibevoice": _MONO,
+    "vibevoice_asr": _MONO,
+    "inkling_audio": {
+        "audio_input_ids": lambda request: request.integers(
+            0, request.size("mel_vocab_size"), request.batch, _LENGTH, request.size("n_mel_bins")
+        )
+    },
+    "idefics2_perceiver": {
+        "context": _states("hidden_size"),
+        "attention_mask": lambda request: request.ones(request.batch, _LENGTH),
+    },
+    "muse_glimmer_assistant": {
+        "noise_embeds": _states("hidden_size"),
+        "context_hidden_states": lambda request: request.normal(
+            request.batch, _LENGTH, request.size("hidden_size") * len(request.size("target_layer_ids"))
+        ),
+    },
+    "pi0": {"state": lambda request: request.normal(request.batch, request.size("max_state_dim"))},
+    "oneformer": {"task_inputs": lambda request: request.integers(1, 90, request.batch, request.size("task_seq_len"))},
+    "instructblip": _WITH_QFORMER,
+    "instructblipvideo": {**_FRAMES_OF_VIDEO, **_WITH_QFORMER},
+    "muse_spark_audio": {"input_values": lambda request: request.normal(request.batch, 2 * 1920)},
+    "glm_image_vqmodel": {"input": lambda request: request.normal(request.batch, request.size("hidden_size"), 4, 4)},
     "video_llama_3": {"image_merge_sizes": _merge_sizes},
     "video_llama_3_vision": {"merge_sizes": _merge_sizes},
     "lxmert": {
@@ -691,8 +786,8 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "speech_to_text": {"input_features": _frames_of("input_feat_per_channel")},
     "wav2vec2-bert": {"input_features": _frames_of("feature_projection_input_dim")},
     "pop2piano": {"input_features": _frames_of("d_model")},
-    "fun_asr_nano": {"input_features": _frames_of("input_size")},
-    "fun_asr_nano_encoder": {"input_features": _frames_of("input_size")},
+    "fun_asr_nano": {"input_features": _stacked},
+    "fun_asr_nano_encoder": {"input_features": _stacked},
     "blip_2_qformer": {"query_embeds": _states("hidden_size"), "encoder_hidden_states": _states("encoder_hidden_size")},
     "instructblip_qformer": {
         "query_embeds": _states("hidden_size"),
@@ -739,7 +834,6 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "granite4_vision": _TILES,
     "idefics2": _IMAGE_LIST,
     "idefics3": _IMAGE_LIST,
-    "instructblipvideo": _FRAMES_OF_VIDEO,
     "kimi_k25": {"pixel_values": _patches_of(square=True)},
     "kosmos_2_5_vision_model": _POSITIONED,
     "lfm2_vl": _PATCHES,

@@ -146,6 +146,14 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 0.25, "hidden_dim": 320},
     "bit": {"num_groups": 4},
     "depth_pro": {"patch_size": 32},
+    "granite_speech": {"window_size": 15},
+    "granite_speech_plus": {"window_size": 15},
+    "hiera": {"patch_size": (7, 7), "image_size": (64, 64)},
+    "mobilevit": {"image_size": 64},
+    "mobilevitv2": {"image_size": 64},
+    "regnet": {"groups_width": 8},
+    "seggpt": {"num_hidden_layers": 6, "intermediate_hidden_state_indices": (2, 3, 4, 5), "merge_index": 1},
+    "vitpose_backbone": {"patch_size": [8, 8], "image_size": [64, 64]},
     "efficientnet": {"width_coefficient": 0.25, "hidden_dim": 320},
     "falcon_h1": {"mamba_d_ssm": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
@@ -161,7 +169,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "perceiver": {"num_self_attends_per_block": 2, "d_latents": 32},
     "pp_lcnet_v3": {"scale": 0.25},
-    "sam2_hiera_det_model": {"global_attention_blocks": [3, 4, 5], "window_size_per_stage": [4, 2, 4, 2]},
+    "sam2_hiera_det_model": {"global_attention_blocks": [4], "window_size_per_stage": [4, 2, 4, 2]},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
@@ -177,7 +185,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
     },
-    "clap_audio_model": {"num_mel_bins": 16},
+    "clap_audio_model": {"spec_size": 128, "num_mel_bins": 32},
     "clvp": {"projection_dim": 128},
     "clvp_encoder": {"hidden_size": 128, "projection_dim": 128},
 }
@@ -274,6 +282,8 @@ class _Sizes:
             return value // self.divisor if value % self.divisor == 0 and value > self.divisor else value
         if value in self.stages:
             return self.stages[value]
+        if value not in self.widths and value % 4 == 0 and value // 4 in self.widths:
+            self.widths[value] = 4 * self.widths[value // 4]  # four merged patches
         if value not in self.widths:
             self.widths[value] = next(self._pools["w"], 272)
         return self.widths[value]

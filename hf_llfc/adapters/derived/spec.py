@@ -83,8 +83,9 @@ def _derived(key: _Key) -> PermutationSpec:
         {axis for axis in spec.symmetric_axes if axis not in failed and not shown.issuperset(_places(spec, (axis,)))}
     )
     notes = [
+        *spec.notes,
         f"verified on a copy of {verification.parameters:,} parameters with random weights, in float64: largest "
-        f"relative change {verification.change:.1e}"
+        f"relative change {verification.change:.1e}",
     ]
     if failed:
         notes.append(f"fixed because they failed: {', '.join(failed)}")

@@ -159,13 +159,13 @@ class Trace(TorchDispatchMode):
             if output not in self._labels:
                 self.put(output, Label(Term(size, fixed=True) for size in output.shape))
 
-    def fix(self, tensor: Tensor) -> None:
+    def fix(self, tensor: Tensor, why: str = "") -> None:
         """Fixes every dimension of a tensor, and what its values are positions along."""
         label = self.label(tensor)
         for term in (*label.dims, *label.pending):
-            fix(term)
+            fix(term, why)
         if label.values is not None:
-            fix(label.values)
+            fix(label.values, why)
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         """Runs an operation; one that takes hollow tensors gives hollow ones, and indices as of random numbers."""

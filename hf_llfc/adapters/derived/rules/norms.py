@@ -14,8 +14,8 @@ def _layer_norm(trace: Trace, call: Call) -> None:
     kept = tensor.ndim - len(call["normalized_shape"])
     for name in ("weight", "bias"):
         if call.get(name) is not None:
-            for term, other in zip(dims[kept:], trace.label(call[name]).dims, strict=True):
-                unify(term, other)
+            for term, same in zip(dims[kept:], trace.label(call[name]).dims, strict=True):
+                unify(term, same)
     trace.mix(dims[kept:], dims[:kept])
     outputs = outputs_of(call)
     put_result(trace, outputs[0], dims)
