@@ -74,6 +74,8 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "glm4v_text": {"rope_parameters": _GLM4V},
     "glm_image_text": {"rope_parameters": _GLM4V},
     "glmga": {"text_config": {"rope_parameters": _GLM4V}},
+    "granite_speech": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
+    "granite_speech_plus": {"projector_config": {"model_type": "blip_2_qformer", "encoder_hidden_size": 1024}},
     "granitemoehybrid": {
         "layers_block_type": ["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 26
     },
@@ -91,6 +93,7 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "ovis2": {"hidden_size": 4096},
+    "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
     "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 768}}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 768},
     "qwen4_exp": {"text_config": _QSA},
