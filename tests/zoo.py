@@ -46,6 +46,7 @@ _GLM4V = {
     "partial_rotary_factor": 0.5,
     "mrope_section": [8, 12, 12],
 }
+_GEMMA4 = {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": {"model_type": "gemma4_audio"}}
 _COMPLETED: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 2560},
     "autoformer": _SERIES,
@@ -66,6 +67,7 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "gemma4": _GEMMA4,
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
     "glm46v": {"text_config": {"model_type": "glm4v_text", "rope_parameters": _GLM4V, "num_attention_heads": 32}},
     "glm4v": {"text_config": {"rope_parameters": _GLM4V}},

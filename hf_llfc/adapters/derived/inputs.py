@@ -108,10 +108,10 @@ def sample_inputs(model: PreTrainedModel, *, seed: int = 0, batch_size: int = 2)
         if argument.default is inspect.Parameter.empty
         and argument.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     }
-    general = [*_ALWAYS, *(name for name in _IF_REQUIRED if name in required)]
-    names = [*(name for name in own if name not in general), *general]
+    names = [*(name for name in own if name not in _ALWAYS), *_ALWAYS]
+    names += [name for name in _IF_REQUIRED if name in required and name not in names]
     for name in names:
-        builder = own.get(name, _ALWAYS.get(name) or _IF_REQUIRED.get(name))
+        builder = own[name] if name in own else _ALWAYS.get(name) or _IF_REQUIRED.get(name)
         if name not in arguments or builder is None:
             continue
         try:
@@ -181,8 +181,10 @@ class _Double(TorchFunctionMode):
         operands = args[:1] if in_place else args
         if any(_is(arg, torch.float64) for arg in operands):
             args = tuple(arg.double() if _is(arg, torch.float32) else arg for arg in args)
+            kwargs = {name: value.double() if _is(value, torch.float32) else value for name, value in kwargs.items()}
         elif in_place and args and _is(args[0], torch.float32):
             args = tuple(arg.float() if _is(arg, torch.float64) else arg for arg in args)
+            kwargs = {name: value.float() if _is(value, torch.float64) else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
@@ -302,10 +304,17 @@ _MEDIA = (
 )
 
 
+def _media_tokens(request: _Request) -> dict[str, Any]:
+    """The fields of a config that has such tokens, or else of the first of its parts that has."""
+    names = {name for row in _MEDIA for name in row[2]}
+    found = (values for values in map(_values, _parts(request.config)) if any(values.get(name) for name in names))
+    return next(found, {})
+
+
 def _placeholders(request: _Request) -> Tensor:
     """As many tokens as there are image, video and audio features, in every row alike: (b, t)."""
     tokens: list[int] = []
-    values = _values(request.config)
+    values = _media_tokens(request)
     for method, argument, names, before, after in _MEDIA:
         token = next((values[name] for name in names if isinstance(values.get(name), int)), None)
         if token is None or argument not in request.made:
@@ -321,12 +330,13 @@ def _placeholders(request: _Request) -> Tensor:
 def _feature_count(request: _Request, method: str) -> int:
     """How many features a model makes of the image, video or audio of one row."""
     model = request.model
-    bound = getattr(model, method, None) or getattr(model.base_model, method, None)
+    bound = _method(model, method)
     if bound is None:
         return 1  # older models put all features in the place of one token themselves
     if next(model.parameters()).is_meta:
         model = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
-        bound = getattr(model, method, None) or getattr(model.base_model, method)
+        bound = _method(model, method)
+        assert bound is not None, "a model of the same class has the same methods"
     taken = inspect.signature(bound).parameters
     anything = any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in taken.values())
     given = {name: value for name, value in request.made.items() if name in taken or anything}
@@ -338,6 +348,11 @@ def _feature_count(request: _Request, method: str) -> int:
         features = features[0]
     parts = [features] if isinstance(features, Tensor) else list(features)
     return sum(part.numel() // part.shape[-1] for part in parts) // request.batch
+
+
+def _method(model: PreTrainedModel, name: str) -> Callable[..., Any] | None:
+    """A method of a model or of the first of its parts that has it."""
+    return next((getattr(module, name) for module in model.modules() if name in dir(type(module))), None)
 
 
 def _attention_mask(request: _Request) -> Tensor | None:
@@ -372,7 +387,7 @@ def _media_types(request: _Request) -> Tensor | None:
     if ids is None:
         return None
     types = torch.zeros_like(ids)
-    values = _values(request.config)
+    values = _media_tokens(request)
     for kind, (_, _, names, _, _) in enumerate(_MEDIA, start=1):
         token = next((values[name] for name in names if isinstance(values.get(name), int)), None)
         if token is not None:
@@ -411,7 +426,9 @@ def _image_size(request: _Request) -> tuple[int, int]:
     )
 
 
-def _pixel_values(request: _Request) -> Tensor:
+def _pixel_values(request: _Request) -> Tensor | None:
+    if vars(request.config).get("vision_config", request) is None:
+        return None
     if "image_grid_thw" in request.made or "grid_thw" in request.made:
         return _patches(request)
     return request.normal(request.batch, _channels(request), *_image_size(request))
@@ -457,10 +474,10 @@ def _waveform(request: _Request) -> Tensor:
 
 
 def _features(request: _Request) -> Tensor | None:
-    """Log-mel features: (b, c, t) for encoders with a table of positions after two convolutions, else (b, t, c)."""
+    """Log-mel features, if the model takes audio: (b, c, t) for encoders with a table of positions after two convolutions, else (b, t, c)."""
     names = ("num_mel_bins", "feature_size", "input_dim", "input_feat_size", "n_mels", "feat_in", "mel_bins")
     bins = request.audio.get("num_mel_bins") or request.size(*names, default=0)
-    if not bins:
+    if not bins or vars(request.config).get("audio_config", request) is None:
         return None
     positions = request.audio.get("max_source_positions")
     if positions:
@@ -642,7 +659,7 @@ def _decoder_codebooks(request: _Request) -> Tensor:
 
 def _stacked(request: _Request) -> Tensor:
     """Frames that each hold several frames of log-mel features: (b, t, c)."""
-    return request.normal(request.batch, 64, request.size("num_mel_bins") * request.size("num_stacked_frames"))
+    return request.normal(request.batch, 32, request.size("num_mel_bins") * request.size("num_stacked_frames"))
 
 
 def _packed_strip(request: _Request) -> Tensor:
@@ -651,6 +668,30 @@ def _packed_strip(request: _Request) -> Tensor:
     return request.normal(1, 3, side, side * request.batch * 16)
 
 
+def _unified_audio(request: _Request) -> Tensor | None:
+    width = request.size("audio_embed_dim", default=0)
+    return request.normal(request.batch, 8, width) if width else None
+
+
+def _placed_patches(request: _Request) -> Tensor | None:
+    """36 flattened patches of every image: (b, p, d)."""
+    if vars(request.config).get("vision_config", request) is None:
+        return None
+    return request.normal(request.batch, 36, 3 * request.size("patch_size") ** 2)
+
+
+def _places(request: _Request) -> Tensor | None:
+    """Column and row of every patch: (b, p, 2)."""
+    if "pixel_values" in request.arguments and vars(request.config).get("vision_config", request) is None:
+        return None
+    return torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(request.batch, -1, -1)
+
+
+_PLACED: dict[str, Builder | None] = {
+    "pixel_values": _placed_patches,
+    "image_position_ids": _places,
+    "pixel_position_ids": _places,
+}
 _NAVIT: dict[str, Builder | None] = {
     "pixel_values": _packed_strip,
     "target_sizes": lambda request: torch.tensor([[4, 4]] * request.batch),
@@ -710,7 +751,7 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "mimi_encoder": _MONO,
     "pocket_tts_audio_tokenizer": _MONO,
     "vibevoice_acoustic_tokenizer": _MONO,
-    "vibevoice_acoustic_tokenizer_encoder": _MONO,
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
     "mllama": _MLLAMA,
     "mllama_vision_model": _MLLAMA,
     "deepseek_vl_hybrid": {
@@ -721,11 +762,12 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "depth_pro": {"pixel_values": lambda request: request.normal(request.batch, 3, 128, 128)},
     "canine": {"input_ids": lambda request: request.integers(10, 1000, request.batch, 40)},
     "kimi_k25_vision": {"pixel_values": _patches_of(square=True)},
-    "clvp": {"input_features": _channels_first},
-    "gemma4": _SUBSAMPLED,
+    "clvp": {"input_features": lambda request: request.normal(request.batch, request.size("feature_size"), 64)},
+    "gemma4": {**_SUBSAMPLED, **_PLACED},
     "gemma4_audio": _SUBSAMPLED,
-    "embedding_gemma2": _SUBSAMPLED,
-    "gemma4_unified": {"input_features": _frames_of("audio_embed_dim")},
+    "gemma4_vision": _PLACED,
+    "embedding_gemma2": {**_SUBSAMPLED, **_PLACED},
+    "gemma4_unified": {"input_features": _unified_audio, **_PLACED},
     "minicpm_ocr_vision": _NAVIT,
     "minicpmv4_6_vision": _NAVIT,
     "minicpmv4_7_vision": _NAVIT,
@@ -744,7 +786,6 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "pocket_tts_audio_tokenizer_decoder": {
         "latents": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
     },
-    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
     "vibevoice_acoustic_tokenizer_decoder": {
         "hidden_states": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
     },
@@ -781,8 +822,8 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     },
     "granite_speech_encoder": {"hidden_states": _frames_of("input_dim")},
     "granite_speech_plus_encoder": {"hidden_states": _frames_of("input_dim")},
-    "granite_speech": {"input_features": _frames_of("input_dim")},
-    "granite_speech_plus": {"input_features": _frames_of("input_dim")},
+    "granite_speech": {"input_features": _frames_of("input_dim"), "input_features_mask": None},
+    "granite_speech_plus": {"input_features": _frames_of("input_dim"), "input_features_mask": None},
     "speech_to_text": {"input_features": _frames_of("input_feat_per_channel")},
     "wav2vec2-bert": {"input_features": _frames_of("feature_projection_input_dim")},
     "pop2piano": {"input_features": _frames_of("d_model")},

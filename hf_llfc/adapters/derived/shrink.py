@@ -132,6 +132,7 @@ _SECTIONS: dict[str, tuple[int, ...]] = {
 
 # Fields that are a multiple of another one in a way that only the modelling file knows.
 _MULTIPLES: dict[str, dict[str, tuple[str, int]]] = {
+    "clap_audio_model": {"hidden_size": ("patch_embeds_hidden_size", 8)},
     "glmasr_encoder": {"intermediate_size": ("hidden_size", 4)},
     "llama4_vision_model": {
         "intermediate_size": ("hidden_size", 4),
@@ -152,7 +153,13 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mobilevit": {"image_size": 64},
     "mobilevitv2": {"image_size": 64},
     "regnet": {"groups_width": 8},
-    "seggpt": {"num_hidden_layers": 6, "intermediate_hidden_state_indices": (2, 3, 4, 5), "merge_index": 1},
+    "seggpt": {
+        "num_hidden_layers": 6,
+        "intermediate_hidden_state_indices": (2, 3, 4, 5),
+        "merge_index": 1,
+        "image_size": (64, 32),
+    },
+    "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "vitpose_backbone": {"patch_size": [8, 8], "image_size": [64, 64]},
     "efficientnet": {"width_coefficient": 0.25, "hidden_dim": 320},
     "falcon_h1": {"mamba_d_ssm": 32},
