@@ -1,6 +1,6 @@
 """How many model types of transformers can be built tiny and run, and why the others cannot.
 
-    python benchmarks/zoo.py [TYPE ...] [--check MODULE:FUNCTION] [--workers 2] [--out zoo.jsonl]
+    python benchmarks/zoo.py [TYPE ...] [--check MODULE:FUNCTION] [--workers 2] [--out zoo.jsonl] [--page FILE.md]
 
 Every type is built from its shrunken default config in a worker process, in float64 with random weights, and run once.
 A type that crashes its worker, takes too long or too much memory costs that worker alone. `--check` names a function
@@ -37,8 +37,8 @@ def examine(model_type: str, check: str | None) -> dict[str, Any]:
     """One row of the table: how far a model type gets, and what stopped it."""
     import torch
 
-    from hf_llfc.adapters.derived.inputs import forward
     from tests import zoo
+    from tests.zoo_table import reason_not_to_run
 
     torch.set_num_threads(1)
     result = zoo.zoo_result(model_type, dtype=torch.float64)
@@ -49,13 +49,9 @@ def examine(model_type: str, check: str | None) -> dict[str, Any]:
     if result.inputs is None:
         return row
     row["inputs"] = {name: list(value.shape) for name, value in result.inputs.items()}
-    try:
-        outputs = forward(result.model, result.inputs)
-    except Exception as error:
-        return row | {"stage": "forward", "reason": f"{type(error).__name__}: {error}"}
-    broken = [name for name, value in outputs.items() if not value.isfinite().any()]
-    if broken or not outputs:
-        return row | {"stage": "finite", "reason": f"no finite value in {', '.join(broken) or 'the outputs'}"}
+    reason = reason_not_to_run(result.model, result.inputs)
+    if reason is not None:
+        return row | {"stage": "finite" if reason.startswith("no finite") else "forward", "reason": reason}
     if check is not None:
         module, _, function = check.partition(":")
         try:
@@ -157,6 +153,9 @@ def main() -> None:
     parser.add_argument("--check", metavar="MODULE:FUNCTION", help="a check of every model that runs")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write one JSON object a model type")
+    parser.add_argument(
+        "--page", type=Path, help="write the page of model types (with --check tests.zoo_table:examine)"
+    )
     options = parser.parse_args()
 
     from tests.zoo import zoo_types
@@ -168,6 +167,10 @@ def main() -> None:
     print(file=sys.stderr)
     if options.out:
         options.out.write_text("".join(json.dumps(row) + "\n" for row in sorted(table, key=lambda row: row["type"])))
+    if options.page:
+        from tests.zoo_page import page
+
+        options.page.write_text(page(table))
     reached = Counter(STAGES.index(row["stage"]) for row in table)
     counts = {
         "registered": 0,

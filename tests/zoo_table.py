@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,15 @@ from transformers import PreTrainedModel
 
 from hf_llfc.adapters import spec_for
 from hf_llfc.adapters.derived import answer_of, relative_change
+from hf_llfc.adapters.derived.inputs import forward
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.checkpoints.names import disk_state
 from hf_llfc.symmetry import PermutationSpec
 from hf_llfc.symmetry.expressions import AxisUse, Product, axis_uses
 
 RELATIVE_CHANGE = 1e-9
+
+_FEATURES = re.compile(r"last_hidden_state|feature_maps|.*embeds|.*features")
 
 
 def examine(model_type: str, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any] | str:
@@ -38,6 +42,7 @@ def examine(model_type: str, model: PreTrainedModel, inputs: Mapping[str, Tensor
         "spec": spec.origin,
         "kinds": kinds(spec),
         "attention": has_attention(model),
+        "features": gives_features(model, inputs),
         "fixed": [note for note in spec.notes if note.startswith("fixed")],
         "tensors": len(on_disk),
         "symmetric_tensors": sum(
@@ -71,6 +76,16 @@ def examine(model_type: str, model: PreTrainedModel, inputs: Mapping[str, Tensor
             f"{len(on_disk)} tensors differ"
         )
     return facts | {"change": change}
+
+
+def reason_not_to_run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> str | None:
+    """Why a model gives no finite answer to its inputs; None if it does."""
+    try:
+        outputs = forward(model, inputs)
+    except Exception as error:  # whatever stands in the way is the result
+        return f"{type(error).__name__}: {error}"
+    broken = [name for name, value in outputs.items() if not value.isfinite().any()]
+    return f"no finite value in {', '.join(broken) or 'the outputs'}" if broken or not outputs else None
 
 
 def kinds(spec: PermutationSpec) -> list[str]:
@@ -124,6 +139,13 @@ def _layer(name: str) -> tuple[str, ...]:
         if word.isdigit():
             return tuple(words[: place + 1])
     return ()
+
+
+def gives_features(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the answers of a model hold hidden states, going by their names."""
+    return any(
+        re.match(r"last_hidden_state|feature_maps|.*embeds|.*features", name) for name in answer_of(model, inputs)
+    )
 
 
 def has_attention(model: PreTrainedModel) -> bool:

@@ -87,7 +87,7 @@ def _fix_unused(trace: Trace, state: Mapping[str, Tensor]) -> None:
     They serve inputs that were not tried (segments, masks): a bias of the heads must not stay behind when they move.
     """
     for name, tensor in state.items():
-        if id(tensor) in trace.met:
+        if id(tensor) in trace.met or not tensor.is_floating_point():
             continue
         trace.fix(tensor, "no operation uses it")
         module = name.rpartition(".")[0]

@@ -1,0 +1,76 @@
+"""Every model type of transformers against its row in docs/model_types.md."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_llfc.adapters import known_model_types
+from tests import zoo_page
+from tests.zoo import zoo_result, zoo_types
+from tests.zoo_table import examine, reason_not_to_run
+
+PAGE = (Path(__file__).parents[2] / "docs" / "model_types.md").read_text()
+
+# Structurally different ones without an adapter; the others run with -m zoo.
+FAST = (
+    "bit",
+    "blip",
+    "fnet",
+    "funnel",
+    "groupvit",
+    "jetmoe",
+    "levit",
+    "mobilevit",
+    "moshi",
+    "opt",
+    "poolformer",
+    "xlnet",
+)
+
+
+def rows() -> dict[str, str]:
+    """Model type → its row, of both tables of the page."""
+    found = [
+        line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| |", "| model type"))
+    ]
+    return {line.split("|")[1].strip(): line for line in found if line.split("|")[1].strip() in zoo_types()}
+
+
+def test_the_page_has_every_model_type_once():
+    for model_type in zoo_types():
+        assert PAGE.count(f"\n| {model_type} |") == 1, model_type
+
+
+def test_the_page_knows_which_specs_are_written_by_hand():
+    for model_type, row in rows().items():
+        cells = [cell.strip() for cell in row.split("|")]
+        if cells[-2] == "✓":
+            expected = "hand-written" if model_type in known_model_types() else "derived"
+            assert cells[3] == expected, model_type
+
+
+def test_at_least_19_of_20_model_types_that_run_are_verified():
+    """The counts at the head of the page are those of its rows."""
+    built = [row for row in rows().values() if row.count("|") > 4]
+    verified = [row for row in built if row.rstrip(" |").endswith("✓")]
+    assert f"| run under 5 M parameters from a shrunken default config | {len(built)} |" in PAGE
+    assert f"| verified | {len(verified)} |" in PAGE
+    assert len(verified) >= 0.95 * len(built)
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(each, marks=() if each in FAST else pytest.mark.zoo) for each in zoo_types()]
+)
+def test_a_model_type_is_as_its_row_says(model_type: str):
+    result = zoo_result(model_type, dtype=torch.float64)
+    row = rows()[model_type]
+    if row.count("|") <= 4:
+        assert result.reason is not None or reason_not_to_run(result.model, result.inputs) is not None
+        return
+    assert result.model is not None and result.inputs is not None, result.reason
+    found = examine(model_type, result.model, result.inputs)
+    facts = found if isinstance(found, dict) else {"reason": found}
+    stage = "done" if isinstance(found, dict) else "check"
+    examined = {"type": model_type, "stage": stage, "class": type(result.model).__name__, "reason": None, **facts}
+    assert zoo_page.page_row(examined) == row
