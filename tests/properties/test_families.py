@@ -37,6 +37,12 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "dbrx": {"attn_config": {"kv_n_heads": 4, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 1, "num_experts_per_tok": 6},
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -52,6 +58,8 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "ministral": {"head_dim": 128},
     **{model_type: {"hidden_sizes": [96, 192, 384, 768]} for model_type in ("convnext", "convnextv2")},
     "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
+    # Sixteen groups, five convolutions of them: matching takes minutes.
+    "data2vec-audio": {"num_conv_pos_embedding_groups": 4, "num_conv_pos_embeddings": 3},
     "regnet": {"embedding_size": 512},
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -143,6 +151,14 @@ VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
     ("experts in groups", "nemotron_h", "NemotronHForCausalLM", {"n_group": 2, "topk_group": 1}),
     ("a width as given", "lfm2", "Lfm2ForCausalLM", {"block_auto_adjust_ff_dim": False, "conv_bias": True}),
     ("a dense layer between", "qwen3_next", "Qwen3NextForCausalLM", {"mlp_only_layers": [1]}),
+    (
+        "experts",
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    ),
+    ("values that are keys", "gemma4_text", "Gemma4ForCausalLM", {"attention_k_eq_v": True}),
+    ("no inputs to layers", "gemma4_text", "Gemma4ForCausalLM", {"hidden_size_per_layer_input": 0}),
     ("an output head of its own", "gemma", "GemmaForCausalLM", {"tie_word_embeddings": False}),
     ("several groups of layers", "albert", "AlbertForMaskedLM", {"num_hidden_groups": 2, "inner_group_num": 2}),
     ("attention to an encoder", "bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
