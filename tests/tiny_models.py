@@ -287,10 +287,15 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     def positive(tensor: torch.Tensor) -> None:
         tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
 
+    # A weight of three dimensions is that of a convolution over time, or else a stack of experts' matrices.
+    convolutions = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.modules.conv._ConvNd)
+    )
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
-            normal(parameter, 1 / math.sqrt(fan_in))
+            stacked = parameter.ndim == 3 and not name.startswith(convolutions)
+            fan_in = parameter.shape[-1] if stacked else parameter[0].numel()
+            normal(parameter, 1 / math.sqrt(max(1, fan_in)))
         elif name.endswith("bias"):
             normal(parameter, 0.3)
         else:

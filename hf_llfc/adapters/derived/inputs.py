@@ -474,7 +474,7 @@ def _waveform(request: _Request) -> Tensor:
 
 
 def _features(request: _Request) -> Tensor | None:
-    """Log-mel features, if the model takes audio: (b, c, t) for encoders with a table of positions after two convolutions, else (b, t, c)."""
+    """Log-mel features: (b, c, t) for encoders with a table of positions after two convolutions, else (b, t, c)."""
     names = ("num_mel_bins", "feature_size", "input_dim", "input_feat_size", "n_mels", "feat_in", "mel_bins")
     bins = request.audio.get("num_mel_bins") or request.size(*names, default=0)
     if not bins or vars(request.config).get("audio_config", request) is None:
@@ -692,6 +692,36 @@ _PLACED: dict[str, Builder | None] = {
     "image_position_ids": _places,
     "pixel_position_ids": _places,
 }
+
+
+def _first_token(request: _Request) -> Tensor:
+    mask = torch.zeros(request.batch, _LENGTH, dtype=torch.long)
+    mask[:, 0] = 1
+    return mask
+
+
+def _future(*names: str) -> Builder:
+    """Values or features of the time steps to be predicted, as many as the config says."""
+
+    def build(request: _Request) -> Tensor:
+        width = [request.size(*names)] if names else []
+        return request.normal(request.batch, request.size("prediction_length"), *width)
+
+    return build
+
+
+_FUTURE: dict[str, Builder | None] = {
+    "future_values": _future(),
+    "future_time_features": _future("num_time_features"),
+}
+_POINTS: dict[str, Builder | None] = {
+    "input_points": lambda request: request.integers(0, 32, request.batch, 1, 2, 2).to(request.model.dtype),
+    "input_labels": lambda request: torch.tensor([[[1, 0]]] * request.batch),
+}
+_PROTEIN: dict[str, Builder | None] = {
+    "protein_input_ids": lambda request: request.integers(3, 20, request.batch, 10),
+    "protein_attention_mask": lambda request: request.ones(request.batch, 10),
+}
 _NAVIT: dict[str, Builder | None] = {
     "pixel_values": _packed_strip,
     "target_sizes": lambda request: torch.tensor([[4, 4]] * request.batch),
@@ -833,6 +863,43 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "instructblip_qformer": {
         "query_embeds": _states("hidden_size"),
         "encoder_hidden_states": _states("encoder_hidden_size"),
+    },
+    "trocr": {"encoder_hidden_states": _states("cross_attention_hidden_size", "d_model")},
+    "canary_decoder": {"encoder_hidden_states": _states("cross_attention_hidden_size", "hidden_size", "d_model")},
+    "pp_formulanet_text": {"encoder_hidden_states": _states("d_model", "hidden_size")},
+    "instructblipvideo_qformer": {
+        "query_embeds": _states("hidden_size"),
+        "attention_mask": None,
+        "encoder_hidden_states": _states("encoder_hidden_size"),
+    },
+    "dia_decoder": {
+        "input_ids": lambda request: request.integers(0, 90, request.batch, _LENGTH, request.size("num_channels")),
+        "attention_mask": None,
+        "encoder_hidden_states": _states("cross_hidden_size"),
+    },
+    "autoformer": _FUTURE,
+    "informer": _FUTURE,
+    "time_series_transformer": _FUTURE,
+    "led": {"global_attention_mask": _first_token},
+    "longformer": {"global_attention_mask": _first_token},
+    "sam": _POINTS,
+    "sam_hq": _POINTS,
+    "visual_bert": {
+        "visual_embeds": _states("visual_embedding_dim", length=5),
+        "visual_attention_mask": lambda request: request.ones(request.batch, 5),
+        "visual_token_type_ids": lambda request: request.ones(request.batch, 5),
+    },
+    "roc_bert": {
+        "input_shape_ids": lambda request: _tokens(request, request.size("shape_vocab_size"), _LENGTH),
+        "input_pronunciation_ids": lambda request: _tokens(request, request.size("pronunciation_vocab_size"), _LENGTH),
+    },
+    "evolla": _PROTEIN,
+    "EvollaModel": _PROTEIN,
+    "prompt_depth_anything": {"prompt_depth": lambda request: request.normal(request.batch, 1, 8, 8)},
+    "diffusion_gemma": {
+        "self_conditioning_logits": lambda request: request.normal(
+            request.batch, _LENGTH - 3, request.text["vocab_size"]
+        )
     },
     "t5gemma2_decoder": {"encoder_hidden_states": _states("hidden_size")},
     "decision_transformer": {

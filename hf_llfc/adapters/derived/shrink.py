@@ -28,6 +28,7 @@ MAX_PARAMETERS = 5_000_000
 
 # The kind of a field is that of the first pattern that its whole name matches; a field of no kind keeps its value.
 _KINDS: tuple[tuple[str, str], ...] = (
+    ("index_top_k", r"index_topk|index_topk_blocks"),
     ("keep", r".*(dropout|drop_rate|_eps|_std|_range|_loss|_coef|_cost|_weight|_act|_ratio|_ratios|_rate|rates)"),
     ("keep", r"chunk_size_feed_forward|pretraining_tp|.*(stride|strides|dilation|dilations|padding|kernel_sizes?)"),
     (
@@ -101,6 +102,7 @@ _AT_MOST: dict[str, int] = {
     "filters": 8,
     "vocoder": 64,
     "n_window": 8,
+    "index_top_k": 4,
     "image_grid": 8,
     "frames": 4,
 }
@@ -150,8 +152,8 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granite_speech": {"window_size": 15},
     "granite_speech_plus": {"window_size": 15},
     "hiera": {"patch_size": (7, 7), "image_size": (64, 64)},
-    "mobilevit": {"image_size": 64},
-    "mobilevitv2": {"image_size": 64},
+    "mobilevit": {"image_size": 128},
+    "mobilevitv2": {"image_size": 128},
     "regnet": {"groups_width": 8},
     "seggpt": {
         "num_hidden_layers": 6,
@@ -170,7 +172,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "shape_size": 16,
         "input_size": 32,
     },
-    "levit": {"patch_size": 16, "image_size": 64},
+    "levit": {"patch_size": 16, "image_size": 128},
     "lilt": {"hidden_size": 96},
     "lw_detr_vit": {"num_windows": 4},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
@@ -337,15 +339,18 @@ class _Sizes:
         return self.tokens.setdefault(value, max(48, 95 - len(self.tokens)))
 
 
-def _rebuilt(config: PreTrainedConfig, sizes: _Sizes) -> PreTrainedConfig:
+def _rebuilt(config: PreTrainedConfig, sizes: _Sizes, least: int = 2) -> PreTrainedConfig:
     """The config anew with small sizes, so that its own checks and derived values hold."""
     values = {name: value for name, value in vars(config).items() if not name.startswith("_") or name == "_out_indices"}
     small = {name: copy.deepcopy(value) for name, value in values.items()}
+    # Each of the first layers of the text model takes features of one layer of the vision model.
+    vision = vars(values["vision_config"]) if _is_config(values.get("vision_config")) else {}
+    deepstack = max(2, len(vision.get("deepstack_visual_indexes") or ()))
     for name, value in values.items():
         if _is_config(value):
-            small[name] = _rebuilt(value, sizes)
+            small[name] = _rebuilt(value, sizes, deepstack if name == "text_config" else 2)
     heterogeneity = vars(config).get("_heterogeneity_spec")
-    small.update(_layers(values, heterogeneity.per_layer_overrides if heterogeneity else {}))
+    small.update(_layers(values, heterogeneity.per_layer_overrides if heterogeneity else {}, least))
     # Lists first: the widths of stages settle what single widths that equal one of them become.
     for name, value in sorted(values.items(), key=lambda item: not isinstance(item[1], list | tuple)):
         if name not in small or isinstance(value, bool) or name == "architectures":
@@ -478,7 +483,7 @@ def _small_list(kind: str | None, name: str, items: list[int], values: dict[str,
     return [_small(kind, name, item, values, sizes) for item in items]
 
 
-def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least: int) -> dict[str, Any]:
     """Fewer layers, at least one of each kind, and everything that is said layer by layer to match."""
     if any(_kind_of(name) == "depths" and isinstance(value, list | tuple) for name, value in values.items()):
         return {}  # the layers are the stages
@@ -507,7 +512,7 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]]) -> dic
         for name, value in values.items()
         if re.fullmatch(_TAPS, name) and isinstance(value, list | tuple) and all(type(item) is int for item in value)
     ]
-    least = max([min(2, depth), *(len(set(indices)) for indices in taps)])
+    least = max([min(least, depth), *(len(set(indices)) for indices in taps)])
     kept = sorted({*kept, *[index for index in range(depth) if index not in kept][: max(0, least - len(kept))]})
     for name in _DEPTH:
         if values.get(name) == depth and name in small:
