@@ -64,6 +64,7 @@ def part_of(
     axes: str = "",
     shared: Mapping[str, str] | None = None,
     heads: Mapping[str, str] | None = None,
+    whole: bool = False,
 ) -> Part:
     """The spec of a model inside another one.
 
@@ -73,6 +74,7 @@ def part_of(
         axes: Goes before the names of its axes (`vision_`).
         shared: Axes that it shares with the outer model, by their part before the dot → the name there.
         heads: Its task heads that the outer model has too → their names there.
+        whole: Whether all its names are kept, head prefix and heads included, behind `place`.
     """
     config = copy.copy(config)
     config.architectures = None  # what the inner model returns alone is not what the outer one returns
@@ -84,6 +86,8 @@ def part_of(
         return shared.get(base, axes + base) + dot + index
 
     def rename(name: str) -> str | None:
+        if whole:
+            return f"{place}.{name}"
         for inner, there in heads.items():
             if name == inner or name.startswith(f"{inner}."):
                 return there + name.removeprefix(inner)

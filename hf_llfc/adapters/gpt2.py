@@ -19,7 +19,7 @@ def gpt2(config: GPT2Config) -> PermutationSpec:
     heads = heads_of(config.n_head, head_dim=head_dim, free_channels=True)
     cross = heads_of(config.n_head, head_dim=head_dim, free_channels=True, prefix="cross_")
     cross_attention = [
-        *conv1d("crossattention.c_attn", f"{cross.keys} + {cross.values}", "encoder"),
+        *conv1d("crossattention.c_attn", f"{cross.keys} + {cross.values}", "context"),
         *conv1d("crossattention.q_attn", cross.queries, "residual"),
         *conv1d("crossattention.c_proj", "residual", cross.output),
         *layer_norm("ln_cross_attn"),
@@ -53,7 +53,7 @@ def gpt2(config: GPT2Config) -> PermutationSpec:
             "vocab": config.vocab_size,
             "positions": config.n_positions,
             "residual": config.n_embd,
-            "encoder": config.n_embd,
+            "context": config.n_embd,
             **heads.sizes,
             **cross.sizes,
             "neurons": config.n_inner or 4 * config.n_embd,

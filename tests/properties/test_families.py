@@ -31,6 +31,8 @@ from hf_llfc.symmetry import Alignment, PermutationSpec
 from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
 from tests.tiny_models import randomise
 
+DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
+
 # What transformers' default config lacks, or what its defaults leave untested.
 DEFAULTS: dict[str, dict[str, object]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -58,6 +60,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "ministral": {"head_dim": 128},
     **{model_type: {"hidden_sizes": [96, 192, 384, 768]} for model_type in ("convnext", "convnextv2")},
     "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
+    "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": DECODER},
+    "speech-encoder-decoder": {"encoder": {"model_type": "wav2vec2", "hidden_size": 512}, "decoder": DECODER},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": DECODER},
     # Sixteen groups, five convolutions of them: matching takes minutes.
     "data2vec-audio": {"num_conv_pos_embedding_groups": 4, "num_conv_pos_embeddings": 3},
     "regnet": {"embedding_size": 512},
