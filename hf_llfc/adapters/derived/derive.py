@@ -281,6 +281,19 @@ def _templates(
     return found
 
 
+def named_terms(tensors: Mapping[str, Sequence[Term]]) -> dict[Term, str]:
+    """Names for the leaves of some tensors that may move, with no axis that depends on another."""
+    return _names(tensors, {}, set())
+
+
+def write_expressions(
+    tensors: Mapping[str, Sequence[Term]], names: Mapping[Term, str]
+) -> tuple[dict[str, tuple[Expression, ...]], dict[str, Axis]]:
+    """The axis expressions of some tensors, and the axes."""
+    writer = _Writer(names, {})
+    return {name: writer.shape(dims) for name, dims in tensors.items()}, writer.axes()
+
+
 class _Writer:
     """Writes terms as axis expressions."""
 
