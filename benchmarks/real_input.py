@@ -242,6 +242,47 @@ def mlp_pair(names: list[str], method: str, start: str | None, parents: Path, ou
     return [ends, accuracy[0.5], test.barrier.error, test.barrier.loss, train.barrier.loss, seconds]
 
 
+def vit_pairs(parents: Path, out: Path) -> str:
+    """Five pairs of ViTs with no common ancestor, with whole heads matched and with the channels inside them too."""
+    pairs = ["independent-a independent-b", "spawned-a independent-a", "spawned-b independent-b"]
+    pairs += ["independent-b spawned-a", "independent-a spawned-b"]
+    inside = ("head_dim", "value_dim")
+    rows: Rows = []
+    for label, method, start, exclude in (
+        ("none", "none", "identity", ()),
+        ("weight matching, whole heads", "weight_matching", "identity", inside),
+        ("weight matching", "weight_matching", "identity", ()),
+        ("activation matching, whole heads", "activation_matching", "identity", inside),
+        ("activation matching", "activation_matching", "identity", ()),
+        ("weight matching, started from activations, whole heads", "weight_matching", "activation_matching", inside),
+        ("weight matching, started from activations", "weight_matching", "activation_matching", ()),
+    ):
+        measured = np.array([vit_pair(pair.split(), method, start, exclude, parents) for pair in pairs])
+        means, errors = measured.mean(0), measured.std(0, ddof=1) / len(measured) ** 0.5
+        names = ("midpoint, accuracy", "midpoint, loss", "logits: LLFC", "coefficient")
+        cells = (f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True))
+        rows.append({"alignment": label, **dict(zip(names, cells, strict=True))})
+    return f"{markdown(rows)}\n\nMean and standard error over the pairs; parents reach .82 to .83."
+
+
+def vit_pair(names: list[str], method: str, start: str, exclude: tuple[str, ...], parents: Path) -> list[float]:
+    """Accuracy, loss, LLFC and coefficient at the midpoint of two ViTs."""
+    from hf_llfc.evaluation import EvaluationConfig
+
+    first, second = (parents / "fashion" / f"vit-{name}" for name in names)
+    test, train = (str(parents / "fashion" / "data" / f"{part}.parquet") for part in ("test", "train"))
+    alignment = None
+    if method != "none":
+        calibration = EvaluationConfig("image-classification", train, samples=1000, batch_size=250, labels=False)
+        alignment = hf_llfc.align(
+            second, to=first, method=method, start=start, exclude=exclude, calibration=calibration
+        )
+    data = EvaluationConfig("image-classification", test, samples=2000, batch_size=250)
+    report = hf_llfc.diagnose(first, second, data, align=alignment or "none", alphas=[0.0, 0.5, 1.0])
+    middle, point = report.at(0.5)[-1], next(point for point in report.path if point.alpha == 0.5)
+    return [point.metrics["accuracy"], point.loss, middle.llfc.mean, middle.coefficient.mean]
+
+
 def two_processes(parents: Path, out: Path) -> str:
     """One recipe alone and over two processes: align, merge and diagnose must agree."""
     working = link_to(parents, out) if parents.name != "parents" else parents.parent
@@ -344,6 +385,7 @@ SECTIONS: dict[str, Callable[[Path, Path], str]] = {
     ),
     "fashion_vit_spawned": recipe_section("fashion_vit_spawned", "none", "weight_matching"),
     "fashion_vit_independent": recipe_section("fashion_vit_independent", *ALL, data="fashion/data/train.parquet"),
+    "vit_pairs": vit_pairs,
 }
 
 if __name__ == "__main__":
