@@ -108,7 +108,7 @@ def latent_attention(config: PreTrainedConfig, index: int) -> Part:
 def indexed_attention(config: PreTrainedConfig, index: int) -> Part:
     """The same over the tokens that an indexer picks, by scores of heads of its own against one key."""
     block = latent_attention(config, index)
-    if config.to_dict().get("indexer_types", ["full"] * (index + 1))[index] == "shared":
+    if dict(enumerate(config.to_dict().get("indexer_types") or ())).get(index) == "shared":
         return block
     channels = "rotary + index_dim.{i}"
     lines = [
@@ -241,6 +241,7 @@ class Layout:
         experts: The routed layers.
         more: Further declarations of a layer, given its heads.
         neurons: The config's name for the width of the MLP.
+        predicts_further: Whether checkpoints may hold layers that predict further tokens, which transformers skips.
     """
 
     norms: tuple[str, ...] = PRE_NORMS
@@ -258,6 +259,7 @@ class Layout:
     experts: Experts | None = None
     more: Callable[[Heads], Sequence[str]] = lambda heads: ()
     neurons: str = "intermediate_size"
+    predicts_further: bool = False
 
 
 def sinks(name: str) -> Callable[[Heads], list[str]]:
@@ -271,6 +273,17 @@ def full_attention_layers(values: dict[str, Any], index: int) -> bool:
 
 
 QK_NORMS = ("q_norm", "k_norm")
+
+# What a layer that predicts a further token has beside a layer's own tensors: it reads the embedding of the next token
+# and the residual stream, each normed.
+FURTHER = (
+    *norm("enorm"),
+    *norm("hnorm"),
+    *linear("eh_proj", "residual", "residual + residual"),
+    *embedding("embed_tokens"),
+    *norm("shared_head.norm"),
+    *linear("shared_head.head", "vocab", "residual"),
+)
 
 CORRECTION = ("mlp.gate.e_score_correction_bias  experts.{i}",)
 SHARED_EXPERTS = shared_experts("mlp.shared_experts")
@@ -361,8 +374,10 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "deepseek_v2": Layout(attention=latent_attention, experts=DEEPSEEK_EXPERTS),
-    "deepseek_v3": Layout(attention=latent_attention, experts=DEEPSEEK_EXPERTS),
-    "deepseek_v32": Layout(attention=indexed_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "deepseek_v3": Layout(predicts_further=True, attention=latent_attention, experts=DEEPSEEK_EXPERTS),
+    "deepseek_v32": Layout(
+        predicts_further=True, attention=indexed_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)
+    ),
     "diffllama": Layout(attention=differential_attention),
     "dots1": Layout(qk_norms=QK_NORMS, experts=DEEPSEEK_EXPERTS),
     "ernie4_5_moe": Layout(
@@ -396,12 +411,16 @@ LAYOUTS: dict[str, Layout] = {
     "gemma3_text": Layout(norms=BOTH_NORMS, qk_norms=QK_NORMS),
     "glm": Layout(mlp=GATED_FUSED),
     "glm4": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
-    "glm4_moe": Layout(qk_norms=QK_NORMS, qk_flag="use_qk_norm", experts=DEEPSEEK_EXPERTS),
-    "glm4_moe_lite": Layout(attention=latent_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "glm4_moe": Layout(predicts_further=True, qk_norms=QK_NORMS, qk_flag="use_qk_norm", experts=DEEPSEEK_EXPERTS),
+    "glm4_moe_lite": Layout(
+        predicts_further=True, attention=latent_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)
+    ),
     "glm4v_moe_text": Layout(experts=replace(DEEPSEEK_EXPERTS, lines=(*FUSED_ROUTED, *CORRECTION, *SHARED_EXPERTS))),
     "glm4v_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
     "glm_image_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
-    "glm_moe_dsa": Layout(attention=indexed_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)),
+    "glm_moe_dsa": Layout(
+        predicts_further=True, attention=indexed_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)
+    ),
     "glm_ocr_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
     "gpt_oss": Layout(
         more=sinks("sinks"),
@@ -571,16 +590,19 @@ def llama(config: PreTrainedConfig) -> PermutationSpec:
     }
     stack: list[str] = []
     symmetric = ["residual", "neurons", "shared"]
-    for index in range(config.num_hidden_layers):
+    count = config.num_hidden_layers
+    further = (values.get("num_nextn_predict_layers") or 0) if layout.predicts_further else 0
+    for index in range(count + further):
         block, heads = _attention(config, layout, values, index)
-        routed = layout.experts if layout.experts is not None and layout.experts.layers(values, index) else None
+        is_routed = layout.experts is not None and (index >= count or layout.experts.layers(values, index))
+        routed = layout.experts if is_routed else None
         widths = _widths(config, layout, index, routed)
         feed_forward = routed.lines if routed else layout.mlp
         if not widths.get("shared"):
             feed_forward = tuple(line for line in feed_forward if "shared.{i}" not in line)
         sizes |= {**block.sizes, **widths}
         symmetric += [axis for axis in block.symmetric if axis not in symmetric]
-        stack += layer(
+        lines = layer(
             "layers",
             index,
             [line for name in layout.norms for line in _norm(name)],
@@ -588,6 +610,7 @@ def llama(config: PreTrainedConfig) -> PermutationSpec:
             layout.more(heads) if heads is not None else [],
             feed_forward,
         )
+        stack += lines if index < count else optional([*lines, *layer("layers", index, FURTHER)])
     # Where experts are chosen group by group, they could only move inside their group.
     if (values.get("n_group") or 1) == 1:
         symmetric.append("experts")
@@ -604,6 +627,12 @@ def llama(config: PreTrainedConfig) -> PermutationSpec:
         prefix="model.",
         other_prefixes=("transformer.",),  # LlamaForQuestionAnswering and its kin
     )
+
+
+def optional(lines: Sequence[str]) -> list[str]:
+    """Declarations that a checkpoint may lack."""
+    split = [line.partition("  ") for line in lines]
+    return [f"{name.rstrip('?')}?{gap}{shape}" for name, gap, shape in split]
 
 
 def _norm(name: str) -> list[str]:

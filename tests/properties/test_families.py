@@ -163,7 +163,7 @@ VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
         {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     ),
     ("values that are keys", "gemma4_text", "Gemma4ForCausalLM", {"attention_k_eq_v": True}),
-    ("no inputs to layers", "gemma4_text", "Gemma4ForCausalLM", {"hidden_size_per_layer_input": 0}),
+    ("no inputs to layers", "gemma4_text", "Gemma4TextModel", {"hidden_size_per_layer_input": 0}),
     ("an output head of its own", "gemma", "GemmaForCausalLM", {"tie_word_embeddings": False}),
     ("several groups of layers", "albert", "AlbertForMaskedLM", {"num_hidden_groups": 2, "inner_group_num": 2}),
     ("attention to an encoder", "bert", "BertLMHeadModel", {"is_decoder": True, "add_cross_attention": True}),
