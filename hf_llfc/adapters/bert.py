@@ -127,6 +127,7 @@ class Layout:
         norms: The norms of a layer, that of its attention and that of its MLP.
         last_norm: The norm after the last layer.
         pooled: What the pooler gives out; `residual` where checkpoints with a pooler also classify tokens.
+        crosses: Whether it always has attention to an encoder; others have where their config says so.
         windowed: Whether attention is Longformer's.
         projection: What leads from the width of the embedding to that of the residual stream, where they differ.
     """
@@ -138,6 +139,7 @@ class Layout:
     norms: tuple[str, str] = ("attention.output.LayerNorm", "output.LayerNorm")
     last_norm: str | None = None
     pooled: str = "pooled"
+    crosses: bool = False
     windowed: bool = False
     projection: str | None = None
 
@@ -148,6 +150,7 @@ LAYOUTS: dict[str, Layout] = {
     "bert": Layout("bert", bert_heads),
     "big_bird": Layout("bert", big_bird_heads, pooled="residual"),
     "bert-generation": Layout("bert", generation_head, tables=POSITIONS),
+    "blip_text_model": Layout("bert", bert_heads, tables=POSITIONS, crosses=True),
     "camembert": ROBERTA,
     "chinese_clip_text_model": Layout("bert", bert_heads),
     "data2vec-text": Layout("data2vec_text", roberta_heads),
@@ -216,7 +219,9 @@ def bert(config: BertConfig) -> PermutationSpec:
                 "encoder.layer",
                 config.num_hidden_layers,
                 attend("attention", own),
-                attend("crossattention", cross, "context") if options.get("add_cross_attention") else [],
+                attend("crossattention", cross, "context")
+                if layout.crosses or options.get("add_cross_attention")
+                else [],
                 mlp("intermediate.dense", "output.dense", bias=True),
                 layer_norm(layout.norms[1]),
             ),

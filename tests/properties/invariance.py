@@ -13,7 +13,15 @@ from tests.tiny_models import FullDouble
 RELATIVE_CHANGE = 1e-9
 
 # Hidden states that a model with a head passes along beside its predictions.
-BESIDE_PREDICTIONS = {"encoder_last_hidden_state", "last_hidden_state", "image_hidden_states", "hidden_states"}
+BESIDE_PREDICTIONS = {
+    "encoder_last_hidden_state",
+    "hidden_states",
+    "image_embeds",
+    "image_hidden_states",
+    "last_hidden_state",
+    "question_embeds",
+}
+PREDICTIONS = {"logits", "loss", "itm_score"}
 
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,7 +30,7 @@ def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, T
         answer = model(**inputs)
     found = {}
     for name, value in answer.items():
-        if name in BESIDE_PREDICTIONS and "logits" in answer:
+        if name in BESIDE_PREDICTIONS and PREDICTIONS & answer.keys():
             continue
         for place, each in enumerate(value if isinstance(value, tuple) else [value]):
             if isinstance(each, Tensor):
