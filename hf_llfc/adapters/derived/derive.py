@@ -240,7 +240,22 @@ def spec_of(traced_model: TracedModel) -> PermutationSpec:
         prefix,
         other_layouts=partial(_given, tuple(layouts)) if layouts else None,
         origin="derived",
-        notes=(f"left as they are, since no operation uses them: {', '.join(unused)}",) if unused else (),
+        notes=(f"left as they are, since no operation uses them: {folded(unused)}",) if unused else (),
+    )
+
+
+def generalised(text: str) -> str:
+    """A name with every number in it left open."""
+    return re.sub(r"\d+", "*", text)
+
+
+def folded(names: Iterable[str]) -> str:
+    """Names as a list, those that differ in numbers only as one with how many they are."""
+    counted: dict[str, list[str]] = {}
+    for name in names:
+        counted.setdefault(generalised(name), []).append(name)
+    return ", ".join(
+        several[0] if len(several) == 1 else f"{pattern} ({len(several)})" for pattern, several in counted.items()
     )
 
 

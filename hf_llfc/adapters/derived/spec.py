@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_llfc.adapters.derived.classes import model_class_for
-from hf_llfc.adapters.derived.derive import derive
+from hf_llfc.adapters.derived.derive import derive, folded, generalised
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from hf_llfc.adapters.derived.verify import Verification, randomise, verify
@@ -77,7 +76,7 @@ def _derived(key: _Key) -> PermutationSpec:
                 f"model type {config.model_type!r}: its symmetries cannot be derived ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''})"
             ) from error
-    failed = _with_indices(spec.symmetric_axes, {_generalised(axis) for axis in verification.failed})
+    failed = _with_indices(spec.symmetric_axes, {generalised(axis) for axis in verification.failed})
     shown = set(_places(small, small.symmetric_axes))
     unseen = sorted(
         {axis for axis in spec.symmetric_axes if axis not in failed and not shown.issuperset(_places(spec, (axis,)))}
@@ -88,9 +87,9 @@ def _derived(key: _Key) -> PermutationSpec:
         f"relative change {verification.change:.1e}",
     ]
     if failed:
-        notes.append(f"fixed because they failed: {', '.join(failed)}")
+        notes.append(f"fixed because they failed: {folded(failed)}")
     if unseen:
-        notes.append(f"fixed because the copy does not show their tensors: {', '.join(unseen)}")
+        notes.append(f"fixed because the copy does not show their tensors: {folded(unseen)}")
     return replace(spec.fix(*failed, *unseen) if failed or unseen else spec, notes=tuple(notes))
 
 
@@ -130,13 +129,8 @@ def copy_with_random_weights(
     return model.double().eval()
 
 
-def _generalised(text: str) -> str:
-    """A name with every number in it left open."""
-    return re.sub(r"\d+", "*", text)
-
-
 def _with_indices(axes: Iterable[str], patterns: set[str]) -> list[str]:
-    return [axis for axis in axes if _generalised(axis) in patterns]
+    return [axis for axis in axes if generalised(axis) in patterns]
 
 
 def _places(spec: PermutationSpec, axes: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -145,4 +139,4 @@ def _places(spec: PermutationSpec, axes: Iterable[str]) -> Iterator[tuple[str, s
     for tensor in spec.declarations:
         for use in tensor.axes:
             if use.axis in wanted:
-                yield _generalised(tensor.name), _generalised(use.axis)
+                yield generalised(tensor.name), generalised(use.axis)
