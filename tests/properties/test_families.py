@@ -349,8 +349,9 @@ def test_names_in_memory_and_names_on_disk_move_alike(row: Row, tmp_path: Path):
     loaded = type(row.model).from_pretrained(tmp_path, dtype=torch.float64).state_dict()
     for computed in row.model._keys_to_ignore_on_save or ():
         del loaded[computed], in_memory[computed]
-    if row.model_type == "chinese_clip":  # whose loading clears the padding token
-        in_memory["text_model.embeddings.word_embeddings.weight"][0] = 0
+    if row.model_type.startswith("chinese_clip"):  # whose loading clears the padding token
+        for name in (name for name in in_memory if name.endswith("word_embeddings.weight")):
+            in_memory[name][0] = 0
     assert_equal(loaded, in_memory)
 
 
