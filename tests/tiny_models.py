@@ -292,6 +292,8 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.modules.conv._ConvNd)
     )
     for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            continue
         if parameter.ndim > 1:
             stacked = parameter.ndim == 3 and not name.startswith(convolutions)
             fan_in = parameter.shape[-1] if stacked else parameter[0].numel()

@@ -95,6 +95,7 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "ovis2": {"hidden_size": 4096},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 151652},
     "qwen2_vl": {"vision_config": {"hidden_size": 8192}},
     "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 768}}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 768},

@@ -443,7 +443,7 @@ def _video(request: _Request) -> Tensor | None:
 
 def _grid(request: _Request) -> Tensor | None:
     """Patches in time, down and across of one image a row: (b, 3)."""
-    merge = request.size("spatial_merge_size", "merge_size", default=1)
+    merge = request.size("spatial_merge_size", "merge_size", "merge_kernel_size", default=1)
     if not isinstance(merge, int):
         merge = merge[-1]
     if "image_grid_thw" in request.arguments and "grid_thw" in request.arguments:
@@ -489,7 +489,8 @@ def _features_mask(request: _Request) -> Tensor | None:
     features = request.made.get("input_features")
     if features is None:
         return None
-    return request.ones(request.batch, features.shape[-1 if request.audio.get("max_source_positions") else 1])
+    frames = features.shape[-1 if request.audio.get("max_source_positions") else 1]
+    return torch.ones(request.batch, frames, dtype=torch.bool)
 
 
 # Time series
@@ -691,6 +692,7 @@ _PLACED: dict[str, Builder | None] = {
     "pixel_values": _placed_patches,
     "image_position_ids": _places,
     "pixel_position_ids": _places,
+    "pixel_values_videos": None,
 }
 
 
@@ -721,6 +723,29 @@ _POINTS: dict[str, Builder | None] = {
 _PROTEIN: dict[str, Builder | None] = {
     "protein_input_ids": lambda request: request.integers(3, 20, request.batch, 10),
     "protein_attention_mask": lambda request: request.ones(request.batch, 10),
+}
+
+
+def _latents(request: _Request) -> Tensor:
+    """Where the features of the image stand in the text: (b, t)."""
+    mask = torch.zeros(request.batch, _LENGTH, dtype=torch.long)
+    mask[:, 1 : 1 + request.size("latent_query_num")] = 1
+    return mask
+
+
+_TOKEN_GRID: dict[str, Builder | None] = {
+    "image_grid_thw": lambda request: torch.tensor([[1, *_GRID]] * request.batch),
+    "pixel_values": lambda request: request.normal(
+        request.batch * _GRID[0] * _GRID[1], *[request.size("spatial_merge_size") * request.size("patch_size")] * 2, 3
+    ),
+}
+_FOUR_STACKED: dict[str, Builder | None] = {
+    "input_features": lambda request: request.normal(request.batch, 32, 4 * request.size("num_mel_bins"))
+}
+_CONCATENATED: dict[str, Builder | None] = {
+    "feature_lens": lambda request: torch.full((request.batch,), 32),
+    "aftercnn_lens": lambda request: torch.full((request.batch,), 16),
+    "input_features": lambda request: request.normal(request.size("num_mel_bins"), 32 * request.batch),
 }
 _NAVIT: dict[str, Builder | None] = {
     "pixel_values": _packed_strip,
@@ -793,6 +818,35 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "canine": {"input_ids": lambda request: request.integers(10, 1000, request.batch, 40)},
     "kimi_k25_vision": {"pixel_values": _patches_of(square=True)},
     "clvp": {"input_features": lambda request: request.normal(request.batch, request.size("feature_size"), 64)},
+    "flava": {"codebook_pixel_values": lambda request: request.normal(request.batch, 3, 64, 64)},
+    "fuyu": {"pixel_values": _packed_patches},
+    "granite_speech5_encoder": _FOUR_STACKED,
+    "granite_speech5_ctc": _FOUR_STACKED,
+    "idefics": {
+        "pixel_values": _images(1),
+        "image_attention_mask": lambda request: request.ones(request.batch, _LENGTH, 1),
+    },
+    "inkling2": _TOKEN_GRID,
+    "inkling2_vision": _TOKEN_GRID,
+    "kosmos-2": {"image_embeds_position_mask": _latents},
+    "kosmos-2.5": {**_POSITIONED, "image_embeds_position_mask": _latents},
+    "molmo2_vision": {"pixel_values": lambda request: request.normal(request.batch, 64, 48)},
+    "nemotron_h_omni": {
+        "image_grid_hw": _spatial_shapes,
+        "pixel_values": lambda request: request.normal(
+            4 * _GRID[0] * _GRID[1] * request.batch, 3 * request.size("patch_size") ** 2
+        ),
+    },
+    "neomme": {"pixel_values": _packed_patches},
+    "pp_ocrv5_mobile_rec": {"pixel_values": lambda request: request.normal(request.batch, 3, 48, 320)},
+    "dia": {
+        "input_ids": lambda request: request.integers(1, 90, request.batch, _LENGTH),
+        "decoder_input_ids": lambda request: request.integers(
+            0, 90, request.batch, _LENGTH, request.size("num_channels")
+        ),
+    },
+    "qwen2_5_omni_audio_encoder": _CONCATENATED,
+    "qwen3_omni_moe_audio_encoder": _CONCATENATED,
     "gemma4": {**_SUBSAMPLED, **_PLACED},
     "gemma4_audio": _SUBSAMPLED,
     "gemma4_vision": _PLACED,
@@ -819,8 +873,6 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "vibevoice_acoustic_tokenizer_decoder": {
         "hidden_states": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
     },
-    "vibevoice": _MONO,
-    "vibevoice_asr": _MONO,
     "inkling_audio": {
         "audio_input_ids": lambda request: request.integers(
             0, request.size("mel_vocab_size"), request.batch, _LENGTH, request.size("n_mel_bins")

@@ -75,7 +75,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("queries", r"num_queries|num_query_tokens|num_latents|.*num_proposals|num_denoising|.*n_latents|.*query_num"),
     (
         "width",
-        r".*(hidden_size|hidden_sizes|d_model|n_embd|_dim|_dims|channels|_width|_size|_sizes|features|_dimension)|dim|upsample_groups|d_latents",
+        r".*(hidden_size|hidden_sizes|d_model|n_embd|_dim|_dims|channels|_width|_size|_sizes|features|_dimension)|hidden_size_global|dim|upsample_groups|d_latents",
     ),
     ("width", r".*(dim_per_stage|channel_list)"),
 )
@@ -129,6 +129,7 @@ _TAPS = (
 # Sections of rotary embeddings that a modelling file has as its own default, for heads of the config's default size.
 _SECTIONS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text"), (16, 24, 24)),
+    "ernie4_5_vl_moe_text": (22, 22, 20),
     **dict.fromkeys(("glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"), (8, 12, 12)),
 }
 
@@ -140,6 +141,7 @@ _MULTIPLES: dict[str, dict[str, tuple[str, int]]] = {
         "intermediate_size": ("hidden_size", 4),
         "vision_output_dim": ("projector_output_dim", 1),
     },
+    "mllama_vision_model": {"vision_output_dim": ("hidden_size", 6)},
     "voxtral_encoder": {"intermediate_size": ("hidden_size", 4)},
 }
 
@@ -148,7 +150,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 320},
     "align_vision_model": {"width_coefficient": 0.25, "hidden_dim": 320},
     "bit": {"num_groups": 4},
-    "depth_pro": {"patch_size": 32},
+    "depth_pro": {"patch_size": 32, "intermediate_hook_ids": (1, 0)},
     "granite_speech": {"window_size": 15},
     "granite_speech_plus": {"window_size": 15},
     "hiera": {"patch_size": (7, 7), "image_size": (64, 64)},
@@ -161,6 +163,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
         "merge_index": 1,
         "image_size": (64, 32),
     },
+    "sam2_prompt_encoder": {"patch_size": 16, "image_size": 64},
     "sam2_vision_model": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
     "vitpose_backbone": {"patch_size": [8, 8], "image_size": [64, 64]},
     "efficientnet": {"width_coefficient": 0.25, "hidden_dim": 320},
