@@ -126,11 +126,17 @@ def _declare(
             "lm_predictions.lm_head.decoder",
             "lm_predictions.lm_head.bias",
         ),
+        # The discriminator that DeBERTa-v3 was trained with; transformers has no class for it.
+        *linear("mask_predictions.dense", "discriminator", "residual", optional=True),
+        *optional_norm("mask_predictions.LayerNorm", "discriminator"),
+        *head("mask_predictions.classifier", into="discriminator"),
         *classifier("pooler.dense"),
         *head("qa_outputs"),
     ]
     symmetric = tuple(
-        name for name in ("embedding", "residual", "pooled", "neurons", *heads.symmetric) if name not in fixed
+        name
+        for name in ("embedding", "residual", "pooled", "discriminator", "neurons", *heads.symmetric)
+        if name not in fixed
     )
     return declare(
         config,
@@ -144,6 +150,7 @@ def _declare(
             "embedding": width,
             "residual": config.hidden_size,
             "pooled": config.hidden_size,
+            "discriminator": config.hidden_size,
             **heads.sizes,
             "neurons": config.intermediate_size,
             "labels": None,

@@ -63,6 +63,9 @@ def swin(config: SwinConfig | Swinv2Config) -> PermutationSpec:
             layer_norm("layernorm_before", channels),
             attention(*parts, heads, residual=channels, output_bias=True),
             positions,
+            # Buffers of older checkpoints.
+            [f"{name}.relative_position_index?~  window.{stage} window.{stage}"],
+            [f"{name}.relative_coords_table?~  1 offsets.{stage} offsets.{stage} 2"] if second else [],
             layer_norm("layernorm_after", channels),
             renamed(mlp("intermediate.dense", "output.dense", bias=True), residual=channels),
         )
@@ -87,7 +90,7 @@ def swin(config: SwinConfig | Swinv2Config) -> PermutationSpec:
         ),
         sizes={
             **sizes,
-            **dict.fromkeys(("positions", "distances", "patch", "pixels", "labels"), None),
+            **dict.fromkeys(("positions", "distances", "window", "offsets", "patch", "pixels", "labels"), None),
             "colours": config.num_channels,
             "bias_neurons": BIAS_NEURONS,
         },

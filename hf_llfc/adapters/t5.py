@@ -95,6 +95,8 @@ def t5(config: Any) -> PermutationSpec:
             ),
         ),
         "transformer.decoder.final_layer_norm.weight?  residual",
+        # The first checkpoints hold a table that nothing reads.
+        "transformer.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight?~  distances cross_heads.0",
         *head("lm_head", out="vocab"),
         *head("qa_outputs"),
         *linear("classification_head.dense", "classifier", "residual", optional=True),

@@ -51,6 +51,12 @@ def _dinov3_mlp(config: Any) -> tuple[list[str], int]:
     return gated if config.use_gated_mlp else plain, config.intermediate_size
 
 
+def _position_bias(order: str) -> list[str]:
+    """BEiT's table of biases, one column a head, and what older checkpoints hold to look it up."""
+    index = "attention.attention.relative_position_bias.relative_position_index"
+    return [f"attention.attention.{TABLE}?  distances {order}", f"{index}?~  window window"]
+
+
 def _classifier(config: Any) -> list[str]:
     return head("classifier")
 
@@ -129,6 +135,7 @@ def _decoder_heads(config: Any) -> Heads:
     return heads_of(heads, head_dim=config.decoder_hidden_size // heads, free_channels=True, prefix="decoder_")
 
 
+TABLE = "relative_position_bias.relative_position_bias_table"
 ATTENTION = (
     "attention.attention.query",
     "attention.attention.key",
@@ -218,7 +225,6 @@ def vit(config: Any) -> PermutationSpec:
     if options.get("use_shared_relative_position_bias"):
         heads = one_for_all_layers(heads)
     order = "heads.all" if options.get("use_shared_relative_position_bias") else "heads.{i}"
-    table = "relative_position_bias.relative_position_bias_table"
     feed_forward, neurons = layout.feed_forward(config)
     optional = layout.last_norm.endswith("?")
     last_norm = (
@@ -236,13 +242,13 @@ def vit(config: Any) -> PermutationSpec:
                 f"{layout.patches}.weight  residual channels patch_height patch_width",
                 f"{layout.patches}.bias  residual",
             ],
-            [f"encoder.{table}?  distances heads.all"] if order == "heads.all" else [],
+            [f"encoder.{TABLE}?  distances heads.all"] if order == "heads.all" else [],
             layers(
                 layout.layers,
                 config.num_hidden_layers,
                 layer_norm(layout.norms[0]),
                 attention(*layout.attention, heads),
-                [f"attention.attention.{table}?  distances {order}"] if "use_relative_position_bias" in options else [],
+                _position_bias(order) if "use_relative_position_bias" in options else [],
                 layer_norm(layout.norms[1]),
                 feed_forward,
                 [f"{scale}  residual" for scale in layout.scales],
@@ -257,6 +263,7 @@ def vit(config: Any) -> PermutationSpec:
         "patch_width",
         "positions",
         "distances",
+        "window",
         "registers",
         "detections",
         "depth",

@@ -135,3 +135,60 @@ def test_an_encoder_saved_without_its_pooler(tmp_path):
     model = transformers.BertModel(tiny_config("bert"), add_pooling_layer=False)
     randomise(model, torch.Generator().manual_seed(0))
     check(model.double().eval(), tmp_path)
+
+
+# What checkpoints on the Hub hold beside, or under other names: model, config changes, old name → new name or shape.
+OLD_TENSORS = {
+    "wav2vec 2.0, weight normalisation": (
+        "Wav2Vec2Model",
+        {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 40},
+        {
+            "encoder.pos_conv_embed.conv.weight_g": "encoder.pos_conv_embed.conv.parametrizations.weight.original0",
+            "encoder.pos_conv_embed.conv.weight_v": "encoder.pos_conv_embed.conv.parametrizations.weight.original1",
+        },
+    ),
+    "T5, a table that nothing reads": (
+        "T5Model",
+        {"d_model": 24, "num_layers": 1, "num_heads": 3, "d_kv": 8, "d_ff": 40, "vocab_size": 61},
+        {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": (32, 3)},
+    ),
+    "DeBERTa-v3, its discriminator": (
+        "DebertaV2ForMaskedLM",
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 3,
+            "intermediate_size": 40,
+            "vocab_size": 61,
+        },
+        {"mask_predictions.dense.weight": (24, 24), "mask_predictions.classifier.weight": (1, 24)},
+    ),
+    "CLIP, positions": (
+        "CLIPModel",
+        {},
+        {"text_model.embeddings.position_ids": (1, 77), "vision_model.embeddings.position_ids": (1, 50)},
+    ),
+    "Swin, positions": (
+        "SwinModel",
+        {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 3]},
+        {"swin.encoder.layers.0.blocks.0.attention.self.relative_position_index": (49, 49)},
+    ),
+    "BEiT, positions": (
+        "BeitModel",
+        {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "use_relative_position_bias": True},
+        {"encoder.layer.0.attention.attention.relative_position_bias.relative_position_index": (197, 197)},
+    ),
+}
+
+
+@pytest.mark.parametrize("old", OLD_TENSORS)
+def test_old_checkpoints_bind(old: str):
+    name, changes, tensors = OLD_TENSORS[old]
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**changes)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in model_class(config).state_dict().items()}
+    renamed = {key: shapes.pop(value) for key, value in tensors.items() if isinstance(value, str)}
+    added = {key: torch.Size(value) for key, value in tensors.items() if isinstance(value, tuple)}
+    binding = PermutationSpec.from_config(config).bind({**shapes, **renamed, **added})
+    assert tensors.keys() <= binding.tensors.keys()
