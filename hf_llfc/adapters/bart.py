@@ -55,6 +55,14 @@ def _gated_convolutions(config: Any) -> list[str]:
     return lines
 
 
+def _audio_classifier() -> list[str]:
+    return [
+        "layer_weights?  all_layers",
+        *linear("projector", "projection", "encoder_residual", optional=True),
+        *head("classifier", into="projection"),
+    ]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What sets a family apart.
@@ -116,7 +124,7 @@ def bart(config: Any) -> PermutationSpec:
             *(layer_norm("layer_norm", residual) if layout.last_norm else []),
         ]
 
-    longformer = config.model_type == "led"
+    longformer, whisper = config.model_type == "led", config.model_type == "whisper"
     encoder_attention = (
         [
             *windowed_attention(
@@ -157,9 +165,7 @@ def bart(config: Any) -> PermutationSpec:
         *linear("classification_head.dense", "classifier", "decoder_residual", optional=True),
         *head("classification_head.out_proj", into="classifier"),
         *head("qa_outputs", "decoder_residual"),
-        *linear("projector", "projection", "encoder_residual", optional=True),
-        *head("classifier", into="projection"),
-        "layer_weights?  all_layers",
+        *(_audio_classifier() if whisper else ()),
     ]
     shared = layout.shared_embedding and options.get("share_encoder_decoder_embeddings", True)
     if shared:
@@ -173,7 +179,7 @@ def bart(config: Any) -> PermutationSpec:
             "decoder_vocab": options.get("decoder_vocab_size") or config.vocab_size,
             **dict.fromkeys(("positions", "decoder_positions", "frames", "features", "kernel", "all_layers"), None),
             **dict.fromkeys((*residuals, "classifier"), config.d_model),
-            "stem": config.d_model if config.model_type == "whisper" else options.get("conv_channels", 0) // 2,
+            "stem": config.d_model if whisper else options.get("conv_channels", 0) // 2,
             "projection": options.get("classifier_proj_size"),
             **{axis: size for each in heads.values() for axis, size in each.sizes.items()},
             **({"global_head_dim": heads["encoder"].sizes["encoder_head_dim"]} if longformer else {}),
@@ -185,6 +191,7 @@ def bart(config: Any) -> PermutationSpec:
             *(() if layout.computed_positions else residuals),
             *("encoder_neurons", "decoder_neurons", "classifier"),
             *(("stem",) if layout.front is not _embedded_tokens else ()),
+            *(("projection",) if whisper else ()),
             *(axis for each in heads.values() for axis in each.symmetric),
             *(("global_head_dim",) if longformer else ()),
         ),
