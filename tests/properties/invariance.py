@@ -7,35 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_llfc.adapters.derived.answers import answers
 from hf_llfc.symmetry import PermutationSpec
 from tests.tiny_models import FullDouble
 
 RELATIVE_CHANGE = 1e-9
 
-# Hidden states that a model with a head passes along beside its predictions.
-BESIDE_PREDICTIONS = {
-    "encoder_last_hidden_state",
-    "hidden_states",
-    "image_embeds",
-    "image_hidden_states",
-    "last_hidden_state",
-    "question_embeds",
-}
-PREDICTIONS = {"logits", "loss", "itm_score"}
-
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a forward pass is for: logits, or the last hidden state of a base model, pooled output, feature maps."""
     with torch.no_grad(), FullDouble():
-        answer = model(**inputs)
-    found = {}
-    for name, value in answer.items():
-        if name in BESIDE_PREDICTIONS and PREDICTIONS & answer.keys():
-            continue
-        for place, each in enumerate(value if isinstance(value, tuple) else [value]):
-            if isinstance(each, Tensor):
-                found[f"{name}.{place}"] = each
-    return found
+        return answers(model(**inputs))
 
 
 def relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
+from hf_llfc.adapters.derived.answers import answers
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.nesting import parents_of
 from hf_llfc.adapters.derived.terms import Term, factors_of, find, fix, leaves
@@ -23,11 +23,6 @@ from hf_llfc.symmetry.spec import Axis, PermutationSpec, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-# Outputs that a model gives beside its answer: features, which a symmetry of the weights may move.
-FEATURES = re.compile(
-    r"(?!last_hidden_state$).*(hidden_states?|attentions|past_key_values|_cache|_model_output)|states?|mems|.*_params"
-)
 
 # How many names an axis could have.
 WISHES = 4
@@ -96,26 +91,6 @@ def _fix_unused(trace: Trace, state: Mapping[str, Tensor]) -> None:
                 for term in trace.label(beside).dims:
                     if term.size > 1 and term.size in tensor.shape:
                         fix(term, f"it may belong to {name}, which no operation uses")
-
-
-def answers(output: Any) -> dict[str, Tensor]:
-    """The floating-point tensors that a model gives as its answer, by name; features beside it left out."""
-    named = output.items() if isinstance(output, Mapping) else [("output", output)]
-    found = {
-        f"{name}.{place}": tensor
-        for name, value in named
-        if not FEATURES.fullmatch(name)
-        for place, tensor in enumerate(tree_flatten(value)[0])
-        if isinstance(tensor, Tensor) and tensor.is_floating_point()
-    }
-    if found:
-        return found
-    return {
-        f"{name}.{place}": tensor
-        for name, value in named
-        for place, tensor in enumerate(tree_flatten(value)[0])
-        if isinstance(tensor, Tensor) and tensor.is_floating_point()
-    }
 
 
 def _replace_meta(model: PreTrainedModel) -> None:

@@ -33,7 +33,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("keep", r"chunk_size_feed_forward|pretraining_tp|.*(stride|strides|dilation|dilations|padding|kernel_sizes?)"),
     (
         "keep",
-        r"pos_emb_.*|feature_size|keypoint_decoder_dim|model_in_dim|acoustic_tokenizer_chunk_size|num_kv_shared_layers",
+        r"pretrained_window_sizes|pos_emb_.*|feature_size|keypoint_decoder_dim|model_in_dim|acoustic_tokenizer_chunk_size|num_kv_shared_layers",
     ),
     ("keep", r"num_channels|in_chans|.*_per_second.*|.*ignore_index|num_labels|.*_period|.*_offset|.*factors?|hc_.*"),
     ("keep", r".*temperature.*|.*theta.*|.*_base|shortest_edge|problem_type|.*_sizes_ratio|mel_dim|.*_bins"),
@@ -151,6 +151,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "align_vision_model": {"width_coefficient": 0.25, "hidden_dim": 320},
     "bit": {"num_groups": 4},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": (1, 0)},
+    "glm5_next_text": {"index_topk": 4, "index_kpool": 2},
     "granite_speech": {"window_size": 15},
     "granite_speech_plus": {"window_size": 15},
     "hiera": {"patch_size": (7, 7), "image_size": (64, 64)},
@@ -399,6 +400,8 @@ def _overridden(name: str, value: Any, values: dict[str, Any], small: dict[str, 
     """The small value of a field that differs in some layers, in the proportion it has to that of the others."""
     if type(value) is not int or not isinstance(values.get(name), int):
         return value
+    if _kind_of(name) == "experts":
+        return _small("experts", name, value, values, sizes)
     proportional = value * small[name] / values[name]
     return max(1, int(proportional)) if proportional <= 4 * small[name] else small[name] * 4
 
@@ -502,10 +505,21 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
         for name, value in values.items()
         if isinstance(value, list | tuple) and len(value) == depth and depth > 2 and name != "stage_names"
     }
+    # Lists that say for every layer which layer it takes something from, most often itself.
+    references = {
+        name
+        for name, value in by_layer.items()
+        if name.endswith("_layers") and all(type(item) is int and 0 <= item < depth for item in value)
+    }
+    references = {name for name in references if max(by_layer[name]) > 1}
     shared = values.get("num_kv_shared_layers") or 0
     kept, seen = [], set()
     for index in range(depth):
-        kind = tuple(str(value[index]) for value in by_layer.values() if not isinstance(value[index], float))
+        kind = tuple(
+            str(value[index] == index if name in references else value[index])
+            for name, value in by_layer.items()
+            if not isinstance(value[index], float)
+        )
         kind += (index >= depth - shared, str(overrides.get(index)))
         if kind not in seen:
             seen.add(kind)
@@ -525,7 +539,10 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
     if overrides:
         small["per_layer_config"] = {place: overrides[index] for place, index in enumerate(kept) if index in overrides}
     for name, value in by_layer.items():
-        small[name] = type(value)(value[index] for index in kept)
+        small[name] = type(value)(
+            (kept.index(value[index]) if value[index] in kept else place) if name in references else value[index]
+            for place, index in enumerate(kept)
+        )
     for name, value in values.items():
         if any(value is indices for indices in taps):
             small[name] = _tapped(value, depth, len(kept))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hf_llfc.adapters.derived.derive import answers
+from hf_llfc.adapters.derived.answers import answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
