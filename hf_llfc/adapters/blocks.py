@@ -59,6 +59,7 @@ def heads_of(
     value_dim: int | None = None,
     free_channels: bool = False,
     rotary_dim: int | None = None,
+    shared_channels: bool = False,
     prefix: str = "",
 ) -> Heads:
     """The axes of multi-head, grouped-query or multi-query attention.
@@ -72,9 +73,10 @@ def heads_of(
         kv_heads: How many key/value heads; as many as query heads where None.
         head_dim: Query and key channels of a head.
         value_dim: Value channels of a head; `head_dim` where None.
-        free_channels: Whether query and key channels may move: not under a rotary embedding, nor where a norm or a
-            table of positions that all heads share acts on them.
+        free_channels: Whether query and key channels may move: not under a rotary embedding, nor where a table of
+            positions that all heads share acts on them.
         rotary_dim: How many of a head's leading query and key channels a rotary embedding acts on; the others may move.
+        shared_channels: Whether those channels only move in all heads alike, since one norm's gain runs over them.
         prefix: Goes before the names of the axes, for a second attention in one layer (`cross_`).
     """
     sizes: dict[str, int | None] = {"value_dim": head_dim if value_dim is None else value_dim}
@@ -106,7 +108,7 @@ def heads_of(
         root = f"{prefix}kv" if grouped else f"{prefix}heads"
         counts = {"kv": kv_heads, "q": heads // (kv_heads or heads)} if grouped else {"heads": heads}
         # Without free channels all heads share one axis, which stays put.
-        of_head = f"{shared}[{root}]" if moves else shared
+        of_head = f"{shared}[{root}]" if moves and not shared_channels else shared
         keys, values = f"({root}.{{i}} {of_head})", f"({root}.{{i}} {value}[{root}])"
         queries = f"({root}.{{i}} {q}[{root}] {of_head})" if grouped else keys
         output = f"({root}.{{i}} {q}[{root}] {value}[{root}])" if grouped else values

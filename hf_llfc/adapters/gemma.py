@@ -71,7 +71,7 @@ def _declared(
     after: Sequence[str],
     sizes: dict[str, int | None],
 ) -> PermutationSpec:
-    symmetric = ["residual", "neurons", "experts", "layer_input", "laurel"]
+    symmetric = ["residual", "neurons", "experts", "layer_input", "laurel", "modalities"]
     for part in stack:
         symmetric += [axis for axis in part.symmetric if axis not in symmetric]
         sizes = {**sizes, **part.sizes}
@@ -112,9 +112,9 @@ def gemma3n(config: PreTrainedConfig) -> PermutationSpec:
     streams = config.altup_num_inputs
     mixed = [
         *(f"altup.{name}  residual" for name in ("correct_output_scale", "router_norm.weight")),
-        f"altup.correction_coefs.weight  {streams}  {streams}",
-        f"altup.prediction_coefs.weight  {streams**2}  {streams}",
-        f"altup.modality_router.weight  {streams}  residual",
+        f"altup.correction_coefs.weight  {streams}  modalities.{{i}}",
+        f"altup.prediction_coefs.weight  {streams**2}  modalities.{{i}}",
+        "altup.modality_router.weight  modalities.{i}  residual",
         *linear("laurel.linear_left", "laurel.{i}", "residual"),
         *linear("laurel.linear_right", "residual", "laurel.{i}"),
         *norm("laurel.post_laurel_norm"),
@@ -140,6 +140,7 @@ def gemma3n(config: PreTrainedConfig) -> PermutationSpec:
         norm("norm"),
         {
             "laurel": config.laurel_rank,
+            "modalities": streams,
             **{f"neurons.{index}": width for index, width in enumerate(config.intermediate_size)},
         },
     )

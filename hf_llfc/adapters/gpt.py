@@ -136,20 +136,26 @@ def gptj(config: PreTrainedConfig) -> PermutationSpec:
 def codegen(config: PreTrainedConfig) -> PermutationSpec:
     """CodeGen with any of its heads."""
     head_dim = config.n_embd // config.n_head
-    # A head is an index along two axes, the cores and the heads of a core: nothing further can depend on both.
-    one = "(cores.{i} heads.{i}[cores] head_dim)"
-    own = "(heads.{i}[cores] head_dim)"
+    # A head is an index along two axes, which a channel cannot depend on both: it moves alike in a core's heads.
+    rotary = f"rotary{' + head_dim.{i}[cores]' if config.rotary_dim < head_dim else ''}"
+    own, value = f"(heads.{{i}}[cores] {rotary})", "(heads.{i}[cores] value_dim.{i}[cores])"
     heads = Heads(
-        queries=one,
-        keys=one,
-        values=one,
-        output=one,
-        by_head=f"(cores.{{i}} {own} + {own} + {own})",
+        queries=f"(cores.{{i}} heads.{{i}}[cores] {rotary})",
+        keys=f"(cores.{{i}} heads.{{i}}[cores] {rotary})",
+        values="(cores.{i} heads.{i}[cores] value_dim.{i}[cores])",
+        output="(cores.{i} heads.{i}[cores] value_dim.{i}[cores])",
+        by_head=f"(cores.{{i}} {own} + {value} + {own})",
         query_heads="(cores.{i} heads.{i}[cores])",
         key_heads="(cores.{i} heads.{i}[cores])",
-        channels="head_dim",
-        sizes={"cores": CODEGEN_CORES, "heads": config.n_head // CODEGEN_CORES, "head_dim": head_dim},
-        symmetric=("cores", "heads"),
+        channels=rotary,
+        sizes={
+            "cores": CODEGEN_CORES,
+            "heads": config.n_head // CODEGEN_CORES,
+            "rotary": config.rotary_dim,
+            "head_dim": head_dim - config.rotary_dim,
+            "value_dim": head_dim,
+        },
+        symmetric=("cores", "heads", "head_dim", "value_dim"),
     )
     return _gpt(
         config,

@@ -315,6 +315,7 @@ LAYOUTS: dict[str, Layout] = {
     "afmoe": Layout(
         norms=(*PRE_NORMS, "pre_mlp_layernorm", "post_mlp_layernorm"),
         qk_norms=QK_NORMS,
+        without_rotary=lambda values, index: values["layer_types"][index] != "sliding_attention",
         more=lambda heads: linear("self_attn.gate_proj", heads.output, "residual"),
         experts=Experts(
             (
@@ -392,9 +393,10 @@ LAYOUTS: dict[str, Layout] = {
             layers=ernie_interval,
         )
     ),
-    "exaone4": Layout(norms=POST_NORMS, qk_norms=QK_NORMS),
+    "exaone4": Layout(norms=POST_NORMS, qk_norms=QK_NORMS, without_rotary=full_attention_layers),
     "exaone_moe": Layout(
         qk_norms=QK_NORMS,
+        without_rotary=full_attention_layers,
         experts=Experts(
             (*ROUTED, "mlp.e_score_correction_bias  experts.{i}", *SHARED_EXPERTS),
             shared=("num_shared_experts", "moe_intermediate_size"),
@@ -645,16 +647,17 @@ def _heads(config: PreTrainedConfig, layout: Layout, values: dict[str, Any], ind
     # A config may leave head_dim out or set it to None; both mean an even split of the residual stream.
     head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
     heads = partial(heads_of, config.num_attention_heads, values.get("num_key_value_heads"), head_dim=head_dim)
-    if _has_qk_norms(layout, values) and layout.qk_gain == "channels":
-        return heads()
     if _has_qk_norms(layout, values) and layout.qk_gain == "names" and "q" in heads().sizes:
         # The name of a query head's norm counts through all groups: an index along two axes.
         return replace(heads(), symmetric=("value_dim",))
+    shared = _has_qk_norms(layout, values) and layout.qk_gain == "channels"
     without = layout.without_rotary
     if without is not None and without(values, index):
-        return heads(free_channels=True)
+        return heads(free_channels=True, shared_channels=shared)
     rotary_dim = rotary_channels(values, head_dim, index)
-    return heads() if rotary_dim == head_dim and without is None else heads(rotary_dim=rotary_dim)
+    if rotary_dim == head_dim and without is None:
+        return heads()
+    return heads(rotary_dim=rotary_dim, shared_channels=shared)
 
 
 def _norm_of_each_head(name: str, heads: Heads) -> list[str]:

@@ -27,6 +27,7 @@ from hf_llfc.adapters.declare import declare
 from hf_llfc.adapters.llama import (
     MIXTRAL_EXPERTS,
     fused_experts,
+    optional,
     rotary_channels,
     shared_experts,
 )
@@ -45,8 +46,9 @@ def _model(
     *parts: Part | Sequence[str],
     sizes: dict[str, int | None],
     other_prefixes: Iterable[str] = (),
+    beside: Sequence[str] = (),
 ) -> PermutationSpec:
-    """A decoder of parts, all below `root`, with any of its heads."""
+    """A decoder of parts, all below `root`, with any of its heads and what stands `beside` it."""
     blocks: list[str] = []
     found: dict[str, int | None] = {}
     symmetric = list(SYMMETRIC)
@@ -59,6 +61,7 @@ def _model(
             blocks += part
     lines = [
         *within(root, blocks),
+        *beside,
         *(line for name in ("lm_head", "head") for line in head(name, out="vocab")),
         *(line for name in ("score", "qa_outputs") for line in head(name)),
     ]
@@ -107,11 +110,14 @@ def _attention(
     """
     values, count = config.to_dict(), config.num_attention_heads
     head_dim = values.get("head_dim") or config.hidden_size // count
-    if norms or not rotary:
-        heads = heads_of(count, config.num_key_value_heads, head_dim=head_dim, free_channels=not norms and not rotary)
-    else:
-        rotary_dim = rotary_channels(values, head_dim)
-        heads = heads_of(count, config.num_key_value_heads, head_dim=head_dim, rotary_dim=rotary_dim)
+    heads = heads_of(
+        count,
+        config.num_key_value_heads,
+        head_dim=head_dim,
+        free_channels=not rotary,
+        rotary_dim=rotary_channels(values, head_dim) if rotary else None,
+        shared_channels=bool(norms),
+    )
     queries = heads.queries_and_gates if gated else heads.queries
     lines = [
         *linear("q_proj", queries, "residual"),
@@ -167,10 +173,10 @@ def grouped_scan(name: str, *, heads: int, head_dim: int, groups: int, state: in
         inner = "(scan_heads.{i} scan_dim.{i}[scan_heads])"
         symmetric: tuple[str, ...] = ("scan_heads", "scan_dim", "state")
     else:
-        # A head is an index along two axes, the groups and the heads of a group: no channel can depend on both.
+        # A head is an index along two axes, which a channel cannot depend on both: it moves alike in a group's heads.
         each, shared = "(groups.{i} scan_heads.{i}[groups])", "(groups.{i} state.{i}[groups])"
-        inner = "(groups.{i} scan_heads.{i}[groups] scan_dim)"
-        symmetric = ("groups", "scan_heads", "state")
+        inner = "(groups.{i} scan_heads.{i}[groups] scan_dim.{i}[groups])"
+        symmetric = ("groups", "scan_heads", "scan_dim", "state")
     convolved = f"{inner} + {shared} + {shared}"
     lines = [
         *linear("in_proj", f"{inner} + {convolved} + {each}", "residual"),
@@ -569,6 +575,18 @@ def qwen3_next(config: PreTrainedConfig) -> PermutationSpec:
         and (index + 1) % values.get("decoder_sparse_step", 1) == 0
         for index in range(config.num_hidden_layers)
     ]
+    block = mixers["full_attention"]
+    further = [
+        *linear("fc", "residual", "residual + residual"),
+        *(line for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm") for line in norm(name)),
+        *within(
+            "layers.0",
+            norm("input_layernorm"),
+            block.lines,
+            norm("post_attention_layernorm"),
+            routed if experts else dense,
+        ),
+    ]
     return _model(
         config,
         "model",
@@ -590,9 +608,13 @@ def qwen3_next(config: PreTrainedConfig) -> PermutationSpec:
                 f"neurons.{index}": values["moe_intermediate_size"] if is_routed[index] else values["intermediate_size"]
                 for index in range(config.num_hidden_layers)
             },
+            "neurons.mtp": values["moe_intermediate_size"] if experts else values["intermediate_size"],
             "experts": experts,
             "shared": values.get("shared_expert_intermediate_size"),
+            **block.sizes,
         },
+        # The layer that predicts a further token, which transformers skips.
+        beside=optional([line.replace("{i}", "mtp") for line in within("mtp", further)]),
         other_prefixes=("transformer.",),
     )
 

@@ -127,6 +127,8 @@ VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
         {"use_parallel_residual": False, "attention_bias": False},
     ),
     ("a rotary embedding on some channels", "gptj", "GPTJForCausalLM", {"rotary_dim": 4}),
+    ("two heads a core", "codegen", "CodeGenForCausalLM", {"n_head": 8, "rotary_dim": 4}),
+    ("a rotary embedding on all channels", "codegen", "CodeGenForCausalLM", {"rotary_dim": 16}),
     ("a rotary embedding on some channels", "codegen", "CodeGenForCausalLM", {"rotary_dim": 4}),
     ("a narrow embedding", "opt", "OPTForCausalLM", {"word_embed_proj_dim": 24}),
     ("a narrow embedding", "opt", "OPTModel", {"word_embed_proj_dim": 24}),
