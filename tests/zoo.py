@@ -47,6 +47,10 @@ _GLM4V = {
     "mrope_section": [8, 12, 12],
 }
 _GEMMA4 = {"vision_config": {"model_type": "gemma4_vision"}, "audio_config": {"model_type": "gemma4_audio"}}
+_HUNYUAN = {
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 16, 16, 16]},
+}
 _COMPLETED: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 2560},
     "autoformer": _SERIES,
@@ -57,9 +61,9 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "conditional_detr": _DETR,
     "dab-detr": _DETR,
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11}},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 11},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_experts_per_tok": 6}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 11, "num_experts_per_tok": 6},
     "deepseek_v2": {"num_experts_per_tok": 6},
     "deformable_detr": _DETR,
     "detr": _DETR,
@@ -84,8 +88,8 @@ _COMPLETED: dict[str, dict[str, Any]] = {
     "hiera": {"decoder_hidden_size": 512, "decoder_depth": 8, "decoder_num_heads": 16},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
-    "hunyuan_vl": {"text_config": {"head_dim": 128}},
-    "hunyuan_vl_text": {"head_dim": 128},
+    "hunyuan_vl": {"text_config": _HUNYUAN},
+    "hunyuan_vl_text": _HUNYUAN,
     "informer": _SERIES,
     "instructblip": {"image_token_index": 50265},
     "instructblipvideo": {"video_token_index": 50265},

@@ -794,167 +794,18 @@ _LAYOUT: dict[str, Builder | None] = {"image_sizes": _image_sizes}
 
 _OF_TYPE: dict[str, dict[str, Builder | None]] = {
     "audio-spectrogram-transformer": {"input_values": _spectrogram},
+    "autoformer": _FUTURE,
+    "blip_2_qformer": {"query_embeds": _states("hidden_size"), "encoder_hidden_states": _states("encoder_hidden_size")},
     "bridgetower_vision_model": {"image": _pixel_values},
+    "canary_decoder": {"encoder_hidden_states": _states("cross_attention_hidden_size", "hidden_size", "d_model")},
+    "canine": {"input_ids": lambda request: request.integers(10, 1000, request.batch, 40)},
     "clap": {"input_features": lambda request: request.normal(request.batch, 1, 64, request.size("num_mel_bins"))},
     "clap_audio_model": {
         "input_features": lambda request: request.normal(request.batch, 1, 64, request.size("num_mel_bins"))
     },
+    "clvp": {"input_features": lambda request: request.normal(request.batch, request.size("feature_size"), 64)},
     "colmodernvbert": _IMAGE_LIST,
     "dac": _MONO,
-    "encodec": _MONO,
-    "mimi": _MONO,
-    "mimi_encoder": _MONO,
-    "pocket_tts_audio_tokenizer": _MONO,
-    "vibevoice_acoustic_tokenizer": _MONO,
-    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
-    "mllama": _MLLAMA,
-    "mllama_vision_model": _MLLAMA,
-    "deepseek_vl_hybrid": {
-        "high_res_pixel_values": lambda request: request.normal(
-            request.batch, 3, *_pair(_values(request.config.high_res_vision_config)["image_size"])
-        )
-    },
-    "depth_pro": {"pixel_values": lambda request: request.normal(request.batch, 3, 128, 128)},
-    "canine": {"input_ids": lambda request: request.integers(10, 1000, request.batch, 40)},
-    "kimi_k25_vision": {"pixel_values": _patches_of(square=True)},
-    "clvp": {"input_features": lambda request: request.normal(request.batch, request.size("feature_size"), 64)},
-    "flava": {"codebook_pixel_values": lambda request: request.normal(request.batch, 3, 64, 64)},
-    "fuyu": {"pixel_values": _packed_patches},
-    "granite_speech5_encoder": _FOUR_STACKED,
-    "granite_speech5_ctc": _FOUR_STACKED,
-    "idefics": {
-        "pixel_values": _images(1),
-        "image_attention_mask": lambda request: request.ones(request.batch, _LENGTH, 1),
-    },
-    "inkling2": _TOKEN_GRID,
-    "inkling2_vision": _TOKEN_GRID,
-    "kosmos-2": {"image_embeds_position_mask": _latents},
-    "kosmos-2.5": {**_POSITIONED, "image_embeds_position_mask": _latents},
-    "molmo2_vision": {"pixel_values": lambda request: request.normal(request.batch, 64, 48)},
-    "nemotron_h_omni": {
-        "image_grid_hw": _spatial_shapes,
-        "pixel_values": lambda request: request.normal(
-            4 * _GRID[0] * _GRID[1] * request.batch, 3 * request.size("patch_size") ** 2
-        ),
-    },
-    "neomme": {"pixel_values": _packed_patches},
-    "pp_ocrv5_mobile_rec": {"pixel_values": lambda request: request.normal(request.batch, 3, 48, 320)},
-    "dia": {
-        "input_ids": lambda request: request.integers(1, 90, request.batch, _LENGTH),
-        "decoder_input_ids": lambda request: request.integers(
-            0, 90, request.batch, _LENGTH, request.size("num_channels")
-        ),
-    },
-    "qwen2_5_omni_audio_encoder": _CONCATENATED,
-    "qwen3_omni_moe_audio_encoder": _CONCATENATED,
-    "gemma4": {**_SUBSAMPLED, **_PLACED},
-    "gemma4_audio": _SUBSAMPLED,
-    "gemma4_vision": _PLACED,
-    "embedding_gemma2": {**_SUBSAMPLED, **_PLACED},
-    "gemma4_unified": {"input_features": _unified_audio, **_PLACED},
-    "minicpm_ocr_vision": _NAVIT,
-    "minicpmv4_6_vision": _NAVIT,
-    "minicpmv4_7_vision": _NAVIT,
-    "musicgen": {"decoder_input_ids": _decoder_codebooks},
-    "musicgen_melody": {"input_features": _frames_of("num_chroma"), "decoder_input_ids": _decoder_codebooks},
-    "neucodec": _CODEC_WITH_FEATURES,
-    "timesfm": _SERIES,
-    "timesfm2_5": _SERIES,
-    "xclip_vision_model": {
-        "pixel_values": lambda request: request.normal(
-            request.batch * request.size("num_frames"), 3, *_image_size(request)
-        )
-    },
-    "xcodec2": _CODEC_WITH_FEATURES,
-    "mimi_decoder": {"latents": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)},
-    "pocket_tts_audio_tokenizer_decoder": {
-        "latents": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
-    },
-    "vibevoice_acoustic_tokenizer_decoder": {
-        "hidden_states": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
-    },
-    "inkling_audio": {
-        "audio_input_ids": lambda request: request.integers(
-            0, request.size("mel_vocab_size"), request.batch, _LENGTH, request.size("n_mel_bins")
-        )
-    },
-    "idefics2_perceiver": {
-        "context": _states("hidden_size"),
-        "attention_mask": lambda request: request.ones(request.batch, _LENGTH),
-    },
-    "muse_glimmer_assistant": {
-        "noise_embeds": _states("hidden_size"),
-        "context_hidden_states": lambda request: request.normal(
-            request.batch, _LENGTH, request.size("hidden_size") * len(request.size("target_layer_ids"))
-        ),
-    },
-    "pi0": {"state": lambda request: request.normal(request.batch, request.size("max_state_dim"))},
-    "oneformer": {"task_inputs": lambda request: request.integers(1, 90, request.batch, request.size("task_seq_len"))},
-    "instructblip": _WITH_QFORMER,
-    "instructblipvideo": {**_FRAMES_OF_VIDEO, **_WITH_QFORMER},
-    "muse_spark_audio": {"input_values": lambda request: request.normal(request.batch, 2 * 1920)},
-    "glm_image_vqmodel": {"input": lambda request: request.normal(request.batch, request.size("hidden_size"), 4, 4)},
-    "video_llama_3": {"image_merge_sizes": _merge_sizes},
-    "video_llama_3_vision": {"merge_sizes": _merge_sizes},
-    "lxmert": {
-        "visual_feats": _states("visual_feat_dim", length=5),
-        "visual_pos": lambda request: torch.rand(
-            request.batch, 5, 4, generator=request.generator, dtype=torch.float64
-        ).to(request.model.dtype),
-    },
-    "granite_speech_encoder": {"hidden_states": _frames_of("input_dim")},
-    "granite_speech_plus_encoder": {"hidden_states": _frames_of("input_dim")},
-    "granite_speech": {"input_features": _frames_of("input_dim"), "input_features_mask": None},
-    "granite_speech_plus": {"input_features": _frames_of("input_dim"), "input_features_mask": None},
-    "speech_to_text": {"input_features": _frames_of("input_feat_per_channel")},
-    "wav2vec2-bert": {"input_features": _frames_of("feature_projection_input_dim")},
-    "pop2piano": {"input_features": _frames_of("d_model"), "input_ids": None},
-    "fun_asr_nano": {"input_features": _stacked},
-    "fun_asr_nano_encoder": {"input_features": _stacked},
-    "blip_2_qformer": {"query_embeds": _states("hidden_size"), "encoder_hidden_states": _states("encoder_hidden_size")},
-    "instructblip_qformer": {
-        "query_embeds": _states("hidden_size"),
-        "attention_mask": None,
-        "encoder_hidden_states": _states("encoder_hidden_size"),
-    },
-    "trocr": {"encoder_hidden_states": _states("cross_attention_hidden_size", "d_model")},
-    "canary_decoder": {"encoder_hidden_states": _states("cross_attention_hidden_size", "hidden_size", "d_model")},
-    "pp_formulanet_text": {"encoder_hidden_states": _states("d_model", "hidden_size")},
-    "instructblipvideo_qformer": {
-        "query_embeds": _states("hidden_size"),
-        "attention_mask": None,
-        "encoder_hidden_states": _states("encoder_hidden_size"),
-    },
-    "dia_decoder": {
-        "input_ids": lambda request: request.integers(0, 90, request.batch, _LENGTH, request.size("num_channels")),
-        "attention_mask": None,
-        "encoder_hidden_states": _states("cross_hidden_size"),
-    },
-    "autoformer": _FUTURE,
-    "informer": _FUTURE,
-    "time_series_transformer": _FUTURE,
-    "led": {"global_attention_mask": _first_token},
-    "longformer": {"global_attention_mask": _first_token},
-    "sam": _POINTS,
-    "sam_hq": _POINTS,
-    "visual_bert": {
-        "visual_embeds": _states("visual_embedding_dim", length=5),
-        "visual_attention_mask": lambda request: request.ones(request.batch, 5),
-        "visual_token_type_ids": lambda request: request.ones(request.batch, 5),
-    },
-    "roc_bert": {
-        "input_shape_ids": lambda request: _tokens(request, request.size("shape_vocab_size"), _LENGTH),
-        "input_pronunciation_ids": lambda request: _tokens(request, request.size("pronunciation_vocab_size"), _LENGTH),
-    },
-    "evolla": _PROTEIN,
-    "EvollaModel": _PROTEIN,
-    "prompt_depth_anything": {"prompt_depth": lambda request: request.normal(request.batch, 1, 8, 8)},
-    "diffusion_gemma": {
-        "self_conditioning_logits": lambda request: request.normal(
-            request.batch, _LENGTH - 3, request.text["vocab_size"]
-        )
-    },
-    "t5gemma2_decoder": {"encoder_hidden_states": _states("hidden_size")},
     "decision_transformer": {
         "states": _states("state_dim"),
         "actions": _states("act_dim"),
@@ -962,67 +813,216 @@ _OF_TYPE: dict[str, dict[str, Builder | None]] = {
         "returns_to_go": lambda request: request.normal(request.batch, _LENGTH, 1),
         "timesteps": lambda request: torch.arange(_LENGTH).expand(request.batch, -1),
     },
-    "musicgen_decoder": _CODEBOOKS,
-    "musicgen_melody_decoder": _CODEBOOKS,
-    "speecht5_hifigan": {"spectrogram": _states("model_in_dim")},
+    "deepseek_vl_hybrid": {
+        "high_res_pixel_values": lambda request: request.normal(
+            request.batch, 3, *_pair(_values(request.config.high_res_vision_config)["image_size"])
+        )
+    },
+    "depth_pro": {"pixel_values": lambda request: request.normal(request.batch, 3, 128, 128)},
+    "dia": {
+        "input_ids": lambda request: request.integers(1, 90, request.batch, _LENGTH),
+        "decoder_input_ids": lambda request: request.integers(
+            0, 90, request.batch, _LENGTH, request.size("num_channels")
+        ),
+    },
+    "dia_decoder": {
+        "input_ids": lambda request: request.integers(0, 90, request.batch, _LENGTH, request.size("num_channels")),
+        "attention_mask": None,
+        "encoder_hidden_states": _states("cross_hidden_size"),
+    },
+    "diffusion_gemma": {
+        "self_conditioning_logits": lambda request: request.normal(
+            request.batch, _LENGTH - 3, request.text["vocab_size"]
+        )
+    },
+    "efficientloftr": _PAIR_OF_IMAGES,
+    "embedding_gemma2": {**_SUBSAMPLED, **_PLACED},
+    "encodec": _MONO,
+    "evolla": _PROTEIN,
+    "EvollaModel": _PROTEIN,
     "fastspeech2_conformer_hifigan": {"spectrogram": _states("model_in_dim")},
-    "qwen2_5_omni_bigvgan": {
-        "mel_spectrogram": lambda request: request.normal(request.batch, request.size("mel_dim"), _LENGTH)
-    },
+    "flava": {"codebook_pixel_values": lambda request: request.normal(request.batch, 3, 64, 64)},
     "flava_multimodal_model": {"hidden_states": _states("hidden_size")},
-    "splinter": {"input_ids": _with_question},
-    "tvp": {"pixel_values": _frames},
-    "seggpt": {
-        "prompt_pixel_values": _pixel_values,
-        "prompt_masks": _pixel_values,
-    },
     "florence_vision": {"hidden_states": _pixel_values},
-    "phi4_multimodal_audio": {
-        "hidden_states": _frames_of("input_size"),
-        "mask": lambda request: torch.ones(request.batch, 64, dtype=torch.bool),
-    },
+    "fun_asr_nano": {"input_features": _stacked},
+    "fun_asr_nano_encoder": {"input_features": _stacked},
+    "fuyu": {"pixel_values": _packed_patches},
     "gemma3n_audio": {
         "audio_mel": _frames_of("input_feat_size"),
         "audio_mel_mask": lambda request: torch.zeros(request.batch, 64, dtype=torch.bool),
     },
+    "gemma4": {**_SUBSAMPLED, **_PLACED},
+    "gemma4_audio": _SUBSAMPLED,
+    "gemma4_unified": {"input_features": _unified_audio, **_PLACED},
+    "gemma4_vision": _PLACED,
+    "glm_image_vqmodel": {"input": lambda request: request.normal(request.batch, request.size("hidden_size"), 4, 4)},
+    "glmasr": _CHANNELS_FIRST,
+    "glmasr_encoder": _CHANNELS_FIRST,
+    "granite4_vision": _TILES,
     "granite_docling": {
         "pixel_values": _images(2),
         "pixel_attention_mask": lambda request: torch.ones(request.batch, 2, dtype=torch.bool),
     },
-    "efficientloftr": _PAIR_OF_IMAGES,
-    "glmasr": _CHANNELS_FIRST,
-    "glmasr_encoder": _CHANNELS_FIRST,
-    "granite4_vision": _TILES,
+    "granite_speech": {"input_features": _frames_of("input_dim"), "input_features_mask": None},
+    "granite_speech5_ctc": _FOUR_STACKED,
+    "granite_speech5_encoder": _FOUR_STACKED,
+    "granite_speech_encoder": {"hidden_states": _frames_of("input_dim")},
+    "granite_speech_plus": {"input_features": _frames_of("input_dim"), "input_features_mask": None},
+    "granite_speech_plus_encoder": {"hidden_states": _frames_of("input_dim")},
+    "idefics": {
+        "pixel_values": _images(1),
+        "image_attention_mask": lambda request: request.ones(request.batch, _LENGTH, 1),
+    },
     "idefics2": _IMAGE_LIST,
+    "idefics2_perceiver": {
+        "context": _states("hidden_size"),
+        "attention_mask": lambda request: request.ones(request.batch, _LENGTH),
+    },
     "idefics3": _IMAGE_LIST,
+    "informer": _FUTURE,
+    "inkling2": _TOKEN_GRID,
+    "inkling2_vision": _TOKEN_GRID,
+    "inkling_audio": {
+        "audio_input_ids": lambda request: request.integers(
+            0, request.size("mel_vocab_size"), request.batch, _LENGTH, request.size("n_mel_bins")
+        )
+    },
+    "instructblip": _WITH_QFORMER,
+    "instructblip_qformer": {
+        "query_embeds": _states("hidden_size"),
+        "attention_mask": None,
+        "encoder_hidden_states": _states("encoder_hidden_size"),
+    },
+    "instructblipvideo": {**_FRAMES_OF_VIDEO, **_WITH_QFORMER},
+    "instructblipvideo_qformer": {
+        "query_embeds": _states("hidden_size"),
+        "attention_mask": None,
+        "encoder_hidden_states": _states("encoder_hidden_size"),
+    },
     "kimi_k25": {"pixel_values": _patches_of(square=True)},
+    "kimi_k25_vision": {"pixel_values": _patches_of(square=True)},
+    "kosmos-2": {"image_embeds_position_mask": _latents},
+    "kosmos-2.5": {**_POSITIONED, "image_embeds_position_mask": _latents},
     "kosmos_2_5_vision_model": _POSITIONED,
+    "led": {"global_attention_mask": _first_token},
     "lfm2_vl": _PATCHES,
     "lightglue": _PAIR_OF_IMAGES,
     "lighton_ocr": _LAYOUT,
     "llava_next": _TILES,
     "llava_next_video": _TILES,
     "llava_onevision": _TILES,
+    "longformer": {"global_attention_mask": _first_token},
+    "lxmert": {
+        "visual_feats": _states("visual_feat_dim", length=5),
+        "visual_pos": lambda request: torch.rand(
+            request.batch, 5, 4, generator=request.generator, dtype=torch.float64
+        ).to(request.model.dtype),
+    },
+    "mimi": _MONO,
+    "mimi_decoder": {"latents": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)},
+    "mimi_encoder": _MONO,
+    "minicpm_ocr_vision": _NAVIT,
+    "minicpmv4_6_vision": _NAVIT,
+    "minicpmv4_7_vision": _NAVIT,
     "mistral3": _LAYOUT,
     "mistral_large4": _LAYOUT,
+    "mllama": _MLLAMA,
+    "mllama_vision_model": _MLLAMA,
     "modernvbert": _IMAGE_LIST,
+    "molmo2_vision": {"pixel_values": lambda request: request.normal(request.batch, 64, 48)},
+    "muse_glimmer_assistant": {
+        "noise_embeds": _states("hidden_size"),
+        "context_hidden_states": lambda request: request.normal(
+            request.batch, _LENGTH, request.size("hidden_size") * len(request.size("target_layer_ids"))
+        ),
+    },
+    "muse_spark_audio": {"input_values": lambda request: request.normal(request.batch, 2 * 1920)},
+    "musicgen": {"decoder_input_ids": _decoder_codebooks},
+    "musicgen_decoder": _CODEBOOKS,
+    "musicgen_melody": {"input_features": _frames_of("num_chroma"), "decoder_input_ids": _decoder_codebooks},
+    "musicgen_melody_decoder": _CODEBOOKS,
+    "nemotron_h_omni": {
+        "image_grid_hw": _spatial_shapes,
+        "pixel_values": lambda request: request.normal(
+            4 * _GRID[0] * _GRID[1] * request.batch, 3 * request.size("patch_size") ** 2
+        ),
+    },
+    "neomme": {"pixel_values": _packed_patches},
+    "neucodec": _CODEC_WITH_FEATURES,
+    "oneformer": {"task_inputs": lambda request: request.integers(1, 90, request.batch, request.size("task_seq_len"))},
     "paddleocr_vl": {"pixel_values": _patches_of(square=True)},
     "paddleocr_vl_vision": {"pixel_values": _patches_of(1, square=True)},
     "pe_audio": _MONO,
     "pe_audio_encoder": _MONO,
+    "phi4_multimodal_audio": {
+        "hidden_states": _frames_of("input_size"),
+        "mask": lambda request: torch.ones(request.batch, 64, dtype=torch.bool),
+    },
+    "pi0": {"state": lambda request: request.normal(request.batch, request.size("max_state_dim"))},
     "pix2struct": _POSITIONED,
     "pix2struct_vision_model": _POSITIONED,
+    "pocket_tts_audio_tokenizer": _MONO,
+    "pocket_tts_audio_tokenizer_decoder": {
+        "latents": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
+    },
     "pocket_tts_audio_tokenizer_encoder": _MONO,
+    "pop2piano": {"input_features": _frames_of("d_model"), "input_ids": None},
+    "pp_formulanet_text": {"encoder_hidden_states": _states("d_model", "hidden_size")},
+    "pp_ocrv5_mobile_rec": {"pixel_values": lambda request: request.normal(request.batch, 3, 48, 320)},
+    "prompt_depth_anything": {"prompt_depth": lambda request: request.normal(request.batch, 1, 8, 8)},
+    "qwen2_5_omni_audio_encoder": _CONCATENATED,
+    "qwen2_5_omni_bigvgan": {
+        "mel_spectrogram": lambda request: request.normal(request.batch, request.size("mel_dim"), _LENGTH)
+    },
+    "qwen3_omni_moe_audio_encoder": _CONCATENATED,
+    "roc_bert": {
+        "input_shape_ids": lambda request: _tokens(request, request.size("shape_vocab_size"), _LENGTH),
+        "input_pronunciation_ids": lambda request: _tokens(request, request.size("pronunciation_vocab_size"), _LENGTH),
+    },
+    "sam": _POINTS,
+    "sam_hq": _POINTS,
+    "seggpt": {
+        "prompt_pixel_values": _pixel_values,
+        "prompt_masks": _pixel_values,
+    },
     "siglip2": _PATCHES,
     "siglip2_vision_model": _PATCHES,
     "smolvlm": _IMAGE_LIST,
+    "speech_to_text": {"input_features": _frames_of("input_feat_per_channel")},
+    "speecht5_hifigan": {"spectrogram": _states("model_in_dim")},
+    "splinter": {"input_ids": _with_question},
     "superglue": _PAIR_OF_IMAGES,
+    "t5gemma2_decoder": {"encoder_hidden_states": _states("hidden_size")},
+    "time_series_transformer": _FUTURE,
+    "timesfm": _SERIES,
+    "timesfm2_5": _SERIES,
     "timesformer": _FRAMES_OF_VIDEO,
+    "trocr": {"encoder_hidden_states": _states("cross_attention_hidden_size", "d_model")},
+    "tvp": {"pixel_values": _frames},
     "ultravbert": _IMAGE_LIST,
+    "vibevoice_acoustic_tokenizer": _MONO,
+    "vibevoice_acoustic_tokenizer_decoder": {
+        "hidden_states": lambda request: request.normal(request.batch, request.size("hidden_size"), _LENGTH)
+    },
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
+    "video_llama_3": {"image_merge_sizes": _merge_sizes},
+    "video_llama_3_vision": {"merge_sizes": _merge_sizes},
     "videomae": {"pixel_values": _frames, "bool_masked_pos": _visible},
+    "visual_bert": {
+        "visual_embeds": _states("visual_embedding_dim", length=5),
+        "visual_attention_mask": lambda request: request.ones(request.batch, 5),
+        "visual_token_type_ids": lambda request: request.ones(request.batch, 5),
+    },
     "vivit": _FRAMES_OF_VIDEO,
     "voxtral_realtime": _CHANNELS_FIRST,
     "voxtral_realtime_encoder": _CHANNELS_FIRST,
+    "wav2vec2-bert": {"input_features": _frames_of("feature_projection_input_dim")},
     "xclip": _FRAMES_OF_VIDEO,
+    "xclip_vision_model": {
+        "pixel_values": lambda request: request.normal(
+            request.batch * request.size("num_frames"), 3, *_image_size(request)
+        )
+    },
     "xcodec": _MONO,
+    "xcodec2": _CODEC_WITH_FEATURES,
 }
