@@ -5,13 +5,13 @@ shape, and every parameter and running statistic is random, norms and biases too
 output.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_llfc.adapters.derived.verify import FullDouble, randomise
 
 AUTO_CLASSES = {
     "base": transformers.AutoModel,
@@ -277,40 +277,6 @@ def tiny_model(family: str, head: str, seed: int = 0, dtype: torch.dtype = torch
     return model.to(dtype).eval()
 
 
-@torch.no_grad()
-def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
-    """Draws weights of unit gain, norm scales around one, biases, and running statistics."""
-
-    def normal(tensor: torch.Tensor, std: float) -> None:
-        tensor.copy_(std * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
-
-    def positive(tensor: torch.Tensor) -> None:
-        tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
-
-    # A weight of three dimensions is that of a convolution over time, or else a stack of experts' matrices.
-    convolutions = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.modules.conv._ConvNd)
-    )
-    for name, parameter in model.named_parameters():
-        if not parameter.numel():
-            continue
-        if parameter.ndim > 1:
-            stacked = parameter.ndim == 3 and not name.startswith(convolutions)
-            fan_in = parameter.shape[-1] if stacked else parameter[0].numel()
-            normal(parameter, 1 / math.sqrt(max(1, fan_in)))
-        elif name.endswith("bias"):
-            normal(parameter, 0.3)
-        else:
-            positive(parameter)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            normal(buffer, 0.3)
-        elif name.endswith("running_var"):
-            positive(buffer)
-        elif name.endswith("num_batches_tracked"):
-            buffer.fill_(int(torch.randint(1, 100, (), generator=generator)))
-
-
 def tiny_inputs(model: PreTrainedModel, seed: int = 0, batch_size: int = 3) -> dict[str, torch.Tensor]:
     """Valid inputs of a tiny model: images, or token ids of which the last row is padded on the right."""
     generator = torch.Generator().manual_seed(seed)
@@ -329,23 +295,6 @@ def tiny_inputs(model: PreTrainedModel, seed: int = 0, batch_size: int = 3) -> d
     if config.model_type == "bert":
         inputs["token_type_ids"] = torch.randint(0, 2, ids.shape, generator=generator)
     return inputs
-
-
-class FullDouble(TorchFunctionMode):
-    """Keeps float64 where a modelling file casts to float32 (RMSNorm, softmax, the router of experts)."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        double = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        if double and func is torch.Tensor.float:
-            return args[0]
-        if double:
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        if func is torch.full and kwargs.get("dtype") is None and isinstance(args[-1], float):
-            kwargs["dtype"] = torch.float64  # a mask of float64's least number overflows the default
-        return func(*args, **kwargs)
 
 
 @torch.no_grad()

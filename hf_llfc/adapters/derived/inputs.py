@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _LENGTH = 12
 _PADDED = 4
 _FRAMES = 4  # of a video
+_COPIED = 200_000_000  # parameters of the largest model that is built to count features
 _GRID = (2, 3)  # merged patches of an image, down and across
 
 
@@ -334,6 +335,12 @@ def _feature_count(request: _Request, method: str) -> int:
     if bound is None:
         return 1  # older models put all features in the place of one token themselves
     if next(model.parameters()).is_meta:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        if size > _COPIED:
+            raise SpecError(
+                f"model type {model.config.model_type!r}: how many features {method} makes can only be counted by running "
+                f"it, and {size} parameters are too many to do so; sample the inputs of a model of the shrunken config"
+            )
         model = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
         bound = _method(model, method)
         assert bound is not None, "a model of the same class has the same methods"

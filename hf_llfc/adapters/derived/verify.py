@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ class FullDouble(TorchFunctionMode):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
+        if func is torch.full and kwargs.get("dtype") is None and isinstance(args[-1], float):
+            kwargs["dtype"] = torch.float64  # a mask of float64's least number overflows the default
         return func(*args, **kwargs)
 
 
@@ -69,10 +72,17 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     def positive(tensor: Tensor) -> None:
         tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
 
+    # A weight of three dimensions is that of a convolution over time, or else a stack of experts' matrices.
+    convolutions = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.modules.conv._ConvNd)
+    )
     for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            continue
         if parameter.ndim > 1:
-            fan_in = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
-            normal(parameter, 1 / math.sqrt(fan_in))
+            stacked = parameter.ndim == 3 and not name.startswith(convolutions)
+            fan_in = parameter.shape[-1] if stacked else parameter[0].numel()
+            normal(parameter, 1 / math.sqrt(max(1, fan_in)))
         elif name.endswith("bias"):
             normal(parameter, 0.3)
         else:
@@ -88,7 +98,8 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
 
 def answer_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model computes, in its own precision; models that draw random numbers draw the same ones every time."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), FullDouble():
+    precision = FullDouble() if model.dtype == torch.float64 else nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), precision:
         torch.manual_seed(0)
         return answers(model(**inputs))
 
