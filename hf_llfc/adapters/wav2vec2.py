@@ -31,6 +31,7 @@ def wav2vec2(config: Any) -> PermutationSpec:
     width, prefix = config.hidden_size, PREFIXES[config.model_type]
     # WavLM gates the bias of a head by the part of the residual stream that has its number: neither may move.
     gated = config.model_type == "wavlm"
+    pretrains = config.model_type == "wav2vec2"
     adapted = bool(options.get("add_adapter"))
     heads = heads_of(config.num_attention_heads, head_dim=width // config.num_attention_heads, free_channels=True)
     output = f"adapter.{config.num_adapter_layers - 1}" if adapted else "residual"
@@ -65,16 +66,17 @@ def wav2vec2(config: Any) -> PermutationSpec:
             _adapter(config.num_adapter_layers, config.output_hidden_size != width) if adapted else [],
         ),
         *_heads(len(options.get("tdnn_dim", ())), output),
+        *(_pretraining(output) if pretrains else ()),
     ]
     tdnn = options.get("tdnn_dim", ())
     movable = ("features", "filters", "groups", "channels", "neurons", "bottleneck", "projection", "tdnn", "adapter")
-    symmetric = [*movable, *inner_positions, *heads.symmetric]
+    symmetric = [*movable, *inner_positions, *heads.symmetric, "codebooks", "entries", "code"]
     if gated:
         symmetric = [axis for axis in symmetric if axis != "heads"]
     else:
         blocks = renamed(blocks, residual=GROUPED)
     groups = config.num_conv_pos_embedding_groups
-    unknown = ("head", "kernel", "buckets", "labels", "codes", "code", "entries", "projected", "all_layers", "xvector")
+    unknown = ("head", "kernel", "buckets", "labels", "projected", "all_layers", "xvector")
     return declare(
         config,
         blocks,
@@ -91,6 +93,15 @@ def wav2vec2(config: Any) -> PermutationSpec:
             "bottleneck": options.get("adapter_attn_dim"),
             "adapter": options.get("output_hidden_size"),
             "projection": config.classifier_proj_size,
+            **(
+                {
+                    "codebooks": config.num_codevector_groups,
+                    "entries": config.num_codevectors_per_group,
+                    "code": config.codevector_dim // config.num_codevector_groups,
+                }
+                if pretrains
+                else {}
+            ),
             **{f"tdnn.{layer}": size for layer, size in enumerate(tdnn)},
             "tdnn.in": tdnn[0] if tdnn else None,
             **{f"window.{layer}": size for layer, size in enumerate(options.get("tdnn_kernel", ()))},
@@ -177,8 +188,18 @@ def _adapter(depth: int, projects: bool) -> list[str]:
     return lines
 
 
+def _pretraining(output: str) -> list[str]:
+    """What is compared stays put; codebooks move, entries and channels inside their codebook."""
+    return [
+        *linear("project_hid", "projected", output, optional=True),
+        *linear("project_q", "projected", "(codebooks code[codebooks])", optional=True),
+        "quantizer.codevectors?  1 (codebooks entries[codebooks]) code[codebooks]",
+        *linear("quantizer.weight_proj", "(codebooks entries[codebooks])", "features", optional=True),
+    ]
+
+
 def _heads(tdnn_layers: int, output: str) -> list[str]:
-    """Heads for transcription, classification, speaker vectors and pretraining; vectors that are compared stay put."""
+    """Heads for transcription, classification and speaker vectors; vectors that are compared stay put."""
     vectors = "objective.weight"
     lines = [
         *head("lm_head", into=output, out="vocab"),
@@ -186,10 +207,6 @@ def _heads(tdnn_layers: int, output: str) -> list[str]:
         *(f"{line}  unless {vectors}" for line in linear("projector", "projection", "residual", optional=True)),
         *(f"{line}  unless projector.weight" for line in head("classifier")),
         *(f"{line}  if projector.weight" for line in head("classifier", into="projection")),
-        *linear("project_hid", "projected", output, optional=True),
-        *linear("project_q", "projected", "code", optional=True),
-        "quantizer.codevectors?  1 codes entries",
-        *linear("quantizer.weight_proj", "codes", "features", optional=True),
     ]
     if tdnn_layers:
         into, last = "tdnn.in", f"tdnn.{tdnn_layers - 1}"
