@@ -338,8 +338,8 @@ def _feature_count(request: _Request, method: str) -> int:
         size = sum(parameter.numel() for parameter in model.parameters())
         if size > _COPIED:
             raise SpecError(
-                f"model type {model.config.model_type!r}: how many features {method} makes can only be counted by running "
-                f"it, and {size} parameters are too many to do so; sample the inputs of a model of the shrunken config"
+                f"model type {model.config.model_type!r}: how many features {method} makes is counted by running it, "
+                f"and {size} parameters are too many for that; sample the inputs of a model of the shrunken config"
             )
         model = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
         bound = _method(model, method)
