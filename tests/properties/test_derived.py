@@ -1,10 +1,13 @@
-"""Where a family has a spec by hand, the derived one may find less, never something else."""
+"""Derived specs: against those written by hand, under every name of a tensor, at every size."""
+
+from collections.abc import Mapping
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_llfc.adapters import known_model_types, spec_for
-from hf_llfc.adapters.derived import model_class_for, verified_copy
+from hf_llfc.adapters.derived import derived_spec, model_class_for, shrunken, verified_copy
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.checkpoints.names import disk_state
 from tests.zoo import zoo_model
@@ -28,3 +31,33 @@ def test_every_derived_transform_is_one_of_the_spec_by_hand(model_type: str):
     found = match_weights(Parameters.from_state_dict(by_hand, on_disk), Parameters.from_state_dict(by_hand, moved))
     restored = found.apply(moved)
     assert [name for name, tensor in on_disk.items() if not torch.equal(restored[name], tensor)] == []
+
+
+@pytest.mark.parametrize("model_type", FAST)
+def test_names_in_memory_and_without_the_head_prefix_bind_to_a_derived_spec(model_type: str):
+    model, _ = zoo_model(model_type)
+    spec = derived_spec(model.config)
+    prefix = f"{model.base_model_prefix}."
+    axes = spec.bind(shapes(disk_state(model))).symmetric_axes
+    assert axes and spec.bind(shapes(model.state_dict())).symmetric_axes == axes
+    assert spec.bind({name.removeprefix(prefix): shape for name, shape in shapes(disk_state(model)).items()})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "whisper"])
+def test_a_model_of_full_size_is_derived_without_its_weights(model_type: str):
+    """The default config of mixtral has 47 billion parameters."""
+    spec = derived_spec(CONFIG_MAPPING[model_type](num_hidden_layers=3))
+    small = derived_spec(shrunken(CONFIG_MAPPING[model_type](num_hidden_layers=3)))
+    assert {axis.split(".")[0] for axis in spec.symmetric_axes} == {axis.split(".")[0] for axis in small.symmetric_axes}
+    assert max(axis.size for axis in spec.axes.values()) > 1000
+    assert not any("fixed" in note for note in spec.notes)
+
+
+def test_a_note_says_how_a_derived_spec_was_verified_and_what_it_leaves():
+    model, _ = zoo_model("xlnet")
+    notes = " ".join(derived_spec(model.config).notes)
+    assert "verified on a copy of" in notes and "transformer.layer.*.rel_attn.r_s_bias" in notes
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
