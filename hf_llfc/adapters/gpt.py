@@ -40,13 +40,14 @@ def _gpt(
     *blocks: Sequence[str],
     heads: Heads,
     neurons: int | None = None,
+    output: str = "lm_head",
     fixed: Iterable[str] = (),
     **sizes: int | None,
 ) -> PermutationSpec:
-    """A decoder with any of its heads; `blocks` are below `root`."""
+    """A decoder with any of its heads; `blocks` are below `root`, `output` gives the tokens."""
     lines = [
         *within(root, *blocks),
-        *head("lm_head", out="vocab"),
+        *head(output, out="vocab"),
         *head("score"),
         *head("classifier"),
         *head("qa_outputs"),
@@ -178,56 +179,39 @@ def codegen(config: PreTrainedConfig) -> PermutationSpec:
 
 def gpt_neox(config: PreTrainedConfig) -> PermutationSpec:
     """GPT-NeoX and Pythia with any of their heads."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    heads = _partly_rotary_heads(config, rotary_channels(config.to_dict(), head_dim))
-    return declare_neox(config, "gpt_neox", heads, config.intermediate_size)
+    return _neox(config, "gpt_neox", config.intermediate_size)
 
 
 def gpt_neox_japanese(config: PreTrainedConfig) -> PermutationSpec:
     """GPT-NeoX Japanese with any of its heads."""
+    return _neox(config, "gpt_neox_japanese", int(config.hidden_size * config.intermediate_multiple_size))
+
+
+def _neox(config: PreTrainedConfig, root: str, neurons: int) -> PermutationSpec:
     head_dim = config.hidden_size // config.num_attention_heads
     heads = _partly_rotary_heads(config, rotary_channels(config.to_dict(), head_dim))
-    return declare_neox(config, "gpt_neox_japanese", heads, int(config.hidden_size * config.intermediate_multiple_size))
-
-
-def declare_neox(config: PreTrainedConfig, root: str, heads: Heads, neurons: int) -> PermutationSpec:
-    """The layout of GPT-NeoX; the output head has a name of its own."""
-    return declare(
+    return _gpt(
         config,
-        lines := [
-            *within(
-                root,
-                embedding("embed_in"),
-                layers(
-                    "layers",
-                    config.num_hidden_layers,
-                    norm("input_layernorm"),
-                    norm("post_attention_layernorm"),
-                    linear("attention.query_key_value", heads.by_head, "residual"),
-                    linear("attention.dense", "residual", heads.output),
-                    ["attention.dense_bias?  residual"],
-                    within("attention", OLD_BUFFERS),
-                    mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-                ),
-                norm("final_layer_norm"),
+        root,
+        embedding("embed_in"),
+        layers(
+            "layers",
+            config.num_hidden_layers,
+            norm("input_layernorm"),
+            norm("post_attention_layernorm"),
+            within(
+                "attention",
+                linear("query_key_value", heads.by_head, "residual"),
+                linear("dense", "residual", heads.output),
+                ["dense_bias?  residual"],
+                OLD_BUFFERS,
             ),
-            *head("embed_out", out="vocab"),
-            *head("score"),
-            *head("classifier"),
-            *head("qa_outputs"),
-        ],
-        sizes={
-            "vocab": config.vocab_size,
-            "positions": None,
-            "frequencies": None,
-            "residual": config.hidden_size,
-            "neurons": neurons,
-            "labels": None,
-            **heads.sizes,
-        },
-        symmetric=occurring(("residual", *heads.symmetric, "neurons"), lines),
-        outputs=("residual",),
-        prefix=f"{root}.",
+            mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        ),
+        norm("final_layer_norm"),
+        heads=heads,
+        neurons=neurons,
+        output="embed_out",
     )
 
 
@@ -352,32 +336,16 @@ def _optional(lines: Iterable[str]) -> list[str]:
 def biogpt(config: PreTrainedConfig) -> PermutationSpec:
     """BioGPT with any of its heads."""
     heads = _free_heads(config)
-    lines = [
-        *within(
-            "biogpt",
-            embedding("embed_tokens"),
-            embedding("embed_positions", rows="positions"),
-            _fairseq_layers(config.num_hidden_layers, heads),
-            norm("layer_norm"),
-        ),
-        *head("output_projection", out="vocab"),
-        *head("score"),
-        *head("classifier"),
-    ]
-    return declare(
+    return _gpt(
         config,
-        lines,
-        sizes={
-            "vocab": config.vocab_size,
-            "positions": None,
-            "residual": config.hidden_size,
-            "neurons": config.intermediate_size,
-            "labels": None,
-            **heads.sizes,
-        },
-        symmetric=occurring(("residual", *heads.symmetric, "neurons"), lines),
-        outputs=("residual",),
-        prefix="biogpt.",
+        "biogpt",
+        embedding("embed_tokens"),
+        embedding("embed_positions", rows="positions"),
+        _fairseq_layers(config.num_hidden_layers, heads),
+        norm("layer_norm"),
+        heads=heads,
+        neurons=config.intermediate_size,
+        output="output_projection",
     )
 
 
