@@ -11,7 +11,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_llfc.adapters.derived.verify import FullDouble, randomise
+from hf_llfc.adapters.derived.precision import FullDouble
+from hf_llfc.adapters.derived.verify import randomise
 
 AUTO_CLASSES = {
     "base": transformers.AutoModel,

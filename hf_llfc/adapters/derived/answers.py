@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
+
+from hf_llfc.adapters.derived.precision import full_precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Features and states that come beside an answer; a symmetry of the weights may move them.
 _FEATURES = re.compile(
@@ -17,6 +24,19 @@ _FEATURES = re.compile(
 # Features that are the answer of a model without a head, and come beside the predictions of one with a head.
 _BESIDE_PREDICTIONS = {"last_hidden_state", "image_embeds", "question_embeds"}
 _PREDICTIONS = {"logits", "loss", "itm_score"}
+
+
+def run(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Any:
+    """One forward pass in evaluation mode and in the model's own precision, without a cache.
+
+    Models that draw random numbers draw the same ones every time.
+    """
+    arguments = inspect.signature(model.forward).parameters
+    options = {name: value for name, value in (("use_cache", False), ("return_dict", True)) if name in arguments}
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), full_precision(model.dtype):
+        torch.manual_seed(0)
+        return model(**inputs, **options)
 
 
 def answers(output: Any) -> dict[str, Tensor]:

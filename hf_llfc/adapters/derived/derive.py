@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_llfc.adapters.derived.answers import answers
+from hf_llfc.adapters.derived.answers import answers, run
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.nesting import parents_of
 from hf_llfc.adapters.derived.terms import Term, factors_of, find, fix, leaves
@@ -68,9 +68,9 @@ def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Trac
         if tensor.is_floating_point():
             trace.put_leaf(tensor, hollow=True)
     inputs = sample_inputs(model, batch_size=2)
-    with torch.no_grad(), trace:
-        answer = model(**inputs)
-    for tensor in answers(answer).values():
+    with trace:
+        output = run(model, inputs)
+    for tensor in answers(output).values():
         trace.fix(tensor, "it is part of the answer")
     _fix_unused(trace, state)
     return TracedModel(trace, model, state)

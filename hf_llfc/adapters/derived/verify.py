@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from hf_llfc.adapters.derived.answers import answers
+from hf_llfc.adapters.derived.answers import answers, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,23 +38,6 @@ class Verification:
     parameters: int
     change: float
     failed: tuple[str, ...]
-
-
-class FullDouble(TorchFunctionMode):
-    """Keeps float64 where a modelling file casts to float32 (RMSNorm, softmax, the router of experts)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        double = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if double and func is Tensor.float:
-            return args[0]
-        if double:
-            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        if func is torch.full and kwargs.get("dtype") is None and isinstance(args[-1], float):
-            kwargs["dtype"] = torch.float64  # a mask of float64's least number overflows the default
-        return func(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -98,10 +79,7 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
 
 def answer_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model computes, in its own precision; models that draw random numbers draw the same ones every time."""
-    precision = FullDouble() if model.dtype == torch.float64 else nullcontext()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), precision:
-        torch.manual_seed(0)
-        return answers(model(**inputs))
+    return answers(run(model, inputs))
 
 
 def relative_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:

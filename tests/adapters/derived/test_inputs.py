@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedModel
 
-from hf_llfc.adapters.derived.inputs import forward, full_precision, sample_inputs
+from hf_llfc.adapters.derived.inputs import forward, sample_inputs
+from hf_llfc.adapters.derived.precision import full_precision
 from hf_llfc.adapters.derived.shrink import build_on_meta
 from hf_llfc.errors import SpecError
 from tests import zoo

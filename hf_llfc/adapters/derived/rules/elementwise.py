@@ -56,13 +56,11 @@ for _name in (
     "lift",
     "positive",
     "contiguous",
-    "view_as_real_copy",
     "_conj",
     "_neg_view",
     "resolve_conj",
     "resolve_neg",
     "dropout",
-    "_nested_tensor_from_mask",
 )
 def _copy(trace: Trace, call: Call) -> None:
     label = trace.label(call.tensors[0])

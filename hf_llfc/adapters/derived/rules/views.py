@@ -45,12 +45,6 @@ def _transpose(trace: Trace, call: Call) -> None:
     put_result(trace, call.result, dims, label.values)
 
 
-@rule("movedim")
-def _movedim(trace: Trace, call: Call) -> None:
-    trace.fix(call["self"])
-    put_result(trace, call.result, fixed_terms(call.result.shape))
-
-
 @rule("unsqueeze", "squeeze")
 def _squeeze(trace: Trace, call: Call) -> None:
     label = trace.label(call["self"])
