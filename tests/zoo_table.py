@@ -33,7 +33,9 @@ def examine(model_type: str, model: PreTrainedModel, inputs: Mapping[str, Tensor
     Returns:
         Facts for the table, or what does not hold.
     """
-    spec = spec_for(model.config)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    spec = spec_for(config)
     state, on_disk = model.state_dict(), disk_state(model)
     for tensors in (state, on_disk):
         binding = spec.bind({name: tuple(tensor.shape) for name, tensor in tensors.items()})

@@ -64,7 +64,9 @@ def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Trac
     _replace_meta(model)
     trace = Trace()
     state = model.state_dict(keep_vars=True)
-    for tensor in {id(tensor): tensor for tensor in state.values()}.values():
+    never_saved = set(model._keys_to_ignore_on_save or ())
+    saved = {id(tensor): tensor for name, tensor in state.items() if name not in never_saved}
+    for tensor in saved.values():
         if tensor.is_floating_point():
             trace.put_leaf(tensor, hollow=True)
     inputs = sample_inputs(model, batch_size=2)
