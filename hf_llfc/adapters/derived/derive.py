@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +17,15 @@ from torch import Tensor
 from hf_llfc.adapters.derived.answers import answers, run
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.nesting import parents_of
-from hf_llfc.adapters.derived.terms import Term, factors_of, find, fix, leaves
+from hf_llfc.adapters.derived.terms import Term, factors_of, find, fix, is_leaf, leaves
 from hf_llfc.adapters.derived.trace import META, Label, Trace, stand_in
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product
 from hf_llfc.symmetry.spec import Axis, PermutationSpec, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 # How many names an axis could have.
 WISHES = 4
@@ -96,7 +99,7 @@ def _fix_unused(trace: Trace, state: Mapping[str, Tensor]) -> None:
 
 
 def _replace_meta(model: PreTrainedModel) -> None:
-    """Puts stand-ins in place of weights, and values in place of constants (tables of indices, rotary frequencies)."""
+    """Puts stand-ins in place of weights, and gives constants (tables of indices, rotary frequencies) their values."""
     saved = set(model.state_dict())
     before = list(model.parameters())  # held, so that no identity is given to another while they are replaced
     replaced = {
@@ -104,18 +107,28 @@ def _replace_meta(model: PreTrainedModel) -> None:
         for parameter in before
     }
     for prefix, module in model.named_modules():
+        vars(module).pop("_is_hf_initialized", None)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = replaced[id(parameter)]
+                module._parameters[name] = _initialised(replaced[id(parameter)])
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device == META:
                 full = f"{prefix}.{name}" if prefix else name
-                if not buffer.is_floating_point():
-                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-                elif full in saved:
-                    module._buffers[name] = stand_in(buffer.shape, buffer.dtype)
+                if buffer.is_floating_point() and full in saved:
+                    module._buffers[name] = _initialised(stand_in(buffer.shape, buffer.dtype))
                 else:
-                    module._buffers[name] = torch.rand(buffer.shape).to(buffer.dtype)
+                    module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    # transformers gives constants their values where it initialises weights, which are all marked as initialised.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model.initialize_weights()
+        except Exception:
+            logger.debug("constants of %s stay zero", type(model).__name__, exc_info=True)
+
+
+def _initialised(tensor: Tensor) -> Tensor:
+    vars(tensor)["_is_hf_initialized"] = True
+    return tensor
 
 
 def on_disk(traced_model: TracedModel) -> dict[str, tuple[list[Term], dict[Term, int], frozenset[str]]]:
@@ -257,7 +270,8 @@ def _templates(
     for name, (_, entries, _) in disk.items():
         if not entries:
             continue
-        if len(entries) > 1:
+        # A name carries one index, along one axis.
+        if len(entries) > 1 or not all(is_leaf(find(term)) for term in entries):
             for term in entries:
                 fix(term)
             continue

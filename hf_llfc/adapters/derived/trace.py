@@ -190,7 +190,8 @@ class Trace(TorchDispatchMode):
             return self._hollow(
                 tree_map_only(Tensor, lambda each: _zeros(each) if not _is_number(each) else each, shapes)
             )
-        drawn, drawn_kwargs = tree_map_only(Tensor, self._drawn, (args, kwargs))
+        draws = {id(tensor): self._drawn(tensor) for tensor in tensors}  # x == x, whatever x is
+        drawn, drawn_kwargs = tree_map_only(Tensor, lambda tensor: draws[id(tensor)], (args, kwargs))
         return self._hollow(func(*drawn, **drawn_kwargs))
 
     def _hollow(self, result: Any) -> Any:
