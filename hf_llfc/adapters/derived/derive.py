@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # How many names an axis could have.
 WISHES = 4
 
+# Buffers that training changes; the others are constants.
 _STATISTIC = re.compile(r".*(running_mean|running_var|num_batches_tracked)$")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -68,8 +69,13 @@ def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Trac
     trace = Trace()
     state = model.state_dict(keep_vars=True)
     never_saved = set(model._keys_to_ignore_on_save or ())
-    saved = {id(tensor): tensor for name, tensor in state.items() if name not in never_saved}
-    for tensor in saved.values():
+    buffers = {name for name, _ in model.named_buffers()}
+    weights = {
+        id(tensor): tensor
+        for name, tensor in state.items()
+        if name not in never_saved and (name not in buffers or _STATISTIC.fullmatch(name))
+    }
+    for tensor in weights.values():
         if tensor.is_floating_point():
             trace.put_leaf(tensor, hollow=True)
     inputs = sample_inputs(model, batch_size=2)
@@ -100,7 +106,6 @@ def _fix_unused(trace: Trace, state: Mapping[str, Tensor]) -> None:
 
 def _replace_meta(model: PreTrainedModel) -> None:
     """Puts stand-ins in place of weights, and gives constants (tables of indices, rotary frequencies) their values."""
-    saved = set(model.state_dict())
     before = list(model.parameters())  # held, so that no identity is given to another while they are replaced
     replaced = {
         id(parameter): torch.nn.Parameter(stand_in(parameter.shape, parameter.dtype), requires_grad=False)
@@ -114,7 +119,7 @@ def _replace_meta(model: PreTrainedModel) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device == META:
                 full = f"{prefix}.{name}" if prefix else name
-                if buffer.is_floating_point() and full in saved:
+                if _STATISTIC.fullmatch(full):
                     module._buffers[name] = _initialised(stand_in(buffer.shape, buffer.dtype))
                 else:
                     module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)

@@ -91,6 +91,8 @@ class Trace(TorchDispatchMode):
     def put(self, tensor: Tensor, label: Label) -> Label:
         """Sets the label of a tensor."""
         assert [term.size for term in label.dims] == list(tensor.shape), (label.dims, tensor.shape)
+        before = self._labels.get(tensor)
+        label.hollow |= before is not None and before.hollow
         self._labels[tensor] = label
         self.see(label.dims)
         return label
