@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +247,19 @@ ROWS = [
 ]
 
 
+def parameters() -> Iterator[Any]:
+    """The first row of every adapter file by default, the others with the whole zoo."""
+    seen: set[str] = set()
+    for row in ROWS:
+        module = FAMILIES[row[0]][0]
+        marks = [pytest.mark.zoo] if module in seen else []
+        seen.add(module)
+        yield pytest.param(row, marks=marks, id="-".join(filter(None, row[:3])).replace(" ", "_"))
+
+
+PARAMETERS = list(parameters())
+
+
 @cache
 def small_config(model_type: str) -> PreTrainedConfig:
     return shrunken(CONFIG_MAPPING[model_type](**DEFAULTS.get(model_type, {})))
@@ -277,7 +291,7 @@ class Row:
         return self.spec.random_alignment(torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda row: "-".join(filter(None, row[:3])).replace(" ", "_"))
+@pytest.fixture(scope="module", params=PARAMETERS)
 def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Row]:
     model_type, name, _, changes = request.param
     with torch.random.fork_rng():
