@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -16,19 +15,17 @@ from torch import Tensor
 
 from hf_llfc.adapters.derived.answers import answers, run
 from hf_llfc.adapters.derived.inputs import sample_inputs
+from hf_llfc.adapters.derived.naming import names_of
 from hf_llfc.adapters.derived.nesting import parents_of
-from hf_llfc.adapters.derived.terms import Term, factors_of, find, fix, is_leaf, leaves
+from hf_llfc.adapters.derived.terms import Term, find, fix, is_leaf
 from hf_llfc.adapters.derived.trace import META, Label, Trace, stand_in
-from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product
-from hf_llfc.symmetry.spec import Axis, PermutationSpec, TensorSpec
+from hf_llfc.adapters.derived.writing import Writer
+from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-# How many names an axis could have.
-WISHES = 4
 
 # Buffers that training changes; the others are constants.
 _STATISTIC = re.compile(r".*(running_mean|running_var|num_batches_tracked)$")
@@ -192,8 +189,8 @@ def spec_of(traced_model: TracedModel) -> PermutationSpec:
     memory = {name: trace.label(tensor).dims for name, tensor in traced_model.tensors.items()}
     templates = _templates(disk)
     parents = parents_of(trace)
-    names = _names(memory, parents, {find(term) for _, entries, _ in disk.values() for term in entries})
-    writer = _Writer(names, parents)
+    names = names_of(memory, parents, {find(term) for _, entries, _ in disk.values() for term in entries})
+    writer = Writer(names, parents)
 
     unused = [name for name, tensor in traced_model.tensors.items() if id(tensor) not in trace.met]
     unused = [name for name in unused if traced_model.tensors[name].is_floating_point()]
@@ -290,170 +287,3 @@ def _templates(
         else:
             fix(term)
     return found
-
-
-def named_terms(tensors: Mapping[str, Sequence[Term]]) -> dict[Term, str]:
-    """Names for the leaves of some tensors that may move, with no axis that depends on another."""
-    return _names(tensors, {}, set())
-
-
-def write_expressions(
-    tensors: Mapping[str, Sequence[Term]], names: Mapping[Term, str]
-) -> tuple[dict[str, tuple[Expression, ...]], dict[str, Axis]]:
-    """The axis expressions of some tensors, and the axes."""
-    writer = _Writer(names, {})
-    return {name: writer.shape(dims) for name, dims in tensors.items()}, writer.axes()
-
-
-class _Writer:
-    """Writes terms as axis expressions."""
-
-    def __init__(self, names: Mapping[Term, str], parents: Mapping[Term, Term]) -> None:
-        self.names = names
-        self.parents = parents
-
-    def shape(self, dims: Iterable[Term]) -> tuple[Expression, ...]:
-        return tuple(self.expression(term) for term in dims)
-
-    def expression(self, term: Term) -> Expression:
-        term = find(term)
-        if term.factors is not None:
-            factors = _joined([self.expression(factor) for factor in term.factors], Product)
-            return factors[0] if len(factors) == 1 else Product(tuple(factors))
-        if term.parts is not None:
-            parts = _joined([self.expression(part) for part in term.parts], Concatenation)
-            return parts[0] if len(parts) == 1 else Concatenation(tuple(parts))
-        if term not in self.names:
-            return Fixed(term.size)
-        parent = self.parents.get(term)
-        return AxisUse(self.names[term], None if parent is None else self.names[parent])
-
-    def axes(self) -> dict[str, Axis]:
-        axes = {}
-        for term, name in self.names.items():
-            parent = self.parents.get(term)
-            axes[name] = Axis(name, term.size, not term.fixed, None if parent is None else self.names[parent])
-        return axes
-
-
-def _joined(expressions: Sequence[Expression], kind: type[Product] | type[Concatenation]) -> list[Expression]:
-    """Nested expressions of the same kind flattened, fixed sizes side by side made one."""
-    flat: list[Expression] = []
-    for expression in expressions:
-        match expression:
-            case Product(factors=children) if kind is Product:
-                flat += children
-            case Concatenation(parts=children) if kind is Concatenation:
-                flat += children
-            case _:
-                flat.append(expression)
-    joined: list[Expression] = []
-    for expression in flat:
-        if kind is Product and expression == Fixed(1):
-            continue
-        last = joined[-1] if joined else None
-        if isinstance(expression, Fixed) and isinstance(last, Fixed):
-            size = last.size * expression.size if kind is Product else last.size + expression.size
-            joined[-1] = Fixed(size)
-        else:
-            joined.append(expression)
-    return joined or [Fixed(1)]
-
-
-@dataclass
-class _Place:
-    """One occurrence of a leaf in a tensor: its name, and how the leaf stands in its dimension."""
-
-    tensor: str
-    image: bool
-    first: bool
-    last: bool
-
-
-def _names(memory: Mapping[str, Sequence[Term]], parents: Mapping[Term, Term], experts: set[Term]) -> dict[Term, str]:
-    """Names for every leaf that may move, and for those that others depend on."""
-    places: dict[Term, list[_Place]] = {}
-    needed = set(parents.values())
-    for tensor, dims in memory.items():
-        image = len([term for term in dims if find(term) not in experts]) > 2
-        for term in dims:
-            for leaf, first, last in _leaf_places(term):
-                if not leaf.fixed or leaf in needed:
-                    places.setdefault(leaf, []).append(_Place(tensor, image, first, last))
-    wishes = {leaf: _wishes(leaf, found, experts) for leaf, found in places.items()}
-    names: dict[Term, str] = {}
-    waiting = list(places)
-    for turn in range(WISHES):
-        wanted = Counter(wishes[leaf][turn] for leaf in waiting)
-        taken = set(names.values())
-        for leaf in list(waiting):
-            wish = wishes[leaf][turn]
-            if wanted[wish] == 1 and wish not in taken:
-                names[leaf] = wish
-                waiting.remove(leaf)
-    for number, leaf in enumerate(waiting):
-        names[leaf] = f"{wishes[leaf][-1]}.part{number}"
-    return names
-
-
-def _wishes(leaf: Term, places: Sequence[_Place], experts: set[Term]) -> list[str]:
-    """The names that a leaf could have, the shortest first."""
-    kind = "experts" if leaf in experts else _kind(places)
-    words = [[_word(word) for word in place.tensor.split(".")] for place in places]
-    common = _common_start([each[:-1] for each in words])
-    first = [] if kind == "residual" else common
-    wishes = [first, common, words[0][:-1], words[0]]
-    assert len(wishes) == WISHES
-    return [".".join([kind, *wish]) for wish in wishes]
-
-
-def _common_start(paths: Sequence[Sequence[str]]) -> list[str]:
-    """The words that all paths begin with."""
-    common = []
-    for words in zip(*paths, strict=False):
-        if len(set(words)) > 1:
-            break
-        common.append(words[0])
-    return common
-
-
-def _leaf_places(term: Term) -> Iterable[tuple[Term, bool, bool]]:
-    """The leaves of a dimension, and whether they are of the first free and of the last factor of its product."""
-    term = find(term)
-    if term.parts is not None:
-        for part in term.parts:
-            yield from _leaf_places(part)
-    elif term.factors is not None:
-        factors = factors_of(term)
-        first = next((place for place, each in enumerate(factors) if not all(leaf.fixed for leaf in leaves(each))), 0)
-        for place, factor in enumerate(factors):
-            for leaf in leaves(factor):
-                yield leaf, place == first, place == len(factors) - 1
-    else:
-        yield term, True, True
-
-
-def _kind(places: Sequence[_Place]) -> str:
-    """The field's word for an axis, from where it stands."""
-    inside = [place for place in places if not (place.first and place.last)]
-    images = any(place.image for place in places)
-    if inside:
-        if all(place.first for place in inside):
-            return "groups" if images else "heads"
-        return "channels" if all(place.last for place in inside) else "queries"
-    if len({_layer(place.tensor) for place in places}) > 1:
-        return "residual"
-    return "channels" if images else "neurons"
-
-
-def _layer(tensor: str) -> tuple[str, ...]:
-    """The path down to the first number, `model.layers.3`; of a tensor outside of layers nothing."""
-    words = tensor.split(".")
-    for place, word in enumerate(words):
-        if word.isdigit():
-            return tuple(words[: place + 1])
-    return ()
-
-
-def _word(word: str) -> str:
-    return re.sub(r"\W", "_", word)

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_llfc.adapters.derived.derive import named_terms, write_expressions
+from hf_llfc.adapters.derived.naming import names_of
 from hf_llfc.adapters.derived.terms import find, leaves
 from hf_llfc.adapters.derived.trace import Trace
+from hf_llfc.adapters.derived.writing import Writer
 from hf_llfc.symmetry import PermutationSpec
 from hf_llfc.symmetry.spec import TensorSpec
 
@@ -134,9 +135,9 @@ def test_what_a_rule_leaves_free_commutes_with_the_operation(name: str):
     assert sorted(leaf.size for leaf in free) == expected
 
     dims["out.weight"] = trace.label(output).dims
-    names = named_terms(dims)
-    declarations, axes = write_expressions(dims, names)
-    spec = PermutationSpec("", axes, tuple(TensorSpec(name, each) for name, each in declarations.items()))
+    writer = Writer(names_of(dims, {}, set()), {})
+    declarations = tuple(TensorSpec(name, writer.shape(each)) for name, each in dims.items())
+    spec = PermutationSpec("", writer.axes(), declarations)
     tensors = dict(zip(dims, [*inputs, output], strict=True))
     for seed in range(3 if free else 0):
         moved = spec.random_alignment(torch.Generator().manual_seed(seed)).apply(tensors)
