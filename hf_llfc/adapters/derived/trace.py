@@ -128,7 +128,7 @@ class Trace(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
         self.met.update(map(id, tensors))
-        for tensor in tensors:
+        for tensor in tensors if func.name() not in _OF_SHAPES else ():
             label = self.label(tensor)
             while label.pending:
                 fix(label.pending.pop(), f"single entries of it go into {_describe(func)}")
@@ -231,6 +231,12 @@ def _zeros(tensor: Tensor) -> Tensor:
     """Indices that are all zero; numbers stay as they are, to be made hollow."""
     return tensor if _is_number(tensor) else torch.zeros(tensor.shape, dtype=tensor.dtype)
 
+
+# Operations that ask a tensor for its shape alone.
+_OF_SHAPES = tuple(
+    f"aten::{name}"
+    for name in ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty")
+)
 
 # Operations that give a number to Python.
 _TO_PYTHON = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item")

@@ -82,8 +82,30 @@ for _name in _SPATIAL_RANK:
     RULES[_name] = _pooling
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
-def _shuffle(trace: Trace, call: Call) -> None:
+@rule("pixel_shuffle")
+def _pixel_shuffle(trace: Trace, call: Call) -> None:
+    tensor, factor = call["self"], int(call["upscale_factor"])
+    kept = _spatial(trace, tensor, tensor.ndim - 2)
+    halves = divide(kept[-1], factor * factor)
+    if halves is None:
+        fix(kept[-1])
+        channels = Term(kept[-1].size // factor**2, fixed=True)
+    else:
+        channels, places = halves
+        fix(places)
+    put_result(trace, call.result, [*kept[:-1], channels, *fixed_terms(call.result.shape[-2:])])
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(trace: Trace, call: Call) -> None:
+    tensor, factor = call["self"], int(call["downscale_factor"])
+    kept = _spatial(trace, tensor, tensor.ndim - 2)
+    channels = product([kept[-1], Term(factor * factor, fixed=True)])
+    put_result(trace, call.result, [*kept[:-1], channels, *fixed_terms(call.result.shape[-2:])])
+
+
+@rule("channel_shuffle")
+def _channel_shuffle(trace: Trace, call: Call) -> None:
     for tensor in call.tensors:
         trace.fix(tensor)
     put_result(trace, call.result, fixed_terms(call.result.shape))

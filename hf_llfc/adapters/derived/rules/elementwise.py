@@ -38,6 +38,8 @@ for _name in (
     "hardtanh",
     "leaky_relu",
     "floor_divide",
+    "hardswish",
+    "log_sigmoid_forward",
     "nan_to_num",
     "real",
     "imag",

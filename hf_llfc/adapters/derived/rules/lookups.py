@@ -52,19 +52,24 @@ def _index_select(trace: Trace, call: Call) -> None:
     )
 
 
+def _masked(trace: Trace, tensor: Tensor, indices: Sequence[Tensor | None]) -> list[Term]:
+    """The dimensions that masks select entries of, and those of the masks."""
+    dims = trace.label(tensor).dims
+    found: list[Term] = []
+    dim = 0
+    for index in indices:
+        width = 1 if index is None or index.dtype not in (torch.bool, torch.uint8) else index.ndim
+        if index is not None:
+            found += [*trace.label(index).dims, *dims[dim : dim + width]]
+        dim += width
+    return found
+
+
 def _indexed(trace: Trace, tensor: Tensor, indices: Sequence[Tensor | None]) -> tuple[list[Term], int] | None:
     """The dimensions that indices put in place of those they look up in, and where; None for masks."""
     dims = trace.label(tensor).dims
     present = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if any(index.dtype in (torch.bool, torch.uint8) for _, index in present):
-        dim = 0
-        for index in indices:
-            width = 1 if index is None or index.dtype not in (torch.bool, torch.uint8) else index.ndim
-            if index is not None:
-                trace.fix(index)
-                for term in dims[dim : dim + width]:
-                    fix(term)
-            dim += width
         return None
     for dim, index in present:
         _point(trace, dims[dim], index)
@@ -80,6 +85,7 @@ def _index(trace: Trace, call: Call) -> None:
     found = _indexed(trace, tensor, indices)
     dims = trace.label(tensor).dims
     if found is None:
+        masked = _masked(trace, tensor, indices)
         # Behind (or before) what the mask covers the dimensions stay.
         covered = sum(1 if index is None or index.dtype != torch.bool else index.ndim for index in indices)
         trailing = dims[covered:]
@@ -88,11 +94,12 @@ def _index(trace: Trace, call: Call) -> None:
             leading += 1
         middle = result.ndim - leading - len(trailing)
         if middle != 1 or any(index is None for index in indices[leading:]):
-            trace.fix(tensor)
-            put_result(trace, result, fixed_terms(result.shape), values)
-            return
-        kept = [*dims[:leading], Term(result.shape[leading], fixed=True), *trailing]
+            masked += dims
+            kept = fixed_terms(result.shape)
+        else:
+            kept = [*dims[:leading], Term(result.shape[leading], fixed=True), *trailing]
         put_result(trace, result, kept, values)
+        trace.label(result).pending += masked  # how many entries there are does not tell them apart
         return
     looked_up, place = found
     rest = [term for dim, term in enumerate(dims) if dim >= len(indices) or indices[dim] is None]
@@ -106,6 +113,8 @@ def _index_put(trace: Trace, call: Call) -> None:
     found = _indexed(trace, tensor, indices)
     dims = trace.label(tensor).dims
     if found is None:
+        for term in _masked(trace, tensor, indices):
+            fix(term)
         covered = sum(1 if index is None or index.dtype != torch.bool else index.ndim for index in indices)
         trailing = dims[covered:]
         written = trace.label(source).dims

@@ -117,9 +117,13 @@ def _slice(trace: Trace, call: Call) -> None:
         step = int(call.get("step", 1) or 1)
         start = call.get("start") or 0
         start = max(0, start + before) if start < 0 else start
+        halves = divide(label.dims[dim], step) if step > 1 and before == after * step and start < step else None
         if step == 1 and after:
             sizes = [start, after, before - start - after]
             dims[dim] = parts_at(label.dims[dim], sizes)[1]
+        elif halves is not None:  # one of the entries that take turns
+            fix(halves[1])
+            dims[dim] = halves[0]
         else:
             fix(label.dims[dim])
             dims[dim] = Term(after, fixed=True)
