@@ -13,7 +13,7 @@ from hf_llfc.adapters.derived.rules.table import (
     rule,
     settle_values,
 )
-from hf_llfc.adapters.derived.terms import Term, concatenation, fix, product, regroup, unify
+from hf_llfc.adapters.derived.terms import Term, concatenation, divide, fix, product, regroup, unify
 from hf_llfc.adapters.derived.trace import Call, Trace
 
 
