@@ -94,7 +94,7 @@ def kinds(spec: PermutationSpec) -> list[str]:
     """The kinds of symmetric axes, by where they stand.
 
     `residual` spans several layers; `heads` are the first factor of a product (heads, groups of heads or of channels);
-    `within heads` the other factors; `neurons` fill a dimension of their own inside one layer.
+    `within heads` the other factors; `neurons` fill a dimension of their own inside one layer, or are called so.
     """
     spans: dict[str, set[tuple[str, ...]]] = {}
     roles: dict[str, set[str]] = {}
@@ -108,6 +108,8 @@ def kinds(spec: PermutationSpec) -> list[str]:
     for axis in spec.symmetric_axes:
         if axis in experts or axis.split(".")[0] == "experts":
             found.add("experts")
+        elif axis.split(".")[0].endswith("neurons"):
+            found.add("neurons")
         elif "first" in roles[axis]:
             found.add("heads")
         elif "inner" in roles[axis]:
