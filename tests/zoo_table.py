@@ -108,7 +108,7 @@ def kinds(spec: PermutationSpec) -> list[str]:
     for axis in spec.symmetric_axes:
         if axis in experts or axis.split(".")[0] == "experts":
             found.add("experts")
-        elif axis.split(".")[0].endswith("neurons"):
+        elif spec.origin == "hand-written" and axis.split(".")[0].endswith("neurons"):
             found.add("neurons")
         elif "first" in roles[axis]:
             found.add("heads")
