@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hf_llfc
 from hf_llfc.cli import main, run_main
 from tests.runs import byte_llama, command_line, moved, saved, small_resnet, text_data, text_recipe, written
 from tests.tiny_models import tiny_model
+from tests.zoo import zoo_model
 
 BYTES = ["--task", "text-generation", "--tokenizer", "bytes", "--max-length", "32"]
 
@@ -42,7 +44,9 @@ def test_inspect_as_json(shelf, capsys):
     assert main(["inspect", str(shelf / "a"), "--verify", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["model_type"] == "llama" and found["verification"]["verified"] is True
-    assert found["symmetric_axes"] == ["residual", "kv.0", "neurons.0", "kv.1", "neurons.1", "q.0", "q.1"]
+    inside = ["q.0", "value_dim.0", "q.1", "value_dim.1"]
+    assert found["symmetric_axes"] == ["residual", "kv.0", "neurons.0", "kv.1", "neurons.1", *inside]
+    assert found["spec"] == "hand-written" and "verified" in found["notes"][0]
     assert len(found["tensors"]) == 21
 
 
@@ -342,17 +346,29 @@ def test_a_full_disk_ends_in_one_message(shelf, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_architecture_without_adapter_merges_by_name(tmp_path, capsys):
-    from transformers import OPTConfig, OPTForCausalLM
+def test_an_architecture_without_an_adapter_is_derived_and_aligned(tmp_path, capsys):
+    a = saved(zoo_model("xlnet")[0], tmp_path / "a")
+    assert main(["inspect", str(a), "--verify", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["spec"] == "derived" and found["verification"]["verified"]
+    assert any("verified on a copy of" in note for note in found["notes"])
+    planted = hf_llfc.inspect(str(a)).spec.random_alignment(torch.Generator().manual_seed(0))
+    shutil.copytree(a, tmp_path / "b")
+    original = load_file(a / "model.safetensors")
+    save_file(planted.apply(original), tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    words = ["merge", str(a), str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--align", "weight_matching"]
+    assert main(words) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert [name for name, tensor in original.items() if not torch.equal(merged[name], tensor)] == []
 
-    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
-    config = OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=32)
-    for name in ("a", "b"):
-        saved(OPTForCausalLM(config), tmp_path / name)
+
+def test_an_architecture_without_a_spec_merges_by_name(tmp_path, capsys):
+    for seed, name in enumerate("ab"):
+        saved(zoo_model("vits", seed=seed)[0], tmp_path / name)
     words = ["merge", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]
     assert main([*words, "--align", "weight_matching"]) == 2
     error = capsys.readouterr().err
-    assert "'opt'" in error and "--align none" in error and str(tmp_path / "a") in error
+    assert "'vits'" in error and "--align none" in error and str(tmp_path / "a") in error
     assert main(words) == 0
     a, b, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "out"))
     for name, tensor in merged.items():
