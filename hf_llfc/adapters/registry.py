@@ -235,9 +235,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "wavlm": ("wav2vec2", "wav2vec2"),
 }
 
-_HOW_TESTED = (
-    "verified on tiny models of every head with random weights, in float64 (docs/model_types.md)"
-)
+_HOW_TESTED = "verified on tiny models of every head with random weights, in float64 (docs/model_types.md)"
 
 _registered: dict[str, Adapter] = {}
 
