@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
-from tests.tiny_models import FullDouble, randomise
+from hf_llfc.adapters.derived.spec import model_with_random_weights
+from tests.tiny_models import FullDouble
 
 __all__ = [
     "FullDouble",
@@ -175,7 +176,7 @@ def zoo_result(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
         stage = "shrink"
         config = shrunken(config)
         stage = "build"
-        model = _built(config, seed).to(dtype).eval()
+        model = model_with_random_weights(model_class_for(config), config, seed, dtype)
         stage = "inputs"
         return ZooResult("forward", model=model, inputs=sample_inputs(model, seed=seed))
     except Exception as error:  # whatever stands in the way is the result
@@ -185,15 +186,3 @@ def zoo_result(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
 def default_config(model_type: str) -> PreTrainedConfig:
     """The default config of a model type, completed where it leaves open what a model needs."""
     return CONFIG_MAPPING[model_type](**copy.deepcopy(_COMPLETED.get(model_type, {})))
-
-
-def _built(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """The model of a config with random weights; attention and experts as float64 can run them."""
-    config._attn_implementation = "eager"
-    config._experts_implementation = "eager"
-    # Modelling files draw their first weights from the global generator.
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = model_class_for(config)._from_config(config)
-    randomise(model, torch.Generator().manual_seed(seed))
-    return model

@@ -18,8 +18,7 @@ from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.checkpoints.names import disk_state
 from hf_llfc.symmetry import PermutationSpec
 from hf_llfc.symmetry.expressions import AxisUse, Product, axis_uses
-
-RELATIVE_CHANGE = 1e-9
+from tests.properties.invariance import RELATIVE_CHANGE
 
 _FEATURES = re.compile(r"last_hidden_state|feature_maps|.*embeds|.*features")
 

@@ -247,14 +247,7 @@ def mamba(config: PreTrainedConfig) -> PermutationSpec:
         rank=config.time_step_rank,
         kernel=config.conv_kernel,
     )
-    return _model(
-        config,
-        "backbone",
-        embedding("embeddings"),
-        *(_layer("layers", index, norm("norm"), mixer) for index in range(config.num_hidden_layers)),
-        norm("norm_f"),
-        sizes={},
-    )
+    return _backbone(config, mixer)
 
 
 def mamba2(config: PreTrainedConfig) -> PermutationSpec:
@@ -267,6 +260,11 @@ def mamba2(config: PreTrainedConfig) -> PermutationSpec:
         state=config.state_size,
         kernel=config.conv_kernel,
     )
+    return _backbone(config, mixer)
+
+
+def _backbone(config: PreTrainedConfig, mixer: Part) -> PermutationSpec:
+    """Layers of one mixer each, and nothing else."""
     return _model(
         config,
         "backbone",

@@ -14,6 +14,17 @@ from tests.tiny_models import FullDouble
 RELATIVE_CHANGE = 1e-9
 
 
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shape of every tensor, by its name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Holds two sets of tensors to the same names and the same bits."""
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a forward pass is for: logits, or the last hidden state of a base model, pooled output, feature maps."""
     with torch.no_grad(), FullDouble():

@@ -1,7 +1,5 @@
 """Derived specs: against those written by hand, under every name of a tensor, at every size."""
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -10,6 +8,7 @@ from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.adapters.derived import derived_spec, model_class_for, shrunken, verified_copy
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.checkpoints.names import disk_state
+from tests.properties.invariance import shapes
 from tests.zoo import zoo_model
 
 # Structurally different ones; the others run with the whole zoo.
@@ -83,7 +82,3 @@ def test_a_note_says_how_a_derived_spec_was_verified_and_what_it_leaves():
     model, _ = zoo_model("xlnet")
     notes = " ".join(derived_spec(model.config).notes)
     assert "verified on a copy of" in notes and "transformer.layer.*.rel_attn.r_s_bias" in notes
-
-
-def shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -19,7 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.errors import SpecError
 from hf_llfc.symmetry import Alignment, PermutationSpec
-from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform, outputs, relative_change
+from tests.properties.invariance import (
+    RELATIVE_CHANGE,
+    assert_equal,
+    change_by_random_transform,
+    outputs,
+    relative_change,
+    shapes,
+)
 from tests.tiny_models import HEADS, TINY, tiny_inputs, tiny_model
 
 # Without rotary positions a key bias adds the same to all of a query's scores, and the softmax takes it away.
@@ -54,15 +61,6 @@ def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return Row(
         family, head, folder, model, PermutationSpec.from_config(config), load_file(folder / "model.safetensors")
     )
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_every_tensor_is_declared_exactly_once(row: Row):

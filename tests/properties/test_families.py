@@ -29,7 +29,7 @@ from hf_llfc.adapters.derived.shrink import shrunken
 from hf_llfc.adapters.registry import FAMILIES
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.symmetry import Alignment, PermutationSpec
-from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
+from tests.properties.invariance import RELATIVE_CHANGE, assert_equal, change_by_random_transform, shapes
 from tests.tiny_models import randomise
 
 DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
@@ -328,15 +328,6 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
         inputs["input_ids"][inputs["input_ids"] == model.config.eos_token_id] = 5
         inputs["input_ids"][:, -1] = model.config.eos_token_id
     return inputs
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_every_tensor_is_declared_exactly_once(row: Row):

@@ -40,11 +40,13 @@ class TracedModel:
         trace: The trace.
         model: The model on the meta device.
         tensors: Name in memory → the traced parameter or buffer.
+        unused: Names of the weights that no operation took.
     """
 
     trace: Trace
     model: PreTrainedModel
     tensors: Mapping[str, Tensor]
+    unused: tuple[str, ...]
 
 
 def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> TracedModel:
@@ -80,18 +82,18 @@ def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Trac
         output = run(model, inputs)
     for tensor in answers(output).values():
         trace.fix(tensor, "it is part of the answer")
-    _fix_unused(trace, state)
-    return TracedModel(trace, model, state)
+    unused = tuple(name for name, tensor in state.items() if id(tensor) not in trace.met and tensor.is_floating_point())
+    _fix_unused(trace, state, unused)
+    return TracedModel(trace, model, state, unused)
 
 
-def _fix_unused(trace: Trace, state: Mapping[str, Tensor]) -> None:
+def _fix_unused(trace: Trace, state: Mapping[str, Tensor], unused: Iterable[str]) -> None:
     """Fixes the tensors that no operation took, and what those of the same module may share with them.
 
     They serve inputs that were not tried (segments, masks): a bias of the heads must not stay behind when they move.
     """
-    for name, tensor in state.items():
-        if id(tensor) in trace.met or not tensor.is_floating_point():
-            continue
+    for name in unused:
+        tensor = state[name]
         trace.fix(tensor, "no operation uses it")
         module = name.rpartition(".")[0]
         for other, beside in state.items():
@@ -192,8 +194,7 @@ def spec_of(traced_model: TracedModel) -> PermutationSpec:
     names = names_of(memory, parents, {find(term) for _, entries, _ in disk.values() for term in entries})
     writer = Writer(names, parents)
 
-    unused = [name for name, tensor in traced_model.tensors.items() if id(tensor) not in trace.met]
-    unused = [name for name in unused if traced_model.tensors[name].is_floating_point()]
+    unused = traced_model.unused
     buffers = {name for name, _ in model.named_buffers()}
     saved = _saved_names(model, traced_model.tensors)
     declarations: dict[str, TensorSpec] = {}

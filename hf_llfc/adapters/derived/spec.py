@@ -111,22 +111,26 @@ def verified_copy(
     """
     small = shrunken(config)
     spec = derive(model_class, small)
-    model = copy_with_random_weights(model_class, small, seed)
+    model = model_with_random_weights(model_class, small, seed)
     return spec, verify(spec, model, sample_inputs(model, seed=seed))
 
 
-def copy_with_random_weights(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int
+def model_with_random_weights(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int, dtype: torch.dtype = torch.float64
 ) -> PreTrainedModel:
-    """A model in float64 whose every weight is random."""
+    """A model in eval mode whose every parameter and running statistic is drawn from `seed`.
+
+    Its attention and experts are those that float64 can run.
+    """
     config = deepcopy(config)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # the fused kernels have no float64
+    # Modelling files draw their first weights from the global generator.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class._from_config(config)
     randomise(model, torch.Generator().manual_seed(seed))
-    return model.double().eval()
+    return model.to(dtype).eval()
 
 
 def _with_indices(axes: Iterable[str], patterns: set[str]) -> list[str]:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_llfc.adapters.derived.terms import Term, find, fix, leaves, operation
+from hf_llfc.adapters.derived.terms import Term, find, fix, operation
 
 META = torch.device("meta")
 
@@ -189,9 +189,7 @@ class Trace(TorchDispatchMode):
         if shapes is not None and all(_is_number(each) for each in outputs):
             return self._hollow(shapes)
         if shapes is not None and max(tensor.numel() for tensor in tensors) > LARGEST_DRAWN:
-            return self._hollow(
-                tree_map_only(Tensor, lambda each: _zeros(each) if not _is_number(each) else each, shapes)
-            )
+            return self._hollow(tree_map_only(Tensor, _zeros, shapes))
         draws = {id(tensor): self._drawn(tensor) for tensor in tensors}  # x == x, whatever x is
         drawn, drawn_kwargs = tree_map_only(Tensor, lambda tensor: draws[id(tensor)], (args, kwargs))
         return self._hollow(func(*drawn, **drawn_kwargs))
@@ -291,5 +289,3 @@ class Call:
 
 
 Rule = Callable[[Trace, Call], None]
-
-__all__ = ["Call", "Label", "Rule", "Trace", "find", "leaves"]
