@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_llfc.adapters.derived.answers import answers
+from hf_llfc.adapters.derived.precision import full_precision
 from hf_llfc.symmetry import PermutationSpec
-from tests.tiny_models import FullDouble
 
 RELATIVE_CHANGE = 1e-9
 
@@ -27,7 +27,7 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 def outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a forward pass is for: logits, or the last hidden state of a base model, pooled output, feature maps."""
-    with torch.no_grad(), FullDouble():
+    with torch.no_grad(), full_precision(model.dtype):
         return answers(model(**inputs))
 
 
