@@ -6,13 +6,18 @@ The report is importable without torch; everything that runs models is loaded on
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.diagnostics.report import (
+from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.diagnostics.rows import (
+    AdditivityRow,
     Barrier,
-    ConnectivityReport,
+    CommutativityRow,
+    GeometryRow,
     LayerRow,
     ModelReference,
     PathPoint,
     Statistic,
+    StitchingPoint,
+    Suggestion,
     Verdict,
 )
 
@@ -23,12 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_ALPHAS",
+    "AdditivityRow",
     "Barrier",
+    "CommutativityRow",
     "ConnectivityReport",
+    "GeometryRow",
     "LayerRow",
     "ModelReference",
     "PathPoint",
     "Statistic",
+    "StitchingPoint",
+    "Suggestion",
     "Verdict",
     "diagnose_models",
     "has_batch_norm",

@@ -19,14 +19,8 @@ from transformers import PreTrainedModel
 from hf_llfc.diagnostics.batch_norm import batch_norm_state, has_batch_norm, recompute_batch_norm
 from hf_llfc.diagnostics.layers import LOGITS, Layer, handing_over, sample_vectors, select_layers
 from hf_llfc.diagnostics.path import WeightPath
-from hf_llfc.diagnostics.report import (
-    Barrier,
-    ConnectivityReport,
-    LayerRow,
-    ModelReference,
-    PathPoint,
-    Statistic,
-)
+from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.diagnostics.rows import Barrier, LayerRow, ModelReference, PathPoint, Statistic
 from hf_llfc.diagnostics.statistics import RunningMoments, cosine_distance, products, projection_coefficient
 from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError

@@ -9,120 +9,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.errors import EvaluationError
+from hf_llfc.diagnostics.rows import (
+    AdditivityRow,
+    Barrier,
+    CommutativityRow,
+    GeometryRow,
+    LayerRow,
+    ModelReference,
+    PathPoint,
+    Statistic,
+    StitchingPoint,
+    Suggestion,
+    Verdict,
+)
+from hf_llfc.errors import EvaluationError, suggest
 
 if TYPE_CHECKING:
     import pandas
 
 SCHEMA = "hf_llfc.report/1"
-ANSWERS = ("merge", "align", "do not merge")
 
+PARTS = ("path", "layers", "additivity", "commutativity", "stitching", "geometry")
+"""What of a report makes a table."""
 
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and standard deviation over samples.
-
-    Args:
-        mean: None where no sample has a value (the coefficient of a blend that is zero everywhere).
-        std: Divided by the number of samples.
-    """
-
-    mean: float | None
-    std: float | None
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """One of the models compared.
-
-    Args:
-        id: Hub id or path, as the user gave it.
-        revision: The commit, where there is one.
-        weight: Its share in the merge, where one was asked for.
-    """
-
-    id: str | None = None
-    revision: str | None = None
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
-class PathPoint:
-    """Loss and metrics of the merged model.
-
-    Args:
-        alpha: Weight of the first model.
-        loss: Mean cross-entropy in nats; None without labels.
-        metrics: By name; None where a value is not finite.
-    """
-
-    alpha: float
-    loss: float | None
-    metrics: Mapping[str, float | None]
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """The most by which the path lies above the line between its ends; at least 0, None without labels.
-
-    Args:
-        loss: In nats.
-        error: Of the share of wrong predictions.
-    """
-
-    loss: float | None
-    error: float | None
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """How features of one layer compare at one α.
-
-    Args:
-        layer: The module's name, or ``logits``.
-        alpha: Weight of the first model.
-        llfc: 1 − cos(merged, blend).
-        baseline: 1 − cos(A, B).
-        coefficient: ⟨merged, blend⟩ / ‖blend‖², signed.
-    """
-
-    layer: str
-    alpha: float
-    llfc: Statistic
-    baseline: Statistic
-    coefficient: Statistic
-
-    @property
-    def ratio(self) -> float | None:
-        """LLFC in units of its baseline; None where the parents do not differ."""
-        if self.llfc.mean is None or not self.baseline.mean:
-            return None
-        return self.llfc.mean / self.baseline.mean
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The answer and its evidence.
-
-    Args:
-        answer: One of `ANSWERS`.
-        because: One sentence with the numbers that decided.
-    """
-
-    answer: str
-    because: str
+OPTIONAL = {*PARTS[2:], "suggestion", "quantiles", "interval", "weights", "layer_weights", "name", "gated"}
+"""Left out of the JSON where empty."""
 
 
 @dataclass(frozen=True)
 class ConnectivityReport:
-    """Whether two models are linearly connected, in loss, in metric and layer by layer in features.
+    """Whether models are linearly connected, in loss, in metric and layer by layer in features.
 
     Args:
         models: The models, the one with weight α first.
-        path: By rising α, both ends included.
+        path: On a line by rising α, both ends included; otherwise the models themselves first.
         barrier: Of loss and error.
-        layers: By layer in order of computation, then by rising α; the last layer is ``logits``.
+        layers: By layer in order of computation, then by the order of the path; the last layer is ``logits``.
         verdict: What to do.
+        region: Where merged models were measured: ``line`` between two models, ``simplex`` of more (edges and
+            centre), or ``arithmetic``, sums of task vectors over a base model, which comes last.
+        additivity: Of every activation function, where asked for.
+        commutativity: Of every linear map, where asked for.
+        stitching: At every layer boundary, where asked for.
+        geometry: Of weights and features, where asked for.
+        suggestion: Better weights, where asked for.
         data: On which data it was measured.
         alignment: How the second model was moved onto the first; empty if it was not.
         versions: Of the libraries that took part.
@@ -133,6 +63,12 @@ class ConnectivityReport:
     barrier: Barrier
     layers: tuple[LayerRow, ...]
     verdict: Verdict
+    region: str = "line"
+    additivity: tuple[AdditivityRow, ...] = ()
+    commutativity: tuple[CommutativityRow, ...] = ()
+    stitching: tuple[StitchingPoint, ...] = ()
+    geometry: tuple[GeometryRow, ...] = ()
+    suggestion: Suggestion | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     alignment: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -148,17 +84,24 @@ class ConnectivityReport:
         return tuple(dict.fromkeys(row.layer for row in self.layers))
 
     def at(self, alpha: float = 0.5) -> tuple[LayerRow, ...]:
-        """The layers at the measured α nearest to the one asked for."""
+        """The layers at one point.
+
+        Args:
+            alpha: On a line, the measured α nearest to this is taken. A simplex has one centre and task arithmetic one
+                edit that was asked for, the last point of the path, and that is taken.
+        """
         if not self.layers:
             return ()
+        if self.region != "line":
+            return tuple(row for row in self.layers if row.weights == self.path[-1].weights)
         nearest = min(self.alphas, key=lambda measured: (abs(measured - alpha), measured))
         return tuple(row for row in self.layers if row.alpha == nearest)
 
     def rows(self, alpha: float = 0.5) -> list[dict[str, Any]]:
-        """The layers at one α as flat rows for a table.
+        """The layers at one point as flat rows for a table.
 
         Args:
-            alpha: The measured α nearest to this is taken.
+            alpha: As for `at`.
 
         Returns:
             Per layer `layer`, `alpha`, `llfc`, `llfc_std`, `baseline`, `baseline_std`, `ratio`, `coefficient` and
@@ -167,24 +110,46 @@ class ConnectivityReport:
         return [_flat(row) for row in self.at(alpha)]
 
     def path_rows(self) -> list[dict[str, Any]]:
-        """The path as flat rows for a table: `alpha`, `loss`, and a column per metric."""
-        return [{"alpha": point.alpha, "loss": point.loss, **point.metrics} for point in self.path]
+        """The path as flat rows for a table: `alpha`, or `point` where it is no line, `loss`, a column per metric."""
+        on_line = self.region == "line"
+        return [
+            {**({"alpha": point.alpha} if on_line else {"point": point.name}), "loss": point.loss, **point.metrics}
+            for point in self.path
+        ]
+
+    def part_rows(self, part: str) -> list[dict[str, Any]]:
+        """Any part of the report as flat rows for a table.
+
+        Args:
+            part: One of `PARTS`; ``layers`` gives one row per layer and point.
+
+        Raises:
+            EvaluationError: There is no such part.
+        """
+        if part not in PARTS:
+            raise EvaluationError(f"a report has no {part!r}{suggest(part, PARTS)}; it has {', '.join(PARTS)}")
+        if part == "path":
+            return self.path_rows()
+        if part == "layers":
+            return [_flat(row) for row in self.layers]
+        return [_flat_columns(row) for row in self.to_dict().get(part, ())]
 
     def to_pandas(self, part: str = "layers") -> pandas.DataFrame:
         """A part of the report as a data frame.
 
         Args:
-            part: ``layers``, one row per layer and α, or ``path``, one row per α.
+            part: One of `PARTS`: ``layers``, one row per layer and point; ``path``, one row per point; or a measure.
+
+        Raises:
+            EvaluationError: There is no such part.
         """
         import pandas
 
-        if part not in ("layers", "path"):
-            raise EvaluationError(f"a report has layers and path, not {part!r}")
-        return pandas.DataFrame([_flat(row) for row in self.layers] if part == "layers" else self.path_rows())
+        return pandas.DataFrame(self.part_rows(part))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values, the schema's name first."""
-        return {"schema": SCHEMA, **_plain(dataclasses.asdict(self))}
+        """The report as JSON values, the schema's name first; what was not measured is left out."""
+        return {"schema": SCHEMA, **_plain(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ConnectivityReport:
@@ -201,8 +166,14 @@ class ConnectivityReport:
                 models=tuple(_build(ModelReference, model) for model in values["models"]),
                 path=tuple(_build(PathPoint, point) for point in values["path"]),
                 barrier=_build(Barrier, values["barrier"]),
-                layers=tuple(_layer_row(row) for row in values["layers"]),
+                layers=tuple(_build(LayerRow, row) for row in values["layers"]),
                 verdict=_build(Verdict, values["verdict"]),
+                region=values.get("region", "line"),
+                additivity=tuple(_build(AdditivityRow, row) for row in values.get("additivity", ())),
+                commutativity=tuple(_build(CommutativityRow, row) for row in values.get("commutativity", ())),
+                stitching=tuple(_build(StitchingPoint, row) for row in values.get("stitching", ())),
+                geometry=tuple(_build(GeometryRow, row) for row in values.get("geometry", ())),
+                suggestion=_build(Suggestion, values["suggestion"]) if values.get("suggestion") else None,
                 data=dict(values.get("data", {})),
                 alignment=dict(values.get("alignment", {})),
                 versions=dict(values.get("versions", {})),
@@ -248,6 +219,9 @@ def _flat(row: LayerRow) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        entries = {entry.name: vars(value)[entry.name] for entry in dataclasses.fields(value)}
+        return {name: _plain(item) for name, item in entries.items() if name not in OPTIONAL or item}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -255,11 +229,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _flat_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the mean and the spread of its statistics, and its mappings, as columns of their own."""
+    columns: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping) and value.keys() >= {"mean", "std"}:
+            columns |= {name: value["mean"], f"{name}_std": value["std"]}
+        elif isinstance(value, Mapping):
+            columns |= value
+        else:
+            columns[name] = value
+    return columns
+
+
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A row from JSON values: what holds a mean is a statistic, and lists were tuples."""
     names = {entry.name for entry in dataclasses.fields(kind)}
-    return kind(**{name: value for name, value in values.items() if name in names})
+    return kind(**{name: _from_plain(value) for name, value in values.items() if name in names})
 
 
-def _layer_row(values: Mapping[str, Any]) -> LayerRow:
-    statistics = {name: _build(Statistic, values[name]) for name in ("llfc", "baseline", "coefficient")}
-    return LayerRow(layer=values["layer"], alpha=values["alpha"], **statistics)
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        built = {name: _from_plain(item) for name, item in value.items()}
+        return _build(Statistic, built) if {"mean", "std"} <= built.keys() else built
+    return tuple(_from_plain(item) for item in value) if isinstance(value, list) else value

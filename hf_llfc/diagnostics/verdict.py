@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_llfc.diagnostics.report import Barrier, LayerRow, Verdict
+from hf_llfc.diagnostics.rows import Barrier, LayerRow, Verdict
 
 ERROR_BARRIER_TOLERANCE = 0.02
 """Two points of error: below this, runs from one initialization count as linearly connected in Frankle et al.

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.diagnostics.report import ConnectivityReport, PathPoint
+from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.diagnostics.rows import PathPoint
 from hf_llfc.errors import PublishingError
 from hf_llfc.publishing.facts import (
     LOSS,

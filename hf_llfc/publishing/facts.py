@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_llfc.diagnostics.report import ConnectivityReport, LayerRow, PathPoint
+from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.diagnostics.rows import LayerRow, PathPoint
 from hf_llfc.errors import EvaluationError, PublishingError
 
 SAME_ALPHA = 1e-6

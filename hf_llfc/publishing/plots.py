@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.diagnostics.report import ConnectivityReport, LayerRow, Statistic
+from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.diagnostics.rows import LayerRow, Statistic
 from hf_llfc.publishing.facts import (
     LOSS,
     MetricStyle,

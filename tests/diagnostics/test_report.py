@@ -67,6 +67,7 @@ GOLDEN = {
         )
     ],
     "verdict": {"answer": "align", "because": "the barrier is high"},
+    "region": "line",
     "data": {"task": "text-classification", "samples": 3},
     "alignment": {"method": "none"},
     "versions": {"torch": "2"},
@@ -142,5 +143,5 @@ def test_pandas():
     assert layers.shape == (4, 9)
     assert layers.loc[layers.layer == "logits", "llfc"].tolist() == [0.3, 0.4]
     assert REPORT.to_pandas("path")["loss"].tolist() == [0.5, 0.6, 0.4]
-    with pytest.raises(EvaluationError, match="layers and path, not 'barrier'"):
+    with pytest.raises(EvaluationError, match="has no 'barrier'; it has path, layers"):
         REPORT.to_pandas("barrier")

@@ -1,6 +1,6 @@
 import pytest
 
-from hf_llfc.diagnostics.report import Barrier, LayerRow, Statistic
+from hf_llfc.diagnostics.rows import Barrier, LayerRow, Statistic
 from hf_llfc.diagnostics.verdict import judge
 
 

@@ -1,0 +1,212 @@
+"""The rows of a report: what is measured at a point, of a layer, and the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ANSWERS = ("merge", "align", "do not merge")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """How a value is distributed over samples, or over tokens where these were asked for.
+
+    Args:
+        mean: None where no sample has a value (the coefficient of a blend that is zero everywhere).
+        std: Divided by the number of samples.
+        quantiles: Value by level (``"0.05"``, ``"0.25"``, ``"0.5"``, ``"0.75"``, ``"0.95"``); empty where not measured.
+        interval: Ends of the bootstrapped 95 % interval of the mean; None where not measured.
+    """
+
+    mean: float | None
+    std: float | None
+    quantiles: Mapping[str, float] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """One of the models compared.
+
+    Args:
+        id: Hub id or path, as the user gave it.
+        revision: The commit, where there is one.
+        weight: Its share in the merge, where one was asked for.
+    """
+
+    id: str | None = None
+    revision: str | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """Loss and metrics of the merged model at one point: of the line, of the simplex, or of task arithmetic.
+
+    Args:
+        alpha: Weight of the first model.
+        loss: Mean cross-entropy in nats; None without labels.
+        metrics: By name; None where a value is not finite.
+        weights: Of all models, in their order; they sum to one.
+        name: What a reader calls the point (``alpha 0.5``, ``model 2``, ``models 1 and 3``, ``centre``).
+    """
+
+    alpha: float
+    loss: float | None
+    metrics: Mapping[str, float | None]
+    weights: tuple[float, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """The most by which merged models lie above the blend of their parents' values; at least 0, None without labels.
+
+    Over the path between two models; over all measured points of the simplex for more.
+
+    Args:
+        loss: In nats.
+        error: Of the share of wrong predictions.
+    """
+
+    loss: float | None
+    error: float | None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """How features of one layer compare at one point.
+
+    Args:
+        layer: The module's name, or ``logits``.
+        alpha: Weight of the first model.
+        llfc: 1 − cos(merged, blend).
+        baseline: 1 − cos(A, B); for more than two models the mean over their pairs.
+        coefficient: ⟨merged, blend⟩ / ‖blend‖², signed.
+        weights: Of all models, as in the `PathPoint` it belongs to.
+    """
+
+    layer: str
+    alpha: float
+    llfc: Statistic
+    baseline: Statistic
+    coefficient: Statistic
+    weights: tuple[float, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        """LLFC in units of its baseline; None where the parents do not differ."""
+        if self.llfc.mean is None or not self.baseline.mean:
+            return None
+        return self.llfc.mean / self.baseline.mean
+
+
+@dataclass(frozen=True)
+class AdditivityRow:
+    """Weak additivity of one nonlinear map: σ(αh_A + (1−α)h_B) against ασ(h_A) + (1−α)σ(h_B).
+
+    h are the inputs of the map in the two parents. For a gated unit the map is (g, u) ↦ σ(g)⊙u, and both of its
+    inputs are blended.
+
+    Args:
+        layer: Module of the activation function.
+        alpha: Weight of the first model.
+        distance: 1 − cos of the two sides.
+        baseline: 1 − cos of σ(h_A) and σ(h_B).
+        gated: Whether the map is a gated unit.
+    """
+
+    layer: str
+    alpha: float
+    distance: Statistic
+    baseline: Statistic
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class CommutativityRow:
+    """Commutativity of one linear map: W_A H_A + W_B H_B against W_A H_B + W_B H_A, over all samples together.
+
+    All three are dist(x, y) = ‖x−y‖² / (‖x‖‖y‖); None where one side is zero everywhere.
+
+    Args:
+        layer: Module of the linear map or convolution.
+        com: Of the two sides.
+        weights: Of W_A and W_B.
+        features: Of the inputs H_A and H_B.
+    """
+
+    layer: str
+    com: float | None
+    weights: float | None
+    features: float | None
+
+
+@dataclass(frozen=True)
+class StitchingPoint:
+    """A network that is A up to and with a layer and B from there on, without an adapter between.
+
+    Args:
+        layer: The last layer of A.
+        loss: Mean cross-entropy in nats.
+        metrics: By name; None where a value is not finite.
+    """
+
+    layer: str
+    loss: float | None
+    metrics: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class GeometryRow:
+    """Where the weights or the features of one layer lie in the two models.
+
+    Args:
+        layer: The module's name.
+        of: ``weights`` or ``features``.
+        angles: Principal angles between the two leading subspaces in degrees, from 0 to 90, rising.
+        rank_a: Effective rank of the first model's (exponential of the entropy of the normalised singular values, Roy
+            and Vetterli, EUSIPCO 2007).
+        rank_b: That of the second's.
+    """
+
+    layer: str
+    of: str
+    angles: tuple[float, ...]
+    rank_a: float
+    rank_b: float
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Weights that promise more than the ones asked for, with what they gain on samples they were not chosen on.
+
+    Args:
+        because: One sentence.
+        loss: Mean cross-entropy on held-out samples with the suggested weights, in nats.
+        reference_loss: That with the weights it is compared with.
+        gain_interval: Ends of the bootstrapped 95 % interval of `reference_loss` − `loss`.
+        weights: One a model, the same for all tensors; None where they differ by layer.
+        layer_weights: One a model by pattern of tensor names, where they differ; empty otherwise.
+    """
+
+    because: str
+    loss: float | None = None
+    reference_loss: float | None = None
+    gain_interval: tuple[float, float] | None = None
+    weights: tuple[float, ...] | None = None
+    layer_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer and its evidence.
+
+    Args:
+        answer: One of `ANSWERS`.
+        because: One sentence with the numbers that decided.
+    """
+
+    answer: str
+    because: str
