@@ -286,20 +286,31 @@ def diagnose(
     b: Model,
     data: EvaluationConfig,
     *,
+    more: Sequence[Model] = (),
+    weights: Sequence[float] | None = None,
+    base_model: Model | None = None,
     align: str | Alignment = "none",
     alphas: Sequence[float] | None = None,
-    layers: Sequence[str] | None = None,
+    layers: Sequence[str] = (),
+    unit: str = "sample",
+    measures: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ConnectivityReport:
-    """Measures loss, metric and layerwise linear feature connectivity along the line between two models.
+    """Measures loss, metric and layerwise linear feature connectivity between models.
 
     Args:
-        a: The first model, of weight α.
+        a: The first model, on a line of weight α.
         b: The second model.
         data: Task and data.
-        align: How B is aligned to A first: a method, or an alignment that was found for these two.
-        alphas: The grid of α; eleven steps from 0 to 1 where None.
-        layers: Patterns of module names; block outputs and the logits where None.
+        more: Further models; the points are then those of the simplex.
+        weights: Of the merge, one a model, where there are more than two models or a base; equal ones where None.
+        base_model: θ₀ of task arithmetic; the points are then sums of the models' differences from it.
+        align: How the others are aligned to A, or all to the base: a method, or an alignment of B to A.
+        alphas: The grid of α on the line; eleven steps from 0 to 1 where None.
+        layers: Patterns of module names, or `blocks`, `attention`, `mlp`, `pre_activations`; block outputs and the
+            logits where empty.
+        unit: `sample`, one feature vector a sample, or `token`, one a token.
+        measures: What else to measure on a pair, see `hf_llfc.diagnostics.MEASURES`.
         progress: Shown meanwhile.
 
     Returns:
@@ -309,30 +320,40 @@ def diagnose(
         LLFCError: The models do not fit each other, the alignment or the data.
     """
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.diagnostics import DEFAULT_ALPHAS, ModelReference
-    from hf_llfc.recipe import AlignSection
+    from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
+    from hf_llfc.diagnostics import DEFAULT_ALPHAS
+    from hf_llfc.recipe import AlignSection, DiagnoseSection
     from hf_llfc.stages import (
         Parent,
         align_checkpoints,
-        diagnose_parents,
         open_data,
         refuse_foreign_alignment,
         refuse_incompatible,
     )
 
-    reference, other = open_checkpoint(a), open_checkpoint(b)
-    refuse_incompatible([reference, other])
+    checkpoints = [open_checkpoint(model) for model in (a, b, *more)]
+    base = open_checkpoint(base_model) if base_model is not None else None
+    refuse_incompatible([*checkpoints, *([base] if base is not None else [])])
+    section = DiagnoseSection(data, tuple(alphas or DEFAULT_ALPHAS), tuple(layers), unit, tuple(measures))
+    reference = base if base is not None else checkpoints[0]
     if isinstance(align, str):
-        found = align_checkpoints(reference, other, AlignSection(align, calibration=data), progress=progress)
+        options = AlignSection(align, calibration=data)
+        found = [
+            None if each is reference else align_checkpoints(reference, each, options, progress=progress)
+            for each in checkpoints
+        ]
     else:
-        found = align
+        if len(checkpoints) > 2 or base is not None:
+            raise AlignmentError("an alignment moves B onto A; with more models name a method instead")
         if "model" in align.metadata:  # one that was written by hand names no inputs
-            refuse_foreign_alignment(align, reference, other)
-    return diagnose_parents(
-        [Parent(reference), Parent(other, found)],
-        open_data(data, reference),
-        [ModelReference(each.id, each.revision) for each in (reference, other)],
-        alphas=alphas or DEFAULT_ALPHAS,
-        layers=layers or (),
+            refuse_foreign_alignment(align, *checkpoints)
+        found = [None, align]
+    return diagnose_checkpoints(
+        [Parent(each, alignment) for each, alignment in zip(checkpoints, found, strict=True)],
+        open_data(data, checkpoints[0]),
+        section,
+        base=Parent(base) if base is not None else None,
+        weights=weights,
+        calibration=batch_norm_data(checkpoints[0], section),
         progress=progress,
     )

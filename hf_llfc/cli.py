@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc import __version__
+from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, UNITS
 from hf_llfc.errors import LLFCError, suggest
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from hf_llfc.recipe import AlignSection, Recipe
 
 Handler = Callable[[argparse.Namespace], int]
-
-ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
 
 # What the processes of a launcher do together; anything else the main one does alone.
 SHARED_COMMANDS = ("align", "merge", "diagnose", "run")
@@ -205,11 +204,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_matching(merge, default="none")
     _add_data(merge, purpose="calibration data for activation matching")
 
-    diagnose = command("diagnose", _diagnose, "loss, metric and features along the line from A to B")
-    diagnose.add_argument("a", metavar="A")
-    diagnose.add_argument("b", metavar="B")
+    diagnose = command("diagnose", _diagnose, "loss, metric and features between models, layer by layer")
+    diagnose.add_argument("models", nargs="+", metavar="MODEL", help="two: the line from A to B; more: the simplex")
+    diagnose.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the merge of more than two models")
+    diagnose.add_argument("--base-model", metavar="MODEL", help="add and negate task vectors over this model")
     diagnose.add_argument("--alphas", type=int, default=11, help="how many steps of the path, ends included")
-    diagnose.add_argument("--layers", nargs="+", metavar="PATTERN", help="modules to compare instead of the blocks")
+    diagnose.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="modules to compare instead of the blocks, or: attention, mlp, pre_activations",
+    )
+    diagnose.add_argument("--unit", choices=UNITS, default="sample", help="one feature vector a sample or a token")
+    diagnose.add_argument("--measures", nargs="+", default=[], choices=MEASURES, help="what else to measure on a pair")
     diagnose.add_argument("--out", metavar="DIR", help="folder for report and plots")
     diagnose.add_argument("--overwrite", action="store_true")
     _add_matching(diagnose, default="none")
@@ -243,7 +251,7 @@ def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument(flag, dest="method", choices=ALIGNMENT_METHODS, default=default, help=f"default: {default}")
     group.add_argument("--axes", nargs="+", default=[], metavar="PATTERN", help="axes that may move (all)")
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="axes that stay (residual, say)")
-    group.add_argument("--start", choices=("identity", "activation_matching"), default="identity")
+    group.add_argument("--start", choices=STARTS, default="identity")
     group.add_argument("--restarts", type=int, default=2, help="starts of weight matching; the best wins")
     group.add_argument("--max-sweeps", type=int, default=50)
     group.add_argument("--seed", type=int, default=0)
@@ -465,21 +473,33 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _diagnose(options: argparse.Namespace) -> int:
     from hf_llfc.console import progress_bars
+    from hf_llfc.errors import EvaluationError
     from hf_llfc.pipeline import write_diagnosis
+    from hf_llfc.recipe import DiagnoseSection
 
     if options.method == "none":
         _refuse_given(options, MATCHING_OPTIONS, "without --align")
     data = _evaluation_config(options, required=True)
     assert data is not None
     settings = _align_section(options, calibration=data)
+    if options.alphas < 3:
+        raise EvaluationError(f"--alphas must be at least 3, both ends and one point between, not {options.alphas}")
+    if len(options.models) == 2 and options.weights and not options.base_model:
+        raise EvaluationError("--weights has no meaning for a line, which is measured at every weight; see --alphas")
+    section = DiagnoseSection(
+        data,
+        tuple(step / (options.alphas - 1) for step in range(options.alphas)),
+        tuple(options.layers),
+        options.unit,
+        tuple(options.measures),
+    )
     with progress_bars(shown=not options.quiet) as progress:
         report = write_diagnosis(
-            options.a,
-            options.b,
-            data,
-            options=settings,
-            alphas=options.alphas,
-            layers=options.layers,
+            options.models,
+            section,
+            align=settings,
+            weights=options.weights,
+            base_model=options.base_model,
             out=options.out,
             overwrite=options.overwrite,
             progress=progress,

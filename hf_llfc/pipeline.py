@@ -21,21 +21,21 @@ from hf_llfc.checkpoints import (
     state_dict_on_disk,
     write_checkpoint,
 )
-from hf_llfc.diagnostics import ConnectivityReport, ModelReference, recompute_batch_norm
-from hf_llfc.errors import AlignmentError, CheckpointError, EvaluationError, PublishingError, RecipeError
-from hf_llfc.evaluation import EvaluationConfig, EvaluationData
+from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints, region_of
+from hf_llfc.diagnostics import ConnectivityReport, recompute_batch_norm
+from hf_llfc.errors import AlignmentError, CheckpointError, PublishingError, RecipeError
+from hf_llfc.evaluation import EvaluationData
 from hf_llfc.merging import Rule, Source, WeightSchedule, merge_tensors, merged_infos
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import check_access, publish, save_plots, write_card
-from hf_llfc.recipe import AlignSection, ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
+from hf_llfc.recipe import AlignSection, DiagnoseSection, ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
 from hf_llfc.stages import (
     Parent,
     align_checkpoints,
     alignment_spec,
     alignment_summary,
     bind,
-    diagnose_parents,
     evaluate_parents,
     matching_memory,
     open_data,
@@ -118,13 +118,13 @@ def run(
         report: ConnectivityReport | None = None
         table: list[dict[str, Any]] = [{"id": each.id} for each in opened.parents]
         if data is not None and recipe.diagnose is not None:
-            if len(parents) > 1:
-                report = diagnose_parents(
+            if len(parents) > 1 or opened.base is not None:
+                report = diagnose_checkpoints(
                     parents,
                     data,
-                    references(recipe, opened.parents),
-                    alphas=recipe.diagnose.alphas,
-                    layers=recipe.diagnose.layers,
+                    recipe.diagnose,
+                    base=Parent(opened.base) if opened.base is not None else None,
+                    weights=shares(recipe, opened.parents),
                     calibration=calibration,
                     accelerator=processes.accelerator,
                     progress=progress,
@@ -209,11 +209,7 @@ def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | N
         return None, None
     first, source = opened.parents[0], opened.tokenizer_source
     data = open_data(recipe.diagnose.data, first, tokenizer_source=source)
-    batch_norm = recipe.diagnose.batch_norm
-    if not batch_norm.recompute or not any(name.endswith("running_mean") for name in first.tensors):
-        return data, None
-    calibration: EvaluationConfig = batch_norm.data or replace(recipe.diagnose.data, labels=False)
-    return data, open_data(calibration, first, tokenizer_source=source)
+    return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
 
 
 def align_parents(opened: Models, recipe: Recipe, progress: Progress) -> list[Alignment | None]:
@@ -294,18 +290,16 @@ def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
     return WeightSchedule(tuple(rules), entry.model, parent.axes_of)
 
 
-def references(recipe: Recipe, parents: Sequence[Checkpoint]) -> list[ModelReference]:
-    """How the report names the parents."""
+def shares(recipe: Recipe, parents: Sequence[Checkpoint]) -> list[float] | None:
+    """The weight of every parent in the merge; None where a parent's weight differs among tensors."""
     schedules = [
         schedule(entry, len(parents), Parent(each)) for entry, each in zip(recipe.models, parents, strict=True)
     ]
     if not all(each.is_constant for each in schedules):
-        return [ModelReference(each.id, each.revision) for each in parents]
+        return None
     weights = [recipe.parameters.scale * each.rules[0].values[0] for each in schedules]
     total = sum(weights) if recipe.parameters.normalize else 1.0
-    return [
-        ModelReference(each.id, each.revision, weight / total) for each, weight in zip(parents, weights, strict=True)
-    ]
+    return [weight / total for weight in weights]
 
 
 def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
@@ -332,21 +326,26 @@ def write_evidence(
     ours.mkdir()
     as_run = resolved(recipe, opened.parents)
     (ours / "recipe.yaml").write_text(dump_recipe(as_run), encoding="utf-8")
-    found = [(place, alignment) for place, alignment in enumerate(alignments) if alignment is not None]
-    for place, alignment in found:
-        alignment.save(ours / ("alignment.safetensors" if len(found) == 1 else f"alignment-{place}.safetensors"))
+    save_alignments(alignments, ours)
     if report is not None:
         report.save(ours / "llfc_report.json")
     write_card(
         folder,
         recipe=as_run.to_dict(),
         report=report,
-        alignment=[alignment_summary(alignment) for _, alignment in found],
+        alignment=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
         results=[row for row in table if "loss" in row] or None,
         name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
         license=recipe.publish.licence if recipe.publish is not None else None,
         hardware=f"{platform.machine()}, {platform.system()}",
     )
+
+
+def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> None:
+    """Writes what moved which model; with several, the file's name says which."""
+    found = [(place, alignment) for place, alignment in enumerate(alignments) if alignment is not None]
+    for place, alignment in found:
+        alignment.save(folder / ("alignment.safetensors" if len(found) == 1 else f"alignment-{place}.safetensors"))
 
 
 def push(recipe: Recipe) -> str:
@@ -403,9 +402,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if recipe.diagnose is not None:
         held = max(held, 3 * sum(info.elements for info in infos.values()) * 4)
         data = recipe.diagnose.data
-        steps.append(
-            {"step": "diagnose", "what": f"{data.task} on {data.dataset}, {len(recipe.diagnose.alphas)} points"}
-        )
+        steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
     steps.append({"step": "write", "what": str(recipe.output_dir)})
     if recipe.publish is not None:
         steps.append({"step": "publish", "what": recipe.publish.repo_id})
@@ -484,26 +481,24 @@ def _write_aligned(
 
 
 def write_diagnosis(
-    a: str | Path,
-    b: str | Path,
-    data: EvaluationConfig,
+    models: Sequence[str | Path],
+    section: DiagnoseSection,
     *,
-    options: AlignSection,
-    alphas: int = 11,
-    layers: Sequence[str] | None = None,
+    align: AlignSection,
+    weights: Sequence[float] | None = None,
+    base_model: str | Path | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> ConnectivityReport:
-    """Diagnoses the line between two models and, given a folder, writes report and plots.
+    """Diagnoses models as they would be merged and, given a folder, writes report and plots.
 
     Args:
-        a: The first model, of weight α.
-        b: The second model.
-        data: What to measure on.
-        options: How B is aligned to A first.
-        alphas: Number of equal steps from 0 to 1, at least 3.
-        layers: Patterns of module names; block outputs and the logits where None.
+        models: Two or more; the first is the reference, and on a line has weight α. One is enough with a base model.
+        section: What to measure, and on what.
+        align: How the others are aligned to the first, or all to the base.
+        weights: Of the merge that more than two models, or task vectors, would make; equal ones where None.
+        base_model: θ₀ of task arithmetic.
         out: The folder to write.
         overwrite: Whether an earlier output may be replaced.
         progress: Shown meanwhile.
@@ -511,27 +506,31 @@ def write_diagnosis(
     Raises:
         LLFCError: The models do not fit each other or the data.
     """
-    if alphas < 3:
-        raise EvaluationError(f"alphas must be at least 3, both ends and one point between them, not {alphas}")
     processes = Processes()
     progress = progress if processes.is_main else silent
     output = OutputFolder(out, overwrite) if out is not None else None
     if output is not None:
         processes.on_main(output.check)
-    checkpoints = processes.main_first(lambda: [open_checkpoint(model) for model in (a, b)])
-    refuse_incompatible(checkpoints)
+    checkpoints = processes.main_first(lambda: [open_checkpoint(model) for model in models])
+    base = processes.main_first(lambda: open_checkpoint(base_model)) if base_model is not None else None
+    refuse_incompatible([*checkpoints, *([base] if base is not None else [])])
     if output is not None:
         refuse_replacing_inputs(output, checkpoints)
-    opened = open_data(data, checkpoints[0])
-    alignment = processes.on_main(lambda: align_checkpoints(checkpoints[0], checkpoints[1], options, progress=progress))
-    has_batch_norm = any(name.endswith("running_mean") for name in checkpoints[0].tensors)
-    report = diagnose_parents(
-        [Parent(checkpoints[0]), Parent(checkpoints[1], alignment)],
-        opened,
-        [ModelReference(each.id, each.revision) for each in checkpoints],
-        alphas=[step / (alphas - 1) for step in range(alphas)],
-        layers=layers or (),
-        calibration=open_data(replace(data, labels=False), checkpoints[0]) if has_batch_norm else None,
+    data = open_data(section.data, checkpoints[0])
+    reference = base if base is not None else checkpoints[0]
+    alignments = processes.on_main(
+        lambda: [
+            None if each is reference else align_checkpoints(reference, each, align, progress=progress)
+            for each in checkpoints
+        ]
+    )
+    report = diagnose_checkpoints(
+        [Parent(each, alignment) for each, alignment in zip(checkpoints, alignments, strict=True)],
+        data,
+        section,
+        base=Parent(base) if base is not None else None,
+        weights=weights,
+        calibration=batch_norm_data(checkpoints[0], section),
         accelerator=processes.accelerator,
         progress=progress,
     )
@@ -540,10 +539,18 @@ def write_diagnosis(
         (folder / LLFC_FOLDER).mkdir()
         report.save(folder / LLFC_FOLDER / "llfc_report.json")
         save_plots(report, folder / LLFC_FOLDER)
-        if alignment is not None:
-            alignment.save(folder / LLFC_FOLDER / "alignment.safetensors")
+        save_alignments(alignments, folder / LLFC_FOLDER)
 
     if output is not None:
         with processes.output(output) as folder:
             processes.on_main(lambda: save(folder))
     return report
+
+
+def _points(recipe: Recipe, opened: Models) -> int:
+    """How many models a diagnosis runs on every batch."""
+    assert recipe.diagnose is not None
+    weights = shares(recipe, opened.parents) or [1 / len(opened.parents)] * len(opened.parents)
+    if len(weights) < 2 and opened.base is None:
+        return 1
+    return len(region_of(weights, recipe.diagnose, arithmetic_over_base=opened.base is not None).points)

@@ -21,12 +21,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, UNITS
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 
 MERGE_METHODS = ("linear", "task_arithmetic")
-ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
-STARTS = ("identity", "activation_matching")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LARGEST_FILE = 1_000_000
 DEEPEST = 20
@@ -156,12 +155,16 @@ class DiagnoseSection:
         data: Task and data; its keys stand in the section itself.
         alphas: The grid of α: a number of equal steps from 0 to 1, or values.
         layers: Patterns of module names; block outputs and the logits where empty.
+        unit: `sample`, one feature vector a sample, or `token`, one a token.
+        measures: What else to measure on a pair: any of `MEASURES`.
         batch_norm: See `BatchNormSection`.
     """
 
     data: EvaluationConfig
     alphas: tuple[float, ...]
     layers: tuple[str, ...] = ()
+    unit: str = "sample"
+    measures: tuple[str, ...] = ()
     batch_norm: BatchNormSection = field(default_factory=BatchNormSection)
 
 
@@ -524,15 +527,16 @@ class _Reader:
         return built
 
     def _diagnose(self, value: Mapping[str, Any], path: str) -> DiagnoseSection | None:
-        own = ("alphas", "layers", "batch_norm")
+        own = ("alphas", "layers", "unit", "measures", "batch_norm")
         settings = {key: each for key, each in value.items() if key not in own}
         data = self._data(settings, path, more=own)
         alphas = self._alphas(value.get("alphas", 11), f"{path}.alphas")
-        layers = value.get("layers") or []
-        layers = [layers] if isinstance(layers, str) else layers
-        if not isinstance(layers, list) or not all(isinstance(each, str) for each in layers):
-            self.problems.append(f"{path}.layers: a list of module patterns is expected, found {layers!r}")
-            layers = []
+        layers = self._words(value.get("layers"), f"{path}.layers", "module patterns")
+        measures = self._words(value.get("measures"), f"{path}.measures", "measures")
+        for place, measure in enumerate(measures):
+            self._choice(measure, MEASURES, f"{path}.measures[{place}]")
+        unit = value.get("unit", "sample")
+        self._choice(unit, UNITS, f"{path}.unit")
         batch_norm = value.get("batch_norm")
         section = BatchNormSection()
         if isinstance(batch_norm, Mapping):
@@ -545,7 +549,15 @@ class _Reader:
             section = BatchNormSection(recompute is True, self._data(calibration or None, f"{path}.batch_norm"))
         elif batch_norm is not None:
             self.problems.append(f"{path}.batch_norm: a mapping of keys is expected, found {batch_norm!r}")
-        return None if data is None else DiagnoseSection(data, alphas, tuple(layers), section)
+        return None if data is None else DiagnoseSection(data, alphas, layers, unit, measures, section)
+
+    def _words(self, value: Any, path: str, what: str) -> tuple[str, ...]:
+        """One word or a list of words."""
+        words = [value] if isinstance(value, str) else value or []
+        if not isinstance(words, list) or not all(isinstance(each, str) for each in words):
+            self.problems.append(f"{path}: a list of {what} is expected, found {words!r}")
+            return ()
+        return tuple(words)
 
     def _alphas(self, value: Any, path: str) -> tuple[float, ...]:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 3:

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from hf_llfc.adapters import spec_for
 from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.checkpoints import Checkpoint, compare, load_model
-from hf_llfc.diagnostics import ConnectivityReport, ModelReference, diagnose_models
+from hf_llfc.choices import ALIGNMENT_METHODS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData, load_evaluation_data
 from hf_llfc.evaluation.models import evaluate_model, evaluation_mode, model_inputs
-from hf_llfc.merging import linear_combination
 from hf_llfc.merging.tensors import CONSTANTS
 from hf_llfc.progress import Progress, silent
-from hf_llfc.recipe import ALIGNMENT_METHODS, AlignSection
+from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment, Binding, PermutationSpec
 
 if TYPE_CHECKING:
@@ -331,66 +330,6 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
             f"; cosine of the weights {summary['cosine_before']:.4f} before, {summary['cosine_after']:.4f} after"
         )
     return {**summary, "sentence": sentence}
-
-
-def diagnose_parents(
-    parents: Sequence[Parent],
-    data: EvaluationData,
-    models: Sequence[ModelReference],
-    *,
-    alphas: Sequence[float],
-    layers: Sequence[str] = (),
-    calibration: EvaluationData | None = None,
-    accelerator: Accelerator | None = None,
-    progress: Progress = silent,
-) -> ConnectivityReport:
-    """Diagnoses the line between two aligned parents, or between the first and the weighted mean of the others.
-
-    Args:
-        parents: Two or more parents in the coordinates of one reference.
-        data: What to measure on.
-        models: How the report names them; the weights make the mean of the others.
-        alphas: The grid, α the weight of the first.
-        layers: Patterns of module names; block outputs and the logits where empty.
-        calibration: Data from which BatchNorm statistics are recomputed along the path.
-        accelerator: Shares the samples among its processes.
-        progress: Shown meanwhile.
-    """
-    first, *others = parents
-    model_b = others[0].load() if len(others) == 1 else _weighted_mean(others, models[1:])
-    summaries = [alignment_summary(parent.alignment) for parent in parents if parent.alignment is not None]
-    return diagnose_models(
-        first.load(),
-        model_b,
-        data,
-        alphas=alphas,
-        layers=layers or None,
-        accelerator=accelerator,
-        batch_norm_data=calibration,
-        models=[vars(model) for model in models],
-        alignment=summaries[0]
-        if len(summaries) == 1
-        else {"method": summaries[0]["method"], "alignments": summaries}
-        if summaries
-        else None,
-        on_batch=partial(progress, "diagnosing"),
-    )
-
-
-def _weighted_mean(parents: Sequence[Parent], models: Sequence[ModelReference]) -> PreTrainedModel:
-    """The mean of several parents, by their shares in the merge."""
-    shares = [model.weight if model.weight is not None else 1.0 for model in models]
-    total = sum(shares)
-    weights = [share / total for share in shares] if total else [1 / len(shares)] * len(shares)
-    state = {}
-    for name, info in parents[0].checkpoint.tensors.items():
-        tensors = [parent.read(name) for parent in parents]
-        state[name] = (
-            linear_combination(tensors, weights, out_dtype=info.dtype, name=name)
-            if info.dtype.is_floating_point
-            else tensors[0]
-        )
-    return load_model(parents[0].checkpoint, state_dict=state).eval()
 
 
 def evaluate_parents(

@@ -14,6 +14,7 @@ PACKAGE = Path(hf_llfc.errors.__file__).parent
 # From the foundation to the surface; a part may import from the parts before it.
 ORDER = (
     "errors",
+    "choices",
     "progress",
     "symmetry",
     "adapters",
@@ -26,6 +27,7 @@ ORDER = (
     "recipe",
     "processes",
     "stages",
+    "diagnosis",
     "pipeline",
     "api",
     "demo",

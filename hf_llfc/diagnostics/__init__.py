@@ -23,8 +23,9 @@ from hf_llfc.diagnostics.rows import (
 
 if TYPE_CHECKING:
     from hf_llfc.diagnostics.batch_norm import has_batch_norm, recompute_batch_norm
-    from hf_llfc.diagnostics.diagnose import DEFAULT_ALPHAS, diagnose_models
+    from hf_llfc.diagnostics.diagnose import diagnose_models
     from hf_llfc.diagnostics.layers import select_layers
+    from hf_llfc.diagnostics.points import DEFAULT_ALPHAS
 
 __all__ = [
     "DEFAULT_ALPHAS",
@@ -49,7 +50,7 @@ __all__ = [
 _HOMES = {
     "has_batch_norm": "batch_norm",
     "recompute_batch_norm": "batch_norm",
-    "DEFAULT_ALPHAS": "diagnose",
+    "DEFAULT_ALPHAS": "points",
     "diagnose_models": "diagnose",
     "select_layers": "layers",
 }

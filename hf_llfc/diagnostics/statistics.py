@@ -5,12 +5,78 @@ Shape legend: k values of alpha, l layers, s statistics, n samples, f features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-ELEMENTS_AT_ONCE = 2**22
-"""Features converted to float64 at a time; bounds the memory that wide features take."""
+from hf_llfc.diagnostics.rows import Statistic
+
+ELEMENTS_AT_ONCE = 2**16
+"""Features converted to float64 at a time: few enough to stay in the processor's cache between the two readings."""
+
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Of the quantiles in a report."""
+
+KEPT = 1024
+"""Samples whose values are kept, for quantiles and bootstrap; with more samples a uniform choice among them."""
+
+RESAMPLES = 1000
+"""Of the bootstrap."""
+
+
+def inner_products(x_nf: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """⟨x, x⟩ and ⟨x, y⟩ for every other y, per sample, summed in float64.
+
+    Args:
+        x_nf: Features, (n, f).
+        others: Of the same shape.
+
+    Returns:
+        (1 + len(others), n), float64.
+    """
+    n, f = x_nf.shape
+    sums = torch.zeros((1 + len(others), n), dtype=torch.float64, device=x_nf.device)
+    # Where memory is far from the processor many small steps cost more than they save.
+    at_once = ELEMENTS_AT_ONCE if x_nf.device.type == "cpu" else 2**24
+    step = max(1, at_once // max(1, n))
+    for start in range(0, f, step):
+        part = slice(start, start + step)
+        x = x_nf[:, part].double()
+        sums[0] += torch.linalg.vecdot(x, x)
+        for place, other in enumerate(others, start=1):
+            sums[place] += torch.linalg.vecdot(x, other[:, part].double())
+    return sums
+
+
+def gram(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Inner products of all pairs of features, per sample: (m, m, n) for m models, float64."""
+    count = len(features)
+    products = torch.zeros((count, count, len(features[0])), dtype=torch.float64, device=features[0].device)
+    for place, one in enumerate(features):
+        row = inner_products(one, features[place + 1 :])
+        products[place, place:] = row
+        products[place:, place] = row
+    return products
+
+
+def blended(
+    own: torch.Tensor, between: torch.Tensor, weights: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inner products of features x with the blend y = Σ wₘFₘ of the models' features.
+
+    Args:
+        own: What `inner_products` of x with the features gave, (..., 1 + m, n).
+        between: Their `gram`, (..., m, m, n).
+        weights: wₘ.
+
+    Returns:
+        ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩, each (..., n).
+    """
+    w = torch.tensor(weights, dtype=torch.float64, device=own.device)
+    xy = torch.einsum("...mn,m->...n", own[..., 1:, :], w)
+    yy = torch.einsum("...mkn,m,k->...n", between, w, w)
+    return own[..., 0, :], xy, yy
 
 
 def products(
@@ -27,18 +93,9 @@ def products(
     Returns:
         ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩, each (n,).
     """
-    n, f = x_nf.shape
-    sums = torch.zeros((3, n), dtype=torch.float64, device=x_nf.device)
-    step = max(1, ELEMENTS_AT_ONCE // max(1, n))
-    for start in range(0, f, step):
-        part = slice(start, start + step)
-        x, y = x_nf[:, part].double(), a_nf[:, part].double()
-        if b_nf is not None:
-            y = torch.lerp(b_nf[:, part].double(), y, alpha)
-        sums[0] += torch.linalg.vecdot(x, x)
-        sums[1] += torch.linalg.vecdot(x, y)
-        sums[2] += torch.linalg.vecdot(y, y)
-    return sums[0], sums[1], sums[2]
+    features = [a_nf] if b_nf is None else [a_nf, b_nf]
+    weights = (1.0,) if b_nf is None else (alpha, 1 - alpha)
+    return blended(inner_products(x_nf, features), gram(features), weights)
 
 
 def cosine_distance(xx: torch.Tensor, xy: torch.Tensor, yy: torch.Tensor) -> torch.Tensor:
@@ -129,3 +186,149 @@ class RunningMoments:
     def cpu(self) -> RunningMoments:
         """A copy in main memory, for other processes."""
         return RunningMoments(self.count.cpu(), self.mean.cpu(), self.squares.cpu())
+
+
+@dataclass
+class KeptValues:
+    """The values of at most `KEPT` samples out of all that stream by, chosen uniformly.
+
+    Those with the smallest hashes of their numbers are kept, so that neither batches nor processes change the choice.
+
+    Args:
+        keys: Hashes, rising, int64 (m,).
+        values: (*shape, m), float64.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def none(cls, *shape: int, device: torch.device | str = "cpu") -> KeptValues:
+        """No values yet, for series arranged in `shape`."""
+        return cls(
+            torch.zeros(0, dtype=torch.int64, device=device),
+            torch.zeros((*shape, 0), dtype=torch.float64, device=device),
+        )
+
+    def add(self, numbers: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            numbers: Of the samples, (n,), all different.
+            values: (*shape, n); NaN stands for no value.
+        """
+        self.merge(KeptValues(_hashed(numbers.to(values.device)), values))
+
+    def merge(self, other: KeptValues) -> None:
+        """Adds what another process has kept."""
+        keys = torch.cat([self.keys, other.keys])
+        order = keys.argsort()[:KEPT]
+        self.keys = keys[order]
+        self.values = torch.cat([self.values, other.values], dim=-1)[..., order]
+
+    def cpu(self) -> KeptValues:
+        """A copy in main memory, for other processes."""
+        return KeptValues(self.keys.cpu(), self.values.cpu())
+
+    def quantiles(self) -> torch.Tensor:
+        """Quantiles at `LEVELS`, (len(LEVELS), *shape); NaN where a series has no value."""
+        levels = torch.tensor(LEVELS, dtype=torch.float64, device=self.values.device)
+        return torch.nanquantile(self.values, levels, dim=-1)
+
+    def intervals(self, moments: RunningMoments) -> torch.Tensor:
+        """95 % intervals of the mean over all samples, by the bootstrap over those that were kept.
+
+        Where samples were left out, the distribution of the resampled means is that of a smaller number of samples;
+        it is drawn in by the square root of the ratio, and centred on the mean of all (the rescaled bootstrap).
+
+        Args:
+            moments: Of the same series, over all samples.
+
+        Returns:
+            (2, *shape); NaN where a series has fewer than two values.
+        """
+        *shape, count = self.values.shape
+        if count < 2:
+            return torch.full((2, *shape), torch.nan, dtype=torch.float64, device=self.values.device)
+        values = self.values.reshape(-1, count)
+        present = ~values.isnan()
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+        times = torch.zeros(RESAMPLES, count, dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones_like(times))
+        times = times.to(values.device)
+        centre = values.nanmean(dim=-1)
+        offsets = (values - centre[:, None]).nan_to_num(nan=0.0)
+        means = (times @ offsets.T) / (times @ present.double().T)
+        all_counts = moments.count.reshape(-1)
+        shrink = (present.sum(dim=-1) / all_counts.clamp(min=1)).sqrt()
+        levels = torch.tensor((0.025, 0.975), dtype=torch.float64, device=values.device)
+        ends = moments.mean.reshape(-1) + shrink * torch.nanquantile(means, levels, dim=0)
+        return torch.where(all_counts < 2, torch.nan, ends).reshape(2, *shape)
+
+
+def _hashed(numbers: torch.Tensor) -> torch.Tensor:
+    """The finalizer of SplitMix64, which spreads consecutive numbers over all 64 bits."""
+    z = numbers.long() * -7046029254386353131
+    z = (z ^ _shifted(z, 30)) * -4658895280553007687
+    z = (z ^ _shifted(z, 27)) * -7723592293110705685
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, filled with zeros as for an unsigned number."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+@dataclass
+class Distribution:
+    """Moments of all values of many series, with the values of some samples.
+
+    Args:
+        moments: Of all.
+        kept: Of some.
+    """
+
+    moments: RunningMoments
+    kept: KeptValues
+
+    @classmethod
+    def empty(cls, *shape: int, device: torch.device | str = "cpu") -> Distribution:
+        """No values yet, for series arranged in `shape`."""
+        return cls(RunningMoments.zeros(*shape, device=device), KeptValues.none(*shape, device=device))
+
+    def add(self, numbers: torch.Tensor, values: torch.Tensor) -> None:
+        """Adds a batch; see `KeptValues.add`."""
+        self.moments.add(values)
+        self.kept.add(numbers, values)
+
+    def merge(self, other: Distribution) -> None:
+        """Adds what another process has gathered."""
+        self.moments.merge(other.moments)
+        self.kept.merge(other.kept)
+
+    def cpu(self) -> Distribution:
+        """A copy in main memory, for other processes."""
+        return Distribution(self.moments.cpu(), self.kept.cpu())
+
+    def statistics(self, *, intervals: bool = True) -> list[Statistic]:
+        """One statistic a series, in the order of its flattened shape.
+
+        Args:
+            intervals: Whether values of different samples were added, which a bootstrap can draw from.
+        """
+        moments = self.moments
+        count, mean, std = (each.reshape(-1).tolist() for each in (moments.count, moments.mean, moments.std))
+        quantiles = self.kept.quantiles().reshape(len(LEVELS), -1).T.tolist()
+        ends = self.kept.intervals(self.moments).reshape(2, -1).T.tolist()
+        return [
+            Statistic(
+                mean[place],
+                std[place],
+                {f"{level:g}": value for level, value in zip(LEVELS, quantiles[place], strict=True)},
+                (ends[place][0], ends[place][1]) if intervals and count[place] > 1 else None,
+            )
+            if count[place]
+            else Statistic(None, None)
+            for place in range(len(count))
+        ]

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_llfc.diagnostics import diagnose_models
+from hf_llfc.diagnostics.points import line
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model, load_evaluation_data
 from tests.evaluation.tiny_data import text_rows, word_tokenizer
@@ -25,7 +26,7 @@ def diagnose(accelerator: Accelerator | None) -> dict:
     models = [tiny_model("bert", "sequence-classification", seed) for seed in (0, 1)]
     config = EvaluationConfig(task="text-classification", dataset=text_rows(11), batch_size=3, metric="f1")
     data = load_evaluation_data(config, word_tokenizer(), models[0].config)
-    report = diagnose_models(*models, data, alphas=ALPHAS, accelerator=accelerator)
+    report = diagnose_models(models, data, region=line(ALPHAS), accelerator=accelerator)
     scores = evaluate_model(models[0], data, accelerator=accelerator)
     return {"report": report.to_dict(), "scores": {"loss": scores.loss, "samples": scores.samples, **scores.metrics}}
 
@@ -44,7 +45,7 @@ def break_one_sample(accelerator: Accelerator) -> str:
 
     object.__setattr__(data, "encode", with_empty_sample)
     try:
-        diagnose_models(*models, data, alphas=ALPHAS, accelerator=accelerator)
+        diagnose_models(models, data, region=line(ALPHAS), accelerator=accelerator)
     except EvaluationError as error:
         return str(error)
     return "nothing was raised"

@@ -1,19 +1,22 @@
 import copy
 import gc
+import json
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
-from hf_llfc.diagnostics import diagnose_models, recompute_batch_norm
-from hf_llfc.diagnostics.diagnose import DEFAULT_ALPHAS, Lockstep, barrier_height
+from hf_llfc.diagnostics import ConnectivityReport, diagnose_models, recompute_batch_norm
+from hf_llfc.diagnostics.combination import CombinedModel
+from hf_llfc.diagnostics.diagnose import barrier_height
 from hf_llfc.diagnostics.layers import select_layers
-from hf_llfc.diagnostics.path import WeightPath
+from hf_llfc.diagnostics.lockstep import Lockstep
+from hf_llfc.diagnostics.points import DEFAULT_ALPHAS, Point, arithmetic, line, simplex
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model, load_evaluation_data
 from hf_llfc.evaluation.models import evaluation_mode
-from tests.diagnostics.oracle import measure
+from tests.diagnostics.oracle import between, measure, run
 from tests.evaluation.tiny_data import perceptron, pixel_rows, text_rows, vector_rows, word_tokenizer
 from tests.tiny_models import FullDouble, tiny_model
 
@@ -81,7 +84,7 @@ def test_streaming_gives_the_numbers_of_an_oracle_that_keeps_everything(task, fa
     model_a, model_b = (tiny_model(family, head, seed, dtype) for seed in (0, 1))
     data = data_for(task, model_a.config, batch_size=4)
     with FullDouble():
-        report = diagnose_models(model_a, model_b, data, alphas=ALPHAS)
+        report = diagnose_models([model_a, model_b], data, region=line(ALPHAS))
     oracle = measure(model_a, model_b, samples_of(data, dtype), modules, ALPHAS, task)
 
     assert report.layer_names == (*modules, "logits")
@@ -97,8 +100,8 @@ def test_streaming_gives_the_numbers_of_an_oracle_that_keeps_everything(task, fa
         assert point.loss == pytest.approx(oracle.losses[point.alpha], abs=10 * tolerance)
         accuracy = next(iter(point.metrics.values()))
         assert accuracy == pytest.approx(1 - oracle.errors[point.alpha], abs=1e-12)
-    line = {alpha: alpha * oracle.losses[1.0] + (1 - alpha) * oracle.losses[0.0] for alpha in ALPHAS}
-    highest = max(oracle.losses[alpha] - line[alpha] for alpha in ALPHAS)
+    chord = {alpha: alpha * oracle.losses[1.0] + (1 - alpha) * oracle.losses[0.0] for alpha in ALPHAS}
+    highest = max(oracle.losses[alpha] - chord[alpha] for alpha in ALPHAS)
     assert report.barrier.loss == pytest.approx(max(0, highest), abs=10 * tolerance)
 
 
@@ -107,7 +110,7 @@ def test_neither_batches_nor_padding_change_a_number(task, family, head, modules
     model_a, model_b = (tiny_model(family, head, seed, torch.float64) for seed in (0, 1))
     with FullDouble():
         reports = [
-            diagnose_models(model_a, model_b, data_for(task, model_a.config, batch_size=size), alphas=ALPHAS)
+            diagnose_models([model_a, model_b], data_for(task, model_a.config, batch_size=size), region=line(ALPHAS))
             for size in (1, 3, 32)
         ]
     for report in reports[1:]:
@@ -122,8 +125,8 @@ def test_sums_of_simulated_processes_are_those_of_one(world):
     def sums_of(rank, world):
         with evaluation_mode(model_a, model_b):
             layers = select_layers(model_a, next(data.batches())[0])
-            path = WeightPath(model_a, model_b)
-            lockstep = Lockstep.start(model_a, model_b, path, layers, ALPHAS, {}, data)
+            models = [model_a, model_b]
+            lockstep = Lockstep.start(models, CombinedModel(models), line(ALPHAS), layers, {}, data)
             for batch, sample_ids in data.batches(rank, world):
                 lockstep.add(batch, sample_ids)
         return lockstep.sums
@@ -133,24 +136,27 @@ def test_sums_of_simulated_processes_are_those_of_one(world):
         merged.merge(sums_of(rank, world))
     for name in ("llfc", "coefficient", "baseline"):
         for field in ("count", "mean", "std"):
-            found, expected = (getattr(getattr(sums, name), field) for sums in (merged, whole))
+            found, expected = (getattr(getattr(sums, name).moments, field) for sums in (merged, whole))
             assert torch.allclose(found, expected, rtol=1e-12, atol=1e-13)
-    for alpha, scores in whole.scores.items():
-        assert merged.scores[alpha].loss == pytest.approx(scores.loss, rel=1e-13)
-        assert merged.scores[alpha].confusion == scores.confusion
+        kept = [getattr(sums, name).kept for sums in (merged, whole)]
+        assert torch.equal(kept[0].keys, kept[1].keys)
+        assert torch.allclose(kept[0].values, kept[1].values, rtol=1e-12, atol=1e-13)
+    for found, expected in zip(merged.scores, whole.scores, strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-13)
+        assert found.confusion == expected.confusion
 
 
 def test_the_ends_are_the_parents():
     model_a, model_b = (tiny_model("bert", "sequence-classification", seed) for seed in (0, 1))
     data = data_for("text-classification", model_a.config)
-    report = diagnose_models(model_a, model_b, data, alphas=[0.5])
+    report = diagnose_models([model_a, model_b], data, region=line([0.5]))
     assert [point.alpha for point in report.path] == [0.0, 0.5, 1.0]
     assert report.alphas == (0.5,)
     for alpha, model in ((1.0, model_a), (0.0, model_b)):
         (point,) = (point for point in report.path if point.alpha == alpha)
         result = evaluate_model(model, data)
         assert (point.loss, point.metrics) == (result.loss, result.metrics)
-    ends = diagnose_models(model_a, model_b, data)
+    ends = diagnose_models([model_a, model_b], data)
     assert ends.alphas == DEFAULT_ALPHAS
     for row in ends.layers:
         if row.alpha in (0, 1):
@@ -160,7 +166,7 @@ def test_the_ends_are_the_parents():
 
 def test_a_model_with_itself_is_connected():
     model = tiny_model("bert", "sequence-classification")
-    report = diagnose_models(model, copy.deepcopy(model), data_for("text-classification", model.config))
+    report = diagnose_models([model, copy.deepcopy(model)], data_for("text-classification", model.config))
     for row in report.layers:
         assert row.llfc.mean < 1e-12
         assert row.baseline.mean < 1e-15
@@ -185,7 +191,7 @@ def test_a_coefficient_keeps_its_sign():
             layer.weight.mul_(0.1)
     rows = vector_rows()
     data = load_evaluation_data(EvaluationConfig(task="image-classification", dataset=rows), None, model_a.config)
-    report = diagnose_models(model_a, model_b, data, alphas=[0.6])
+    report = diagnose_models([model_a, model_b], data, region=line([0.6]))
     # h: 1 and 0.1, so 0.64 between; W: 1 and -3, so -0.6 between; the blend has 0.6 - 0.4 * 0.3 = 0.48.
     assert report.at(0.6)[-1].coefficient.mean == pytest.approx(0.64 * -0.6 / 0.48)
     assert report.at(0.6)[-1].llfc.mean == pytest.approx(2)
@@ -195,27 +201,27 @@ def test_batch_normalization_is_recomputed_per_alpha():
     model_a, model_b = (tiny_model("resnet-basic", "image-classification", seed, torch.float64) for seed in (0, 1))
     data = data_for("image-classification", model_a.config, batch_size=4)
     calibration = data_for("image-classification", model_a.config, count=24, batch_size=12, labels=False, seed=5)
-    plain = diagnose_models(model_a, model_b, data, alphas=ALPHAS)
-    report = diagnose_models(model_a, model_b, data, alphas=ALPHAS, batch_norm_data=calibration)
+    plain = diagnose_models([model_a, model_b], data, region=line(ALPHAS))
+    report = diagnose_models([model_a, model_b], data, region=line(ALPHAS), batch_norm_data=calibration)
     assert report.data["batch_norm"] == "recomputed"
     for point, uncorrected in zip(report.path, plain.path, strict=True):
         if point.alpha in (0, 1):
             assert point == uncorrected
             continue
-        path = WeightPath(model_a, model_b)
-        path.move_to(point.alpha)
-        recompute_batch_norm(path.model, calibration.batches())
-        assert point.loss == pytest.approx(evaluate_model(path.model, data).loss, rel=1e-12)
+        combined = CombinedModel([model_a, model_b])
+        combined.move_to(point.weights)
+        recompute_batch_norm(combined.model, calibration.batches())
+        assert point.loss == pytest.approx(evaluate_model(combined.model, data).loss, rel=1e-12)
         assert point.loss != pytest.approx(uncorrected.loss, rel=1e-3)
     vit = [tiny_model("vit", "image-classification", seed) for seed in (0, 1)]
     data = data_for("image-classification", vit[0].config)
-    assert "batch_norm" not in diagnose_models(*vit, data, alphas=[0.5], batch_norm_data=data).data
+    assert "batch_norm" not in diagnose_models(vit, data, region=line([0.5]), batch_norm_data=data).data
 
 
 def test_without_labels_features_are_compared_alone():
     models = [tiny_model("bert", "sequence-classification", seed) for seed in (0, 1)]
-    labelled = diagnose_models(*models, data_for("text-classification", models[0].config))
-    report = diagnose_models(*models, data_for("text-classification", models[0].config, labels=False))
+    labelled = diagnose_models(models, data_for("text-classification", models[0].config))
+    report = diagnose_models(models, data_for("text-classification", models[0].config, labels=False))
     assert report.layers == labelled.layers
     assert all(point.loss is None and point.metrics == {} for point in report.path)
     assert (report.barrier.loss, report.barrier.error) == (None, None)
@@ -224,17 +230,17 @@ def test_without_labels_features_are_compared_alone():
 
 def test_bare_encoders_are_compared_without_logits():
     models = [tiny_model("bert", "base", seed) for seed in (0, 1)]
-    report = diagnose_models(*models, data_for("text-classification", models[0].config, labels=False))
+    report = diagnose_models(models, data_for("text-classification", models[0].config, labels=False))
     assert report.layer_names == ("encoder.layer.0", "encoder.layer.1")
     with pytest.raises(EvaluationError, match="BertModel has no logits"):
-        diagnose_models(*models, data_for("text-classification", models[0].config))
+        diagnose_models(models, data_for("text-classification", models[0].config))
 
 
 def test_layers_on_request():
     models = [tiny_model("resnet-basic", "image-classification", seed, torch.float64) for seed in (0, 1)]
     data = data_for("image-classification", models[0].config)
     inner = "resnet.encoder.stages.0.layers.0.layer.1"
-    report = diagnose_models(*models, data, alphas=ALPHAS, layers=[inner])
+    report = diagnose_models(models, data, region=line(ALPHAS), layers=[inner])
     # The block adds its shortcut to this tensor in place after it was handed over.
     oracle = measure(*models, samples_of(data, torch.float64), (inner,), ALPHAS, "image-classification")
     assert report.layer_names == (inner, "logits")
@@ -259,7 +265,7 @@ def test_features_that_are_not_finite_are_named():
         broken[index] = with_nan(copy.deepcopy(models[index]), name)
         expected = rf"layer 'bert.encoder.layer.1' of the {which} model are not finite .* for sample {first}$"
         with pytest.raises(EvaluationError, match=expected):
-            diagnose_models(*broken, data)
+            diagnose_models(broken, data)
 
 
 def test_merged_features_that_are_not_finite_are_named():
@@ -274,7 +280,7 @@ def test_merged_features_that_are_not_finite_are_named():
     rows = datasets.Dataset.from_dict({"pixel_values": [[1.0] * 12], "label": [0]})
     data = load_evaluation_data(EvaluationConfig(task="image-classification", dataset=rows), None, models[0].config)
     with pytest.raises(EvaluationError, match=r"'activation\[1\]' of the merged model at alpha 0.5 are not finite"):
-        diagnose_models(*models, data, alphas=[0.5])
+        diagnose_models(models, data, region=line([0.5]))
 
 
 def test_an_empty_sample_is_named():
@@ -289,7 +295,7 @@ def test_an_empty_sample_is_named():
 
     object.__setattr__(data, "encode", with_empty_sample)
     with pytest.raises(EvaluationError, match=f"sample {data.sample_ids[4]} is empty"):
-        diagnose_models(*models, data)
+        diagnose_models(models, data)
 
 
 def test_alphas_are_checked():
@@ -304,7 +310,7 @@ def test_alphas_are_checked():
         ([0, 1], "a value between 0 and 1"),
     ):
         with pytest.raises(EvaluationError, match=message):
-            diagnose_models(*models, data, alphas=alphas)
+            diagnose_models(models, data, region=line(alphas))
 
 
 def test_models_keep_weights_and_mode_and_nothing_outlives_a_batch():
@@ -317,7 +323,7 @@ def test_models_keep_weights_and_mode_and_nothing_outlives_a_batch():
         gc.collect()
         alive.append(sum(type(found) is torch.Tensor for found in gc.get_objects()))
 
-    diagnose_models(*models, data, on_batch=count_tensors)
+    diagnose_models(models, data, on_batch=count_tensors)
     assert len(alive) == 6
     assert len(set(alive[1:])) == 1
     for model, state in zip(models, before, strict=True):
@@ -328,6 +334,103 @@ def test_models_keep_weights_and_mode_and_nothing_outlives_a_batch():
 
 
 def test_barriers():
-    assert barrier_height({0.0: 1.0, 0.5: 2.5, 1.0: 3.0}) == pytest.approx(0.5)
-    assert barrier_height({0.0: 1.0, 0.25: 1.0, 1.0: 3.0}) == 0
-    assert barrier_height({0.0: 0.3, 0.1: 0.3, 0.9: 0.3, 1.0: 0.3}) == pytest.approx(0, abs=1e-16)
+    def height(values):
+        return barrier_height([Point((alpha, 1 - alpha), "") for alpha in values], list(values.values()))
+
+    assert height({0.0: 1.0, 0.5: 2.5, 1.0: 3.0}) == pytest.approx(0.5)
+    assert height({0.0: 1.0, 0.25: 1.0, 1.0: 3.0}) == 0
+    assert height({0.0: 0.3, 0.1: 0.3, 0.9: 0.3, 1.0: 0.3}) == pytest.approx(0, abs=1e-16)
+    triangle = simplex([1, 1, 2]).points
+    values = {"model 1": 1.0, "model 2": 2.0, "model 3": 6.0, "models 1 and 3": 4.0, "centre": 3.2}
+    assert barrier_height(triangle, [values.get(point.name, 0.0) for point in triangle]) == pytest.approx(0.5)
+    negated = arithmetic([0.5, 0.5]).points
+    assert negated[3].weights == (-0.5, -0.5, 2.0)
+    assert barrier_height(negated, [100.0 if place == 3 else 1.0 for place in range(len(negated))]) == 0
+
+
+@pytest.mark.parametrize("region", [simplex([1, 1, 2]), arithmetic([0.7, 0.6])], ids=lambda region: region.kind)
+def test_many_models_give_the_numbers_of_an_oracle(region):
+    models = [tiny_model("bert", "sequence-classification", seed, torch.float64) for seed in (0, 1, 2)]
+    data = data_for("text-classification", models[0].config, count=5, batch_size=2)
+    with FullDouble():
+        report = diagnose_models(models, data, region=region)
+    modules = ("bert.encoder.layer.0", "bert.encoder.layer.1")
+    samples = samples_of(data, torch.float64)
+    features = {point.name: [] for point in region.points}
+    losses = {point.name: [] for point in region.points}
+    for point in region.points:
+        states = [model.state_dict() for model in models]
+        model = copy.deepcopy(models[0])
+        model.load_state_dict(
+            {
+                name: sum(weight * state[name] for weight, state in zip(point.weights, states, strict=True))
+                if value.is_floating_point()
+                else value
+                for name, value in states[0].items()
+            }
+        )
+        for inputs, label in samples:
+            kept, logits = run(model.eval(), inputs, modules)
+            features[point.name].append(kept)
+            losses[point.name].append(np.log(np.exp(logits).sum()) - logits[int(label)])
+    own = [point.name for point in region.points if point.vertex is not None]
+
+    def distance(x, y):
+        return 1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+
+    assert len(report.layers) == 3 * len(region.points)
+    for row in report.layers:
+        point = next(point for point in region.points if point.weights == row.weights)
+        distances, coefficients, baselines = [], [], []
+        for place in range(len(samples)):
+            ends = [features[name][place][row.layer] for name in own]
+            blend = sum(weight * end for weight, end in zip(point.weights, ends, strict=True))
+            merged = features[point.name][place][row.layer]
+            distances.append(distance(merged, blend))
+            coefficients.append(merged @ blend / (blend @ blend))
+            baselines.append(
+                np.mean([distance(ends[0], ends[1]), distance(ends[0], ends[2]), distance(ends[1], ends[2])])
+            )
+        assert row.llfc.mean == pytest.approx(np.mean(distances), abs=1e-12), row
+        assert row.coefficient.std == pytest.approx(np.std(coefficients), abs=1e-11)
+        assert row.baseline.mean == pytest.approx(np.mean(baselines), abs=1e-12)
+        levels = [float(level) for level in row.llfc.quantiles]
+        assert list(row.llfc.quantiles.values()) == pytest.approx(np.quantile(distances, levels), abs=1e-12)
+        assert row.llfc.interval[0] <= row.llfc.mean <= row.llfc.interval[1]
+    for point, found in zip(region.points, report.path, strict=True):
+        assert (found.name, found.weights) == (point.name, point.weights)
+        assert found.loss == pytest.approx(np.mean(losses[point.name]), abs=1e-10)
+    assert {row.weights for row in report.at()} == {region.points[-1].weights}
+    assert ConnectivityReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_statistics_by_token_are_those_of_every_token():
+    model_a, model_b = (tiny_model("bert", "sequence-classification", seed, torch.float64) for seed in (0, 1))
+    data = data_for("text-classification", model_a.config, count=7, batch_size=3)
+    with FullDouble():
+        report = diagnose_models([model_a, model_b], data, region=line([0.3]), unit="token")
+    assert report.data["unit"] == "token"
+    layer = "bert.encoder.layer.1"
+    merged = between(model_a, model_b, 0.3)
+    distances = []
+    for inputs, _ in samples_of(data, torch.float64):
+        x, a, b = (run(model, inputs, [layer])[0][layer].reshape(-1, 24) for model in (merged, model_a, model_b))
+        blend = 0.3 * a + 0.7 * b
+        distances += list(1 - (x * blend).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(blend, axis=1))
+    row = next(row for row in report.layers if row.layer == layer)
+    assert (row.llfc.mean, row.llfc.std) == pytest.approx((np.mean(distances), np.std(distances)), abs=1e-12)
+    assert row.llfc.quantiles["0.95"] == pytest.approx(np.quantile(distances, 0.95), abs=1e-12)
+    assert row.llfc.interval is None  # tokens of one sample are not independent
+    whole = diagnose_models([model_a, model_b], data, region=line([0.3]))
+    assert report.layers[-1].llfc.mean == pytest.approx(whole.layers[-1].llfc.mean)
+
+
+def test_tokens_need_a_mask():
+    models = [tiny_model("vit", "image-classification", seed) for seed in (0, 1)]
+    data = data_for("image-classification", models[0].config)
+    with pytest.raises(EvaluationError, match="by token need an attention mask"):
+        diagnose_models(models, data, unit="token")
+    with pytest.raises(EvaluationError, match="unknown unit 'tokens'; did you mean 'token'"):
+        diagnose_models(models, data, unit="tokens")
+    with pytest.raises(EvaluationError, match="2 models for points with 3 weights"):
+        diagnose_models(models, data, region=simplex([1, 1, 1]))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_llfc.diagnostics.batch_norm import batch_norm_state
-from hf_llfc.diagnostics.path import WeightPath
+from hf_llfc.diagnostics.combination import CombinedModel
 from hf_llfc.errors import EvaluationError
 from tests.diagnostics.oracle import between
 from tests.tiny_models import TINY, tiny_model
@@ -12,11 +12,11 @@ from tests.tiny_models import TINY, tiny_model
 def test_weights_lie_on_the_line_and_the_parents_stay(family, head):
     model_a, model_b = (tiny_model(family, head, seed, torch.float64) for seed in (0, 1))
     before = [{name: value.clone() for name, value in model.state_dict().items()} for model in (model_a, model_b)]
-    path = WeightPath(model_a, model_b)
+    combined = CombinedModel([model_a, model_b])
     for alpha in (0.3, 0.0, 1.0, 0.75):
-        path.move_to(alpha)
+        combined.move_to((alpha, 1 - alpha))
         expected = between(model_a, model_b, alpha).state_dict()
-        for name, value in path.model.state_dict().items():
+        for name, value in combined.model.state_dict().items():
             if name.endswith("num_batches_tracked"):
                 assert value == max(before[0][name], before[1][name])
             elif alpha in (0.0, 1.0):
@@ -28,32 +28,32 @@ def test_weights_lie_on_the_line_and_the_parents_stay(family, head):
 
 
 def test_a_tied_weight_stays_tied():
-    path = WeightPath(*(tiny_model("gpt2", "causal-lm", seed) for seed in (0, 1)))
-    path.move_to(0.5)
-    assert path.model.lm_head.weight is path.model.transformer.wte.weight
+    combined = CombinedModel([tiny_model("gpt2", "causal-lm", seed) for seed in (0, 1)])
+    combined.move_to((0.5, 0.5))
+    assert combined.model.lm_head.weight is combined.model.transformer.wte.weight
 
 
 def test_half_precision_is_computed_in_more():
     models = [tiny_model("bert", "base", seed, torch.bfloat16) for seed in (0, 1)]
-    path = WeightPath(*models)
-    path.move_to(0.3)
+    combined = CombinedModel(models)
+    combined.move_to((0.3, 0.7))
     a, b = (model.encoder.layer[0].output.dense.weight.double() for model in models)
-    found = path.model.encoder.layer[0].output.dense.weight
+    found = combined.model.encoder.layer[0].output.dense.weight
     exact = (0.3 * a + 0.7 * b).to(torch.bfloat16)
     assert (found == exact).double().mean() > 0.99
 
 
 def test_statistics_of_an_alpha_replace_the_interpolated_ones():
     models = [tiny_model("resnet-basic", "image-classification", seed) for seed in (0, 1)]
-    path = WeightPath(*models)
-    path.move_to(0.5)
-    own = {name: value + 1 for name, value in batch_norm_state(path.model).items()}
+    combined = CombinedModel(models)
+    combined.move_to((0.5, 0.5))
+    own = {name: value + 1 for name, value in batch_norm_state(combined.model).items()}
     assert len(own) > 20
-    path.move_to(0.25, own)
-    state = path.model.state_dict()
+    combined.move_to((0.25, 0.75), own)
+    state = combined.model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in own.items())
-    path.move_to(0.25)
-    state = path.model.state_dict()
+    combined.move_to((0.25, 0.75))
+    state = combined.model.state_dict()
     statistics = [name for name in own if not name.endswith("num_batches_tracked")]
     assert not any(torch.equal(state[name], own[name]) for name in statistics)
 
@@ -61,16 +61,16 @@ def test_statistics_of_an_alpha_replace_the_interpolated_ones():
 def test_models_that_differ_are_refused_with_all_differences():
     small, large = tiny_model("bert", "base"), tiny_model("bert", "masked-lm")
     with pytest.raises(EvaluationError, match="is missing in the second model"):
-        WeightPath(small, large)
+        CombinedModel([small, large])
     other = tiny_model("bert", "base")
     other.pooler.dense.bias = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(
         EvaluationError, match=r"tensor pooler.dense.bias has shape \(24,\) in the first model and \(3,\)"
     ):
-        WeightPath(small, other)
+        CombinedModel([small, other])
     with pytest.raises(EvaluationError, match=r"torch\.float32 in the first model and torch\.float64"):
-        WeightPath(small, tiny_model("bert", "base", dtype=torch.float64))
+        CombinedModel([small, tiny_model("bert", "base", dtype=torch.float64)])
     shifted = tiny_model("bert", "base")
     shifted.embeddings.position_ids += 1
     with pytest.raises(EvaluationError, match=r"integer tensor embeddings\.position_ids differs"):
-        WeightPath(small, shifted)
+        CombinedModel([small, shifted])

@@ -1,0 +1,13 @@
+"""The words that recipes and the command line may choose from; loads nothing, so that `--help` is quick."""
+
+ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
+"""How one model is brought into the coordinates of another."""
+
+STARTS = ("identity", "activation_matching")
+"""Where weight matching starts."""
+
+UNITS = ("sample", "token")
+"""What has a feature vector of its own in a diagnosis: a sample with all its tokens, as in the paper, or a token."""
+
+MEASURES = ("additivity", "commutativity", "stitching", "geometry")
+"""What a diagnosis of a pair may measure beside loss, metric and LLFC."""

@@ -1,0 +1,108 @@
+"""A diagnosis of checkpoints: which points, on which data, with which measures; what `run` and `diagnose` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.diagnostics import ConnectivityReport, ModelReference, diagnose_models
+from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
+from hf_llfc.errors import EvaluationError
+from hf_llfc.evaluation import EvaluationConfig, EvaluationData
+from hf_llfc.progress import Progress, silent
+from hf_llfc.recipe import DiagnoseSection
+from hf_llfc.stages import Parent, alignment_summary, open_data
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from hf_llfc.checkpoints import Checkpoint
+
+
+def diagnose_checkpoints(
+    parents: Sequence[Parent],
+    data: EvaluationData,
+    section: DiagnoseSection,
+    *,
+    base: Parent | None = None,
+    weights: Sequence[float] | None = None,
+    calibration: EvaluationData | None = None,
+    accelerator: Accelerator | None = None,
+    progress: Progress = silent,
+) -> ConnectivityReport:
+    """Diagnoses aligned checkpoints: the line between two, the simplex over more, sums of task vectors over a base.
+
+    Args:
+        parents: The models, in the coordinates of one reference.
+        data: What to measure on.
+        section: What to measure.
+        base: θ₀ of task arithmetic.
+        weights: Of the merge, one a parent; equal ones where None.
+        calibration: Data from which BatchNorm statistics are recomputed at every point.
+        accelerator: Shares the samples among its processes.
+        progress: Shown meanwhile.
+
+    Raises:
+        EvaluationError: There is nothing to compare, or a measure does not apply.
+    """
+    if weights is not None and len(weights) != len(parents):
+        raise EvaluationError(f"{len(weights)} weights for {len(parents)} models; give one weight a model")
+    shares = list(weights) if weights is not None else [1 / len(parents)] * len(parents)
+    region = region_of(shares, section, arithmetic_over_base=base is not None)
+    compared = [*parents, *([base] if base is not None else [])]
+    asked: Sequence[float | None] = weights if weights is not None else [None] * len(parents)
+    named = [
+        ModelReference(each.checkpoint.id, each.checkpoint.revision, weight)
+        for each, weight in zip(parents, asked, strict=True)
+    ]
+    if base is not None:
+        named.append(ModelReference(base.checkpoint.id, base.checkpoint.revision))
+    return diagnose_models(
+        [each.load() for each in compared],
+        data,
+        region=region,
+        layers=section.layers or None,
+        unit=section.unit,
+        accelerator=accelerator,
+        batch_norm_data=calibration,
+        references=[vars(reference) for reference in named],
+        alignment=_how_aligned(compared),
+        on_batch=partial(progress, "diagnosing"),
+    )
+
+
+def region_of(weights: Sequence[float], section: DiagnoseSection, *, arithmetic_over_base: bool) -> Region:
+    """Where merged models are measured.
+
+    Args:
+        weights: Of the merge, one a parent.
+        section: With the grid of α.
+        arithmetic_over_base: Whether the weights are those of task vectors.
+
+    Raises:
+        EvaluationError: There is one model only, and nothing lies between.
+    """
+    if arithmetic_over_base:
+        return arithmetic(weights)
+    if len(weights) < 2:
+        raise EvaluationError("a diagnosis compares two models or more; give another model, or a base model")
+    return line(section.alphas) if len(weights) == 2 else simplex(weights)
+
+
+def batch_norm_data(
+    checkpoint: Checkpoint, section: DiagnoseSection, *, tokenizer_source: Checkpoint | None = None
+) -> EvaluationData | None:
+    """The samples from which BatchNorm is recomputed: those of the diagnosis, unlabelled, where none are named."""
+    if not section.batch_norm.recompute or not any(name.endswith("running_mean") for name in checkpoint.tensors):
+        return None
+    config: EvaluationConfig = section.batch_norm.data or replace(section.data, labels=False)
+    return open_data(config, checkpoint, tokenizer_source=tokenizer_source)
+
+
+def _how_aligned(parents: Sequence[Parent]) -> Mapping[str, Any] | None:
+    summaries = [alignment_summary(parent.alignment) for parent in parents if parent.alignment is not None]
+    if len(summaries) > 1:
+        return {"method": summaries[0]["method"], "alignments": summaries}
+    return summaries[0] if summaries else None

@@ -1,0 +1,292 @@
+"""The lockstep: all models and every point between them on one batch, with nothing kept of it but sums.
+
+Shape legend: p points, l layers, m models, n samples, t tokens, u units (samples, or samples times tokens), f features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_llfc.diagnostics.combination import CombinedModel
+from hf_llfc.diagnostics.layers import LOGITS, Layer, handing_over, sample_vectors
+from hf_llfc.diagnostics.points import Region
+from hf_llfc.diagnostics.statistics import (
+    Distribution,
+    blended,
+    cosine_distance,
+    gram,
+    inner_products,
+    projection_coefficient,
+)
+from hf_llfc.errors import EvaluationError
+from hf_llfc.evaluation.data import EvaluationData
+from hf_llfc.evaluation.models import forward_logits
+from hf_llfc.evaluation.scoring import ScoreSums, score_samples
+
+MOST_TOKENS = 2**24
+"""Above any sequence length, so that a token has a number of its own."""
+
+
+@dataclass
+class PathSums:
+    """All that is kept of the samples seen.
+
+    Args:
+        scores: Loss and hits by point.
+        llfc: 1 − cos(merged, blend), (p, l).
+        coefficient: Of merged on blend, (p, l).
+        baseline: 1 − cos between the models, the mean over their pairs, (l,).
+    """
+
+    scores: list[ScoreSums]
+    llfc: Distribution
+    coefficient: Distribution
+    baseline: Distribution
+
+    def merge(self, other: PathSums) -> None:
+        """Adds what another process has gathered."""
+        for own, others in zip(self.scores, other.scores, strict=True):
+            own.merge(others)
+        self.llfc.merge(other.llfc)
+        self.coefficient.merge(other.coefficient)
+        self.baseline.merge(other.baseline)
+
+    def cpu(self) -> PathSums:
+        """A copy in main memory, for other processes."""
+        return PathSums(self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu())
+
+
+@dataclass(frozen=True)
+class Lockstep:
+    """What one batch does to the sums.
+
+    Args:
+        models: The models themselves.
+        combined: The model that goes from point to point.
+        region: The points.
+        layers: Whose features are compared.
+        buffers: Statistics of batch normalization that belong to a point, by its place.
+        data: Says whether and how outputs are scored.
+        unit: One of `UNITS`.
+        names: Of the models, for messages.
+        sums: What was gathered so far.
+    """
+
+    models: Sequence[PreTrainedModel]
+    combined: CombinedModel
+    region: Region
+    layers: tuple[Layer, ...]
+    buffers: Mapping[int, Mapping[str, torch.Tensor]]
+    data: EvaluationData
+    unit: str
+    names: Sequence[str]
+    sums: PathSums
+
+    @classmethod
+    def start(
+        cls,
+        models: Sequence[PreTrainedModel],
+        combined: CombinedModel,
+        region: Region,
+        layers: tuple[Layer, ...],
+        buffers: Mapping[int, Mapping[str, torch.Tensor]],
+        data: EvaluationData,
+        unit: str = "sample",
+    ) -> Lockstep:
+        """A lockstep that has seen nothing yet."""
+        device = models[0].device
+        shape = (len(region.points), len(layers))
+        sums = PathSums(
+            [ScoreSums() for _ in region.points],
+            Distribution.empty(*shape, device=device),
+            Distribution.empty(*shape, device=device),
+            Distribution.empty(len(layers), device=device),
+        )
+        names = (
+            ("the first model", "the second model")
+            if len(models) == 2
+            else tuple(point.name for point in region.points if point.vertex is not None)
+        )
+        return cls(models, combined, region, layers, buffers, data, unit, names, sums)
+
+    def add(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
+        """Runs every model once, and the combined one once a point between them."""
+        units = self._units(batch, sample_ids)
+        runs = [self._parent(model, place, batch, units) for place, model in enumerate(self.models)]
+        logits = [run.logits for run in runs]
+        between = torch.stack([gram([run.features[place] for run in runs]) for place in range(len(self.layers))])
+        for place, name in enumerate(self.names):
+            self._check_finite(between[:, place, place], units, name)
+        self.sums.baseline.add(units.numbers, units.only_present(self._baseline(between), self.layers))
+
+        distances, coefficients = [], []
+        for place, point in enumerate(self.region.points):
+            if point.vertex is not None:
+                own = torch.cat([between[:, point.vertex, point.vertex][:, None], between[:, point.vertex]], dim=1)
+                self._score(place, logits[point.vertex], batch)
+            else:
+                own = self._merged(place, batch, units, [run.features for run in runs])
+                self._check_finite(own[:, 0], units, f"the merged model at {point.name}")
+            xx, xy, yy = blended(own, between, point.weights)
+            distances.append(cosine_distance(xx, xy, yy))
+            coefficients.append(projection_coefficient(xy, yy))
+        self.sums.llfc.add(units.numbers, units.only_present(torch.stack(distances), self.layers))
+        self.sums.coefficient.add(units.numbers, units.only_present(torch.stack(coefficients), self.layers))
+
+    def _baseline(self, between: torch.Tensor) -> torch.Tensor:
+        """Mean over all pairs of models of 1 − cos between them, (l, u)."""
+        count = len(self.models)
+        pairs = [
+            cosine_distance(between[:, one, one], between[:, one, other], between[:, other, other])
+            for one in range(count)
+            for other in range(one + 1, count)
+        ]
+        return torch.stack(pairs).mean(dim=0)
+
+    def _units(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> Units:
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            empty = sample_ids[mask.sum(dim=-1) == 0].tolist()
+            if empty:
+                raise EvaluationError(
+                    f"sample {empty[0]} is empty: its attention mask is zero everywhere; leave it out of the data"
+                )
+            mask = mask.to(self.models[0].device)
+        by_token = self.unit == "token"
+        if by_token and mask is None:
+            raise EvaluationError("statistics by token need an attention mask, which these data have not; use `sample`")
+        # A first dimension over samples and tokens can only be taken apart with a mask.
+        needed = by_token or any(layer.token_axes == (-1,) for layer in self.layers)
+        if mask is not None and not needed and bool(mask.all()):
+            mask = None
+        n = len(next(iter(batch.values())))
+        return Units(n, mask, sample_ids.to(self.models[0].device), by_token)
+
+    def _score(self, place: int, logits: torch.Tensor | None, batch: Mapping[str, torch.Tensor]) -> None:
+        if self.data.labelled:
+            assert logits is not None
+            labels = batch["labels"].to(logits.device)
+            self.sums.scores[place].add(score_samples(self.data.task, logits, labels))
+
+    def _parent(self, model: PreTrainedModel, place: int, batch: Mapping[str, torch.Tensor], units: Units) -> ParentRun:
+        """Features of every layer, (u, f) each, kept until the batch is done."""
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(index: int, tensor: torch.Tensor) -> None:
+            layer = self.layers[index]
+            tensor = tensor.clone() if layer.overwritten else tensor
+            kept[index] = units.vectors(tensor, layer)
+
+        logits = self._run(model, batch, keep)
+        self._check_complete(kept)
+        return ParentRun([kept[index] for index in range(len(self.layers))], logits)
+
+    def _merged(
+        self,
+        place: int,
+        batch: Mapping[str, torch.Tensor],
+        units: Units,
+        features: Sequence[Sequence[torch.Tensor]],
+    ) -> torch.Tensor:
+        """The inner products of merged features with themselves and with every model's, (l, 1 + m, u)."""
+        measured: dict[int, torch.Tensor] = {}
+
+        def measure(index: int, tensor: torch.Tensor) -> None:
+            vectors = units.vectors(tensor, self.layers[index])
+            measured[index] = inner_products(vectors, [each[index] for each in features])
+
+        self.combined.move_to(self.region.points[place].weights, self.buffers.get(place))
+        self._score(place, self._run(self.combined.model, batch, measure), batch)
+        self._check_complete(measured)
+        return torch.stack([measured[index] for index in range(len(self.layers))])
+
+    def _run(
+        self,
+        model: PreTrainedModel,
+        batch: Mapping[str, torch.Tensor],
+        receive: Callable[[int, torch.Tensor], None],
+    ) -> torch.Tensor | None:
+        with handing_over(model, self.layers, receive):
+            logits = forward_logits(model, batch)
+        if logits is not None and self.layers[-1].label == LOGITS:
+            receive(len(self.layers) - 1, logits)
+        return logits
+
+    def _check_complete(self, found: Mapping[int, torch.Tensor]) -> None:
+        missing = [layer.label for index, layer in enumerate(self.layers) if index not in found]
+        if missing:
+            raise EvaluationError(f"layer {missing[0]!r} did not run for a batch, unlike in its trial run")
+
+    def _check_finite(self, squared_norms: torch.Tensor, units: Units, model: str) -> None:
+        """Raises with the first layer that has a feature which is not finite, (l, u)."""
+        finite = squared_norms.isfinite()
+        if finite.all():
+            return
+        layer, unit = (~finite).nonzero()[0].tolist()
+        raise EvaluationError(
+            f"features of layer {self.layers[layer].label!r} of {model} are not finite (NaN or Inf) for sample "
+            f"{units.sample(unit)}"
+        )
+
+
+@dataclass(frozen=True)
+class ParentRun:
+    """What one model gave for a batch.
+
+    Args:
+        features: (u, f) for every layer.
+        logits: Its output, if it has one.
+    """
+
+    features: list[torch.Tensor]
+    logits: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Units:
+    """What of a batch makes one feature vector: a sample with all its tokens, or a token.
+
+    Args:
+        n: Samples of the batch.
+        mask: (n, t), 1 at tokens that are no padding; None where nothing is hidden.
+        sample_ids: Numbers of the samples, (n,).
+        tokens: Whether a unit is a token.
+    """
+
+    n: int
+    mask: torch.Tensor | None
+    sample_ids: torch.Tensor
+    tokens: bool
+
+    @property
+    def width(self) -> int:
+        """Units of one sample, t or 1."""
+        return self.mask.shape[1] if self.tokens and self.mask is not None else 1
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """A number of its own for every unit, the same in any batch, (u,)."""
+        within = torch.arange(self.width, device=self.sample_ids.device)
+        return (self.sample_ids[:, None] * MOST_TOKENS + within).reshape(-1)
+
+    def sample(self, unit: int) -> int:
+        """The number of the sample that a unit belongs to."""
+        return int(self.sample_ids[unit // self.width])
+
+    def vectors(self, features: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """The feature vectors of all units, (u, f); zeros at what is padded, and where a layer has no tokens."""
+        return sample_vectors(features, layer, self.n, self.mask, by_token=self.tokens)
+
+    def only_present(self, values: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
+        """Values with NaN for units that are not there, (..., l, u)."""
+        if self.width == 1:
+            return values
+        assert self.mask is not None
+        sample_only = torch.zeros_like(self.mask)
+        sample_only[:, 0] = 1
+        present = torch.stack([self.mask if len(layer.token_axes) == 1 else sample_only for layer in layers])
+        return torch.where(present.reshape(len(layers), -1) != 0, values, torch.nan)
