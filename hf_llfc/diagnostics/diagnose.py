@@ -84,7 +84,7 @@ def diagnose_models(
     if len(models) != region.models:
         raise EvaluationError(f"{len(models)} models for points with {region.models} weights; give one weight a model")
     if unit not in UNITS:
-        raise EvaluationError(f"unknown unit {unit!r}{suggest(unit, UNITS)} (known: {", ".join(UNITS)})")
+        raise EvaluationError(f"unknown unit {unit!r}{suggest(unit, UNITS)} (known: {', '.join(UNITS)})")
     measured = _with_ends(region) if region.kind == "line" else region
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if accelerator is not None:
