@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_llfc.diagnostics.kinds import KINDS, activation_outputs, block_outputs, map_inputs
+from hf_llfc.diagnostics.kinds import KINDS, default_outputs
 from hf_llfc.diagnostics.trial import INPUT_SUFFIX, LOGITS, Call, Layer, Trial, first_tensor
 from hf_llfc.errors import EvaluationError, suggest
 
@@ -29,9 +29,10 @@ def select_layers(
         model: Any model that takes the batch.
         batch: Of which the first sample is used for a trial run.
         patterns: Names of modules as shell patterns (``*.mlp``, ``bert.encoder.layer.[0-3]``); ``:input`` at the end
-            means what goes in (``*.down_proj:input``). Without patterns: the output of every repeated block; in a
+            means what goes in (``*.down_proj:input``). Or words: ``blocks``, the output of every repeated block (in a
             model without blocks that of every activation function; without those the input of every linear
-            map but the first.
+            map but the first), which is the default; ``attention`` and ``mlp``, what these parts of every block give;
+            ``pre_activations``, what every activation function takes. A word comes before a module of that name.
 
     Returns:
         At least one layer.
@@ -40,13 +41,15 @@ def select_layers(
         EvaluationError: A pattern matches no module that runs, or gives no features per sample.
     """
     trial = Trial.run(model, batch)
-    chosen = _default(model, trial.calls) if patterns is None else _matching(model, trial, patterns)
+    chosen = (
+        default_outputs(model, batch, trial.calls) if patterns is None else _matching(model, batch, trial, patterns)
+    )
     layers = []
     for call in chosen:
         layer = trial.layer(call)
         if layer is not None:
             layers.append(layer)
-        elif patterns is not None and not any(set(pattern) & set("*?[") or pattern in WORDS for pattern in patterns):
+        elif patterns is not None and not any(set(pattern) & set("*?[") or pattern in KINDS for pattern in patterns):
             raise EvaluationError(
                 f"layer {trial.label(call)!r} gives a tensor of shape {tuple(call.tensor.shape)} for two samples, "
                 "which does not divide into samples; choose other layers"
@@ -61,11 +64,13 @@ def select_layers(
     return tuple(layers)
 
 
-def _matching(model: PreTrainedModel, trial: Trial, patterns: Sequence[str]) -> list[Call]:
+def _matching(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], trial: Trial, patterns: Sequence[str]
+) -> list[Call]:
     matched: dict[tuple[str, int, str], Call] = {}
     for pattern in patterns:
-        if pattern in WORDS:
-            found = WORDS[pattern](model, trial.calls)
+        if pattern in KINDS:
+            found = KINDS[pattern](model, batch, trial.calls)
             if not found:
                 raise EvaluationError(
                     f"layers: {type(model).__name__} has no {pattern.replace('_', ' ')} that could be told by how it "
@@ -84,7 +89,7 @@ def _named(trial: Trial, pattern: str) -> list[Call]:
     literal = [call for call in trial.calls if trial.label(call) == pattern]
     found = literal or [call for call in trial.calls if call.side == side and fnmatch.fnmatchcase(call.module, name)]
     if not found and pattern != LOGITS:
-        hint = suggest(name, [*WORDS, *(call.module for call in trial.calls)])
+        hint = suggest(name, [*KINDS, *(call.module for call in trial.calls)])
         raise EvaluationError(f"layers: no module that runs is called {pattern!r}{hint}")
     return found
 

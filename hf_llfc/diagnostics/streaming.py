@@ -1,0 +1,143 @@
+"""What every streamed measurement shares: the loop over batches, the sum over processes, padding, broken features.
+
+Shape legend: n samples, t tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch
+
+from hf_llfc.diagnostics.trial import Layer
+from hf_llfc.errors import EvaluationError
+from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
+from hf_llfc.evaluation.models import gather
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Sums(Protocol):
+    """What is kept of the samples seen; it grows with neither samples nor batches."""
+
+    def merge(self: S, other: S) -> None:
+        """Adds what another process has gathered."""
+
+    def cpu(self: S) -> S:
+        """A copy in main memory, for other processes."""
+
+
+S = TypeVar("S", bound=Sums)
+
+
+def over_batches(
+    data: EvaluationData,
+    add: Callable[[Mapping[str, torch.Tensor], torch.Tensor], None],
+    sums: S,
+    *,
+    accelerator: Accelerator | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> S:
+    """Feeds the batches of this process to a measurement and sums over all processes.
+
+    Args:
+        data: The samples.
+        add: Takes a batch and the numbers of its samples, and adds to `sums`.
+        sums: What this process gathers.
+        accelerator: Shares the samples among its processes.
+        on_batch: Called with the number of batches done and the number there are, for progress bars.
+
+    Returns:
+        The sums over all samples, equal on all processes.
+
+    Raises:
+        EvaluationError: What `add` raised on any of the processes, on all of them.
+    """
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    problem: str | None = None
+    total = data.batch_count(rank, world)
+    try:
+        for done, (batch, sample_ids) in enumerate(data.batches(rank, world), start=1):
+            add(batch, sample_ids)
+            if on_batch is not None:
+                on_batch(done, total)
+    except EvaluationError as error:
+        problem = str(error)
+    if accelerator is None:
+        problems_over_processes([problem])
+        return sums
+    parts = gather([(sums.cpu(), problem)])
+    problems_over_processes([problem for _, problem in parts])
+    whole: S = parts[0][0]
+    for part, _ in parts[1:]:
+        whole.merge(part)
+    return whole
+
+
+def attention_mask(
+    batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor, layers: Sequence[Layer], device: torch.device
+) -> torch.Tensor | None:
+    """The attention mask where it is needed.
+
+    Args:
+        batch: As `EvaluationData.batches` yields it.
+        sample_ids: Numbers of its samples, for the message.
+        layers: Whose features are to be divided.
+        device: Where to put the mask.
+
+    Returns:
+        (n, t), or None where there is no mask or it hides nothing.
+
+    Raises:
+        EvaluationError: A sample is padded everywhere.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return None
+    empty = sample_ids[mask.sum(dim=-1) == 0].tolist()
+    if empty:
+        raise EvaluationError(
+            f"sample {empty[0]} is empty: its attention mask is zero everywhere; leave it out of the data"
+        )
+    # A first dimension over samples and tokens can only be taken apart with a mask.
+    flattened = any(layer.token_axes == (-1,) for layer in layers)
+    return mask.to(device) if flattened or not bool(mask.all()) else None
+
+
+def check_finite(values: torch.Tensor, sample_ids: torch.Tensor, label: str, model: str) -> None:
+    """Stops at features that are not finite.
+
+    Args:
+        values: One a sample, not finite if any of its features is not, (n,).
+        sample_ids: Numbers of the samples, (n,).
+        label: Of the layer.
+        model: Whose features they are (``the first model``).
+
+    Raises:
+        EvaluationError: Names layer, model and the first such sample.
+    """
+    finite = values.isfinite()
+    if finite.all():
+        return
+    sample = int(sample_ids[int((~finite).nonzero()[0])])
+    raise EvaluationError(
+        f"features of layer {label!r} of {model} are not finite (NaN or Inf) for sample {sample}; leave the sample "
+        "out, or look for overflow in a wider dtype"
+    )
+
+
+def check_complete(layers: Sequence[Layer], found: Mapping[int, object]) -> None:
+    """Stops where a layer that ran in the trial run did not run for a batch.
+
+    Args:
+        layers: All.
+        found: What was measured, by the place of the layer.
+
+    Raises:
+        EvaluationError: Names the first layer without a value.
+    """
+    missing = [layer.label for index, layer in enumerate(layers) if index not in found]
+    if missing:
+        raise EvaluationError(f"layer {missing[0]!r} did not run for a batch, unlike in its trial run")
