@@ -11,15 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_llfc.diagnostics.activations import activation_inputs, find_activations, is_activation
+from hf_llfc.diagnostics.linear_maps import CONVOLUTIONS, MAPS
 from hf_llfc.diagnostics.trial import Call
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-MAPS = (nn.Linear, Conv1D, *CONVOLUTIONS)
-"""Linear maps; the input of one is the activation of the layer before."""
 
 SMALLEST_STACK = 0.1
 """A stack of blocks with less than this share of the parameters of the largest one is left out."""

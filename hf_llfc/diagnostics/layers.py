@@ -144,6 +144,55 @@ def handing_over(
             handle.remove()
 
 
+def divide(
+    features: torch.Tensor, layer: Layer, n: int, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A tensor whose first dimension is that of the samples.
+
+    Args:
+        features: What the layer gave for n samples.
+        layer: Its `token_axes`.
+        n: Number of samples.
+        attention_mask: (n, t), or None where nothing is padded.
+
+    Returns:
+        The tensor and its dimensions over tokens.
+
+    Raises:
+        EvaluationError: The tensor does not divide into samples and tokens as it did in the trial run.
+    """
+    axes, divided = layer.token_axes, features
+    if axes == (-1,):
+        assert attention_mask is not None, "tokens without their own dimension are told apart by the mask"
+        fits = features.shape[0] == attention_mask.numel()
+        axes, divided = (1,), features.reshape(*attention_mask.shape, *features.shape[1:]) if fits else features
+    else:
+        fits = features.shape[0] == n
+    if attention_mask is not None:
+        fits = fits and all(divided.shape[axis] == attention_mask.shape[1] for axis in axes)
+    if not fits:
+        raise EvaluationError(
+            f"layer {layer.label!r} gave a tensor of shape {tuple(features.shape)} for {n} samples, unlike in its "
+            "trial run; choose other layers"
+        )
+    return divided, axes
+
+
+def without_padding(divided: torch.Tensor, axes: Sequence[int], attention_mask: torch.Tensor) -> torch.Tensor:
+    """Zeros at padded tokens.
+
+    Args:
+        divided: As `divide` gives it.
+        axes: Its dimensions over tokens.
+        attention_mask: (n, t).
+    """
+    for axis in axes:
+        shape = [1] * divided.dim()
+        shape[0], shape[axis] = attention_mask.shape
+        divided = divided.masked_fill(attention_mask.reshape(shape) == 0, 0)
+    return divided
+
+
 def sample_vectors(
     features: torch.Tensor, layer: Layer, n: int, attention_mask: torch.Tensor | None, *, by_token: bool = False
 ) -> torch.Tensor:
@@ -163,25 +212,9 @@ def sample_vectors(
     Raises:
         EvaluationError: The tensor does not divide into samples and tokens as it did in the trial run.
     """
-    axes, divided = layer.token_axes, features
-    if axes == (-1,):
-        assert attention_mask is not None, "tokens without their own dimension are told apart by the mask"
-        fits = features.shape[0] == attention_mask.numel()
-        axes, divided = (1,), features.reshape(*attention_mask.shape, *features.shape[1:]) if fits else features
-    else:
-        fits = features.shape[0] == n
+    divided, axes = divide(features, layer, n, attention_mask)
     if attention_mask is not None:
-        fits = fits and all(divided.shape[axis] == attention_mask.shape[1] for axis in axes)
-    if not fits:
-        raise EvaluationError(
-            f"layer {layer.label!r} gave a tensor of shape {tuple(features.shape)} for {n} samples, unlike in its "
-            "trial run; choose other layers"
-        )
-    if attention_mask is not None:
-        for axis in axes:
-            shape = [1] * divided.dim()
-            shape[0], shape[axis] = attention_mask.shape
-            divided = divided.masked_fill(attention_mask.reshape(shape) == 0, 0)
+        divided = without_padding(divided, axes, attention_mask)
     if not by_token:
         return divided.reshape(n, -1)
     assert attention_mask is not None, "tokens are told apart by the mask"

@@ -164,7 +164,8 @@ class GeometryRow:
 
     Args:
         layer: The module's name.
-        of: ``weights`` or ``features``.
+        of: ``weights`` for the left singular subspaces of a linear map (what it writes), ``weights, inputs`` for the
+            right ones (what it reads), or ``features``.
         angles: Principal angles between the two leading subspaces in degrees, from 0 to 90, rising.
         rank_a: Effective rank of the first model's (exponential of the entropy of the normalised singular values, Roy
             and Vetterli, EUSIPCO 2007).
