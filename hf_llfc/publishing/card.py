@@ -18,10 +18,11 @@ from hf_llfc.errors import PublishingError
 from hf_llfc.publishing.facts import (
     LOSS,
     MetricStyle,
-    merge_alpha,
+    merge_point,
     metric_style,
+    model_points,
     not_finite,
-    point_at,
+    point_name,
     read_report,
     shown_layers,
 )
@@ -35,7 +36,7 @@ from hf_llfc.publishing.parents import (
     split_revision,
     union,
 )
-from hf_llfc.publishing.plots import LAYER_PLOT, PATH_PLOT, save_plots
+from hf_llfc.publishing.plots import PLOT_FILES, save_plots
 from hf_llfc.publishing.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.usage import task_of, usage_snippet
 
@@ -49,6 +50,18 @@ REPORT_FILE = "llfc_report.json"
 RECIPE_FILE = "recipe.yaml"
 TAGS = ("merge", "hf-llfc")
 LIBRARIES = ("hf-llfc", "torch", "transformers", "safetensors", "huggingface-hub")
+MORE_PLOTS = {
+    "heatmap": ("LLFC at every point", "1 − cosine of merged features and blend, every layer at every measured point"),
+    "additivity": ("weak additivity", "Weak additivity of every activation function, against the parents' distance"),
+    "commutativity": (
+        "commutativity",
+        "Commutativity of every linear map, beside the distances of weights and of inputs",
+    ),
+    "stitching": ("stitching", "Loss and metric of one parent up to a layer and the other one from there on"),
+    "weight_geometry": ("weights", "Effective rank of both parents' weights, and the angles between them"),
+    "feature_geometry": ("features", "Effective rank of both parents' features, and the angles between them"),
+}
+"""Pictures that are folded away in a card: what a reader calls them, and what they show."""
 LONG_TABLE = 16
 """Layers from which on their table is folded away."""
 
@@ -108,7 +121,7 @@ def write_card(
         else model
         for model in given
     ]
-    for plot in (PATH_PLOT, LAYER_PLOT):
+    for plot in PLOT_FILES.values():
         (ours / plot).unlink(missing_ok=True)
     if report is not None:
         save_plots(report, ours)
@@ -180,9 +193,7 @@ def render_card(
     rows = _result_rows(measured, results, parents)
     alignments = [alignment] if isinstance(alignment, Mapping) else list(alignment or [])
     metadata = _metadata(name, task, parents, license_found, data, rows, recipe)
-    plots = {
-        key: (folder / LLFC_FOLDER / file).is_file() for key, file in (("path", PATH_PLOT), ("layers", LAYER_PLOT))
-    }
+    plots = {name: (folder / LLFC_FOLDER / file).is_file() for name, file in PLOT_FILES.items()}
     context = {
         "name": name.rsplit("/", 1)[-1],
         "architecture": (config.get("architectures") or [config.get("model_type") or "model"])[0],
@@ -195,7 +206,13 @@ def render_card(
         "data": _data(data),
         "results": _result_table(rows),
         "barrier": _barrier(measured),
+        "on_line": measured is None or measured.region == "line",
         "plots": plots,
+        "more_plots": [
+            {"name": name, "says": says, "file": PLOT_FILES[key]}
+            for key, (name, says) in MORE_PLOTS.items()
+            if plots[key]
+        ],
         "layers": _layer_table(measured),
         "layers_are_many": measured is not None and len(shown_layers(measured)) > LONG_TABLE,
         "layer_summary": _layer_summary(measured),
@@ -336,7 +353,7 @@ def _headline(report: ConnectivityReport | None, problem: str | None, parents: i
         "do not merge": "Warning. Verdict: do not merge.",
     }
     lead = leads.get(report.verdict.answer, f"Verdict: {report.verdict.answer}.")
-    of_pair = "Of the first two parents: " if parents > 2 else ""
+    of_pair = "Of the first two parents: " if parents > 2 and report.region == "line" else ""
     because = report.verdict.because if of_pair else report.verdict.because[:1].upper() + report.verdict.because[1:]
     return {"lead": lead, "text": of_pair + _sentence(because, keep_case=True)}
 
@@ -419,17 +436,15 @@ def _result_rows(
         ]
     if report is None:
         return []
-    alpha = merge_alpha(report)
     rows = []
-    for point, is_merge, model in (
-        (point_at(report, 1.0), False, 0),
-        (point_at(report, 0.0), False, 1),
-        (point_at(report, alpha), True, None),
+    for point, model in (
+        *zip(model_points(report), range(len(report.models)), strict=True),
+        (merge_point(report), None),
     ):
         if point is None or not _has_numbers(point):
             continue
         model_id = "" if model is None or model >= len(report.models) else report.models[model].id or ""
-        rows.append({"id": model_id, "is_merge": is_merge, "loss": point.loss, "metrics": dict(point.metrics)})
+        rows.append({"id": model_id, "is_merge": model is None, "loss": point.loss, "metrics": dict(point.metrics)})
     return rows
 
 
@@ -496,8 +511,7 @@ def _small(value: float | None) -> str:
 
 def _layer_summary(report: ConnectivityReport | None) -> str | None:
     """What the layers say, in one sentence."""
-    rows = [] if report is None else shown_layers(report)
-    if not rows:
+    if report is None or not (rows := shown_layers(report)):
         return None
     ratios = [(row.ratio, row.layer) for row in rows if row.ratio is not None]
     sizes = [(row.coefficient.mean, row.layer) for row in rows if row.coefficient.mean is not None]
@@ -509,7 +523,9 @@ def _layer_summary(report: ConnectivityReport | None) -> str | None:
     if sizes:
         size, layer = max(sizes, key=lambda pair: abs(math.log(pair[0])) if pair[0] > 0 else math.inf)
         parts.append(f"the coefficient is {size:.2f} where it is farthest from 1 (in {layer})")
-    return f"At α = {rows[0].alpha:.3g} " + ", and ".join(parts) + "." if parts else None
+    point = point_name(report, rows[0])
+    where = f"At {point} " if report.region == "line" else f"At the point {point} "
+    return where + ", and ".join(parts) + "." if parts else None
 
 
 def _alignment(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -581,14 +597,13 @@ def _limits(report: ConnectivityReport | None, data: Mapping[str, Any], parents:
             f"All numbers come from {samples}. On other data, languages or domains the merge was not measured."
         )
         if len(report.path) > 2:
-            limits.append(
-                f"The barrier is the largest among {len(report.path)} values of α; between them it may be higher."
-            )
+            points = f"{len(report.path)} values of α" if report.region == "line" else f"{len(report.path)} points"
+            limits.append(f"The barrier is the largest among {points}; between them it may be higher.")
         if report.barrier.loss is None:
             limits.append("There were no labels: features were compared, loss and metric were not measured.")
-        if len(ordinary) > 2:
+        if len(ordinary) > 2 and report.region == "line":
             limits.append(f"Path and layers were measured for two of the {len(ordinary)} parents.")
-        elif merge_alpha(report) is None:
+        elif merge_point(report) is None:
             limits.append("The merge itself does not lie on the path that was measured.")
     limits.append("What the parents get wrong, and the biases they learnt, can be inherited by the merge.")
     local = [parent.name for parent in parents if not parent.is_on_hub]

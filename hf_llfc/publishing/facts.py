@@ -81,8 +81,47 @@ def metric_names(report: ConnectivityReport) -> list[str]:
     return list(dict.fromkeys(name for point in report.path for name in point.metrics))
 
 
+def point_weights(of: PathPoint | LayerRow) -> tuple[float, ...]:
+    """The weights of all models at a point; reports of a line need not write them."""
+    return of.weights or (of.alpha, 1 - of.alpha)
+
+
+def is_model(of: PathPoint | LayerRow) -> bool:
+    """Whether a point is one of the models themselves, where merged features are those of the model."""
+    return max(point_weights(of)) > 1 - SAME_ALPHA and min(point_weights(of)) > -SAME_ALPHA
+
+
+def point_model(of: PathPoint) -> int:
+    """The model that has the largest weight at a point."""
+    weights = point_weights(of)
+    return weights.index(max(weights))
+
+
+def point_name(report: ConnectivityReport, of: PathPoint | LayerRow) -> str:
+    """What a reader calls a point: its α on a line, elsewhere the name that the report gives it."""
+    if report.region == "line":
+        return f"α = {of.alpha:.3g}"
+    names = (point.name for point in report.path if point_weights(point) == point_weights(of))
+    return next(names, "") or " : ".join(f"{weight:.3g}" for weight in point_weights(of))
+
+
+def model_points(report: ConnectivityReport) -> list[PathPoint | None]:
+    """What was measured of every model itself, in their order; None where it is no point of the path."""
+    own = {point_model(point): point for point in report.path if is_model(point)}
+    return [own.get(model) for model in range(len(report.models))]
+
+
+def merge_point(report: ConnectivityReport) -> PathPoint | None:
+    """What was measured of the merge that is published, if it is a point of the path."""
+    if report.region == "line":
+        return point_at(report, merge_alpha(report))
+    return report.path[-1] if report.path and not is_model(report.path[-1]) else None
+
+
 def shown_layers(report: ConnectivityReport) -> list[LayerRow]:
-    """One row a layer, at the measured α inside the path that is nearest to the merge, or to the middle."""
+    """One row a layer: at the merge, or on a line at the measured α inside that is nearest to it, or to the middle."""
+    if report.region != "line":
+        return [row for row in report.at() if not is_model(row)]
     wanted = merge_alpha(report)
     wanted = 0.5 if wanted is None else wanted
     inside = [row for row in report.layers if SAME_ALPHA < row.alpha < 1 - SAME_ALPHA]
@@ -98,17 +137,29 @@ def not_finite(report: ConnectivityReport) -> list[str]:
         values = {"loss": point.loss, **point.metrics} if measured else point.metrics
         for name, value in values.items():
             if value is None or not math.isfinite(value):
-                found.append(f"{metric_style(name).title} at α = {point.alpha:g}")
+                found.append(f"{metric_style(name).title} at {point_name(report, point)}")
     for row in report.layers:
         if row.llfc.mean is None or not math.isfinite(row.llfc.mean):
-            found.append(f"features of {row.layer} at α = {row.alpha:g}")
+            found.append(f"features of {row.layer} at {point_name(report, row)}")
     return found
 
 
-def chord(alphas: Sequence[float], values: Sequence[float]) -> list[float] | None:
-    """The straight line between the values at both ends of the path, at every α; None if an end is missing."""
-    at_zero = next((value for alpha, value in zip(alphas, values, strict=True) if abs(alpha) < SAME_ALPHA), None)
-    at_one = next((value for alpha, value in zip(alphas, values, strict=True) if abs(1 - alpha) < SAME_ALPHA), None)
-    if at_zero is None or at_one is None:
-        return None
-    return [alpha * at_one + (1 - alpha) * at_zero for alpha in alphas]
+def blend_of_models(points: Sequence[PathPoint], values: Sequence[float]) -> list[float]:
+    """The blend of the models' own values at every point: on a line the chord between its ends.
+
+    Args:
+        points: All of a path.
+        values: One a point, NaN where there is none.
+
+    Returns:
+        Σ wᵢ·valueᵢ; NaN where the value of a model is missing, or where a weight is negative, since outside the models
+        a blend of their values says nothing.
+    """
+    own = {point_model(point): value for point, value in zip(points, values, strict=True) if is_model(point)}
+    blends = []
+    for point in points:
+        weights = point_weights(point)
+        needed = [index for index, weight in enumerate(weights) if abs(weight) > SAME_ALPHA]
+        inside = min(weights) > -SAME_ALPHA and all(index in own for index in needed)
+        blends.append(math.fsum(weights[index] * own[index] for index in needed) if inside else math.nan)
+    return blends

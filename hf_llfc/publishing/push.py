@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import PublishingError, raise_all
 from hf_llfc.publishing.card import LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
-from hf_llfc.publishing.facts import merge_alpha, not_finite, point_at, read_report
+from hf_llfc.publishing.facts import merge_point, model_points, not_finite, read_report
 from hf_llfc.publishing.parents import CARD_FILE, is_hub_id, split_revision
 
 if TYPE_CHECKING:
@@ -273,9 +273,8 @@ def check_diagnosis(folder: Path) -> None:
     reasons = []
     if broken := not_finite(report):
         reasons.append("not every number is finite: " + ", ".join(broken[:3]))
-    merged = point_at(report, merge_alpha(report))
-    ends = [point.loss for point in (point_at(report, 0.0), point_at(report, 1.0)) if point is not None]
-    losses = [loss for loss in ends if loss is not None]
+    merged = merge_point(report)
+    losses = [point.loss for point in model_points(report) if point is not None and point.loss is not None]
     if merged is not None and merged.loss is not None and losses:
         worst = max(losses)
         if merged.loss > FAR_ABOVE * worst and merged.loss > worst + FAR_ABOVE_NATS:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,113 @@ def make_report(**changes: Any) -> dict[str, Any]:
         "versions": VERSIONS,
     }
     return {**report, **changes}
+
+
+def full_statistic(mean: float, spread: float = 0.5) -> dict[str, Any]:
+    """A statistic with quantiles and the interval of its mean."""
+    levels = {"0.05": -1.0, "0.25": -0.5, "0.5": -0.1, "0.75": 0.4, "0.95": 1.2}
+    quantiles = {level: mean * (1 + spread * height) for level, height in levels.items()}
+    return {
+        "mean": mean,
+        "std": abs(mean) * spread,
+        "quantiles": quantiles,
+        "interval": [mean * (1 - spread / 8), mean * (1 + spread / 8)],
+    }
+
+
+BERT_MAPS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+def make_measured_report(blocks: int = 12, **changes: Any) -> dict[str, Any]:
+    """A report of a pair of BERTs with everything that can be measured."""
+    encoder = [f"bert.encoder.layer.{block}" for block in range(blocks)]
+    maps = [f"{block}.{name}" for block in encoder for name in BERT_MAPS] + ["bert.pooler.dense", "classifier"]
+    rows = []
+    for place, name in enumerate([*encoder, "logits"]):
+        for step in range(1, 10):
+            alpha = step / 10
+            rows.append(
+                {
+                    "layer": name,
+                    "alpha": alpha,
+                    "llfc": full_statistic(4 * alpha * (1 - alpha) * 1e-6 * 3**place),
+                    "baseline": full_statistic(1e-3 * 1.6**place),
+                    "coefficient": full_statistic(1 - 0.02 * place, 0.1),
+                }
+            )
+    measured = {
+        "additivity": [
+            {
+                "layer": f"{block}.intermediate.intermediate_act_fn",
+                "alpha": 0.5,
+                "distance": full_statistic(1e-4 * 1.5**place),
+                "baseline": full_statistic(2e-2 * 1.2**place),
+            }
+            for place, block in enumerate(encoder)
+        ],
+        "commutativity": [
+            {
+                "layer": name,
+                "com": 1e-5 * (place + 1),
+                "weights": 2e-3 * (place % 6 + 1),
+                "features": 1e-3 * (place + 1),
+            }
+            for place, name in enumerate(maps)
+        ],
+        "stitching": [
+            {"layer": name, "loss": 0.5 - 0.02 * place, "metrics": {"accuracy": 0.75 + 0.01 * place}}
+            for place, name in enumerate(encoder)
+        ],
+        "geometry": [
+            {
+                "layer": name,
+                "of": of,
+                "angles": [0.5 * (place + 1), 1.0 * (place + 1), 1.2 * (place + 1)],
+                "rank_a": 200.0 + place,
+                "rank_b": 190.0 - place,
+            }
+            for of, names in (("weights", maps), ("features", encoder))
+            for place, name in enumerate(names)
+        ],
+    }
+    return {**make_report(layers=rows), **measured, **changes}
+
+
+def make_simplex_report(models: int = 4, region: str = "simplex", **changes: Any) -> dict[str, Any]:
+    """A report of several models: themselves, every pair and all; or of task vectors over a base, which comes last."""
+    points = [(tuple(float(other == own) for other in range(models)), f"model {own + 1}") for own in range(models)]
+    if region == "simplex":
+        for first, second in combinations(range(models), 2):
+            weights = tuple(0.5 * (place in (first, second)) for place in range(models))
+            points.append((weights, f"models {first + 1} and {second + 1}"))
+        points.append(((1 / models,) * models, "centre"))
+    else:
+        points[-1] = (points[-1][0], "base")
+        for scale, name in ((-1.0, "-1 times the task vectors"), (0.5, "0.5 times the task vectors"), (1.0, "merge")):
+            weights = (scale * 0.6,) * (models - 1)
+            points.append(((*weights, 1 - sum(weights)), name))
+    path, rows = [], []
+    for place, (weights, name) in enumerate(points):
+        mixed = 1 - max(weights)
+        own = sum(weight * (0.5 + 0.04 * model) for model, weight in enumerate(weights))
+        bump = (0.2 if place % 2 else -0.1) * mixed
+        loss, accuracy = own + bump, 0.9 - 0.2 * own - bump / 2
+        place_of = {"alpha": weights[0], "weights": list(weights)}
+        path.append({**place_of, "loss": loss, "metrics": {"accuracy": accuracy}, "name": name})
+        for depth, module in enumerate(["bert.encoder.layer.0", "bert.encoder.layer.1", "logits"]):
+            distance = full_statistic(abs(mixed) * 10.0 ** (depth - 4))
+            rows.append({"layer": module, **place_of, "llfc": distance, "baseline": full_statistic(0.05),
+                         "coefficient": full_statistic(1 - 0.1 * mixed, 0.1)})  # fmt: skip
+    rows.sort(key=lambda row: row["layer"])
+    references = [{"id": f"ada/bert-{number}", "revision": None, "weight": None} for number in range(1, models + 1)]
+    return {**make_report(models=references, path=path, layers=rows), "region": region, **changes}
 
 
 def make_folder(

@@ -22,7 +22,9 @@ from tests.publishing.samples import (
     VERSIONS,
     layer,
     make_folder,
+    make_measured_report,
     make_report,
+    make_simplex_report,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -426,7 +428,8 @@ def test_the_card_of_a_folder_is_written_from_what_lies_in_it(hub: HubDouble, tm
     assert card.data.license == "mit"
     assert card.data.datasets == ["ada/tweets"]
     page = Page(card.text)
-    assert [link for link in page.links if link.startswith("llfc/")] == ["llfc/path.png", "llfc/layers.png"]
+    pictures = ["llfc/path.png", "llfc/layers.png", "llfc/heatmap.png"]
+    assert [link for link in page.links if link.startswith("llfc/")] == pictures
     assert all(f"{parent.split('@')[1][:7]}" in page.text for parent in parents)
     assert 'pipeline("text-classification", model="merged")' in page.text
     again = path.read_bytes()
@@ -475,6 +478,31 @@ def test_the_weights_are_those_that_the_recipe_means(
     folder = make_folder(tmp_path / "merged", recipe={"models": entries, "parameters": settings})
     table = Page(ModelCard.load(write_card(folder)).text).tables[0]
     assert [row[3] for row in table[1:]] == shares
+
+
+def test_measures_that_were_asked_for_are_folded_away(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, report=make_measured_report(2))
+    write_card(folder, models=[{**model, "card": {}} for model in MODELS])
+    page = Page(ModelCard.load(folder / "README.md").text)
+    pictures = [link for link in page.links if link.endswith(".png")]
+    assert sorted(pictures) == sorted(f"llfc/{path.name}" for path in (folder / "llfc").glob("*.png"))
+    assert pictures[:2] == ["llfc/path.png", "llfc/layers.png"]
+    assert "More that was measured: LLFC at every point, weak additivity, commutativity" in page.text
+    assert page.elements.count("details") == 1
+
+
+def test_a_merge_of_many_shows_them_all_and_the_merge(tmp_path: Path) -> None:
+    report = make_simplex_report(3)
+    models = [{**MODELS[0], "id": f"ada/bert-{number}", "weight": 1 / 3} for number in (1, 2, 3)]
+    page = Page(render(make_folder(tmp_path), report=report, models=models, alignment=None))
+    table = next(table for table in page.tables if "loss ↓" in table[0])
+    losses = [*(point["loss"] for point in report["path"][:3]), report["path"][-1]["loss"]]
+    assert [row[0] for row in table[1:]] == ["ada/bert-1", "ada/bert-2", "ada/bert-3", "this merge"]
+    assert [row[1] for row in table[1:]] == [f"{loss:.4f}" for loss in losses]
+    assert "worse than the blend of its parents' values" in page.text
+    assert "At the point centre the merged features" in page.text
+    assert "The barrier is the largest among 7 points" in page.text
+    assert "two of the 3 parents" not in page.text and "Of the first two parents" not in page.text
 
 
 def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""A connectivity report as pictures, one function each, drawn only where the report has the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.publishing.facts import read_report
+from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
+from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
+from hf_llfc.publishing.plots.measures import (
+    plot_additivity,
+    plot_commutativity,
+    plot_feature_geometry,
+    plot_stitching,
+    plot_weight_geometry,
+)
+from hf_llfc.publishing.plots.path import plot_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "PLOTS",
+    "PLOT_FILES",
+    "plot_additivity",
+    "plot_commutativity",
+    "plot_feature_geometry",
+    "plot_heatmap",
+    "plot_layers",
+    "plot_path",
+    "plot_stitching",
+    "plot_weight_geometry",
+    "save_plots",
+]
+
+PLOTS: Mapping[str, Callable[[ConnectivityReport], Figure | None]] = {
+    "path": plot_path,
+    "layers": plot_layers,
+    "heatmap": plot_heatmap,
+    "additivity": plot_additivity,
+    "commutativity": plot_commutativity,
+    "stitching": plot_stitching,
+    "weight_geometry": plot_weight_geometry,
+    "feature_geometry": plot_feature_geometry,
+}
+"""What draws each picture, in the order in which a reader wants them."""
+
+PLOT_FILES: Mapping[str, str] = {name: f"{name}.png" for name in PLOTS}
+
+
+def save_plots(report: Mapping[str, Any] | ConnectivityReport, folder: str | Path) -> dict[str, Path]:
+    """Draws what the report has data for.
+
+    Args:
+        report: The report, or what its `to_dict` gave.
+        folder: Where the pictures go; created if need be.
+
+    Returns:
+        The files written, by the names in `PLOTS`.
+
+    Raises:
+        PublishingError: The mapping is not a connectivity report.
+    """
+    report = read_report(report)
+    folder = Path(folder)
+    written: dict[str, Path] = {}
+    for name, draw in PLOTS.items():
+        figure = draw(report)
+        if figure is None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without the name and version of the software, equal data gives equal bytes.
+        figure.savefig(folder / PLOT_FILES[name], dpi=DOTS_PER_INCH, metadata={"Software": None})
+        written[name] = folder / PLOT_FILES[name]
+    return written

@@ -1,0 +1,183 @@
+"""Lines over layers: means with their spread, on logarithmic and on linear axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hf_llfc.diagnostics.rows import Statistic
+from hf_llfc.publishing.plots.canvas import GROUND, INK, MUTED, known, power_of_ten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMALLEST_SHOWN = 1e-9
+"""Distances below this are rounding errors; they are drawn at the foot of a logarithmic axis."""
+LOW, HIGH = "0.05", "0.95"
+"""The quantiles between which a band is drawn."""
+FEW = 34
+"""Layers up to which markers are large."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line over all layers of a plot.
+
+    Args:
+        label: In the legend.
+        values: One a layer, NaN where there is none.
+        colour: Of line and band.
+        style: Line and marker as matplotlib writes them.
+        bands: Ends of the spread, one pair a layer; empty without.
+        intervals: Ends of the interval of the mean, likewise.
+    """
+
+    label: str
+    values: tuple[float, ...]
+    colour: str
+    style: str
+    bands: tuple[tuple[float, float], ...] = ()
+    intervals: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def of(cls, label: str, statistics: Sequence[Statistic], colour: str, style: str, *, ratio: bool) -> Series:
+        """The means of statistics, with the 5 to 95 % quantiles as band, or one standard deviation without these.
+
+        Args:
+            label: In the legend.
+            statistics: One a layer.
+            colour: Of line and band.
+            style: Line and marker.
+            ratio: Whether the axis is logarithmic; a standard deviation is then as high above the mean as below it.
+        """
+        means = tuple(known(each.mean) for each in statistics)
+        if has_quantiles(statistics):
+            bands = tuple((each.quantiles[LOW], each.quantiles[HIGH]) for each in statistics)
+        else:
+            spreads = [each.std or 0.0 for each in statistics]
+            bands = tuple(
+                (mean * mean / (mean + std) if ratio and mean + std > 0 else mean - std, mean + std)
+                for mean, std in zip(means, spreads, strict=True)
+            )
+        missing = (math.nan, math.nan)
+        intervals = tuple(each.interval or missing for each in statistics) if has_intervals(statistics) else ()
+        return cls(label, means, colour, style, bands, intervals)
+
+    def part(self, indices: Sequence[int]) -> Series:
+        """The line over some of the layers."""
+        pick = [tuple(values[index] for index in indices) if values else () for values in (self.bands, self.intervals)]
+        values = tuple(self.values[index] for index in indices)
+        return Series(self.label, values, self.colour, self.style, pick[0], pick[1])
+
+
+def has_quantiles(statistics: Iterable[Statistic]) -> bool:
+    """Whether quantiles were measured of all."""
+    return all(each.quantiles.keys() >= {LOW, HIGH} for each in statistics)
+
+
+def has_intervals(statistics: Iterable[Statistic]) -> bool:
+    """Whether the interval of any mean was measured."""
+    return any(each.interval is not None for each in statistics)
+
+
+def spread_note(statistics: Sequence[Statistic], *, ratio: bool) -> str:
+    """What the bands and bars around a line are, for the legend."""
+    without = "× and ÷ (1 + std/mean)" if ratio else "± one standard deviation"
+    band = "5 to 95 % of the values" if has_quantiles(statistics) else without
+    bars = "; bars: 95 % interval of the mean" if has_intervals(statistics) else ""
+    return f"line: mean; band: {band}{bars}"
+
+
+@dataclass(frozen=True)
+class LogScale:
+    """A logarithmic axis for distances, the same for all panels of a plot.
+
+    Args:
+        floor: Where distances too small to be told from zero are drawn; None if nothing else is there.
+        top: The largest mean.
+    """
+
+    floor: float | None
+    top: float
+
+    @classmethod
+    def of(cls, series: Iterable[Series]) -> LogScale:
+        """The scale that shows all means."""
+        shown = [value for each in series for value in each.values if value > SMALLEST_SHOWN]
+        return cls(max(SMALLEST_SHOWN, min(shown) / 3), max(shown)) if shown else cls(None, SMALLEST_SHOWN)
+
+    def set(self, axis: Axes) -> None:
+        """Gives an axis this scale."""
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        if self.floor is None:
+            axis.set_yticks([])
+            return
+        axis.set_yscale("log")
+        axis.set_ylim(self.floor / 1.6, self.top * 3)
+        axis.yaxis.set_major_locator(LogLocator(base=10, numticks=8))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_distances(axis: Axes, series: Sequence[Series], scale: LogScale, *, columns: int) -> None:
+    """Draws lines of distances; what is zero but for rounding becomes a mark at the foot.
+
+    Args:
+        axis: To draw on.
+        series: The lines.
+        scale: The same for all panels.
+        columns: How many panels stand side by side.
+    """
+    floor = SMALLEST_SHOWN if scale.floor is None else scale.floor
+    equal: set[int] = set()
+    for each in series:
+        positions = list(range(len(each.values)))
+        equal |= {position for position in positions if each.values[position] <= SMALLEST_SHOWN}
+        means = [value if value > SMALLEST_SHOWN else math.nan for value in each.values]
+        _draw_spread(axis, each, means, at_least=floor / 10)
+        size = marker_size(len(means) * columns)
+        axis.plot(positions, means, each.style, color=each.colour, linewidth=2, markersize=size, label=each.label)
+    if equal:
+        axis.plot(
+            sorted(equal), [floor] * len(equal), "v", color=GROUND, markeredgecolor=INK, markersize=6,
+            linestyle="none", label=f"equal (below {power_of_ten(SMALLEST_SHOWN)})",
+        )  # fmt: skip
+    scale.set(axis)
+
+
+def draw_around_one(axis: Axes, series: Series, *, columns: int) -> None:
+    """Draws a line of factors with 1 marked; arguments as for `draw_distances`."""
+    axis.axhline(1.0, color=MUTED, linestyle="--", linewidth=1.4)
+    _draw_spread(axis, series, series.values, at_least=-math.inf)
+    positions = range(len(series.values))
+    axis.plot(positions, series.values, series.style, color=series.colour, linewidth=2,
+              markersize=marker_size(len(series.values) * columns))  # fmt: skip
+
+
+def limits_around_one(series: Series) -> tuple[float, float]:
+    """The axis of factors, with everything that is drawn and 1 inside."""
+    ends = [end for band in series.bands for end in band]
+    finite = [value for value in (*ends, *series.values, 1.0) if math.isfinite(value)]
+    margin = max(0.02, 0.1 * (max(finite) - min(finite)))
+    return min(finite) - margin, max(finite) + margin
+
+
+def marker_size(layers: int) -> float:
+    """In points, smaller where there are many layers on the width of the figure."""
+    return 4.5 if layers <= FEW else 2.5
+
+
+def _draw_spread(axis: Axes, series: Series, means: Sequence[float], *, at_least: float) -> None:
+    positions = list(range(len(means)))
+    if series.bands:
+        seen = [not math.isnan(mean) for mean in means]
+        lower = [max(low, at_least) for low, _ in series.bands]
+        upper = [max(high, at_least) for _, high in series.bands]
+        axis.fill_between(positions, lower, upper, where=seen, color=series.colour, alpha=0.16, linewidth=0)
+    if series.intervals:
+        lower = [max(low, at_least) for low, _ in series.intervals]
+        upper = [max(high, at_least) for _, high in series.intervals]
+        axis.vlines(positions, lower, upper, color=series.colour, linewidth=1.2)
+        axis.plot(positions, lower, "_", positions, upper, "_", color=series.colour, markersize=5)
