@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,16 @@ PARTS = ("path", "layers", "additivity", "commutativity", "stitching", "geometry
 """What of a report makes a table."""
 
 OPTIONAL = {*PARTS[2:], "suggestion", "quantiles", "interval", "weights", "layer_weights", "name", "gated"}
-"""Left out of the JSON where empty."""
+"""Fields that are left out of the JSON where they are empty and their class has a default for them."""
+
+SCHEMA_FILE = "report.schema.json"
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of what `ConnectivityReport.save` writes, with a description of every value."""
+    text = importlib.resources.files("hf_llfc.diagnostics").joinpath(SCHEMA_FILE).read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,24 +114,22 @@ class ConnectivityReport:
             alpha: As for `at`.
 
         Returns:
-            Per layer `layer`, `alpha`, `llfc`, `llfc_std`, `baseline`, `baseline_std`, `ratio`, `coefficient` and
-            `coefficient_std`.
+            Per layer `layer`, `alpha` (`point` where it is no line), `llfc`, `llfc_std`, `baseline`, `baseline_std`,
+            `ratio`, `coefficient` and `coefficient_std`.
         """
-        return [_flat(row) for row in self.at(alpha)]
+        return [self._flat(row) for row in self.at(alpha)]
 
     def path_rows(self) -> list[dict[str, Any]]:
         """The path as flat rows for a table: `alpha`, or `point` where it is no line, `loss`, a column per metric."""
-        on_line = self.region == "line"
-        return [
-            {**({"alpha": point.alpha} if on_line else {"point": point.name}), "loss": point.loss, **point.metrics}
-            for point in self.path
-        ]
+        return [{**self._place(point), "loss": point.loss, **point.metrics} for point in self.path]
 
     def part_rows(self, part: str) -> list[dict[str, Any]]:
         """Any part of the report as flat rows for a table.
 
         Args:
-            part: One of `PARTS`; ``layers`` gives one row per layer and point.
+            part: One of `PARTS`; ``layers`` gives one row per layer and point. A statistic `x` has the columns `x`,
+                the mean, and `x_std`; where they were measured also `x_q05`, `x_q25`, … for the quantiles, and `x_low`
+                and `x_high` for the interval of the mean.
 
         Raises:
             EvaluationError: There is no such part.
@@ -131,8 +139,28 @@ class ConnectivityReport:
         if part == "path":
             return self.path_rows()
         if part == "layers":
-            return [_flat(row) for row in self.layers]
+            return [{**self._flat(row), **_spreads(row)} for row in self.layers]
         return [_flat_columns(row) for row in self.to_dict().get(part, ())]
+
+    def _place(self, of: PathPoint | LayerRow) -> dict[str, Any]:
+        """Where a point lies: its α on a line, its name elsewhere."""
+        if self.region == "line":
+            return {"alpha": of.alpha}
+        names = (point.name for point in self.path if point.weights == of.weights)
+        return {"point": next(names, None)}
+
+    def _flat(self, row: LayerRow) -> dict[str, Any]:
+        return {
+            "layer": row.layer,
+            **self._place(row),
+            "llfc": row.llfc.mean,
+            "llfc_std": row.llfc.std,
+            "baseline": row.baseline.mean,
+            "baseline_std": row.baseline.std,
+            "ratio": row.ratio,
+            "coefficient": row.coefficient.mean,
+            "coefficient_std": row.coefficient.std,
+        }
 
     def to_pandas(self, part: str = "layers") -> pandas.DataFrame:
         """A part of the report as a data frame.
@@ -204,24 +232,22 @@ class ConnectivityReport:
         return cls.from_dict(values)
 
 
-def _flat(row: LayerRow) -> dict[str, Any]:
-    return {
-        "layer": row.layer,
-        "alpha": row.alpha,
-        "llfc": row.llfc.mean,
-        "llfc_std": row.llfc.std,
-        "baseline": row.baseline.mean,
-        "baseline_std": row.baseline.std,
-        "ratio": row.ratio,
-        "coefficient": row.coefficient.mean,
-        "coefficient_std": row.coefficient.std,
-    }
+def _spreads(row: LayerRow) -> dict[str, float]:
+    statistics = {"llfc": row.llfc, "baseline": row.baseline, "coefficient": row.coefficient}
+    return {column: value for name, found in statistics.items() for column, value in _spread(name, vars(found)).items()}
+
+
+def _spread(name: str, statistic: Mapping[str, Any]) -> dict[str, float]:
+    """Quantiles and interval of a statistic as columns."""
+    columns = {f"{name}_q{level[2:]:0<2}": value for level, value in (statistic.get("quantiles") or {}).items()}
+    interval = statistic.get("interval")
+    return {**columns, **({f"{name}_low": interval[0], f"{name}_high": interval[1]} if interval else {})}
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        entries = {entry.name: vars(value)[entry.name] for entry in dataclasses.fields(value)}
-        return {name: _plain(item) for name, item in entries.items() if name not in OPTIONAL or item}
+        entries = {entry: vars(value)[entry.name] for entry in dataclasses.fields(value)}
+        return {entry.name: _plain(item) for entry, item in entries.items() if item or not _may_be_left_out(entry)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -229,12 +255,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _may_be_left_out(entry: dataclasses.Field[Any]) -> bool:
+    """Whether a reader gets the same from a JSON without it; a distance of weights that is 0 is no empty field."""
+    has_default = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
+    return has_default and entry.name in OPTIONAL
+
+
 def _flat_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with the mean and the spread of its statistics, and its mappings, as columns of their own."""
     columns: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping) and value.keys() >= {"mean", "std"}:
-            columns |= {name: value["mean"], f"{name}_std": value["std"]}
+            columns |= {name: value["mean"], f"{name}_std": value["std"], **_spread(name, value)}
         elif isinstance(value, Mapping):
             columns |= value
         else:

@@ -5,6 +5,7 @@ import pytest
 
 from hf_llfc.diagnostics import (
     Barrier,
+    CommutativityRow,
     ConnectivityReport,
     LayerRow,
     ModelReference,
@@ -145,3 +146,29 @@ def test_pandas():
     assert REPORT.to_pandas("path")["loss"].tolist() == [0.5, 0.6, 0.4]
     with pytest.raises(EvaluationError, match="has no 'barrier'; it has path, layers"):
         REPORT.to_pandas("barrier")
+
+
+def test_a_distance_of_zero_is_no_empty_field():
+    rows = (CommutativityRow("head", 0.0, 0.0, 0.25), CommutativityRow("last", None, None, 0.5))
+    report = dataclasses.replace(REPORT, commutativity=rows)
+    assert report.to_dict()["commutativity"][0] == {"layer": "head", "com": 0.0, "weights": 0.0, "features": 0.25}
+    assert ConnectivityReport.from_dict(report.to_dict()) == report
+
+
+def test_spread_becomes_columns():
+    llfc = Statistic(0.25, 0.125, {"0.05": 0.0625, "0.5": 0.25}, (0.125, 0.5))
+    report = dataclasses.replace(REPORT, layers=(dataclasses.replace(REPORT.layers[0], llfc=llfc),))
+    (found,) = report.to_pandas().to_dict("records")
+    assert {name: found[name] for name in found if name.startswith("llfc")} == {
+        "llfc": 0.25, "llfc_std": 0.125, "llfc_q05": 0.0625, "llfc_q50": 0.25, "llfc_low": 0.125, "llfc_high": 0.5
+    }  # fmt: skip
+    assert "baseline_low" not in found
+
+
+def test_points_that_lie_on_no_line_are_named():
+    path = tuple(PathPoint(w[0], 0.5, {}, w, name) for w, name in (((1.0, 0.0), "model 1"), ((0.5, 0.5), "centre")))
+    layers = (dataclasses.replace(REPORT.layers[0], weights=(0.5, 0.5)),)
+    report = dataclasses.replace(REPORT, region="simplex", path=path, layers=layers)
+    assert report.to_pandas("path")["point"].tolist() == ["model 1", "centre"]
+    assert report.to_pandas()["point"].tolist() == ["centre"]
+    assert "alpha" not in report.rows()[0]
