@@ -172,7 +172,8 @@ class Geometry:
     """Principal angles and effective ranks of every linear map and of the features of every layer.
 
     Covariances take 16 bytes per pair of channels and layer, whatever the number of samples. Singular values of weights
-    take time with the cube of their width. The logits are left out: their channels may be a whole vocabulary.
+    take time with the cube of their width. The logits are left out: their channels may be a whole vocabulary. Weights
+    that are no linear map of their own (fused experts, embeddings) are not looked at.
 
     Args:
         model_a: The first model, in evaluation mode.
@@ -198,9 +199,11 @@ class Geometry:
     ) -> None:
         self.models = model_a, model_b
         self.layers = tuple(layer for layer in select_layers(model_a, batch, layers) if layer.label != LOGITS)
-        self.channels = _channels(model_a, batch, self.layers)
+        trial = Trial.run(model_a, batch)
+        self.channels = _channels(model_a, trial, self.layers)
         maps_a, maps_b = linear_maps(model_a), linear_maps(model_b)
-        self.maps = tuple(maps_a)
+        ran = [call.module for call in trial.calls if call.module in maps_a]
+        self.maps = tuple(dict.fromkeys([*ran, *maps_a]))
         share = {}
         for name in self.maps[rank::world]:
             matrices = [matrix_of(each[name], weight_of(each[name], name, "geometry")) for each in (maps_a, maps_b)]
@@ -265,14 +268,13 @@ def _of_covariance(covariance: Covariance) -> _Spectrum:
     return _Spectrum(values, vectors, vectors, int((values > 0).sum()))
 
 
-def _channels(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], layers: Sequence[Layer]) -> tuple[int, ...]:
+def _channels(model: PreTrainedModel, trial: Trial, layers: Sequence[Layer]) -> tuple[int, ...]:
     """Which dimension of each layer's tensor, divided by samples, runs over channels.
 
     It is the one that has as many entries as the last linear map, norm or convolution before it gives channels, and
     where several have, the second for convolutions and what belongs to them, and the last for all else.
     """
     modules = dict(model.named_modules())
-    trial = Trial.run(model, batch)
     last: tuple[int, bool] | None = None
     before: dict[tuple[str, int, str], tuple[int, bool] | None] = {}
     calls: dict[tuple[str, int, str], Call] = {}
