@@ -32,12 +32,15 @@ class CombinedModel:
             problems += _differences(first, other, name)
         raise_all(problems, EvaluationError, "these models cannot be combined")
         self.model = copy.deepcopy(models[0]).eval().requires_grad_(False)
-        self._parts: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self._targets: list[torch.Tensor] = []
+        self._parts: list[list[torch.Tensor]] = [[] for _ in models]
         with torch.no_grad():
             for name, target in _tensors(self.model).items():
                 parts = [first[name].detach(), *(other[name].detach() for other in others)]
                 if target.is_floating_point():
-                    self._parts.append((target, parts))
+                    self._targets.append(target.detach())
+                    for own, part in zip(self._parts, parts, strict=True):
+                        own.append(part)
                 elif name.endswith("num_batches_tracked"):
                     target.copy_(torch.stack(parts).amax(dim=0))
         self._buffers = dict(self.model.named_buffers())
@@ -50,16 +53,17 @@ class CombinedModel:
             weights: One a model; they sum to one.
             buffers: Values that belong to this point and replace the combined ones, by name.
         """
-        for target, parts in self._parts:
-            if len(parts) == 2:
-                torch.lerp(parts[1], parts[0], weights[0], out=target)
-                continue
-            # Half precision would round once a model.
-            total = torch.zeros_like(target, dtype=torch.promote_types(target.dtype, torch.float32))
-            for part, weight in zip(parts, weights, strict=True):
-                if weight:
-                    total.add_(part, alpha=weight)
-            target.copy_(total)
+        if len(self._parts) == 2:
+            torch._foreach_copy_(self._targets, self._parts[1])
+            torch._foreach_lerp_(self._targets, self._parts[0], weights[0])
+        else:
+            for place, target in enumerate(self._targets):
+                # Half precision would round once a model.
+                total = torch.zeros_like(target, dtype=torch.promote_types(target.dtype, torch.float32))
+                for own, weight in zip(self._parts, weights, strict=True):
+                    if weight:
+                        total.add_(own[place], alpha=weight)
+                target.copy_(total)
         for name, value in (buffers or {}).items():
             self._buffers[name].copy_(value)
 

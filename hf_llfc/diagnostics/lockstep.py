@@ -16,11 +16,12 @@ from hf_llfc.diagnostics.layers import LOGITS, Layer, handing_over, sample_vecto
 from hf_llfc.diagnostics.points import Region
 from hf_llfc.diagnostics.statistics import (
     Distribution,
-    blended,
+    blend_distance,
+    blend_norms,
     cosine_distance,
     gram,
-    inner_products,
     projection_coefficient,
+    residuals,
 )
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
@@ -125,15 +126,15 @@ class Lockstep:
 
         distances, coefficients = [], []
         for place, point in enumerate(self.region.points):
+            blend = blend_norms(between, point.weights)
             if point.vertex is not None:
-                own = torch.cat([between[:, point.vertex, point.vertex][:, None], between[:, point.vertex]], dim=1)
+                norms, difference = blend, torch.zeros_like(blend)
                 self._score(place, logits[point.vertex], batch)
             else:
-                own = self._merged(place, batch, units, [run.features for run in runs])
-                self._check_finite(own[:, 0], units, f"the merged model at {point.name}")
-            xx, xy, yy = blended(own, between, point.weights)
-            distances.append(cosine_distance(xx, xy, yy))
-            coefficients.append(projection_coefficient(xy, yy))
+                norms, difference = self._merged(place, batch, units, [run.features for run in runs])
+                self._check_finite(norms, units, f"the merged model at {point.name}")
+            distances.append(blend_distance(norms, blend, difference))
+            coefficients.append(projection_coefficient((norms + blend - difference) / 2, blend))
         self.sums.llfc.add(units.numbers, units.only_present(torch.stack(distances), self.layers))
         self.sums.coefficient.add(units.numbers, units.only_present(torch.stack(coefficients), self.layers))
 
@@ -192,17 +193,18 @@ class Lockstep:
         units: Units,
         features: Sequence[Sequence[torch.Tensor]],
     ) -> torch.Tensor:
-        """The inner products of merged features with themselves and with every model's, (l, 1 + m, u)."""
+        """Squared norms of merged features and of their difference from the blend, (2, l, u)."""
         measured: dict[int, torch.Tensor] = {}
+        weights = self.region.points[place].weights
 
         def measure(index: int, tensor: torch.Tensor) -> None:
             vectors = units.vectors(tensor, self.layers[index])
-            measured[index] = inner_products(vectors, [each[index] for each in features])
+            measured[index] = residuals(vectors, [each[index] for each in features], weights)
 
-        self.combined.move_to(self.region.points[place].weights, self.buffers.get(place))
+        self.combined.move_to(weights, self.buffers.get(place))
         self._score(place, self._run(self.combined.model, batch, measure), batch)
         self._check_complete(measured)
-        return torch.stack([measured[index] for index in range(len(self.layers))])
+        return torch.stack([measured[index] for index in range(len(self.layers))], dim=1)
 
     def _run(
         self,

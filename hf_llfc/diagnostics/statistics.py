@@ -60,23 +60,43 @@ def gram(features: Sequence[torch.Tensor]) -> torch.Tensor:
     return products
 
 
-def blended(
-    own: torch.Tensor, between: torch.Tensor, weights: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inner products of features x with the blend y = Σ wₘFₘ of the models' features.
+def residuals(x_nf: torch.Tensor, features: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """‖x‖² and ‖x − y‖² against the blend y = Σ wₘFₘ of the models' features, per sample.
+
+    The distance of merged features from their blend is what LLFC measures, and the difference keeps its digits in the
+    precision of the features where inner products would need twice as many. Only short stretches are added up in that
+    precision, these in float64.
 
     Args:
-        own: What `inner_products` of x with the features gave, (..., 1 + m, n).
-        between: Their `gram`, (..., m, m, n).
-        weights: wₘ.
+        x_nf: Features of the merged model, (n, f).
+        features: Of the models, each (n, f).
+        weights: wₘ, one a model.
 
     Returns:
-        ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩, each (..., n).
+        (2, n), float64.
     """
-    w = torch.tensor(weights, dtype=torch.float64, device=own.device)
-    xy = torch.einsum("...mn,m->...n", own[..., 1:, :], w)
-    yy = torch.einsum("...mkn,m,k->...n", between, w, w)
-    return own[..., 0, :], xy, yy
+    n, f = x_nf.shape
+    sums = torch.zeros((2, n), dtype=torch.float64, device=x_nf.device)
+    step = min(max(ELEMENTS_AT_ONCE // max(1, n), 256), 4096) if x_nf.device.type == "cpu" else 2**14
+    at_least_single = torch.promote_types(x_nf.dtype, torch.float32)
+    for start in range(0, f, step):
+        part = slice(start, start + step)
+        x, *parts = (each[:, part].to(at_least_single) for each in (x_nf, *features))
+        if len(parts) == 2:
+            difference = torch.lerp(parts[1], parts[0], weights[0]).sub_(x)
+        else:
+            difference = -x
+            for each, weight in zip(parts, weights, strict=True):
+                difference.add_(each, alpha=weight)
+        sums[0] += torch.linalg.vecdot(x, x)
+        sums[1] += torch.linalg.vecdot(difference, difference)
+    return sums
+
+
+def blend_norms(between: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """‖Σ wₘFₘ‖² from the `gram` of the features, (..., m, m, n) → (..., n)."""
+    w = torch.tensor(weights, dtype=torch.float64, device=between.device)
+    return torch.einsum("...mkn,m,k->...n", between, w, w)
 
 
 def products(
@@ -93,9 +113,12 @@ def products(
     Returns:
         ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩, each (n,).
     """
-    features = [a_nf] if b_nf is None else [a_nf, b_nf]
-    weights = (1.0,) if b_nf is None else (alpha, 1 - alpha)
-    return blended(inner_products(x_nf, features), gram(features), weights)
+    if b_nf is None:
+        own = inner_products(x_nf, [a_nf])
+        return own[0], own[1], inner_products(a_nf, [])[0]
+    own = inner_products(x_nf, [a_nf, b_nf])
+    xy = alpha * own[1] + (1 - alpha) * own[2]
+    return own[0], xy, blend_norms(gram([a_nf, b_nf]), (alpha, 1 - alpha))
 
 
 def cosine_distance(xx: torch.Tensor, xy: torch.Tensor, yy: torch.Tensor) -> torch.Tensor:
@@ -117,6 +140,23 @@ def cosine_distance(xx: torch.Tensor, xy: torch.Tensor, yy: torch.Tensor) -> tor
     both_zero = (xx == 0) & (yy == 0)
     cosine = torch.where(norms == 0, torch.zeros_like(cosine), cosine)
     return torch.where(both_zero, torch.zeros_like(cosine), 1 - cosine)
+
+
+def blend_distance(xx: torch.Tensor, yy: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """1 − cos(x, y) from norms and the distance: (‖x − y‖² − (‖x‖ − ‖y‖)²) / 2‖x‖‖y‖; zeros as in `cosine_distance`.
+
+    Args:
+        xx: ‖x‖².
+        yy: ‖y‖².
+        difference: ‖x − y‖².
+
+    Returns:
+        Values from 0 to 2.
+    """
+    x, y = xx.sqrt(), yy.sqrt()
+    distance = ((difference - (x - y).square()) / (2 * x * y)).clamp(0, 2)
+    distance = torch.where((xx == 0) | (yy == 0), torch.ones_like(distance), distance)
+    return torch.where((xx == 0) & (yy == 0), torch.zeros_like(distance), distance)
 
 
 def projection_coefficient(merged_blend: torch.Tensor, blend_blend: torch.Tensor) -> torch.Tensor:
