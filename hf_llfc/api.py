@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.evaluation import EvaluationConfig
+    from hf_llfc.mergeability import CheckResult
     from hf_llfc.pipeline import Result
     from hf_llfc.symmetry import Alignment, PermutationSpec
 
     Model = str | Path | PreTrainedModel
-
-# Matching that removes less of the squared distance than this found noise: two fine-tunes of one base.
-# Independently trained networks lose a third of it and more, a model in other coordinates all of it.
-MATCHING_FINDS_NOTHING = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,31 +46,6 @@ class Inspection:
     symmetric_axes: Sequence[str]
     tensors: Sequence[Mapping[str, Any]]
     verification: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """Whether two models may be merged, as far as config, headers and weights tell.
-
-    Attributes:
-        answer: `merge`, `align` or `do not merge`.
-        because: One sentence with the evidence.
-        problems: What forbids a merge.
-        cosine: Of the weights as they are, over all tensors with a symmetric axis.
-        cosine_aligned: After weight matching.
-        gain: Share of the squared distance between the weights that matching removes.
-        moved: Units that matching moves.
-        units: Units that it could move.
-    """
-
-    answer: str
-    because: str
-    problems: Sequence[str] = field(default_factory=tuple)
-    cosine: float | None = None
-    cosine_aligned: float | None = None
-    gain: float | None = None
-    moved: int | None = None
-    units: int | None = None
 
 
 def inspect(model: Model, *, verify: bool = False, seed: int = 0, trust_remote_code: bool = False) -> Inspection:
@@ -123,44 +95,40 @@ def inspect(model: Model, *, verify: bool = False, seed: int = 0, trust_remote_c
     )
 
 
-def check(a: Model, b: Model, *, seed: int = 0, progress: Progress = silent) -> CheckResult:
-    """Answers whether two models may be merged, from config, headers and weights alone.
+def check(
+    a: Model,
+    b: Model,
+    *,
+    level: int | None = None,
+    data: EvaluationConfig | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> CheckResult:
+    """Answers whether two models may be merged: as they are, after alignment, or not.
+
+    Three levels, each of which may settle it before the next begins: 0 reads configs, tokenizers and headers; 1
+    compares the weights and tries to match them; 2 runs both models and their midpoint on a few unlabelled samples.
 
     Args:
-        a: The first model.
-        b: The second model.
+        a: The first model, which would stay where it is.
+        b: The second model, which would be aligned to it.
+        level: The highest level; where None, 2 with data and 1 without.
+        data: What the models run on at level 2; labels are not looked at. Where it names no number of samples, 128 are
+            taken, and of language models 32.
         seed: Of weight matching.
         progress: Shown meanwhile.
 
     Raises:
         CheckpointError: One of the two cannot be read.
         SpecError: There is no adapter for their architecture.
+        EvaluationError: The level and the data do not go together, or the models cannot be run on the data.
     """
-    from hf_llfc.checkpoints import compare, open_checkpoint
-    from hf_llfc.recipe import AlignSection
-    from hf_llfc.stages import align_checkpoints
+    from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.mergeability import check_checkpoints
 
-    checkpoints = open_checkpoint(a), open_checkpoint(b)
-    problems = compare(checkpoints)
-    if problems:
-        return CheckResult("do not merge", f"the checkpoints do not fit each other: {problems[0]}", problems)
-    alignment = align_checkpoints(checkpoints[0], checkpoints[1], AlignSection(seed=seed), progress=progress)
-    assert alignment is not None
-    before, after = alignment.metadata["cosine_before"], alignment.metadata["cosine_after"]
-    moved = sum(count for count, _ in alignment.moved.values())
-    units = sum(count for _, count in alignment.moved.values())
-    apart = alignment.metadata["distance_before"]
-    gain = 1 - (alignment.metadata["distance_after"] / apart) ** 2 if apart else 0.0
-    evidence = f"the weights have cosine {before:.4f}, weight matching moves {moved} of {units} units"
-    if moved == 0:
-        answer, because = "merge", f"{evidence}: the two already lie in the same coordinates"
-    elif gain < MATCHING_FINDS_NOTHING:
-        answer = "merge"
-        because = f"{evidence}, which takes {gain:.1%} off their squared distance: the two stem from one ancestor"
-    else:
-        answer = "align"
-        because = f"{evidence}, which takes {gain:.1%} off their squared distance: the two lie in different coordinates"
-    return CheckResult(answer, because, (), before, after, gain, moved, units)
+    return check_checkpoints(
+        open_checkpoint(a), open_checkpoint(b), level=level, data=data, seed=seed, progress=progress
+    )
 
 
 def align(

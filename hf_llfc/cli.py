@@ -23,7 +23,7 @@ from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, UNITS
 from hf_llfc.errors import LLFCError, suggest
 
 if TYPE_CHECKING:
-    from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.diagnostics import ConnectivityReport, LayerRow
     from hf_llfc.evaluation import EvaluationConfig
     from hf_llfc.recipe import AlignSection, Recipe
 
@@ -173,10 +173,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--seed", type=int, default=0)
     inspect.add_argument("--trust-remote-code", action="store_true")
 
-    check = command("check", _check, "may these two be merged? config, headers and weights; no data")
+    check = command("check", _check, "may these two be merged, as they are or aligned?")
     check.add_argument("a", metavar="A")
     check.add_argument("b", metavar="B")
+    check.add_argument(
+        "--level",
+        type=int,
+        choices=(0, 1, 2),
+        help="how far to look: 0 configs and headers, 1 weights, 2 features (default: 2 with data, 1 without)",
+    )
     check.add_argument("--seed", type=int, default=0)
+    _add_data(check, purpose="a few samples for level 2; labels are not looked at")
 
     align = command("align", _align, "B as an ordinary checkpoint in A's coordinates")
     align.add_argument("model", metavar="B")
@@ -384,17 +391,36 @@ def _check(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from hf_llfc.api import check
-    from hf_llfc.console import print_json, progress_bars
+    from hf_llfc.console import print_json, print_table, progress_bars
 
+    _refuse_given(options, ("label_column", "metric"), "for check, which looks at no labels")
+    data = _evaluation_config(options, required=options.level == 2)
     with progress_bars(shown=not options.quiet) as progress:
-        result = check(options.a, options.b, seed=options.seed, progress=progress)
+        result = check(options.a, options.b, level=options.level, data=data, seed=options.seed, progress=progress)
     if options.format == "json":
         print_json(asdict(result))
     else:
+        state = " after weight matching" if result.aligned else ""
+        if result.tensors:
+            print_table("tensors farthest apart", [asdict(row) for row in result.tensors])
+        if result.layers:
+            rows = [{"layer": row.layer, **_means(row)} for row in result.layers]
+            print_table(f"layers at the midpoint{state}", rows)
+        if result.criteria:
+            print_table(f"what decides{state}", [asdict(criterion) for criterion in result.criteria])
         print(f"{result.answer}: {result.because}")
         for problem in result.problems:
             print(f"  - {problem}")
-    return 1 if result.answer == "do not merge" else 0
+    return 0 if result.answer in ("merge", "undecided") else 1
+
+
+def _means(row: LayerRow) -> dict[str, float | None]:
+    return {
+        "llfc": row.llfc.mean,
+        "baseline": row.baseline.mean,
+        "ratio": row.ratio,
+        "coefficient": row.coefficient.mean,
+    }
 
 
 def _align(options: argparse.Namespace) -> int:

@@ -56,7 +56,7 @@ def test_experts_are_verified_too(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("other", "answer", "code"), [("a", "merge", 0), ("b", "align", 0), ("deeper", "do not merge", 1)]
+    ("other", "answer", "code"), [("a", "merge", 0), ("b", "align", 1), ("deeper", "do not merge", 1)]
 )
 def test_check_answers_with_its_exit_code(shelf, capsys, other, answer, code):
     assert main(["check", str(shelf / "a"), str(shelf / other), "--format", "json"]) == code
@@ -309,7 +309,7 @@ def test_no_axis_left_to_move_is_an_error(shelf, tmp_path, capsys):
 
 def test_the_processes_of_a_launcher_speak_with_one_voice(shelf, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert main(["check", str(shelf / "a"), str(shelf / "b")]) == 0
+    assert main(["check", str(shelf / "a"), str(shelf / "b")]) == 0  # the process that speaks answers
     assert main(["merge", str(shelf / "a"), str(shelf / "nowhere"), "--out", "out"]) == 2
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

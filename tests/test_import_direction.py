@@ -29,6 +29,7 @@ ORDER = (
     "stages",
     "diagnosis",
     "pipeline",
+    "mergeability",
     "api",
     "demo",
     "console",

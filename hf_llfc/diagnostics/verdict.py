@@ -1,18 +1,27 @@
-"""The answer: merge, align first, or do not merge, from barrier and features together.
+"""The answer: merge, align first, or do not merge, from barrier, features and predictions together.
 
 No single number can be trusted. 1 − cos in hidden layers is far below its baseline even for independent models that
 must not be merged, since a merged vector always keeps something of both; only at the logits is the order
 inverted. A barrier in loss saturates at zero when merging makes overconfident models humble, while accuracy is
 lost. Coefficients fall below 1 where merged features lose variance, in pairs that merge well too, only less. So the
 verdict needs the barrier of loss and of error where there are labels, and where there are none the logits, their
-ratio to the baseline and the coefficients of all layers.
+ratio to the baseline, the coefficients of all layers, and how the merged predictions agree with the blend of the
+parents' (`outputs`), which stands in for labels.
+
+The thresholds were fitted on pairs whose barrier was measured with labels and tested on pairs of other training runs:
+`benchmarks/pairs.py`, `benchmarks/calibrate.py`, and the section on the verdict in `benchmarks/RESULTS.md`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.rows import Barrier, LayerRow, Verdict
+
+if TYPE_CHECKING:
+    from hf_llfc.diagnostics.outputs import OutputAgreement
 
 ERROR_BARRIER_TOLERANCE = 0.02
 """Two points of error: below this, runs from one initialization count as linearly connected in Frankle et al.
@@ -37,32 +46,62 @@ COEFFICIENT_RANGE = (0.6, 1.6)
 matching kept 0.74, spawned ones 0.92 to 1.05, and independent ones fell to 0.12 to 0.27. The upper end mirrors the
 lower one."""
 
+DISAGREEMENT_LIMIT = 0.07
+"""Share of predictions where the merged model does not choose what the blend of the parents' logits does."""
 
-def judge(barrier: Barrier, layers: Sequence[LayerRow], *, aligned: bool) -> Verdict:
+DIVERGENCE_LIMIT = 0.1
+"""KL divergence of the merged predictions from those of the blend of the parents' logits, in nats."""
+
+MATCHING_FINDS_NOTHING = 0.1
+"""Matching that removes less of the squared distance than this found noise: two fine-tunes of one base.
+Independently trained networks lose a third of it and more, a model in other coordinates all of it."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One number beside its limit.
+
+    Attributes:
+        quantity: What it is.
+        value: What was measured; None where it is not defined.
+        limit: In words.
+        holds: Whether it speaks for merging.
+    """
+
+    quantity: str
+    value: float | None
+    limit: str
+    holds: bool
+
+
+def judge(
+    barrier: Barrier, layers: Sequence[LayerRow], *, aligned: bool, outputs: OutputAgreement | None = None
+) -> Verdict:
     """What to do with a pair, and the numbers that say so.
 
     Args:
         barrier: Its heights; None without labels.
         layers: All rows; those at the α inside the path that is nearest to 0.5 are looked at.
         aligned: Whether the second model was aligned before, so that aligning cannot be the advice again.
+        outputs: How predictions agree at the midpoint; counts only where there are no labels.
 
     Returns:
         ``merge``, ``align`` or ``do not merge`` with its reason.
     """
-    inside = [row for row in layers if 0 < row.alpha < 1]
-    middle = min((row.alpha for row in inside), key=lambda alpha: (abs(alpha - 0.5), alpha))
-    rows = [row for row in inside if row.alpha == middle]
-    output_holds, output = _output(rows[-1])
-    coefficient_holds, coefficient = _coefficient(rows)
-    evidence = f"at alpha {middle:g} {output}, and {coefficient}"
+    rows = middle_rows(layers)
+    criteria = judged_by(layers, outputs)
+    features_agree = all(criterion.holds for criterion in criteria)
+    evidence = f"at alpha {rows[0].alpha:g} {_output(rows[-1])[1]}, and {_coefficient(rows)[1]}"
     if barrier.loss is None or barrier.error is None:
-        connected = output_holds and coefficient_holds
+        connected = features_agree
+        if outputs is not None:
+            evidence += f", and {_agreement(outputs)}"
         evidence = f"without labels, {evidence}"
     else:
         low = barrier.error <= ERROR_BARRIER_TOLERANCE and barrier.loss <= LOSS_BARRIER_TOLERANCE
         # A low barrier between models that know nothing is no evidence, so features must agree. After alignment
         # there is nothing better to be had, and what was measured with labels decides.
-        connected = low and (aligned or (output_holds and coefficient_holds))
+        connected = low and (aligned or features_agree)
         evidence = (
             f"the barrier is {100 * barrier.error:.2f} points of error (limit {100 * ERROR_BARRIER_TOLERANCE:g}) and "
             f"{barrier.loss:.3f} nats of loss (limit {LOSS_BARRIER_TOLERANCE:g}); {evidence}"
@@ -72,6 +111,83 @@ def judge(barrier: Barrier, layers: Sequence[LayerRow], *, aligned: bool) -> Ver
     if not aligned:
         return Verdict("align", f"{evidence}; the models have not been aligned")
     return Verdict("do not merge", f"{evidence}, although the models have been aligned")
+
+
+def judge_weights(*, cosine: float, gain: float, moved: int, units: int) -> Verdict:
+    """What the weights alone advise: whether the two lie in the same coordinates.
+
+    Args:
+        cosine: Of the weights as they are.
+        gain: Share of the squared distance between the weights that matching removes.
+        moved: Units that matching moves.
+        units: Units that it could move.
+    """
+    evidence = f"the weights have cosine {cosine:.4f}, weight matching moves {moved} of {units} units"
+    if moved == 0:
+        return Verdict("merge", f"{evidence}: the two already lie in the same coordinates")
+    evidence += f", which takes {gain:.1%} off their squared distance"
+    if gain < MATCHING_FINDS_NOTHING:
+        return Verdict("merge", f"{evidence}: the two stem from one ancestor")
+    return Verdict("align", f"{evidence}: the two lie in different coordinates")
+
+
+def judged_by_weights(*, gain: float) -> tuple[Criterion, ...]:
+    """The number that decides about the weights, beside its threshold."""
+    limit = f"below {MATCHING_FINDS_NOTHING:g}"
+    return (
+        Criterion(
+            "share of the squared distance that weight matching removes", gain, limit, gain < MATCHING_FINDS_NOTHING
+        ),
+    )
+
+
+def judged_by(layers: Sequence[LayerRow], outputs: OutputAgreement | None = None) -> tuple[Criterion, ...]:
+    """The numbers that decide without labels, each beside its threshold; all must hold for a merge.
+
+    Args:
+        layers: All rows; those at the α inside the path that is nearest to 0.5 are looked at.
+        outputs: How predictions agree there, where it was measured.
+    """
+    rows = middle_rows(layers)
+    worst = _worst_coefficient(rows)
+    low, high = COEFFICIENT_RANGE
+    criteria = [
+        Criterion(
+            f"LLFC over baseline, {rows[-1].layer}",
+            rows[-1].ratio,
+            f"at most {OUTPUT_RATIO_LIMIT:g}, or LLFC at most {NEGLIGIBLE_DISTANCE:g}",
+            _output(rows[-1])[0],
+        ),
+        Criterion(
+            "coefficient in the worst layer" + ("" if worst is None else f", {worst[1]}"),
+            None if worst is None else worst[0],
+            f"from {low:g} to {high:g}",
+            _coefficient(rows)[0],
+        ),
+    ]
+    if outputs is not None:
+        criteria += [
+            Criterion(
+                "share of predictions that are not the ensemble's",
+                outputs.merged_disagreement,
+                f"at most {DISAGREEMENT_LIMIT:g}",
+                outputs.merged_disagreement <= DISAGREEMENT_LIMIT,
+            ),
+            Criterion(
+                "divergence of predictions from the ensemble's, in nats",
+                outputs.merged_divergence,
+                f"at most {DIVERGENCE_LIMIT:g}",
+                outputs.merged_divergence <= DIVERGENCE_LIMIT,
+            ),
+        ]
+    return tuple(criteria)
+
+
+def middle_rows(layers: Sequence[LayerRow]) -> list[LayerRow]:
+    """The rows at the α inside the path that is nearest to 0.5."""
+    inside = [row for row in layers if 0 < row.alpha < 1]
+    middle = min((row.alpha for row in inside), key=lambda alpha: (abs(alpha - 0.5), alpha))
+    return [row for row in inside if row.alpha == middle]
 
 
 def _output(row: LayerRow) -> tuple[bool, str]:
@@ -84,11 +200,24 @@ def _output(row: LayerRow) -> tuple[bool, str]:
     return row.llfc.mean <= OUTPUT_RATIO_LIMIT * row.baseline.mean, found
 
 
+def _worst_coefficient(rows: Sequence[LayerRow]) -> tuple[float, str] | None:
+    """The coefficient farthest from one, and its layer; None where none is defined."""
+    measured = [(row.coefficient.mean, row.layer) for row in rows if row.coefficient.mean is not None]
+    return max(measured, key=lambda pair: max(1 / pair[0] if pair[0] > 0 else float("inf"), pair[0]), default=None)
+
+
 def _coefficient(rows: Sequence[LayerRow]) -> tuple[bool, str]:
     """Whether merged features keep their size in every layer, and the worst of them as words."""
-    measured = [(row.coefficient.mean, row.layer) for row in rows if row.coefficient.mean is not None]
-    low, high = COEFFICIENT_RANGE
-    if not measured:
+    worst = _worst_coefficient(rows)
+    if worst is None:
         return False, "no coefficient is defined"
-    value, layer = max(measured, key=lambda pair: max(1 / pair[0] if pair[0] > 0 else float("inf"), pair[0]))
-    return low <= value <= high, f"the coefficient is {value:.2f} in its worst layer, {layer}"
+    low, high = COEFFICIENT_RANGE
+    return low <= worst[0] <= high, f"the coefficient is {worst[0]:.2f} in its worst layer, {worst[1]}"
+
+
+def _agreement(outputs: OutputAgreement) -> str:
+    """How the merged predictions agree with the ensemble's, as words."""
+    return (
+        f"{outputs.merged_disagreement:.1%} of {outputs.predictions} predictions are not those of the ensemble (the "
+        f"blend of logits), {outputs.merged_divergence:.2g} nats from it"
+    )

@@ -1,0 +1,129 @@
+"""Predictions of a merged model against those of its parents, beside an oracle that keeps everything in float64."""
+
+import dataclasses
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from hf_llfc.diagnostics import outputs
+from hf_llfc.diagnostics.outputs import compare_outputs
+from hf_llfc.errors import EvaluationError
+from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
+from tests.mlp_model import MLPConfig, MLPForImageClassification
+from tests.runs import byte_llama
+
+
+def mlp(seed):
+    torch.manual_seed(seed)
+    config = MLPConfig(image_size=4, hidden_sizes=(16,), num_labels=5)
+    model = MLPForImageClassification(config).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(6)  # so that choices differ and no distribution is uniform
+    return model
+
+
+def image_data(count=33, batch_size=8):
+    images = np.random.default_rng(0).standard_normal((count, 1, 4, 4)).astype(np.float32)
+    rows = datasets.Dataset.from_dict({"image": list(images)})
+    config = EvaluationConfig("image-classification", rows, labels=False, batch_size=batch_size)
+    return load_evaluation_data(config, None, mlp(0).config)
+
+
+def midway(a, b, alpha):
+    merged = mlp(0)
+    merged.load_state_dict({name: alpha * x + (1 - alpha) * b.state_dict()[name] for name, x in a.state_dict().items()})
+    return merged
+
+
+@torch.no_grad()
+def oracle(a, b, merged, alpha, pixels):
+    logits = [model(pixel_values=pixels).logits.double().numpy() for model in (a, b, merged)]
+    logits.append(alpha * logits[0] + (1 - alpha) * logits[1])
+    p_a, p_b, p_m, p_e = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in logits)
+    choice_a, choice_b, choice_m, choice_e = (p.argmax(1) for p in (p_a, p_b, p_m, p_e))
+
+    def divergence(p):
+        return (p_e * np.log(p_e / p)).sum(1).mean()
+
+    def entropy(p):
+        return -(p * np.log(p)).sum(-1).mean()
+
+    return {
+        "error_barrier": (choice_m != choice_e).mean()
+        - alpha * (choice_a != choice_e).mean()
+        - (1 - alpha) * (choice_b != choice_e).mean(),
+        "loss_barrier": divergence(p_m) - alpha * divergence(p_a) - (1 - alpha) * divergence(p_b),
+        "merged_disagreement": (choice_m != choice_e).mean(),
+        "merged_divergence": divergence(p_m),
+        "parents_disagreement": (choice_a != choice_b).mean(),
+        "orphans": ((choice_m != choice_a) & (choice_m != choice_b)).mean(),
+        "entropy_a": entropy(p_a),
+        "entropy_b": entropy(p_b),
+        "entropy_merged": entropy(p_m),
+        "spread_a": entropy(p_a.mean(0, keepdims=True)),
+        "spread_b": entropy(p_b.mean(0, keepdims=True)),
+        "spread_merged": entropy(p_m.mean(0, keepdims=True)),
+    }
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.2])
+def test_every_number_is_that_of_the_oracle(alpha, monkeypatch):
+    monkeypatch.setattr(outputs, "ELEMENTS_AT_ONCE", 20)  # several chunks a batch
+    a, b, data = mlp(1), mlp(2), image_data()
+    pixels = torch.cat([batch["pixel_values"] for batch, _ in data.batches()])
+    expected = oracle(a, b, midway(a, b, alpha), alpha, pixels)
+    assert 0 < expected["orphans"] < expected["merged_disagreement"] + expected["parents_disagreement"]
+    found = dataclasses.asdict(compare_outputs(a, b, data, alpha=alpha))
+    assert found.pop("predictions") == 33 and found.pop("alpha") == alpha
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_model_and_itself_agree_in_everything():
+    found = compare_outputs(mlp(1), mlp(1), image_data())
+    assert found.merged_disagreement == found.parents_disagreement == found.orphans == 0
+    assert found.merged_divergence == pytest.approx(0, abs=1e-12)
+    assert found.entropy_a == found.entropy_b == pytest.approx(found.entropy_merged)
+
+
+def test_padding_predicts_nothing():
+    texts = ["a", "a longer line", "in between"]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    models = [byte_llama(seed) for seed in (0, 1)]
+
+    def compared(rows, batch_size):
+        config = EvaluationConfig(
+            "text-generation", rows, labels=False, blocks=False, tokenizer="bytes", batch_size=batch_size
+        )
+        return compare_outputs(*models, load_evaluation_data(config, None, models[0].config))
+
+    with pytest.raises(EvaluationError, match="fewer than two tokens"):
+        compared(rows, 3)
+    rows = rows.select([1, 2])
+    together, alone = compared(rows, 2), compared(rows, 1)
+    assert together.predictions == len("".join(texts[1:]))
+    assert dataclasses.asdict(together) == pytest.approx(dataclasses.asdict(alone), abs=1e-6)
+
+
+def test_a_model_without_head_is_refused():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=300, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=2
+    )
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    settings = EvaluationConfig("text-classification", rows, labels=False, tokenizer="bytes")
+    data = load_evaluation_data(settings, None, config)
+    heads = BertForSequenceClassification(config), BertForSequenceClassification(config)
+    assert compare_outputs(*heads, data).predictions == 2
+    with pytest.raises(EvaluationError, match="BertModel has no logits"):
+        compare_outputs(BertModel(config), BertModel(config), data)
+
+
+def test_a_logit_that_is_not_finite_is_named():
+    bad = mlp(1)
+    with torch.no_grad():
+        bad.classifier.bias[0] = float("nan")
+    with pytest.raises(EvaluationError, match="logits of the second model are not finite"):
+        compare_outputs(mlp(0), bad, image_data())
