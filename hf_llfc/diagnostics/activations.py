@@ -7,6 +7,7 @@ spells out in arithmetic. The softmax of attention is none: it acts on a whole r
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,11 @@ from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.trial import Call, Layer, first_tensor, label, of_another_length, token_axes, two_copies
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
+
+logger = logging.getLogger(__name__)
+
+LISTED = 3
+"""Names in a warning."""
 
 HOMES = (torch.nn.modules.activation.__name__, "transformers.activations")
 """Modules of these files are activation functions."""
@@ -329,6 +335,13 @@ def find_activations(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) 
         axes[seen.event.key] = found
         if rows.setdefault(place, seen.output.shape[0]) != seen.output.shape[0]:
             left_out.add(place)
+    if left_out:
+        logger.warning(
+            "%s: %d activation functions are not looked at, their outputs do not divide into samples: %s",
+            type(model).__name__,
+            len(left_out),
+            ", ".join(sorted(":".join(filter(None, place)) for place in left_out)[:LISTED]),
+        )
     return tuple(
         seen.described(axes[seen.event.key], runs[seen.event.module, seen.event.function])
         for seen in trial

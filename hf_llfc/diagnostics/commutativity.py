@@ -10,6 +10,7 @@ Shape legend: l linear maps, n samples.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_
 from hf_llfc.diagnostics.trial import Layer, Trial, two_copies
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import forward_logits
+
+logger = logging.getLogger(__name__)
+
+LISTED = 3
+"""Names in a warning."""
 
 ELEMENTS_AT_ONCE = 2**24
 """Inputs or outputs of a map in float64 at a time, whichever are more; bounds the memory of wide maps."""
@@ -182,6 +188,7 @@ def inner_maps(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tup
         name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     }
     layers = []
+    unseen: dict[str, None] = {}
     ready = False
     for call in trial.calls:
         if call.side == "output":
@@ -191,8 +198,19 @@ def inner_maps(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tup
             continue
         flat = call.tensor.flatten()
         layer = trial.layer(call)
-        if layer is not None and not any(torch.equal(flat, value.to(flat)) for value in data):
+        if any(torch.equal(flat, value.to(flat)) for value in data):
+            continue
+        if layer is None:
+            unseen[call.module] = None
+        else:
             layers.append(layer)
+    if unseen:
+        logger.warning(
+            "%s: %d linear maps are not looked at, their inputs do not divide into samples: %s",
+            type(model).__name__,
+            len(unseen),
+            ", ".join(list(unseen)[:LISTED]),
+        )
     return tuple(layers)
 
 

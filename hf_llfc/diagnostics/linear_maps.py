@@ -13,6 +13,9 @@ from hf_llfc.errors import EvaluationError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of weights that are numbers as they stand."""
+
 LinearMap = nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 MAPS = (nn.Linear, Conv1D, *CONVOLUTIONS)
@@ -20,11 +23,11 @@ MAPS = (nn.Linear, Conv1D, *CONVOLUTIONS)
 
 
 def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
-    """All linear maps of a model by name; those whose weights other modules hold, or that are quantized, are none."""
+    """All linear maps of a model by name; those with quantized weights are none."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, MAPS) and "weight" in module._parameters and module.weight.is_floating_point()
+        if isinstance(module, MAPS) and module.weight.dtype in PRECISIONS
     }
 
 

@@ -80,7 +80,7 @@ class _Frame:
 
 
 @dataclass(frozen=True)
-class _Boundary:
+class Boundary:
     """What stands at a boundary when A reaches it: the outermost calls that are over, and the features themselves."""
 
     done: tuple[_Done, ...]
@@ -94,7 +94,7 @@ class _Recorder:
         self,
         layers: Sequence[Layer],
         overwritten: frozenset[tuple[str, int]],
-        reached: Callable[[int, _Boundary], None],
+        reached: Callable[[int, Boundary], None],
     ) -> None:
         self.places = {(layer.module, layer.call, layer.side): place for place, layer in enumerate(layers)}
         self.overwritten = overwritten
@@ -128,11 +128,28 @@ class _Recorder:
         assert features is not None, "the trial run found a tensor here"
         if side == "input":
             features = features.clone()
-        self.reached(place, _Boundary(tuple(done for frame in self.open for done in frame.done), features))
+        self.reached(place, Boundary(tuple(done for frame in self.open for done in frame.done), features))
 
 
-@contextmanager
-def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def recorded(
+    model: PreTrainedModel,
+    batch: Mapping[str, torch.Tensor],
+    layers: Sequence[Layer],
+    overwritten: frozenset[tuple[str, int]],
+) -> dict[int, Boundary]:
+    """Runs the first part of stitched networks, A.
+
+    Args:
+        model: A.
+        batch: As `EvaluationData.batches` yields it.
+        layers: Where the boundaries are.
+        overwritten: What `changed_in_place` found.
+
+    Returns:
+        What stood at every boundary, by its place in `layers`.
+    """
+    boundaries: dict[int, Boundary] = {}
+    recorder = _Recorder(layers, overwritten, boundaries.__setitem__)
     handles = []
 
     def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -150,14 +167,15 @@ def _recording(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
                 before, after = hooks(name)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after))
-        yield
+        forward_logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+    return boundaries
 
 
 @contextmanager
-def replaced(model: nn.Module, boundary: _Boundary, layer: Layer) -> Iterator[None]:
+def replaced(model: nn.Module, boundary: Boundary, layer: Layer) -> Iterator[None]:
     """Inside, the calls that are over at a boundary give what they gave in the other model, without running.
 
     Args:
@@ -264,16 +282,14 @@ class Stitching:
         self.models = model_a, model_b
         self.data = data
         self.layers = selected[:-1]
-        self.overwritten = _overwritten(model_a, batch)
+        self.overwritten = changed_in_place(model_a, batch)
         self.sums = StitchingSums([ScoreSums() for _ in self.layers])
 
     def add(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
         """Runs A once and B once per boundary."""
         model_a, model_b = self.models
         mask = attention_mask(batch, sample_ids, self.layers, model_a.device)
-        boundaries: dict[int, _Boundary] = {}
-        with _recording(model_a, _Recorder(self.layers, self.overwritten, boundaries.__setitem__)):
-            forward_logits(model_a, batch)
+        boundaries = recorded(model_a, batch, self.layers, self.overwritten)
         check_complete(self.layers, boundaries)
         labels = batch["labels"]
         for place, layer in enumerate(self.layers):
@@ -298,7 +314,7 @@ class Stitching:
         return tuple(points)
 
 
-def _overwritten(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, int]]:
+def changed_in_place(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> frozenset[tuple[str, int]]:
     """The calls whose output the model changes in place afterwards, found in a trial run."""
     given: list[tuple[str, int, torch.Tensor, int]] = []
     seen: Counter[str] = Counter()

@@ -172,12 +172,14 @@ def test_a_model_is_additive_with_itself():
     assert all(row.distance.mean < 1e-14 and row.baseline.mean < 1e-14 for row in rows)
 
 
-def test_experts_behind_a_router_are_left_out():
+def test_experts_behind_a_router_are_left_out(caplog):
     model, other = pair("mixtral")
     data = data_of("mixtral", model.config)
     batch, _ = next(data.batches())
     with FullDouble():
         assert find_activations(model, batch) == ()
+        assert "2 activation functions are not looked at" in caplog.text
+        assert "model.layers.0.mlp.experts.act_fn" in caplog.text
         with pytest.raises(EvaluationError, match="MixtralForCausalLM has no activation function that can be seen"):
             run_measures(["additivity"], model, other, data)
 
