@@ -167,11 +167,11 @@ def make_measured_report(blocks: int = 12, **changes: Any) -> dict[str, Any]:
             {
                 "layer": name,
                 "of": of,
-                "angles": [0.5 * (place + 1), 1.0 * (place + 1), 1.2 * (place + 1)],
+                "angles": [turn * (place + 1) * height for height in (0.25, 0.5, 0.75)],
                 "rank_a": 200.0 + place,
                 "rank_b": 190.0 - place,
             }
-            for of, names in (("weights", maps), ("features", encoder))
+            for of, names, turn in (("weights", maps, 0.5), ("weights, inputs", maps, 1.0), ("features", encoder, 1.0))
             for place, name in enumerate(names)
         ],
     }

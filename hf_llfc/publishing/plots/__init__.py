@@ -10,13 +10,8 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.facts import read_report
 from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
 from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
-from hf_llfc.publishing.plots.measures import (
-    plot_additivity,
-    plot_commutativity,
-    plot_feature_geometry,
-    plot_stitching,
-    plot_weight_geometry,
-)
+from hf_llfc.publishing.plots.geometry import plot_feature_geometry, plot_weight_geometry
+from hf_llfc.publishing.plots.measures import plot_additivity, plot_commutativity, plot_stitching
 from hf_llfc.publishing.plots.path import plot_path
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ GRID = "#dfe1e4"
 BLUE = "#0072b2"
 VERMILION = "#d55e00"
 GREEN = "#00795c"
+PURPLE = "#9b4f86"
 
 WIDTH_INCHES = 8.0
 DOTS_PER_INCH = 200
@@ -85,12 +86,18 @@ def draw_legend(
     if not labels:
         return
     legend = figure.legend(
-        [handles[label] for label in labels], labels, loc="outside lower center", ncols=min(columns, len(labels)),
+        [handles[label] for label in labels], labels, loc="outside lower center", ncols=_even(len(labels), columns),
         frameon=False, labelcolor=INK, fontsize=SMALL_FONT, title="\n".join(filter(None, title)) or None,
         title_fontsize=FONT_SIZE - 2, handlelength=2.2, columnspacing=1.4,
     )  # fmt: skip
     legend.get_title().set_color(INK)
     legend.get_title().set_multialignment("center")
+
+
+def _even(entries: int, most: int) -> int:
+    """Columns that fill their rows, or nearly so."""
+    rows = -(-entries // most)
+    return -(-entries // rows)
 
 
 def known(value: float | None) -> float:

@@ -74,14 +74,19 @@ def plot_layers(report: ConnectivityReport) -> Figure | None:
         heading=f"Merged features against the blend of the parents' features: {point_name(report, rows[0])}",
     )
     for panel, (distance_axis, coefficient_axis) in grid:
-        draw_distances(distance_axis, [each.part(panel.indices) for each in distances], scale, columns=grid.columns)
-        draw_around_one(coefficient_axis, coefficients.part(panel.indices), columns=grid.columns)
+        draw_distances(distance_axis, [each.part(panel) for each in distances], scale, columns=grid.columns)
+        draw_around_one(coefficient_axis, coefficients.part(panel), columns=grid.columns)
         coefficient_axis.set_ylim(limits_around_one(coefficients))
     for stack in grid.left:
         stack[0].set_ylabel("1 − cosine")
         stack[1].set_ylabel("coefficient")
     statistics = [statistic for row in rows for statistic in (row.llfc, row.baseline)]
-    draw_legend(grid.figure, grid.top, columns=3, title=(grid.note, spread_note(statistics, ratio=True)))
+    draw_legend(
+        grid.figure,
+        grid.top,
+        columns=3,
+        title=(grid.note, spread_note(statistics, ratio=True, unit=report.data.get("unit"))),
+    )
     return grid.figure
 
 
@@ -109,7 +114,7 @@ def plot_heatmap(report: ConnectivityReport, *, relative: bool = False) -> Figur
         points.reverse()  # from top to bottom as in the report
         names.reverse()
     table = [[_cell(cells.get((layer, point)), relative=relative) for layer in layers] for point in points]
-    quantity = "1 − cos(merged, blend)" + (" / 1 − cos(A, B)" if relative else "")
+    quantity = "1 − cos(merged, blend)" + (", in units of the baseline" if relative else "")
     grid = layer_grid(layers, heights=(max(1.6, min(6.0, 0.28 * len(points))),), heading=quantity, legend=0.1)
     colours = _colours(table, relative=relative)
     if colours is None:
@@ -122,7 +127,7 @@ def plot_heatmap(report: ConnectivityReport, *, relative: bool = False) -> Figur
     for stack in grid.left:
         stack[0].set_ylabel(alpha if report.region == "line" else "merged model")
     grid.figure.supxlabel(grid.note, fontsize=FONT_SIZE, color=INK)
-    _draw_colour_bar(grid.figure, grid.top, colours, quantity)
+    _draw_colour_bar(grid.figure, grid.top, colours)
     return grid.figure
 
 
@@ -198,9 +203,8 @@ def _name_points(axis: Axes, names: Sequence[str]) -> None:
     axis.set_yticks(range(0, len(names), step), [literal(name) for name in names[::step]])
 
 
-def _draw_colour_bar(figure: Figure, axes: Sequence[Axes], colours: Any, label: str) -> None:
+def _draw_colour_bar(figure: Figure, axes: Sequence[Axes], colours: Any) -> None:
     extend = "both" if colours.norm.vmax == WIDEST_RATIO else "neither"
     bar = figure.colorbar(colours, ax=list(axes), pad=0.01, aspect=30, fraction=0.05, extend=extend)
-    bar.set_label(label, fontsize=SMALL_FONT)
     bar.ax.tick_params(labelsize=SMALL_FONT, colors=INK)
     bar.outline.set_visible(False)

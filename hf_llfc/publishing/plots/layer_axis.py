@@ -47,11 +47,13 @@ class LayerPanel:
         title: What they have in common; empty where all layers of a plot share one panel.
         indices: Places of the layers among all of the plot.
         labels: One a layer.
+        connected: Whether a line from one layer to the next says something.
     """
 
     title: str
     indices: tuple[int, ...]
     labels: tuple[str, ...]
+    connected: bool = True
 
 
 def layer_panels(names: Sequence[str]) -> list[LayerPanel]:
@@ -73,7 +75,7 @@ def layer_panels(names: Sequence[str]) -> list[LayerPanel]:
     single = [index for kind, indices in kinds.items() if kind not in recurring for index in indices]
     if single:
         labels = short_layer_names([names[index] for index in single])
-        panels.append(LayerPanel("others", tuple(single), tuple(labels)))
+        panels.append(LayerPanel("others", tuple(single), tuple(labels), connected=False))
     return panels
 
 
@@ -174,7 +176,7 @@ def layer_ticks(labels: Sequence[str], share: float = 1.0) -> LayerTicks:
         share: The width of the axis, 1 for one as wide as the figure.
     """
     step = max(1, math.ceil(len(labels) / (MOST_LABELS * share)))
-    short = max(map(len, labels)) <= 5
+    short = max(map(len, labels)) <= 3
     while True:
         ticks = sorted({*range(0, len(labels) - 1, step), len(labels) - 1})
         if len(ticks) > 1 and ticks[-1] - ticks[-2] < step:

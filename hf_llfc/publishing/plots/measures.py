@@ -1,4 +1,4 @@
-"""What lies behind LLFC, layer by layer: additivity, commutativity, stitching, and where weights and features lie."""
+"""What lies behind LLFC, layer by layer: additivity, commutativity, and stitching."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow
+from hf_llfc.diagnostics.rows import AdditivityRow
 from hf_llfc.publishing.facts import LOSS, MetricStyle, merge_alpha, metric_style, model_points
 from hf_llfc.publishing.plots.canvas import (
     BLUE,
@@ -19,9 +19,9 @@ from hf_llfc.publishing.plots.canvas import (
     known,
     plain_name,
 )
-from hf_llfc.publishing.plots.layer_axis import LayerGrid, layer_grid
+from hf_llfc.publishing.plots.layer_axis import layer_grid
 from hf_llfc.publishing.plots.path import label_values
-from hf_llfc.publishing.plots.series import LogScale, Series, draw_distances, marker_size, spread_note
+from hf_llfc.publishing.plots.series import LogScale, Series, draw_distances, draw_line, marker_size, spread_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def plot_additivity(report: ConnectivityReport) -> Figure | None:
         series,
         heading=f"Weak additivity of {what}, α = {rows[0].alpha:.3g}",
         quantity="1 − cosine",
-        note=spread_note(statistics, ratio=True),
+        note=spread_note(statistics, ratio=True, unit="sample"),
     )
 
 
@@ -101,7 +101,7 @@ def _distances(
     scale = LogScale.of(series)
     grid = layer_grid(names, heights=(2.4,), heading=heading)
     for panel, (axis,) in grid:
-        draw_distances(axis, [each.part(panel.indices) for each in series], scale, columns=grid.columns)
+        draw_distances(axis, [each.part(panel) for each in series], scale, columns=grid.columns)
     for stack in grid.left:
         stack[0].set_ylabel(quantity)
     draw_legend(grid.figure, grid.top, columns=4, title=(grid.note, note))
@@ -135,7 +135,10 @@ def plot_stitching(report: ConnectivityReport) -> Figure | None:
     )
     for panel, axes in grid:
         for axis, (_, values, parents) in zip(axes, panels, strict=True):
-            _draw_stitches(axis, [values[index] for index in panel.indices], parents, report, grid.columns)
+            _draw_parents(axis, parents, report)
+            shown, size = [values[index] for index in panel.indices], marker_size(len(panel.indices) * grid.columns)
+            draw_line(axis, range(len(shown)), shown, "-o", BLUE, size, label="stitched", connected=panel.connected)
+            axis.margins(y=0.12)
     for stack in grid.left:
         for axis, (style, values, parents) in zip(stack, panels, strict=True):
             label_values(axis, axis.yaxis, style, [*values, *parents])
@@ -150,92 +153,8 @@ def _parents(report: ConnectivityReport, metric: str | None) -> list[float]:
             for point in points]  # fmt: skip
 
 
-def _draw_stitches(
-    axis: Axes, values: Sequence[float], parents: Sequence[float], report: ConnectivityReport, columns: int
-) -> None:
-    for place, (letter, style, colour) in enumerate((("A", "--", INK), ("B", ":", INK))):
+def _draw_parents(axis: Axes, parents: Sequence[float], report: ConnectivityReport) -> None:
+    for place, (letter, style) in enumerate((("A", "--"), ("B", ":"))):
         name = f": {plain_name(report.models[place].id, 21)}" if place < len(report.models) else ""
         if math.isfinite(parents[place]):
-            axis.axhline(parents[place], color=colour, linestyle=style, linewidth=1.6, label=f"{letter} alone{name}")
-    size = marker_size(len(values) * columns)
-    axis.plot(range(len(values)), values, "-o", color=BLUE, linewidth=2, markersize=size, label="stitched")
-    axis.margins(y=0.12)
-
-
-def plot_weight_geometry(report: ConnectivityReport) -> Figure | None:
-    """Effective rank of both models' weights and the principal angles between their leading subspaces.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The figure; None if this was not measured.
-    """
-    return _geometry(report, "weights", "Weights of A and B")
-
-
-def plot_feature_geometry(report: ConnectivityReport) -> Figure | None:
-    """Effective rank of both models' features and the principal angles between their leading subspaces.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The figure; None if this was not measured.
-    """
-    return _geometry(report, "features", "Features of A and B")
-
-
-def _geometry(report: ConnectivityReport, of: str, heading: str) -> Figure | None:
-    rows = [row for row in report.geometry if row.of == of]
-    if not rows:
-        return None
-    count = max(len(row.angles) for row in rows)
-    has_angles = count > 0
-    grid = layer_grid(
-        [row.layer for row in rows],
-        heights=(1.5, 1.5) if has_angles else (2.4,),
-        heading=f"{heading}: effective rank" + (", and angles between leading subspaces" if has_angles else ""),
-    )
-    for panel, axes in grid:
-        part = [rows[index] for index in panel.indices]
-        _draw_ranks(axes[0], part, grid.columns)
-        if has_angles:
-            _draw_angles(axes[1], part, grid.columns)
-    _set_rank_scale(grid, rows)
-    for stack in grid.left:
-        stack[0].set_ylabel("effective rank")
-        if has_angles:
-            stack[1].set_ylabel("principal angles")
-    draw_legend(grid.figure, [axis for stack in grid.axes for axis in stack], columns=4, title=(grid.note,))
-    return grid.figure
-
-
-def _draw_ranks(axis: Axes, rows: Sequence[GeometryRow], columns: int) -> None:
-    size = marker_size(len(rows) * columns)
-    for label, ranks, colour, style in (
-        ("rank of A", [row.rank_a for row in rows], BLUE, "-o"),
-        ("rank of B", [row.rank_b for row in rows], VERMILION, "--s"),
-    ):
-        axis.plot(range(len(rows)), ranks, style, color=colour, linewidth=2, markersize=size, label=label)
-
-
-def _set_rank_scale(grid: LayerGrid, rows: Sequence[GeometryRow]) -> None:
-    """From zero, so that heights compare."""
-    highest = max(max(row.rank_a, row.rank_b) for row in rows)
-    grid.axes[0][0].set_ylim(0, 1.1 * highest)
-
-
-def _draw_angles(axis: Axes, rows: Sequence[GeometryRow], columns: int) -> None:
-    """The median angle, and a band from the smallest to the largest."""
-    positions = [place for place, row in enumerate(rows) if row.angles]
-    angles = [sorted(row.angles) for row in rows if row.angles]
-    middle = [(each[(len(each) - 1) // 2] + each[len(each) // 2]) / 2 for each in angles]
-    axis.fill_between(
-        positions, [each[0] for each in angles], [each[-1] for each in angles], color=GREEN, alpha=0.2, linewidth=0,
-        label="smallest to largest angle",
-    )  # fmt: skip
-    size = marker_size(len(rows) * columns)
-    axis.plot(positions, middle, "-^", color=GREEN, linewidth=2, markersize=size, label="median angle")
-    axis.set_ylim(-4, 94)
-    axis.set_yticks([0, 30, 60, 90], ["0°", "30°", "60°", "90°"])
+            axis.axhline(parents[place], color=INK, linestyle=style, linewidth=1.6, label=f"{letter} alone{name}")

@@ -72,7 +72,7 @@ def plot_path(report: ConnectivityReport) -> Figure | None:
     for axis, (style, values) in zip(axes, panels, strict=True):
         plain_axes(axis)
         (_draw_line if on_line else _draw_points)(axis, report, style, values)
-    draw_legend(figure, axes, columns=4 if on_line else 3, order=LEGEND_ORDER)
+    draw_legend(figure, axes, columns=4, order=LEGEND_ORDER)
     return figure
 
 

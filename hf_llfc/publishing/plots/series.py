@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.rows import Statistic
 from hf_llfc.publishing.plots.canvas import GROUND, INK, MUTED, known, power_of_ten
+from hf_llfc.publishing.plots.layer_axis import LayerPanel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +34,7 @@ class Series:
         style: Line and marker as matplotlib writes them.
         bands: Ends of the spread, one pair a layer; empty without.
         intervals: Ends of the interval of the mean, likewise.
+        connected: Whether a line joins the layers; else only markers are drawn.
     """
 
     label: str
@@ -40,6 +43,7 @@ class Series:
     style: str
     bands: tuple[tuple[float, float], ...] = ()
     intervals: tuple[tuple[float, float], ...] = ()
+    connected: bool = True
 
     @classmethod
     def of(cls, label: str, statistics: Sequence[Statistic], colour: str, style: str, *, ratio: bool) -> Series:
@@ -65,11 +69,18 @@ class Series:
         intervals = tuple(each.interval or missing for each in statistics) if has_intervals(statistics) else ()
         return cls(label, means, colour, style, bands, intervals)
 
-    def part(self, indices: Sequence[int]) -> Series:
-        """The line over some of the layers."""
-        pick = [tuple(values[index] for index in indices) if values else () for values in (self.bands, self.intervals)]
-        values = tuple(self.values[index] for index in indices)
-        return Series(self.label, values, self.colour, self.style, pick[0], pick[1])
+    def part(self, panel: LayerPanel) -> Series:
+        """The line over the layers of one panel."""
+        bands, intervals = (
+            tuple(values[index] for index in panel.indices) if values else () for values in (self.bands, self.intervals)
+        )
+        return dataclasses.replace(
+            self,
+            values=tuple(self.values[index] for index in panel.indices),
+            bands=bands,
+            intervals=intervals,
+            connected=panel.connected,
+        )
 
 
 def has_quantiles(statistics: Iterable[Statistic]) -> bool:
@@ -82,12 +93,19 @@ def has_intervals(statistics: Iterable[Statistic]) -> bool:
     return any(each.interval is not None for each in statistics)
 
 
-def spread_note(statistics: Sequence[Statistic], *, ratio: bool) -> str:
-    """What the bands and bars around a line are, for the legend."""
+def spread_note(statistics: Sequence[Statistic], *, ratio: bool, unit: str | None) -> str:
+    """What the bands and bars around a line are, for the legend.
+
+    Args:
+        statistics: All that are drawn.
+        ratio: As for `Series.of`.
+        unit: What there is one value of: ``sample``, which None stands for, or ``token``.
+    """
     without = "× and ÷ (1 + std/mean)" if ratio else "± one standard deviation"
-    band = "5 to 95 % of the values" if has_quantiles(statistics) else without
+    each = unit or "sample"
+    band = f"5 to 95 % of {each}s" if has_quantiles(statistics) else without
     bars = "; bars: 95 % interval of the mean" if has_intervals(statistics) else ""
-    return f"line: mean; band: {band}{bars}"
+    return f"line: mean over {each}s; band: {band}{bars}"
 
 
 @dataclass(frozen=True)
@@ -104,9 +122,14 @@ class LogScale:
 
     @classmethod
     def of(cls, series: Iterable[Series]) -> LogScale:
-        """The scale that shows all means."""
+        """The scale that shows all means, and their spread as far as that leaves the means apart."""
+        series = list(series)
         shown = [value for each in series for value in each.values if value > SMALLEST_SHOWN]
-        return cls(max(SMALLEST_SHOWN, min(shown) / 3), max(shown)) if shown else cls(None, SMALLEST_SHOWN)
+        if not shown:
+            return cls(None, SMALLEST_SHOWN)
+        lowest = min((low for each in series for low, _ in each.bands if math.isfinite(low)), default=math.inf)
+        floor = min(min(shown) / 3, max(lowest, min(shown) / 30))
+        return cls(max(SMALLEST_SHOWN, floor), max(shown))
 
     def set(self, axis: Axes) -> None:
         """Gives an axis this scale."""
@@ -138,7 +161,7 @@ def draw_distances(axis: Axes, series: Sequence[Series], scale: LogScale, *, col
         means = [value if value > SMALLEST_SHOWN else math.nan for value in each.values]
         _draw_spread(axis, each, means, at_least=floor / 10)
         size = marker_size(len(means) * columns)
-        axis.plot(positions, means, each.style, color=each.colour, linewidth=2, markersize=size, label=each.label)
+        draw_line(axis, positions, means, each.style, each.colour, size, label=each.label, connected=each.connected)
     if equal:
         axis.plot(
             sorted(equal), [floor] * len(equal), "v", color=GROUND, markeredgecolor=INK, markersize=6,
@@ -151,9 +174,45 @@ def draw_around_one(axis: Axes, series: Series, *, columns: int) -> None:
     """Draws a line of factors with 1 marked; arguments as for `draw_distances`."""
     axis.axhline(1.0, color=MUTED, linestyle="--", linewidth=1.4)
     _draw_spread(axis, series, series.values, at_least=-math.inf)
-    positions = range(len(series.values))
-    axis.plot(positions, series.values, series.style, color=series.colour, linewidth=2,
-              markersize=marker_size(len(series.values) * columns))  # fmt: skip
+    positions, size = range(len(series.values)), marker_size(len(series.values) * columns)
+    draw_line(axis, positions, series.values, series.style, series.colour, size, connected=series.connected)
+
+
+def draw_line(
+    axis: Axes,
+    positions: Sequence[int],
+    values: Sequence[float],
+    style: str,
+    colour: str,
+    size: float,
+    *,
+    label: str | None = None,
+    connected: bool = True,
+) -> None:
+    """Draws a line with its markers, or the markers alone.
+
+    Args:
+        axis: To draw on.
+        positions: Of the layers.
+        values: One a position.
+        style: Line and marker as matplotlib writes them, the marker last.
+        colour: Of both.
+        size: Of the markers, in points.
+        label: In the legend.
+        connected: Whether there is a line.
+    """
+    shown = style if connected else style[-1]
+    axis.plot(positions, values, shown, color=colour, linewidth=2, markersize=size, label=label)
+
+
+def draw_band(
+    axis: Axes, positions: Sequence[int], lower: Sequence[float], upper: Sequence[float], colour: str, connected: bool
+) -> None:
+    """Draws how far values spread: a band along a line, a bar for each of unconnected layers."""
+    if connected:
+        axis.fill_between(positions, lower, upper, color=colour, alpha=0.16, linewidth=0)
+    else:
+        axis.vlines(positions, lower, upper, color=colour, alpha=0.25, linewidth=7)
 
 
 def limits_around_one(series: Series) -> tuple[float, float]:
@@ -172,10 +231,11 @@ def marker_size(layers: int) -> float:
 def _draw_spread(axis: Axes, series: Series, means: Sequence[float], *, at_least: float) -> None:
     positions = list(range(len(means)))
     if series.bands:
-        seen = [not math.isnan(mean) for mean in means]
-        lower = [max(low, at_least) for low, _ in series.bands]
-        upper = [max(high, at_least) for _, high in series.bands]
-        axis.fill_between(positions, lower, upper, where=seen, color=series.colour, alpha=0.16, linewidth=0)
+        # Without a mean there is no band either.
+        seen = [(math.nan,) * 2 if math.isnan(mean) else band for mean, band in zip(means, series.bands, strict=True)]
+        lower = [max(low, at_least) for low, _ in seen]
+        upper = [max(high, at_least) for _, high in seen]
+        draw_band(axis, positions, lower, upper, series.colour, series.connected)
     if series.intervals:
         lower = [max(low, at_least) for low, _ in series.intervals]
         upper = [max(high, at_least) for _, high in series.intervals]
