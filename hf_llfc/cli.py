@@ -588,14 +588,15 @@ def _run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
 
 def _show_report(report: ConnectivityReport, options: argparse.Namespace) -> None:
     from hf_llfc.console import print_json, print_table
+    from hf_llfc.publishing.tables import report_tables, suggestion_sentence
 
     if options.format == "json":
         print_json(report.to_dict())
         return
-    print_table("path (alpha is the weight of the first model)", report.path_rows())
-    middle = min(report.alphas, key=lambda alpha: abs(alpha - 0.5))
-    print_table(f"layers at alpha = {middle:g}", report.rows(middle))
-    print_table("barrier", [{"loss": report.barrier.loss, "error": report.barrier.error}])
+    for table in report_tables(report):
+        print_table(table.title, table.rows, numbers=table.numbers)
+    if (sentence := suggestion_sentence(report)) is not None:
+        print(sentence)
     print(f"verdict: {report.verdict.answer}: {report.verdict.because}")
 
 

@@ -53,16 +53,25 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None) -> None:
-    """Prints rows as a table on stdout; full width where stdout is a file."""
+def print_table(
+    title: str, rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None, numbers: bool = False
+) -> None:
+    """Prints rows as a table on stdout; full width where stdout is a file.
+
+    Args:
+        title: Above it.
+        rows: Values by the names of their columns.
+        columns: Which, in which order; those of the first row without it.
+        numbers: Whether all columns but the first hold numbers that have been written as text.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     names = list(columns or (rows[0] if rows else ()))
     table = Table()
-    for name in names:
-        numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
+    for place, name in enumerate(names):
+        numeric = (numbers and place > 0) or all(isinstance(row.get(name), int | float | None) for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(format_value(row.get(name))) for name in names))

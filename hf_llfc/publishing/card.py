@@ -17,11 +17,11 @@ from hf_llfc.diagnostics.rows import PathPoint
 from hf_llfc.errors import PublishingError
 from hf_llfc.publishing.facts import (
     LOSS,
-    MetricStyle,
     merge_point,
     metric_style,
     model_points,
     not_finite,
+    number_text,
     point_name,
     read_report,
     shown_layers,
@@ -463,19 +463,11 @@ def _result_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     heads = (["loss ↓"] if has_loss else []) + [style.title + arrows[style.higher_is_better] for _, style in styles]
     cells = []
     for row in rows:
-        values = [_number(row["loss"], LOSS)] if has_loss else []
-        values += [_number(row["metrics"].get(metric), style) for metric, style in styles]
+        values = [number_text(row["loss"], LOSS)] if has_loss else []
+        values += [number_text(row["metrics"].get(metric), style) for metric, style in styles]
         name = "this merge" if row["is_merge"] else _display_name(str(row["id"]))
         cells.append({"name": name, "is_merge": row["is_merge"], "values": values})
     return {"heads": heads, "rows": cells}
-
-
-def _number(value: float | None, style: MetricStyle) -> str:
-    if value is None or not math.isfinite(value):
-        return "not finite" if value is not None else "–"
-    if style.percent:
-        return f"{100 * value:.2f} %"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _barrier(report: ConnectivityReport | None) -> str | None:

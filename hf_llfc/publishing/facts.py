@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.diagnostics.rows import LayerRow, PathPoint
+from hf_llfc.diagnostics.rows import AdditivityRow, LayerRow, PathPoint
 from hf_llfc.errors import EvaluationError, PublishingError
 
 SAME_ALPHA = 1e-6
@@ -45,6 +45,15 @@ METRIC_STYLES = {
 def metric_style(name: str) -> MetricStyle:
     """The style of a metric, a plain one for a metric that is not known."""
     return METRIC_STYLES.get(name) or MetricStyle(name.replace("_", " "), None)
+
+
+def number_text(value: float | None, style: MetricStyle) -> str:
+    """A loss or a metric with the digits that a reader wants."""
+    if value is None or not math.isfinite(value):
+        return "not finite" if value is not None else "–"
+    if style.percent:
+        return f"{100 * value:.2f} %"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def read_report(report: Mapping[str, Any] | ConnectivityReport) -> ConnectivityReport:
@@ -127,6 +136,16 @@ def shown_layers(report: ConnectivityReport) -> list[LayerRow]:
     inside = [row for row in report.layers if SAME_ALPHA < row.alpha < 1 - SAME_ALPHA]
     nearest = min((row.alpha for row in inside), key=lambda alpha: (abs(alpha - wanted), alpha), default=None)
     return [row for row in inside if row.alpha == nearest]
+
+
+def shown_additivity(report: ConnectivityReport) -> list[AdditivityRow]:
+    """One row an activation function, at the measured α that is nearest to the merge, or to the middle."""
+    wanted = merge_alpha(report)
+    wanted = 0.5 if wanted is None else wanted
+    nearest = min(
+        (row.alpha for row in report.additivity), key=lambda alpha: (abs(alpha - wanted), alpha), default=None
+    )
+    return [row for row in report.additivity if row.alpha == nearest]
 
 
 def not_finite(report: ConnectivityReport) -> list[str]:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.diagnostics.rows import AdditivityRow
-from hf_llfc.publishing.facts import LOSS, MetricStyle, merge_alpha, metric_style, model_points
+from hf_llfc.publishing.facts import LOSS, MetricStyle, metric_style, model_points, shown_additivity
 from hf_llfc.publishing.plots.canvas import (
     BLUE,
     GREEN,
@@ -58,16 +57,6 @@ def plot_additivity(report: ConnectivityReport) -> Figure | None:
         quantity="1 − cosine",
         note=spread_note(statistics, ratio=True, unit="sample"),
     )
-
-
-def shown_additivity(report: ConnectivityReport) -> list[AdditivityRow]:
-    """One row a layer, at the measured α that is nearest to the merge, or to the middle."""
-    wanted = merge_alpha(report)
-    wanted = 0.5 if wanted is None else wanted
-    nearest = min(
-        (row.alpha for row in report.additivity), key=lambda alpha: (abs(alpha - wanted), alpha), default=None
-    )
-    return [row for row in report.additivity if row.alpha == nearest]
 
 
 def plot_commutativity(report: ConnectivityReport) -> Figure | None:

@@ -1,0 +1,90 @@
+"""Tables of a report say what the report says, and fit a terminal of 100 columns."""
+
+import pytest
+
+from hf_llfc.console import print_table
+from hf_llfc.publishing.facts import read_report
+from hf_llfc.publishing.tables import report_tables, suggestion_sentence
+from tests.publishing.samples import make_measured_report, make_report, make_simplex_report
+
+
+def tables_of(report):
+    return {table.title: table.rows for table in report_tables(read_report(report))}
+
+
+@pytest.mark.parametrize("report", [make_report(), make_measured_report(), make_simplex_report(8)])
+def test_every_table_fits_a_hundred_columns(report, capsys):
+    for table in report_tables(read_report(report)):
+        print_table(table.title, table.rows, numbers=table.numbers)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not any("…" in line for line in lines)
+
+
+def test_a_pair_without_measures_has_path_layers_and_barrier():
+    tables = tables_of(make_report())
+    assert list(tables) == [
+        "path: alpha of bert-tweets, 1 - alpha of bert-films",
+        "layers at alpha = 0.5, mean over samples",
+        "barrier",
+    ]
+    path, layers, barrier = tables.values()
+    assert path[5] == {"alpha": "0.5", "loss": "0.5000", "blend": "0.3750", "accuracy": "75.00 %"}
+    assert layers[2] == {
+        "layer": "bert.encoder.layer.1",
+        "LLFC": "0.00780",
+        "± std": "0.00390",
+        "baseline": "0.180",
+        "ratio": "0.0433",
+        "coef": "0.980",
+        "±": "0.010",
+    }
+    assert layers[0]["LLFC"] == "0" and layers[0]["ratio"] == "–"
+    assert barrier == [{"of": "loss", "height": "0.1250 nats"}, {"of": "error", "height": "6.25 points"}]
+
+
+def test_measures_get_a_table_each():
+    tables = tables_of(make_measured_report(2))
+    titles = [title.split(",")[0].split(" (")[0] for title in tables]
+    assert titles[2:-1] == [
+        "weak additivity at alpha = 0.5", "commutativity of linear maps", "stitching", "weights", "features"
+    ]  # fmt: skip
+    by_start = {title.split(" ")[0].strip(","): rows for title, rows in tables.items()}
+    assert by_start["commutativity"][1] == {
+        "map": "0.attention.self.key", "Dist_com": "2.0e-05", "Dist_W": "0.00400", "Dist_H": "0.00200"
+    }  # fmt: skip
+    assert by_start["stitching"][-1] == {"last layer of A": "B alone", "loss": "0.5000", "accuracy": "75.00 %"}
+    assert by_start["weights"][1]["written"] == "0.25 / 0.5 / 0.75"
+    assert by_start["weights"][1]["read"] == "0.5 / 1 / 1.5"
+    assert by_start["layers"][0]["95 % interval"] == "9.4e-07 to 1.1e-06"
+
+
+def test_short_names_stand_in_full_in_the_title():
+    title = next(title for title in tables_of(make_measured_report(2)) if title.startswith("commutativity"))
+    assert title == "commutativity of linear maps (short names: bert.encoder.layer.*)"
+
+
+def test_points_of_a_simplex_have_names_and_models_a_table():
+    tables = tables_of(make_simplex_report(3))
+    assert tables["models"][1] == {"name": "model 2", "model": "ada/bert-2", "weight": "–"}
+    points = tables["loss and metrics of merged models"]
+    assert [row["point"] for row in points][-2:] == ["models 2 and 3", "centre"]
+    assert "layers at the point centre, mean over samples" in tables
+
+
+def test_without_labels_there_is_no_table_of_losses():
+    path = [{"alpha": alpha, "loss": None, "metrics": {}} for alpha in (0, 0.5, 1)]
+    tables = tables_of(make_report(path=path, barrier={"loss": None, "error": None}))
+    assert list(tables) == ["layers at alpha = 0.5, mean over samples"]
+
+
+def test_a_suggestion_is_a_table_and_a_sentence():
+    suggestion = {"because": "tweets weigh more.", "loss": 0.5, "reference_loss": 0.625,
+                  "gain_interval": [0.1, 0.15], "weights": [0.7, 0.3]}  # fmt: skip
+    report = make_report(suggestion=suggestion)
+    assert tables_of(report)["suggested weights"] == [{"tensors": "all tensors", "weights": "0.7 : 0.3"}]
+    assert suggestion_sentence(read_report(report)) == (
+        "suggestion: tweets weigh more; loss on held-out samples 0.5000 against 0.6250, "
+        "gain 0.1000 to 0.1500 (95 % interval)"
+    )
+    assert suggestion_sentence(read_report(make_report())) is None
