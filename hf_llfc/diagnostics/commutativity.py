@@ -31,8 +31,11 @@ logger = logging.getLogger(__name__)
 LISTED = 3
 """Names in a warning."""
 
-ELEMENTS_AT_ONCE = 2**24
-"""Inputs or outputs of a map in float64 at a time, whichever are more; bounds the memory of wide maps."""
+ELEMENTS_AT_ONCE = 2**20
+"""Inputs or outputs of a map in float64 at a time, whichever are more, in main memory."""
+
+ELEMENTS_ON_DEVICE = 2**24
+"""The same on an accelerator, where many small steps cost more than they save."""
 
 
 @dataclass
@@ -134,17 +137,22 @@ class Commutativity:
             inputs.append(divided)
         channels = inputs[0].shape[1 if isinstance(module, CONVOLUTIONS) else -1]
         widening = max(1, matrix_of(module, weight_a).shape[0] // channels)
-        step = max(1, ELEMENTS_AT_ONCE // (widening * max(1, inputs[0][0].numel())))
+        at_once = ELEMENTS_AT_ONCE if input_b.device.type == "cpu" else ELEMENTS_ON_DEVICE
+        step = max(1, at_once // (widening * max(1, inputs[0][0].numel())))
         sides = torch.zeros(3, dtype=torch.float64, device=input_b.device)
         features = torch.zeros_like(sides)
         for start in range(0, len(sample_ids), step):
             a, b = (tensor[start : start + step].double() for tensor in inputs)
-            apart = apply_weight(module, difference, a - b)
-            together = apply_weight(module, total, a + b)
-            sides += torch.stack(
-                [_squared(apart), _squared((together + apart) / 2), _squared((together - apart) / 2)],
-            )
-            features += torch.stack([_squared(a - b), _squared(a), _squared(b)])
+            features[1] += _squared(a)
+            features[2] += _squared(b)
+            a_less_b = a - b
+            features[0] += _squared(a_less_b)
+            apart = apply_weight(module, difference, a_less_b)
+            # First twice one side, then the other, in place, as fresh memory costs more than the arithmetic.
+            twice = apply_weight(module, total, a + b).add_(apart)
+            sides[1] += _squared(twice) / 4
+            sides[2] += _squared(twice.sub_(apart, alpha=2)) / 4
+            sides[0] += _squared(apart)
         return sides, features
 
     def _weights(self, layer: Layer) -> tuple[LinearMap, torch.Tensor, torch.Tensor]:
