@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, diagnose_models
+from hf_llfc.diagnostics.measures import run_measures
 from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
@@ -51,6 +52,11 @@ def diagnose_checkpoints(
         raise EvaluationError(f"{len(weights)} weights for {len(parents)} models; give one weight a model")
     shares = list(weights) if weights is not None else [1 / len(parents)] * len(parents)
     region = region_of(shares, section, arithmetic_over_base=base is not None)
+    if section.measures and region.kind != "line":
+        raise EvaluationError(
+            f"{', '.join(section.measures)} compare two models, these are {len(parents) + (base is not None)}; leave "
+            "the measures out, or give two models and no base model"
+        )
     compared = [*parents, *([base] if base is not None else [])]
     asked: Sequence[float | None] = weights if weights is not None else [None] * len(parents)
     named = [
@@ -59,8 +65,9 @@ def diagnose_checkpoints(
     ]
     if base is not None:
         named.append(ModelReference(base.checkpoint.id, base.checkpoint.revision))
-    return diagnose_models(
-        [each.load() for each in compared],
+    models = [each.load() for each in compared]
+    report = diagnose_models(
+        models,
         data,
         region=region,
         layers=section.layers or None,
@@ -70,6 +77,23 @@ def diagnose_checkpoints(
         references=[vars(reference) for reference in named],
         alignment=_how_aligned(compared),
         on_batch=partial(progress, "diagnosing"),
+    )
+    measured = run_measures(
+        section.measures,
+        models[0],
+        models[1],
+        data,
+        alphas=section.alphas,
+        layers=section.layers or None,
+        accelerator=accelerator,
+        on_batch=partial(progress, "measuring"),
+    )
+    return replace(
+        report,
+        additivity=measured.get("additivity", ()),
+        commutativity=measured.get("commutativity", ()),
+        stitching=measured.get("stitching", ()),
+        geometry=measured.get("geometry", ()),
     )
 
 

@@ -123,7 +123,7 @@ def plot_heatmap(report: ConnectivityReport, *, relative: bool = False) -> Figur
         room = 0.8 * WIDTH_INCHES / grid.columns / len(panel.indices)
         _draw_cells(axis, panel, table, colours, numbers=room >= SMALLEST_CELL)
         _name_points(axis, names)
-    alpha = "α, weight of the first model" if len(grid.left) == 1 else "α"
+    alpha = "α, weight of the first model" if len(grid.left) == 1 and len(points) > 5 else "α"
     for stack in grid.left:
         stack[0].set_ylabel(alpha if report.region == "line" else "merged model")
     grid.figure.supxlabel(grid.note, fontsize=FONT_SIZE, color=INK)

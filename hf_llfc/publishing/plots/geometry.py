@@ -70,7 +70,8 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
             label = "median" if len(sides) == 1 else f"median, {label}"
             _draw_angles(axes[1], [rows.get((name, of)) for name in names], label, colour, style, size, panel.connected)
     # From zero, so that heights compare.
-    grid.top[0].set_ylim(0, 1.1 * max(max(row.rank_a, row.rank_b) for row in rows.values()))
+    highest = max(max(row.rank_a, row.rank_b) for row in rows.values())
+    grid.top[0].set_ylim(-0.04 * highest, 1.1 * highest)
     for stack in grid.left:
         stack[0].set_ylabel("effective rank")
         if has_angles:

@@ -35,6 +35,8 @@ MOST_CHARACTERS = 95
 MOST_PANELS = 4
 """Side by side."""
 LONGEST_LABEL = 24
+LONGEST_UPRIGHT = 18
+"""Characters of labels that stand upright below a panel."""
 LONGEST_SHARED = 72
 """Characters of what all names of layers share."""
 
@@ -74,7 +76,7 @@ def layer_panels(names: Sequence[str]) -> list[LayerPanel]:
     ]
     single = [index for kind, indices in kinds.items() if kind not in recurring for index in indices]
     if single:
-        labels = short_layer_names([names[index] for index in single])
+        labels = [cut(label, LONGEST_UPRIGHT) for label in short_layer_names([names[index] for index in single])]
         panels.append(LayerPanel("others", tuple(single), tuple(labels), connected=False))
     return panels
 
@@ -236,7 +238,7 @@ def layer_grid(names: Sequence[str], *, heights: Sequence[float], heading: str, 
     ticks = [layer_ticks(panel.labels, share) for panel in panels]
     titles = [_wrapped(panel.title, columns) for panel in panels]
     below = [max(each.height for each in ticks[row * columns : (row + 1) * columns]) for row in range(rows)]
-    above = 0.0 if len(panels) == 1 else 0.4
+    above = 0.0 if len(panels) == 1 else 0.1 + 0.16 * max(title.count("\n") + 1 for title in titles)
     scale = 1.0 if rows == 1 else 0.8
     height = scale * rows * sum(heights) + sum(below) + rows * above + legend + 0.6
     figure = new_figure(height)
@@ -294,8 +296,8 @@ def _name_axis(figure: Figure, axes: Sequence[Sequence[Axes]], names: Sequence[s
 
 
 def _wrapped(title: str, columns: int) -> str:
-    """A dotted name in at most two lines."""
+    """A dotted name in at most three lines."""
     width = int(78 / columns)
     lines = textwrap.wrap(re.sub(r"([._])", r"\1 ", title), width) if len(title) > width else [title]
     joined = [re.sub(r"([._]) ", r"\1", line) for line in lines]
-    return "\n".join(joined if len(joined) <= 2 else [cut(title, width)])
+    return "\n".join(joined if len(joined) <= 3 else [cut(title, width)])
