@@ -20,7 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from hf_llfc.diagnostics.trial import Call, Layer, first_tensor, label, of_another_length, token_axes, two_copies
+from hf_llfc.diagnostics.blocks import behind_a_router, find_blocks
+from hf_llfc.diagnostics.trial import Call, Layer, Trial, first_tensor, label, of_another_length, token_axes, two_copies
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
 
 logger = logging.getLogger(__name__)
@@ -324,12 +325,18 @@ def find_activations(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) 
         shapes = {seen.event.key: seen.output.shape for seen in other}
         counts = Counter((seen.event.module, seen.event.function) for seen in other)
         left_out |= {place for place in runs if counts[place] != runs[place]}
+    outputs = [call for call in Trial.run(model, batch).calls if call.side == "output"]
+    blocks = find_blocks(model, outputs)
     axes = {}
     rows: dict[tuple[str, str], int] = {}
     for seen in trial:
         place = seen.event.module, seen.event.function
         found = token_axes(seen.output.shape, shapes.get(seen.event.key), length)
-        if found is None or not _copies_agree(seen.output, found, length):
+        if (
+            found is None
+            or behind_a_router(place[0], seen.output.shape, found, length, blocks)
+            or not _copies_agree(seen.output, found, length)
+        ):
             left_out.add(place)
             continue
         axes[seen.event.key] = found

@@ -59,13 +59,16 @@ class _Inputs:
 
     def blended(self, other: _Inputs, alpha: float) -> _Inputs:
         """Weight `alpha` for this model, 1 − `alpha` for the other."""
+
+        # A sum and not `lerp`, which makes NaN of the −∞ that some routers give what they have not chosen.
+        def blend(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return alpha * a + (1 - alpha) * b
+
         factor = None
         if self.factor is not None and other.factor is not None:
-            factor = torch.lerp(other.factor, self.factor, alpha)
+            factor = blend(self.factor, other.factor)
         pairs = zip(self.parameters, other.parameters, strict=True)
-        return _Inputs(
-            torch.lerp(other.input, self.input, alpha), factor, tuple(torch.lerp(b, a, alpha) for a, b in pairs)
-        )
+        return _Inputs(blend(self.input, other.input), factor, tuple(blend(a, b) for a, b in pairs))
 
 
 class Additivity:

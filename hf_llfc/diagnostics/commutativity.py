@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from hf_llfc.diagnostics.blocks import behind_a_router, find_blocks
 from hf_llfc.diagnostics.layers import divide, handing_over, without_padding
 from hf_llfc.diagnostics.linear_maps import CONVOLUTIONS, LinearMap, apply_weight, linear_maps, matrix_of, weight_of
 from hf_llfc.diagnostics.rows import CommutativityRow
@@ -195,6 +196,7 @@ def inner_maps(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tup
     weighted = {
         name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     }
+    blocks = find_blocks(model, [call for call in trial.calls if call.side == "output"])
     layers = []
     unseen: dict[str, None] = {}
     ready = False
@@ -208,7 +210,8 @@ def inner_maps(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tup
         layer = trial.layer(call)
         if any(torch.equal(flat, value.to(flat)) for value in data):
             continue
-        if layer is None:
+        shape = call.tensor.shape
+        if layer is None or behind_a_router(call.module, shape, layer.token_axes, trial.length, blocks):
             unseen[call.module] = None
         else:
             layers.append(layer)

@@ -13,11 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.activations import activation_inputs, find_activations, is_activation
+from hf_llfc.diagnostics.blocks import find_blocks
 from hf_llfc.diagnostics.linear_maps import CONVOLUTIONS, MAPS
 from hf_llfc.diagnostics.trial import Call
-
-SMALLEST_STACK = 0.1
-"""A stack of blocks with less than this share of the parameters of the largest one is left out."""
 
 
 def default_outputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], calls: Sequence[Call]) -> list[Call]:
@@ -35,49 +33,6 @@ def default_outputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], c
         return activations
     maps = [call for call in calls if call.side == "input" and isinstance(modules[call.module], MAPS)]
     return maps[1:]
-
-
-def find_blocks(model: PreTrainedModel, outputs: Sequence[Call]) -> set[str]:
-    """Names of the repeated blocks: the elements of the outermost lists of modules that are not torch's own.
-
-    A list of stages, each of which gives out what the last block of a list of its own gave out, is replaced by the
-    blocks of its stages, if these are of one class (which the parts of one block, attention and MLP, are not).
-    """
-    last_output: dict[str, torch.Tensor] = {call.module: call.tensor for call in outputs}
-    stacks: dict[str, list[str]] = {}
-    uniform: set[str] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential):
-            continue
-        children = dict(module.named_children())
-        kinds = {type(child) for child in children.values()}
-        ran = [f"{name}.{child}" for child in children if f"{name}.{child}" in last_output]
-        if ran and len(ran) == len(children) and not any(kind.__module__.startswith("torch.nn") for kind in kinds):
-            stacks[name] = ran
-            if len(kinds) == 1:
-                uniform.add(name)
-
-    def inside(name: str, container: str) -> bool:
-        return name.startswith(f"{container}.")
-
-    def refine(stack: str) -> list[str]:
-        stages = []
-        for element in stacks[stack]:
-            nested = [
-                name
-                for name in stacks
-                if name in uniform and inside(name, element) and last_output[stacks[name][-1]] is last_output[element]
-            ]
-            if not nested:
-                return stacks[stack]
-            stages.append(min(nested, key=len))
-        return [block for stage in stages for block in refine(stage)]
-
-    outermost = [name for name in stacks if not any(inside(name, other) for other in stacks)]
-    sizes = {name: sum(weight.numel() for weight in model.get_submodule(name).parameters()) for name in outermost}
-    largest = max(sizes.values(), default=0)
-    kept = [name for name in outermost if sizes[name] > 0 and sizes[name] >= SMALLEST_STACK * largest]
-    return {block for name in kept for block in refine(name)}
 
 
 def attention_outputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], calls: Sequence[Call]) -> list[Call]:

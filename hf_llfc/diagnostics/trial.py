@@ -171,7 +171,7 @@ def two_copies(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     copies = {}
     for name, value in batch.items():
         sample = value[:1]
-        if "attention_mask" in batch and value.dim() == 2 and value.shape == batch["attention_mask"].shape:
+        if "attention_mask" in batch and value.shape[:2] == batch["attention_mask"].shape:
             sample = sample[:, columns]
         copies[name] = torch.cat([sample, sample])
     return copies
@@ -181,7 +181,7 @@ def of_another_length(copies: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     """What `two_copies` gave without the token before the last, or with its one token twice."""
     shape = copies["attention_mask"].shape
     columns = [*range(shape[1] - 2), shape[1] - 1] if shape[1] > 1 else [0, 0]
-    return {name: value[:, columns] if value.shape == shape else value for name, value in copies.items()}
+    return {name: value[:, columns] if value.shape[:2] == shape else value for name, value in copies.items()}
 
 
 def token_axes(shape: torch.Size, other: torch.Size | None, length: int | None) -> tuple[int, ...] | None:

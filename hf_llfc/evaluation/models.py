@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_llfc.errors import EvaluationError
+from hf_llfc.errors import EvaluationError, LLFCError
 from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
 from hf_llfc.evaluation.scoring import ScoreSums, score_samples
 
@@ -86,6 +86,9 @@ def forward_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
         inputs["use_cache"] = False
     try:
         output = model(**inputs)
+    except LLFCError:
+        # What a hook found wrong with the features, and no fault of the batch.
+        raise
     except (IndexError, ValueError) as error:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
         raise EvaluationError(f"{type(model).__name__} refuses a batch ({shapes}): {error}") from error

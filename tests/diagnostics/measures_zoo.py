@@ -5,6 +5,7 @@ python benchmarks/zoo.py [TYPE …] --check tests.diagnostics.measures_zoo:exami
 
 import copy
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -77,7 +78,8 @@ def numbers(value: Any) -> list[float]:
 
 def output(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The first tensor that a model gives."""
-    given = model(**model_inputs(inputs, model))
+    cached = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    given = model(**model_inputs(inputs, model), **cached)
     value = given[0] if not isinstance(given, torch.Tensor) else given
     while not isinstance(value, torch.Tensor):
         value = value[0]

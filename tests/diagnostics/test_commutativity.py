@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_llfc.adapters.derived.verify import randomise
 from hf_llfc.diagnostics.commutativity import Commutativity, CommutativitySums
 from hf_llfc.diagnostics.measures import run_measures
 from hf_llfc.errors import EvaluationError
@@ -191,3 +193,21 @@ def test_sums_add_up():
     one = CommutativitySums(torch.ones(2, 3), torch.zeros(2, 3))
     one.merge(CommutativitySums(torch.ones(2, 3), torch.ones(2, 3)))
     assert one.sides.tolist() == [[2.0] * 3] * 2 and one.features.tolist() == [[1.0] * 3] * 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_experts_that_are_modules_are_left_out(seed, caplog):
+    """Whatever a router sends them: one token of each sample looks like a pooled vector."""
+    sizes = {"vocab_size": 50, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "num_experts": 6}
+    config = SwitchTransformersConfig(num_sparse_encoder_layers=1, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    models = []
+    for place in range(2):
+        model = SwitchTransformersEncoderModel(config)
+        randomise(model, torch.Generator().manual_seed(10 * seed + place))
+        models.append(model.eval())
+    for size in (1, 4):
+        data = data_of("bert", config, labels=False, batch_size=size)
+        rows = run_measures(["commutativity"], *models, data)["commutativity"]
+        assert sum("SelfAttention" in row.layer for row in rows) == 8
+        assert not any("expert" in row.layer for row in rows)
+    assert "linear maps are not looked at" in caplog.text
