@@ -1,15 +1,17 @@
 """Measures the pairs of `pairs.py` with and without labels, and how often `hf-llfc check` answers as the labels do.
 
-    python benchmarks/calibrate.py --pairs DIR                                  # measures what is missing
-    python benchmarks/calibrate.py --pairs DIR --write benchmarks/RESULTS.md         # the section of RESULTS.md
+    python benchmarks/calibrate.py --pairs DIR                # measures what is missing
+    python benchmarks/calibrate.py --pairs DIR --write        # fits, and writes the section of RESULTS.md
 
-Records lie in DIR/records.jsonl, one pair a line, and are kept.
+Records lie in DIR/records.jsonl, one pair a line, and are kept. `calibration.py` says what counts as sound.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -22,9 +24,32 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tests.mlp_model  # noqa: F401  registers the MLP
+from benchmarks.calibration import (
+    ANSWERS,
+    HARM_ERROR,
+    HARM_LOSS,
+    HELD_OUT,
+    RULES,
+    Example,
+    Rule,
+    State,
+    Thresholds,
+    example_of,
+    fitted,
+    passes,
+)
+from benchmarks.results import markdown, replace_section
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics import has_batch_norm, recompute_batch_norm
 from hf_llfc.diagnostics.combination import CombinedModel
+from hf_llfc.diagnostics.verdict import (
+    BASELINE_LIMIT,
+    DIVERGENCE_LIMIT,
+    ERROR_BARRIER_TOLERANCE,
+    INFORMATION_LIMIT,
+    LOSS_BARRIER_TOLERANCE,
+    judge_weights,
+)
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.evaluation.models import evaluate_model
 from hf_llfc.mergeability import FeatureEvidence, compare_features, compare_weights
@@ -32,8 +57,14 @@ from hf_llfc.stages import Parent, open_data
 
 TRUTH_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RECOMPUTED = 512
-SAMPLES = {"image-classification": (128, 2000), "text-classification": (128, 800), "text-generation": (32, 160)}
-"""Without labels for the signals, and others with labels for the barrier; a text of a language model is 256 bytes."""
+SAMPLES = {
+    "image-classification": (128, 2000),
+    "text-classification": (128, 800),
+    "text-generation": (32, 160),
+    "minilm": (128, 400),
+}
+"""By task or run: without labels for the signals, and others with labels for the barrier. MiniLM takes longest; a text
+of a language model is 256 bytes."""
 
 HOMES: dict[str, str] = {}
 """Of every run, the model whose tokenizer or processor its data are read with."""
@@ -72,7 +103,7 @@ def opened(path: str, task: str, model: str, first: int, last: int, labels: bool
 def measure(pair: dict) -> dict:
     """Signals without labels on some samples, and barriers with labels on others."""
     start = time.perf_counter()
-    samples, labelled = SAMPLES[pair["task"]]
+    samples, labelled = SAMPLES.get(pair["run"]) or SAMPLES[pair["task"]]
     a, b = (open_checkpoint(pair[name]) for name in ("a", "b"))
     # Models of one run share tokenizer and processor.
     common = (pair["data"], pair["task"], HOMES.setdefault(pair["run"], pair["a"]))
@@ -134,33 +165,207 @@ def walk(model_a, model_b, data, shown) -> list[dict]:
 
 
 def key_of(pair: dict) -> tuple:
+    """What tells one pair from another."""
     return pair["run"], pair["kind"], pair["a"], pair["b"], pair["data"]
 
 
-def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=Path, required=True, metavar="DIR", help="what pairs.py wrote")
-    parser.add_argument("--runs", nargs="*")
-    arguments = parser.parse_args(words)
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
-    file = arguments.pairs / "records.jsonl"
+def measure_all(folder: Path, runs: list[str] | None) -> None:
+    """Measures the pairs that have no record yet, one line of records.jsonl each."""
+    file = folder / "records.jsonl"
     known = {key_of(json.loads(line)) for line in file.read_text().splitlines()} if file.is_file() else set()
-    pairs = json.loads((arguments.pairs / "pairs.json").read_text())
-    for pair in pairs:
-        if key_of(pair) in known or (arguments.runs and pair["run"] not in arguments.runs):
+    for pair in json.loads((folder / "pairs.json").read_text()):
+        if key_of(pair) in known or (runs and pair["run"] not in runs):
             continue
         record = measure(pair)
         with file.open("a") as out:
             out.write(json.dumps(record) + "\n")
-        truth = record["as_is_truth"]
+        example = example_of(record)
+        state = example.as_is if example.aligned is None else example.aligned
         print(
-            pair["run"], pair["kind"], Path(pair["a"]).name, Path(pair["b"]).name, f"{record['seconds']:.0f} s",
-            [round(point["error"], 3) for point in truth], [round(point["loss"], 3) for point in truth],
-            [round(point["error"], 3) for point in record.get("aligned_truth", [])], flush=True,
-        )  # fmt: skip
+            f"{example.run}, {example.kind}, {example.names}: {example.truth}; divergence {state.divergence:.3f}, "
+            f"barrier {state.barrier_error:.3f} and {state.barrier_loss:.3f} nats, {record['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+def examples(folder: Path) -> list[Example]:
+    """The records of the pairs that are listed."""
+    listed = {key_of(pair) for pair in json.loads((folder / "pairs.json").read_text())}
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    found = {key_of(record): example_of(record) for record in records if key_of(record) in listed}
+    missing = len(listed - found.keys())
+    if missing:
+        print(f"{missing} pairs are not measured yet", file=sys.stderr)
+    return list(found.values())
+
+
+# What `hf-llfc check` does with these numbers: `judged_by` in hf_llfc/diagnostics/verdict.py.
+SHIPPED = RULES["divergence, share, ratio"]
+SHIPPED_THRESHOLDS = {"divergence": DIVERGENCE_LIMIT, "share": INFORMATION_LIMIT, "ratio": BASELINE_LIMIT}
+
+
+def wrong(found: list[Example], rule: Rule, thresholds: Thresholds) -> list[Example]:
+    """The pairs that a rule answers otherwise than labels do."""
+    return [example for example in found if example.answer(rule, thresholds) != example.truth]
+
+
+def too_bold(found: list[Example], rule: Rule, thresholds: Thresholds) -> int:
+    """How many pairs a rule would merge, as they are or aligned, that labels would not."""
+    answers = ((example.answer(rule, thresholds), example.truth) for example in found)
+    return sum(ANSWERS.index(answer) < ANSWERS.index(truth) for answer, truth in answers)
+
+
+def states_of(found: list[Example]) -> list[State]:
+    """All states of some pairs."""
+    return [state for example in found for state in example.states]
+
+
+def confusion(found: list[Example], answer_of: Callable[[Example], str]) -> str:
+    """Truth in rows, answers in columns."""
+    counts = Counter((example.truth, answer_of(example)) for example in found)
+    return markdown(
+        [
+            {"labels say": truth, **{f"check says {answer}": counts[truth, answer] for answer in ANSWERS}}
+            for truth in ANSWERS
+        ]
+    )
+
+
+def rule_row(name: str, rule: Rule, fitting: list[Example], held: list[Example]) -> dict:
+    """How a candidate does, fitted."""
+    thresholds, intervals = fitted(states_of(fitting), rule)
+    every = [*fitting, *held]
+    left_out = 0
+    for family in dict.fromkeys(example.family for example in every):
+        others = states_of([example for example in every if example.family != family])
+        mine = [example for example in every if example.family == family]
+        left_out += len(wrong(mine, rule, fitted(others, rule)[0]))
+
+    def interval(signal: str) -> str:
+        low, high = intervals[signal]
+        return (
+            f"{signal} {thresholds[signal]:.3g} ({low:.3g} to {high:.3g})" if high < 1e6 else f"{signal} over {low:.3g}"
+        )
+
+    return {
+        "rule": name,
+        "thresholds (interval that does as well)": ", ".join(map(interval, thresholds)),
+        f"wrong of {len(fitting)} fitted": len(wrong(fitting, rule, thresholds)),
+        f"wrong of {len(held)} held out": len(wrong(held, rule, thresholds)),
+        "too bold, held out": too_bold(held, rule, thresholds),
+        f"wrong of {len(every)}, family left out": left_out,
+    }
+
+
+def weights_answer(example: Example) -> str:
+    """What level 1 answers."""
+    return judge_weights(cosine=0.0, gain=example.gain, moved=example.moved, units=1).answer
+
+
+def section(folder: Path) -> str:
+    """The section of RESULTS.md."""
+    found = examples(folder)
+    held = [example for example in found if example.run in HELD_OUT]
+    fitting = [example for example in found if example.run not in HELD_OUT]
+
+    def answer(example: Example) -> str:
+        return example.answer(SHIPPED, SHIPPED_THRESHOLDS)
+
+    def agreement(part: list[Example], answer_of: Callable[[Example], str]) -> str:
+        right = sum(answer_of(example) == example.truth for example in part)
+        return f"{right} of {len(part)} ({right / len(part):.1%})"
+
+    runs = [
+        {
+            "run": run,
+            "": "held out" if run in HELD_OUT else "fitted",
+            "pairs": len(mine),
+            **{truth: sum(example.truth == truth for example in mine) for truth in ANSWERS},
+            "check agrees": sum(answer(example) == example.truth for example in mine),
+        }
+        for run in dict.fromkeys(example.run for example in found)
+        if (mine := [example for example in found if example.run == run])
+    ]
+    kinds = [
+        {
+            "kind": kind,
+            "pairs": len(mine),
+            **{truth: sum(example.truth == truth for example in mine) for truth in ANSWERS},
+            "check agrees": sum(answer(example) == example.truth for example in mine),
+        }
+        for kind in dict.fromkeys(example.kind for example in found)
+        if (mine := [example for example in found if example.kind == kind])
+    ]
+    faults = [
+        {
+            "": "held out" if example.run in HELD_OUT else "fitted",
+            "run": example.run,
+            "kind": example.kind,
+            "pair": example.names,
+            "labels": example.truth,
+            "check": answer(example),
+            "divergence": f"{decisive.divergence:.3f}",
+            "barrier, points and nats": f"{100 * decisive.barrier_error:.1f}, {decisive.barrier_loss:.3f}",
+            "midpoint over better parent": f"{100 * decisive.harm_error:.1f}, {decisive.harm_loss:.3f}",
+        }
+        for example in wrong(found, SHIPPED, SHIPPED_THRESHOLDS)
+        for decisive in [example.states[-1] if "align" in (example.truth, answer(example)) else example.as_is]
+    ]
+    barrier_only = [(passes(state, SHIPPED, SHIPPED_THRESHOLDS), state.flat) for state in states_of(held)]
+    agree = sum(called == flat for called, flat in barrier_only)
+    shipped = SHIPPED, SHIPPED_THRESHOLDS
+    tables = "\n\n{}".format
+    parts = [
+        "`python benchmarks/calibrate.py --pairs DIR --write`, after `python benchmarks/pairs.py --parents parents "
+        "--out DIR` and a first call without `--write`, which measures. "
+        f"{len(found)} pairs: {len(fitting)} to fit thresholds on, {len(held)} of other training runs held out.",
+        "Labels say *merge* where error and loss stay on the line between the parents as they are (barrier at most "
+        f"{100 * ERROR_BARRIER_TOLERANCE:g} points and {LOSS_BARRIER_TOLERANCE:g} nats over α = .25, .5, .75, on up to "
+        "2000 images, 800 sentences or 160 texts of 256 bytes that the signals have not seen) and the midpoint is at "
+        f"most {100 * HARM_ERROR:g} points and {HARM_LOSS:g} nats worse than the better parent; *align* where that is "
+        "so after weight matching only. The second condition is for useless parents: below the line between a good "
+        "and a broken model lies nearly everything. `check` sees 128 samples, 32 texts for language models, no label.",
+        f"**Level 2** agrees with labels in {agreement(fitting, answer)} of the fitted pairs and in "
+        f"{agreement(held, answer)} of those held out; it is too bold (merges, or merges unaligned, what labels would "
+        f"not) in {too_bold(fitting, *shipped)} and {too_bold(held, *shipped)}. Against the barrier alone, without the "
+        f"second condition, it is right about {agree} of {len(barrier_only)} held-out states (a pair as it is, or "
+        "after matching).",
+        f"Fitted:{tables(confusion(fitting, answer))}",
+        f"Held out:{tables(confusion(held, answer))}",
+        f"What it gets wrong:{tables(markdown(faults))}" if faults else "It gets none wrong.",
+        REMARKS,
+        "**Level 1** looks at coordinates alone and cannot see whether matching suffices: its answer is that of labels "
+        f"in {agreement(fitting, weights_answer)} and {agreement(held, weights_answer)}. Held out:"
+        f"{tables(confusion(held, weights_answer))}",
+        "Other rules for level 2, each with the thresholds that do best on the fitted pairs (a wrong merge counts "
+        "twice; *family left out*: fitted on all other architectures):"
+        + tables(markdown([rule_row(name, rule, fitting, held) for name, rule in RULES.items()])),
+        f"By run:{tables(markdown(runs))}",
+        f"By kind:{tables(markdown(kinds))}",
+    ]
+    return "\n\n".join(parts)
+
+
+REMARKS = ""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures what is missing, or writes the section."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=Path, required=True, metavar="DIR", help="what pairs.py wrote")
+    parser.add_argument("--runs", nargs="*", help="measure the pairs of some runs")
+    parser.add_argument("--write", action="store_true", help="put the section into RESULTS.md; measures nothing")
+    arguments = parser.parse_args(words)
+    if arguments.write:
+        text = section(arguments.pairs)
+        replace_section("verdict", text)
+        print(text)
+        return
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+    measure_all(arguments.pairs, arguments.runs)
 
 
 if __name__ == "__main__":

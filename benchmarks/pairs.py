@@ -1,6 +1,6 @@
 """Makes the pairs of models on which the verdict of `hf-llfc check` is calibrated, from fixed seeds.
 
-    python benchmarks/pairs.py --parents DIR --out DIR [--only digits bert lm minilm] [--threads 1]
+    python benchmarks/pairs.py --parents DIR --out DIR [--only digits bert lm] [--threads 1]
 
 DIR of --parents is what `train_parents.py` wrote; small parents of many more runs are trained into --out, and what
 exists is kept. Then variants of parents are written beside them, moved along every symmetric axis or damaged, and
@@ -307,20 +307,6 @@ def train_lm(out: Path) -> None:
             group.add(f"{family}-early-{letter}", make, tokenizer, held_out)
 
 
-def train_minilm(out: Path, parents: Path) -> None:
-    """The packaged MiniLM with the same head as its other parents, tuned shortly: another order, another task."""
-    group = Group(out / "minilm")
-    base = parents / "minilm" / "base"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    train, test = sentences()
-    held_out = {name: sentence_inputs(tokenizer, test[name].select(range(400))) for name in ("all", "origin")}
-    add_sentences(group, test)
-    for order, name in enumerate(("tweets", "origin", "all"), start=31):
-        rows = sentence_inputs(tokenizer, train[name].select(range(800)))
-        plan = Plan(partial(load, base), 1, 16, 1e-4)
-        group.add(f"{name}-short", partial(plan.onward, base, rows, order=order, epochs=1), tokenizer, held_out)
-
-
 @dataclass(frozen=True)
 class Pair:
     """Two models whose verdict is compared with labels.
@@ -350,6 +336,10 @@ DAMAGES = ("moved", "noise-0.1", "noise-0.5", "noise-2", "fresh", "zeroed", "sca
 """What is done to the second model of a pair. It is moved along every symmetric axis, which changes its coordinates
 alone, or its middle block is damaged: gaussian noise of some standard deviations of each matrix, matrices drawn anew,
 the largest one zeroed, all four times too large, or the block exchanged with the next one, where shapes allow it."""
+
+
+LARGE_RUNS, LARGE_DAMAGES = ("minilm", "bytes-llama", "bytes-gpt2"), ("moved", "fresh", "swapped")
+"""Runs whose models take longest to measure, and what is done to them."""
 
 
 def blocks_of(state: dict[str, torch.Tensor]) -> list[dict[str, str]]:
@@ -464,13 +454,8 @@ def related(parents: Path, out: Path) -> list[Pair]:
     add("bert", "bert", out / "bert", sentiment, test, rows)
     rows = "task movies-0 origin-0;task base-0 origin-0"
     add("bert", "bert", out / "bert", sentiment, test.with_name("both-test.jsonl"), rows)
-    domains = combinations(real_data.SENTIMENT_DOMAINS, 2)
-    rows = ";".join(f"data {a} {b}" for a, b in domains)
-    rows += f";steps base tweets;steps base movies;spawned tweets {out}/minilm/tweets-short"
-    rows += f";data movies {out}/minilm/tweets-short;data tweets {out}/minilm/all-short"
+    rows = "data tweets movies;data amazon editorials;data tweets editorials;steps base movies"
     add("minilm", "bert", parents / "minilm", sentiment, test, rows)
-    rows = f"task movies {out}/minilm/origin-short;task tweets {out}/minilm/origin-short"
-    add("minilm", "bert", parents / "minilm", sentiment, test.with_name("both-test.jsonl"), rows)
 
     writing = "text-generation"
     for family in ("llama", "gpt2"):
@@ -495,7 +480,7 @@ def variants(pairs: list[Pair], out: Path) -> list[Pair]:
         close = next((pair for pair in mine if pair.kind in ("spawned", "data")), None)
         first, second = (mine[0].a, mine[0].a) if close is None else (close.a, close.b)
         pattern = mine[0] if close is None else close
-        for damage in DAMAGES:
+        for damage in LARGE_DAMAGES if run in LARGE_RUNS else DAMAGES:
             target = out / "variants" / run / f"{Path(second).name}-{damage}"
             target.parent.mkdir(parents=True, exist_ok=True)
             if add_variant(Path(second), target, damage) is not None:
@@ -520,12 +505,10 @@ def main(words: list[str] | None = None) -> None:
         "digits": train_digits,
         "bert": train_bert,
         "lm": train_lm,
-        "minilm": partial(train_minilm, parents=None),
     }
     parser.add_argument("--only", nargs="*", choices=list(groups), help="train some groups; all of them by default")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     arguments = parser.parse_args(words)
-    groups["minilm"] = partial(train_minilm, parents=arguments.parents)
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -122,15 +122,16 @@ def test_a_moved_child_is_to_be_aligned_and_found_by_its_features(trunk, data):
     assert found.cosine < 0.5 < 0.9 < found.cosine_aligned
 
 
-def test_a_model_whose_head_has_been_turned_round_is_not_merged(trunk, data):
-    """Nothing can be moved to undo it: classes are not symmetric."""
+def test_a_model_whose_hidden_layer_has_been_turned_round_is_not_merged(trunk, data):
+    """Nothing that is moved undoes it: a permutation has no sign."""
     turned = trained(1, start=trunk, steps=20)
     with torch.no_grad():
-        turned.classifier.weight.neg_()
+        turned.layers[1].dense.weight.neg_()
     found = hf_llfc.check(trunk, turned, data=data)
     assert found.answer == "do not merge" and found.level == 2
     assert not all(criterion.holds for criterion in found.criteria)
-    assert found.tensors[0].tensor == "classifier.weight"
+    assert found.tensors[0].tensor == "layers.1.dense.weight"
+    assert found.tensors[0].cosine < -0.9 < 0.9 < found.median_cosine
 
 
 def test_equal_weights_and_planted_moves_are_settled_without_running_a_model(trunk, data, monkeypatch):

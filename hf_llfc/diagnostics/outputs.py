@@ -9,6 +9,7 @@ Shape legend: n predictions (samples, or tokens of language models), c classes o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class OutputAgreement:
     Args:
         alpha: Weight of the first model.
         predictions: How many were compared: samples, or tokens where the attention mask is one.
+        classes: What a prediction may choose from.
         error_barrier: Share of predictions where M differs from E, less α times that of A and 1 − α times that of B:
             the barrier of error with the ensemble's choices for labels. Negative where M is closer to E than both.
         loss_barrier: KL(E‖M) − α KL(E‖A) − (1−α) KL(E‖B), in nats: the barrier of loss with labels drawn from E.
@@ -49,6 +51,7 @@ class OutputAgreement:
 
     alpha: float
     predictions: int
+    classes: int
     error_barrier: float
     loss_barrier: float
     merged_disagreement: float
@@ -61,6 +64,11 @@ class OutputAgreement:
     spread_a: float
     spread_b: float
     spread_merged: float
+
+    @property
+    def information(self) -> float:
+        """What the parents' predictions say, in nats: log of the classes less their entropy; 0 if they are flat."""
+        return math.log(self.classes) - self.alpha * self.entropy_a - (1 - self.alpha) * self.entropy_b
 
 
 SUMS = (
@@ -131,6 +139,7 @@ def compare_outputs(
     return OutputAgreement(
         alpha=alpha,
         predictions=count,
+        classes=spread.shape[1],
         error_barrier=barrier("disagreement"),
         loss_barrier=barrier("divergence"),
         **{name: mean[name] for name in (*kept, "entropy_a", "entropy_b", "entropy_merged")},

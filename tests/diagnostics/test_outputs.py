@@ -76,8 +76,11 @@ def test_every_number_is_that_of_the_oracle(alpha, monkeypatch):
     pixels = torch.cat([batch["pixel_values"] for batch, _ in data.batches()])
     expected = oracle(a, b, midway(a, b, alpha), alpha, pixels)
     assert 0 < expected["orphans"] < expected["merged_disagreement"] + expected["parents_disagreement"]
-    found = dataclasses.asdict(compare_outputs(a, b, data, alpha=alpha))
-    assert found.pop("predictions") == 33 and found.pop("alpha") == alpha
+    compared = compare_outputs(a, b, data, alpha=alpha)
+    knows = np.log(5) - alpha * expected["entropy_a"] - (1 - alpha) * expected["entropy_b"]
+    assert compared.information == pytest.approx(knows, abs=1e-6)
+    found = dataclasses.asdict(compared)
+    assert (found.pop("predictions"), found.pop("classes"), found.pop("alpha")) == (33, 5, alpha)
     assert found == pytest.approx(expected, abs=1e-6)
 
 

@@ -1,7 +1,11 @@
+import math
+from dataclasses import fields
+
 import pytest
 
+from hf_llfc.diagnostics.outputs import OutputAgreement
 from hf_llfc.diagnostics.rows import Barrier, LayerRow, Statistic
-from hf_llfc.diagnostics.verdict import judge
+from hf_llfc.diagnostics.verdict import judge, judge_weights, judged_by, judged_by_weights
 
 
 def rows(llfc, baseline, coefficient, alpha=0.5):
@@ -47,6 +51,55 @@ def test_answers(barrier, layers, aligned, answer):
     verdict = judge(barrier, layers, aligned=aligned)
     assert verdict.answer == answer
     assert "\n" not in verdict.because
+
+
+def outputs(divergence, entropy=0.3):
+    """Predictions over ten classes."""
+    zeros = dict.fromkeys((field.name for field in fields(OutputAgreement)), 0.0)
+    entropies = {"entropy_a": entropy, "entropy_b": entropy}
+    counts = {"alpha": 0.5, "predictions": 128, "classes": 10}
+    return OutputAgreement(**{**zeros, **counts, **entropies, "merged_divergence": divergence})
+
+
+@pytest.mark.parametrize(
+    ("layers", "divergence", "aligned", "answer"),
+    [
+        pytest.param(SPAWNED, 0.01, False, "merge", id="spawned"),
+        pytest.param(SPAWNED, 0.5, False, "align", id="predictions-decide-against-features"),
+        pytest.param(MATCHED, 0.5, True, "do not merge", id="also-after-alignment"),
+        pytest.param(rows(0.3, 0.4, 1.0), 0.1, False, "merge", id="nearer-than-the-parents"),
+        pytest.param(rows(0.5, 0.4, 1.0), 0.001, False, "align", id="farther-than-the-parents"),
+        pytest.param(rows(0.002, 0.2, 0.3), 0.02, False, "merge", id="features-that-shrink-and-predict-the-same"),
+    ],
+)
+def test_predictions_decide_where_there_are_no_labels(layers, divergence, aligned, answer):
+    verdict = judge(NONE, layers, aligned=aligned, outputs=outputs(divergence))
+    assert verdict.answer == answer
+    assert f"{divergence:.2g} nats from it (limit 0.12)" in verdict.because
+    criteria = judged_by(layers, outputs(divergence))
+    assert all(criterion.holds for criterion in criteria) == (answer == "merge")
+
+
+@pytest.mark.parametrize(("entropy", "answer"), [(0.3, "merge"), (2.29, "align"), (math.log(10), "align")])
+def test_predictions_that_say_nothing_agree_in_vain(entropy, answer):
+    flat = outputs(0.01, entropy)
+    assert flat.information == pytest.approx(math.log(10) - entropy)
+    assert judge(NONE, SPAWNED, aligned=False, outputs=flat).answer == answer
+
+
+def test_labels_overrule_predictions():
+    assert judge(LOW, SPAWNED, aligned=True, outputs=outputs(2.0)).answer == "merge"
+    assert judge(HIGH, SPAWNED, aligned=True, outputs=outputs(0.0)).answer == "do not merge"
+
+
+@pytest.mark.parametrize(
+    ("gain", "moved", "answer"), [(0.0, 0, "merge"), (0.05, 3, "merge"), (0.3, 90, "align"), (1.0, 100, "align")]
+)
+def test_weights_tell_coordinates(gain, moved, answer):
+    verdict = judge_weights(cosine=0.5, gain=gain, moved=moved, units=100)
+    assert verdict.answer == answer and f"moves {moved} of 100 units" in verdict.because
+    [criterion] = judged_by_weights(gain=gain)
+    assert criterion.holds == (answer == "merge") and criterion.value == gain
 
 
 def test_the_reason_is_told_in_numbers():
