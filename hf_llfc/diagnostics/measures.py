@@ -53,6 +53,29 @@ class _AllSums:
         return _AllSums({name: sums.cpu() for name, sums in self.by_name.items()})
 
 
+def check_measures(names: Sequence[str], data: EvaluationData, alphas: Sequence[float]) -> None:
+    """Refuses measures that cannot be taken, before anything is run.
+
+    Args:
+        names: Of `MEASURES`.
+        data: The samples.
+        alphas: Where additivity is to be measured.
+
+    Raises:
+        EvaluationError: A name is unknown, or data or alphas do not fit a measure.
+    """
+    for name in names:
+        if name not in MEASURES:
+            raise EvaluationError(f"unknown measure {name!r}{suggest(name, MEASURES)}; one of {', '.join(MEASURES)}")
+    if "additivity" in names and not any(0 < alpha < 1 for alpha in alphas):
+        raise EvaluationError("additivity is measured between the models: give an alpha between 0 and 1")
+    if "stitching" in names and not data.labelled:
+        raise EvaluationError(
+            "stitching measures loss and metrics, and the data have no labels; give labelled data, or leave stitching "
+            "out of the measures"
+        )
+
+
 def run_measures(
     names: Sequence[str],
     model_a: PreTrainedModel,
@@ -84,15 +107,11 @@ def run_measures(
     Raises:
         EvaluationError: A name is unknown, a model or the data do not fit a measure, or a feature is not finite.
     """
-    for name in names:
-        if name not in MEASURES:
-            raise EvaluationError(f"unknown measure {name!r}{suggest(name, MEASURES)}; one of {', '.join(MEASURES)}")
+    check_measures(names, data, alphas)
     if not names:
         return {}
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     inside = [alpha for alpha in alphas if 0 < alpha < 1]
-    if "additivity" in names and not inside:
-        raise EvaluationError("additivity is measured between the models: give an alpha between 0 and 1")
     with evaluation_mode(model_a, model_b):
         batch, _ = next(data.batches())
         makers: dict[str, Callable[[], Measure]] = {

@@ -254,11 +254,11 @@ class Stitching:
         model_a: The first part, in evaluation mode.
         model_b: The second part, aligned onto the first.
         batch: Any batch, for the trial run.
-        data: Says how outputs are scored.
+        data: With labels; says how outputs are scored.
         layers: Where to stitch, as patterns or words of `select_layers`; after every block without them.
 
     Raises:
-        EvaluationError: The data have no labels, or the model has no logits.
+        EvaluationError: The model has no logits, or no layers but these.
     """
 
     def __init__(
@@ -269,11 +269,6 @@ class Stitching:
         data: EvaluationData,
         layers: Sequence[str] | None = None,
     ) -> None:
-        if not data.labelled:
-            raise EvaluationError(
-                "stitching measures loss and metrics, and the data have no labels; give labelled data, or leave "
-                "stitching out of the measures"
-            )
         selected = select_layers(model_a, batch, layers)
         if selected[-1].label != LOGITS:
             raise EvaluationError(f"{type(model_a).__name__} has no logits; a model with a task head is needed")
