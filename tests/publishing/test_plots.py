@@ -240,9 +240,9 @@ def test_the_heat_map_of_a_ratio_has_its_middle_at_one() -> None:
 def test_a_heat_map_needs_two_points_and_survives_gaps_and_zeros() -> None:
     one = [layer(f"h.{i}", 0.5, 0.1, 0.2, 1.0) for i in range(3)]
     assert plot_heatmap(read_report(make_report(layers=one))) is None
-    rows = [layer("h.0", 0.25, 0.0, 0.2, 1.0), layer("h.0", 0.5, 0.1, 0.2, 1.0), layer("h.1", 0.5, 0.1, 0.2, 1.0)]
+    rows = [layer("h.0", 0.5, 0.0, 0.2, 1.0), layer("h.1", 0.25, 0.1, 0.2, 1.0), layer("h.1", 0.5, 0.1, 0.2, 1.0)]
     figure = plot_heatmap(read_report(make_report(layers=rows)))
-    assert np.isnan(cells_of(figure.axes[0])).tolist() == [[False, True], [False, False]]
+    assert np.isnan(cells_of(figure.axes[0])).tolist() == [[True, False], [False, False]]
     assert " 0 " in texts_of(figure) and "–" in texts_of(figure)
     equal = [layer("h.0", alpha, 0.0, 0.0, 1.0) for alpha in (0.25, 0.5)]
     assert plot_heatmap(read_report(make_report(layers=equal))) is None
@@ -328,3 +328,16 @@ def test_geometry_has_ranks_and_angles() -> None:
     assert lines_of(angles)["median, what the map reads"][1] == [2 * row["angles"][1] for row in rows]
     bare = [{**row, "angles": []} for row in rows]
     assert len(plot_weight_geometry(read_report(make_measured_report(geometry=bare))).axes) == 1
+
+
+def test_layers_that_occur_once_are_not_joined_by_a_line() -> None:
+    axes = plot_commutativity(read_report(make_measured_report(3))).axes
+    styles = [{line.get_linestyle() for line in axis.get_lines()} for axis in (axes[0], axes[-1])]
+    assert styles == [{"-", "--", "-."}, {"None"}]
+
+
+def test_angles_that_are_zero_stand_at_the_foot_of_their_axis() -> None:
+    rows = [{**row, "angles": [0.0, 0.0]} for row in make_measured_report(2)["geometry"]]
+    axis = plot_weight_geometry(read_report(make_measured_report(2, geometry=rows))).axes[1]
+    assert axis.get_yscale() == "log"
+    assert set(lines_of(axis)["median, what the map writes"][1]) == {0.01}

@@ -1,9 +1,13 @@
 """Tables of a report say what the report says, and fit a terminal of 100 columns."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from hf_llfc.console import print_table
 from hf_llfc.publishing.facts import read_report
+from hf_llfc.publishing.plots import PLOT_FILES
 from hf_llfc.publishing.tables import report_tables, suggestion_sentence
 from tests.publishing.samples import make_measured_report, make_report, make_simplex_report
 
@@ -76,6 +80,18 @@ def test_without_labels_there_is_no_table_of_losses():
     path = [{"alpha": alpha, "loss": None, "metrics": {}} for alpha in (0, 0.5, 1)]
     tables = tables_of(make_report(path=path, barrier={"loss": None, "error": None}))
     assert list(tables) == ["layers at alpha = 0.5, mean over samples"]
+
+
+def test_every_column_and_picture_is_explained():
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    first_cells = " ".join(re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE))
+    suggestion = {"because": "better", "weights": [0.75, 0.25]}
+    for report in (make_report(suggestion=suggestion), make_measured_report(2), make_simplex_report(3)):
+        for table in report_tables(read_report(report)):
+            for column in table.rows[0]:
+                assert column in first_cells or f"*{column}*" in page, column
+    for file in PLOT_FILES.values():
+        assert f"`{file}`" in page, file
 
 
 def test_a_suggestion_is_a_table_and_a_sentence():

@@ -102,17 +102,13 @@ def plot_heatmap(report: ConnectivityReport, *, relative: bool = False) -> Figur
         The figure; None if features were measured at fewer than two points besides the models themselves.
     """
     rows = [row for row in report.layers if not is_model(row)]
-    points = list(dict.fromkeys(point_weights(row) for row in rows))
-    if len(points) < 2:
+    named = {point_weights(row): point_name(report, row) for row in rows}
+    if len(named) < 2:
         return None
+    # Upwards by rising α, or from top to bottom as in the report.
+    points = sorted(named) if report.region == "line" else list(reversed(named))
     layers = list(dict.fromkeys(row.layer for row in rows))
     cells = {(row.layer, point_weights(row)): row for row in rows}
-    names = [point_name(report, cells[layers[0], point]) for point in points]
-    if report.region == "line":
-        names = [name.removeprefix("α = ") for name in names]
-    else:
-        points.reverse()  # from top to bottom as in the report
-        names.reverse()
     table = [[_cell(cells.get((layer, point)), relative=relative) for layer in layers] for point in points]
     quantity = "1 − cos(merged, blend)" + (", in units of the baseline" if relative else "")
     grid = layer_grid(layers, heights=(max(1.6, min(6.0, 0.28 * len(points))),), heading=quantity, legend=0.1)
@@ -122,7 +118,7 @@ def plot_heatmap(report: ConnectivityReport, *, relative: bool = False) -> Figur
     for panel, (axis,) in grid:
         room = 0.8 * WIDTH_INCHES / grid.columns / len(panel.indices)
         _draw_cells(axis, panel, table, colours, numbers=room >= SMALLEST_CELL)
-        _name_points(axis, names)
+        _name_points(axis, [named[point].removeprefix("α = ") for point in points])
     alpha = "α, weight of the first model" if len(grid.left) == 1 and len(points) > 5 else "α"
     for stack in grid.left:
         stack[0].set_ylabel(alpha if report.region == "line" else "merged model")
