@@ -9,7 +9,6 @@ replaced by this run's tables; sections that were not run stay.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -26,11 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 import hf_llfc
 import tests.mlp_model  # noqa: F401  registers the MLP and its adapter
+from benchmarks.results import markdown, replace_section
 from hf_llfc.checkpoints import load_model, open_checkpoint
 from hf_llfc.pipeline import Result
 from hf_llfc.recipe import load_recipe
 
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 Rows = list[dict[str, Any]]
 
 
@@ -347,25 +346,6 @@ def four_domains(parents: Path, out: Path) -> str:
         f"{markdown(rows)}\n\nBest single model {best:.4f}, uniform average {merged:.4f}. Features along the line "
         f"from the first model to the mean of the others, at the midpoint ({seconds:.0f} s):\n\n{layer_table(result)}"
     )
-
-
-def markdown(rows: Rows) -> str:
-    """Rows as a Markdown table."""
-    names = list(rows[0])
-    lines = [" | ".join(names), " | ".join("---" for _ in names)]
-    lines += [" | ".join(str(each[name]) for name in names) for each in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def replace_section(name: str, text: str) -> None:
-    """Puts a section between its markers in RESULTS.md, at the end if it is new."""
-    content = RESULTS.read_text(encoding="utf-8")
-    section = f"<!-- {name} -->\n## {name}\n\n{text}\n<!-- /{name} -->"
-    pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-    content = (
-        pattern.sub(lambda _: section, content) if pattern.search(content) else f"{content.rstrip()}\n\n{section}\n"
-    )
-    RESULTS.write_text(content, encoding="utf-8")
 
 
 ALL = ("none", "weight_matching", "activation_matching")

@@ -11,3 +11,6 @@ UNITS = ("sample", "token")
 
 MEASURES = ("additivity", "commutativity", "stitching", "geometry")
 """What a diagnosis of a pair may measure beside loss, metric and LLFC."""
+
+SUGGESTIONS = ("weights", "layers")
+"""What a diagnosis may suggest: one weight a model, or one a model and layer."""

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc import __version__
-from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import LLFCError, suggest
 
 if TYPE_CHECKING:
@@ -225,6 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     diagnose.add_argument("--unit", choices=UNITS, default="sample", help="one feature vector a sample or a token")
     diagnose.add_argument("--measures", nargs="+", default=[], choices=MEASURES, help="what else to measure on a pair")
+    diagnose.add_argument(
+        "--suggest", choices=SUGGESTIONS, help="look for better weights: one a model, or one a model and layer"
+    )
     diagnose.add_argument("--out", metavar="DIR", help="folder for report and plots")
     diagnose.add_argument("--overwrite", action="store_true")
     _add_matching(diagnose, default="none")
@@ -518,6 +521,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         tuple(options.layers),
         options.unit,
         tuple(options.measures),
+        options.suggest,
     )
     with progress_bars(shown=not options.quiet) as progress:
         report = write_diagnosis(

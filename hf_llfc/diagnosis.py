@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.diagnostics import ConnectivityReport, ModelReference, diagnose_models
-from hf_llfc.diagnostics.measures import run_measures
+from hf_llfc.checkpoints import tensors_of
+from hf_llfc.diagnostics import ConnectivityReport, ModelReference, Suggestion, diagnose_models
+from hf_llfc.diagnostics.measures import check_measures, run_measures
 from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
+from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.progress import Progress, silent
@@ -18,6 +21,7 @@ from hf_llfc.stages import Parent, alignment_summary, open_data
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
     from hf_llfc.checkpoints import Checkpoint
 
@@ -65,6 +69,7 @@ def diagnose_checkpoints(
     ]
     if base is not None:
         named.append(ModelReference(base.checkpoint.id, base.checkpoint.revision))
+    check_measures(section.measures, data, section.alphas)
     models = [each.load() for each in compared]
     report = diagnose_models(
         models,
@@ -78,6 +83,10 @@ def diagnose_checkpoints(
         alignment=_how_aligned(compared),
         on_batch=partial(progress, "diagnosing"),
     )
+    if section.measures and region.kind != "line":
+        raise EvaluationError(
+            f"{', '.join(section.measures)}: measured on a pair, and here are {len(compared)} models; diagnose two"
+        )
     measured = run_measures(
         section.measures,
         models[0],
@@ -94,7 +103,94 @@ def diagnose_checkpoints(
         commutativity=measured.get("commutativity", ()),
         stitching=measured.get("stitching", ()),
         geometry=measured.get("geometry", ()),
+        suggestion=_suggestion(models, data, section, region, shares, report, progress),
     )
+
+
+def _suggestion(
+    models: Sequence[PreTrainedModel],
+    data: EvaluationData,
+    section: DiagnoseSection,
+    region: Region,
+    shares: Sequence[float],
+    report: ConnectivityReport,
+    progress: Progress,
+) -> Suggestion | None:
+    """Better weights, where asked for; those of layers by what the names of their tensors on disk begin with."""
+    if section.suggest is None:
+        return None
+    if region.kind == "arithmetic":
+        raise EvaluationError("weights are suggested for models that are averaged, not for sums of task vectors")
+    layers = module_layers(models[0], report) if section.suggest == "layers" else ()
+    total = sum(shares)
+    found = suggest_weights(
+        models,
+        data,
+        reference=[share / total for share in shares],
+        layers=layers,
+        on_step=partial(progress, "looking for weights"),
+    )
+    if not found.layer_weights:
+        return found
+    owners = tensors_of(models[0], layers)
+    names = {layer: [name for name, owner in owners.items() if owner == layer] for layer in layers}
+    on_disk = {layer: os.path.commonprefix(names[layer]) for layer in layers}  # noqa: RUF071  names are no paths
+    return replace(found, layer_weights={on_disk.get(name, name): each for name, each in found.layer_weights.items()})
+
+
+def module_layers(model: PreTrainedModel, report: ConnectivityReport) -> tuple[str, ...]:
+    """The layers of a report that are modules with weights, none inside another."""
+    modules = dict(model.named_modules())
+    with_weights = [
+        name for name in report.layer_names if name in modules and any(True for _ in modules[name].parameters())
+    ]
+    return tuple(
+        name
+        for name in with_weights
+        if not any(name.startswith(f"{other}.") for other in with_weights if other != name)
+    )
+
+
+def broken_tensors(
+    parents: Sequence[Parent],
+    data: EvaluationData,
+    section: DiagnoseSection,
+    *,
+    ratio: float,
+    weights: Sequence[float],
+    calibration: EvaluationData | None = None,
+    progress: Progress = silent,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The blocks in which the features of a merge are not the blend of its parents', and their tensors.
+
+    Args:
+        parents: The models, in the coordinates of one reference.
+        data: What to measure on; labels are not looked at.
+        section: Which layers.
+        ratio: LLFC over its baseline above which a block is broken.
+        weights: Of the merge, one a parent.
+        calibration: Data from which BatchNorm statistics are recomputed.
+        progress: Shown meanwhile.
+
+    Returns:
+        Names of the modules, and of their tensors on disk.
+    """
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    region = line([shares[0]]) if len(shares) == 2 else simplex(shares)
+    models = [parent.load() for parent in parents]
+    report = diagnose_models(
+        models,
+        data,
+        region=region,
+        layers=section.layers or None,
+        batch_norm_data=calibration,
+        on_batch=partial(progress, "looking for broken layers"),
+    )
+    blocks = module_layers(models[0], report)
+    ratios = {row.layer: row.ratio for row in report.at(shares[0])}
+    broken = tuple(block for block in blocks if (ratios[block] or 0) > ratio)
+    return broken, tuple(name for name, owner in tensors_of(models[0], broken).items() if owner is not None)
 
 
 def region_of(weights: Sequence[float], section: DiagnoseSection, *, arithmetic_over_base: bool) -> Region:

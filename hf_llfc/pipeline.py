@@ -21,7 +21,7 @@ from hf_llfc.checkpoints import (
     state_dict_on_disk,
     write_checkpoint,
 )
-from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints, region_of
+from hf_llfc.diagnosis import batch_norm_data, broken_tensors, diagnose_checkpoints, region_of
 from hf_llfc.diagnostics import ConnectivityReport, recompute_batch_norm
 from hf_llfc.errors import AlignmentError, CheckpointError, PublishingError, RecipeError
 from hf_llfc.evaluation import EvaluationData
@@ -113,8 +113,9 @@ def run(
 
     alignments = processes.on_main(lambda: align_parents(opened, recipe, progress))
     parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
+    broken = processes.on_main(lambda: find_broken(parents, recipe, data, calibration, progress))
     with processes.output(output) as folder:
-        processes.on_main(lambda: write_merge(folder, parents, opened, recipe, calibration, progress))
+        processes.on_main(lambda: write_merge(folder, parents, opened, recipe, calibration, progress, broken))
         report: ConnectivityReport | None = None
         table: list[dict[str, Any]] = [{"id": each.id} for each in opened.parents]
         if data is not None and recipe.diagnose is not None:
@@ -135,6 +136,10 @@ def run(
                 everyone = [*parents, Parent(merged)]
                 table = evaluate_parents(everyone, data, accelerator=processes.accelerator, progress=progress)
                 table[-1]["is_merge"] = True
+        if report is not None and broken is not None and recipe.keep_where_broken is not None:
+            keeper = opened.parents[recipe.keep_where_broken.model].id
+            kept = {"model": keeper, "layers": list(broken.blocks), "ratio": recipe.keep_where_broken.ratio}
+            report = replace(report, data={**report.data, "kept": kept})
         processes.on_main(lambda: write_evidence(folder, recipe, opened, alignments, report, table))
     summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
     url = processes.on_main(lambda: push(recipe)) if recipe.publish is not None else None
@@ -221,6 +226,44 @@ def align_parents(opened: Models, recipe: Recipe, progress: Progress) -> list[Al
     ]
 
 
+@dataclass(frozen=True)
+class Broken:
+    """Where features are not connected.
+
+    Attributes:
+        blocks: Names of the modules.
+        tensors: Names on disk of their tensors.
+    """
+
+    blocks: Sequence[str]
+    tensors: Sequence[str]
+
+
+def find_broken(
+    parents: Sequence[Parent],
+    recipe: Recipe,
+    data: EvaluationData | None,
+    calibration: EvaluationData | None,
+    progress: Progress,
+) -> Broken | None:
+    """The layers that a recipe wants kept as they are in one model; None where it does not.
+
+    Raises:
+        RecipeError: The weights differ among tensors already.
+    """
+    if recipe.keep_where_broken is None:
+        return None
+    assert data is not None and recipe.diagnose is not None, "the reader of recipes asks for both"
+    weights = shares(recipe, [parent.checkpoint for parent in parents])
+    if weights is None:
+        raise RecipeError("keep_where_broken: needs one weight a model, and these differ among tensors")
+    ratio = recipe.keep_where_broken.ratio
+    blocks, tensors = broken_tensors(
+        parents, data, recipe.diagnose, ratio=ratio, weights=weights, calibration=calibration, progress=progress
+    )
+    return Broken(blocks, tensors)
+
+
 def write_merge(
     folder: Path,
     parents: Sequence[Parent],
@@ -228,11 +271,12 @@ def write_merge(
     recipe: Recipe,
     calibration: EvaluationData | None,
     progress: Progress,
+    broken: Broken | None = None,
 ) -> None:
     """Writes the merged checkpoint, tensor by tensor; only models with BatchNorm are held in memory."""
     first = opened.parents[0]
     infos = merge_infos(first, recipe)
-    tensors = merge_sources(parents, opened, recipe, infos)
+    tensors = merge_sources(parents, opened, recipe, infos, broken)
     if calibration is not None:
         model = load_model(first, state_dict=dict(tensors))
         recompute_batch_norm(model, calibration.batches())
@@ -255,9 +299,14 @@ def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
 
 
 def merge_sources(
-    parents: Sequence[Parent], opened: Models, recipe: Recipe, infos: Mapping[str, TensorInfo]
+    parents: Sequence[Parent],
+    opened: Models,
+    recipe: Recipe,
+    infos: Mapping[str, TensorInfo],
+    broken: Broken | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The merged tensors, one after the other; weights that do not fit are refused before anything is read."""
+    keeper = recipe.keep_where_broken.model if recipe.keep_where_broken is not None else 0
     return merge_tensors(
         [Source(parent.checkpoint.label, parent.read) for parent in parents],
         infos,
@@ -265,6 +314,7 @@ def merge_sources(
         normalize=recipe.parameters.normalize,
         base=Source(opened.base.label, opened.base.read) if opened.base is not None else None,
         scale=recipe.parameters.scale,
+        kept=dict.fromkeys(broken.tensors, keeper) if broken is not None else None,
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 
@@ -157,6 +157,7 @@ class DiagnoseSection:
         layers: Patterns of module names; block outputs and the logits where empty.
         unit: `sample`, one feature vector a sample, or `token`, one a token.
         measures: What else to measure on a pair: any of `MEASURES`.
+        suggest: Whether to look for better weights: one of `SUGGESTIONS`, or None.
         batch_norm: See `BatchNormSection`.
     """
 
@@ -165,7 +166,21 @@ class DiagnoseSection:
     layers: tuple[str, ...] = ()
     unit: str = "sample"
     measures: tuple[str, ...] = ()
+    suggest: str | None = None
     batch_norm: BatchNormSection = field(default_factory=BatchNormSection)
+
+
+@dataclass(frozen=True)
+class KeepSection:
+    """Layer-selective merging: where features are not connected, one model's weights stay as they are.
+
+    Attributes:
+        model: Index of the model whose weights stay.
+        ratio: A block is kept where its LLFC exceeds this share of the baseline, measured on the data of `diagnose`.
+    """
+
+    model: int = 0
+    ratio: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -202,6 +217,7 @@ class Recipe:
             None.
         align: How the models are aligned; `method: none` where the recipe has no such section.
         diagnose: What is measured; nothing where None.
+        keep_where_broken: Where the weights of one model stay; nowhere where None.
         publish: Where the result goes; nowhere where None.
         seed: For every section that gives none of its own.
         overwrite: Whether an earlier output may be replaced.
@@ -218,6 +234,7 @@ class Recipe:
     tokenizer_source: str | None = None
     align: AlignSection = field(default_factory=lambda: AlignSection(method="none"))
     diagnose: DiagnoseSection | None = None
+    keep_where_broken: KeepSection | None = None
     publish: PublishSection | None = None
     seed: int = 0
     overwrite: bool = False
@@ -387,6 +404,9 @@ class _Reader:
             "parameters": self._section(content, "parameters", self._merge_parameters) or MergeParameters(),
             "align": self._section(content, "align", self._align) or AlignSection(method="none"),
             "diagnose": self._section(content, "diagnose", self._diagnose),
+            "keep_where_broken": self._section(
+                content, "keep_where_broken", lambda each, path: self._build(KeepSection, each, path)
+            ),
             "publish": self._section(content, "publish", lambda each, path: self._build(PublishSection, each, path)),
         }
         plain = {
@@ -527,7 +547,7 @@ class _Reader:
         return built
 
     def _diagnose(self, value: Mapping[str, Any], path: str) -> DiagnoseSection | None:
-        own = ("alphas", "layers", "unit", "measures", "batch_norm")
+        own = ("alphas", "layers", "unit", "measures", "suggest", "batch_norm")
         settings = {key: each for key, each in value.items() if key not in own}
         data = self._data(settings, path, more=own)
         alphas = self._alphas(value.get("alphas", 11), f"{path}.alphas")
@@ -537,6 +557,9 @@ class _Reader:
             self._choice(measure, MEASURES, f"{path}.measures[{place}]")
         unit = value.get("unit", "sample")
         self._choice(unit, UNITS, f"{path}.unit")
+        suggested = value.get("suggest")
+        if suggested is not None:
+            self._choice(suggested, SUGGESTIONS, f"{path}.suggest")
         batch_norm = value.get("batch_norm")
         section = BatchNormSection()
         if isinstance(batch_norm, Mapping):
@@ -549,7 +572,7 @@ class _Reader:
             section = BatchNormSection(recompute is True, self._data(calibration or None, f"{path}.batch_norm"))
         elif batch_norm is not None:
             self.problems.append(f"{path}.batch_norm: a mapping of keys is expected, found {batch_norm!r}")
-        return None if data is None else DiagnoseSection(data, alphas, layers, unit, measures, section)
+        return None if data is None else DiagnoseSection(data, alphas, layers, unit, measures, suggested, section)
 
     def _words(self, value: Any, path: str, what: str) -> tuple[str, ...]:
         """One word or a list of words."""
@@ -671,6 +694,18 @@ class _Reader:
             self.problems.append(f"align.reference: there is no model {reference}; models are counted from 0")
         if isinstance(reference, str) and reference not in names:
             self.problems.append(f"align.reference: {reference!r} is not one of the models{suggest(reference, names)}")
+        keep = recipe.keep_where_broken
+        if keep is not None:
+            if recipe.diagnose is None:
+                self.problems.append("keep_where_broken: needs `diagnose` with the data to measure on")
+            if recipe.merge_method != "linear" or len(names) < 2:
+                self.problems.append("keep_where_broken: has a meaning for a linear merge of two models or more only")
+            if not 0 <= keep.model < len(names):
+                self.problems.append(
+                    f"keep_where_broken.model: there is no model {keep.model}; models are counted from 0"
+                )
+            if keep.ratio <= 0:
+                self.problems.append(f"keep_where_broken.ratio: a number above 0 is expected, found {keep.ratio:g}")
         uses_data = recipe.align.method != "none" and "activation_matching" in (recipe.align.method, recipe.align.start)
         if uses_data and recipe.align.calibration is None:
             self.problems.append("align.calibration: activation matching needs calibration data")

@@ -3,6 +3,7 @@
 from hf_llfc.checkpoints.comparison import compare
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.models import load_model
+from hf_llfc.checkpoints.names import tensors_of
 from hf_llfc.checkpoints.output import OutputFolder
 from hf_llfc.checkpoints.reader import Checkpoint, open_checkpoint, state_dict_on_disk
 from hf_llfc.checkpoints.writer import write_checkpoint
@@ -15,5 +16,6 @@ __all__ = [
     "load_model",
     "open_checkpoint",
     "state_dict_on_disk",
+    "tensors_of",
     "write_checkpoint",
 ]

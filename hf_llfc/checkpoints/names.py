@@ -11,7 +11,7 @@ one group of tensors at a time. A tensor that already has its name on disk is ta
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +108,34 @@ def disk_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         RuntimeError: If tensors share memory without being declared as tied.
     """
     return _to_disk(model, _saved_state(model), _saving_transforms(model))
+
+
+def tensors_of(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, str | None]:
+    """Which of some modules every tensor on disk comes from.
+
+    Names in memory and on disk may differ, and one tensor on disk may be a part or a stack of tensors in memory; so the
+    model's own conversion is run on tensors that hold nothing but the number of their module.
+
+    Args:
+        model: Its weights are not read.
+        modules: Names in memory, none inside another.
+
+    Returns:
+        Name on disk → module; None for tensors of no module, or of several.
+    """
+
+    def number(name: str) -> int:
+        return next((place for place, module in enumerate(modules, start=1) if name.startswith(f"{module}.")), 0)
+
+    # One number, spread over the shape, takes no memory.
+    marked = {
+        name: torch.full((), float(number(name))).expand(tensor.shape) for name, tensor in _saved_state(model).items()
+    }
+    owners: dict[str, str | None] = {}
+    for name, tensor in _to_disk(model, marked, _saving_transforms(model)).items():
+        values = tensor.unique().tolist() if tensor.numel() else []
+        owners[name] = modules[int(values[0]) - 1] if len(values) == 1 and values[0] else None
+    return owners
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:

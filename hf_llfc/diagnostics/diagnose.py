@@ -24,10 +24,11 @@ from hf_llfc.diagnostics.lockstep import Lockstep, PathSums
 from hf_llfc.diagnostics.points import Point, Region, line
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import Barrier, LayerRow, ModelReference, PathPoint
+from hf_llfc.diagnostics.streaming import over_batches
 from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError, suggest
-from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
-from hf_llfc.evaluation.models import evaluation_mode, gather
+from hf_llfc.evaluation.data import EvaluationData
+from hf_llfc.evaluation.models import evaluation_mode
 from hf_llfc.evaluation.scoring import ScoreSums
 
 if TYPE_CHECKING:
@@ -86,7 +87,6 @@ def diagnose_models(
     if unit not in UNITS:
         raise EvaluationError(f"unknown unit {unit!r}{suggest(unit, UNITS)} (known: {', '.join(UNITS)})")
     measured = _with_ends(region) if region.kind == "line" else region
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if accelerator is not None:
         for model in models:
             model.to(accelerator.device)
@@ -98,24 +98,7 @@ def diagnose_models(
             raise EvaluationError(f"{type(models[0]).__name__} has no logits; a model with a task head is needed")
         buffers = _recomputed_batch_norm(combined, measured.points, batch_norm_data)
         lockstep = Lockstep.start(models, combined, measured, selected, buffers, data, unit)
-        problem: str | None = None
-        total = data.batch_count(rank, world)
-        try:
-            for done, (batch, sample_ids) in enumerate(data.batches(rank, world), start=1):
-                lockstep.add(batch, sample_ids)
-                if on_batch is not None:
-                    on_batch(done, total)
-        except EvaluationError as error:
-            problem = str(error)
-    sums = lockstep.sums
-    if accelerator is None:
-        problems_over_processes([problem])
-    else:
-        parts = gather([(sums.cpu(), problem)])
-        problems_over_processes([problem for _, problem in parts])
-        sums = parts[0][0]
-        for part, _ in parts[1:]:
-            sums.merge(part)
+        sums = over_batches(data, lockstep.add, lockstep.sums, accelerator=accelerator, on_batch=on_batch)
     described = dict(data.summary)
     if buffers:
         described["batch_norm"] = "recomputed"

@@ -23,6 +23,7 @@ from hf_llfc.diagnostics.statistics import (
     projection_coefficient,
     residuals,
 )
+from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_finite
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import forward_logits
@@ -149,23 +150,16 @@ class Lockstep:
         return torch.stack(pairs).mean(dim=0)
 
     def _units(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> Units:
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            empty = sample_ids[mask.sum(dim=-1) == 0].tolist()
-            if empty:
-                raise EvaluationError(
-                    f"sample {empty[0]} is empty: its attention mask is zero everywhere; leave it out of the data"
-                )
-            mask = mask.to(self.models[0].device)
-        by_token = self.unit == "token"
-        if by_token and mask is None:
-            raise EvaluationError("statistics by token need an attention mask, which these data have not; use `sample`")
-        # A first dimension over samples and tokens can only be taken apart with a mask.
-        needed = by_token or any(layer.token_axes == (-1,) for layer in self.layers)
-        if mask is not None and not needed and bool(mask.all()):
-            mask = None
+        device = self.models[0].device
+        mask = attention_mask(batch, sample_ids, self.layers, device)
         n = len(next(iter(batch.values())))
-        return Units(n, mask, sample_ids.to(self.models[0].device), by_token)
+        if self.unit == "token":
+            if "attention_mask" not in batch:
+                raise EvaluationError(
+                    "statistics by token need an attention mask, which these data have not; use the unit sample"
+                )
+            mask = batch["attention_mask"].to(device)
+        return Units(n, mask, sample_ids.to(device), self.unit == "token")
 
     def _score(self, place: int, logits: torch.Tensor | None, batch: Mapping[str, torch.Tensor]) -> None:
         if self.data.labelled:
@@ -183,7 +177,7 @@ class Lockstep:
             kept[index] = units.vectors(tensor, layer)
 
         logits = self._run(model, batch, keep)
-        self._check_complete(kept)
+        check_complete(self.layers, kept)
         return ParentRun([kept[index] for index in range(len(self.layers))], logits)
 
     def _merged(
@@ -203,7 +197,7 @@ class Lockstep:
 
         self.combined.move_to(weights, self.buffers.get(place))
         self._score(place, self._run(self.combined.model, batch, measure), batch)
-        self._check_complete(measured)
+        check_complete(self.layers, measured)
         return torch.stack([measured[index] for index in range(len(self.layers))], dim=1)
 
     def _run(
@@ -218,21 +212,10 @@ class Lockstep:
             receive(len(self.layers) - 1, logits)
         return logits
 
-    def _check_complete(self, found: Mapping[int, torch.Tensor]) -> None:
-        missing = [layer.label for index, layer in enumerate(self.layers) if index not in found]
-        if missing:
-            raise EvaluationError(f"layer {missing[0]!r} did not run for a batch, unlike in its trial run")
-
     def _check_finite(self, squared_norms: torch.Tensor, units: Units, model: str) -> None:
         """Raises with the first layer that has a feature which is not finite, (l, u)."""
-        finite = squared_norms.isfinite()
-        if finite.all():
-            return
-        layer, unit = (~finite).nonzero()[0].tolist()
-        raise EvaluationError(
-            f"features of layer {self.layers[layer].label!r} of {model} are not finite (NaN or Inf) for sample "
-            f"{units.sample(unit)}"
-        )
+        for layer, norms in zip(self.layers, squared_norms, strict=True):
+            check_finite(norms, units.samples, layer.label, model)
 
 
 @dataclass(frozen=True)
@@ -275,9 +258,10 @@ class Units:
         within = torch.arange(self.width, device=self.sample_ids.device)
         return (self.sample_ids[:, None] * MOST_TOKENS + within).reshape(-1)
 
-    def sample(self, unit: int) -> int:
-        """The number of the sample that a unit belongs to."""
-        return int(self.sample_ids[unit // self.width])
+    @property
+    def samples(self) -> torch.Tensor:
+        """The number of the sample that each unit belongs to, (u,)."""
+        return self.sample_ids.repeat_interleave(self.width)
 
     def vectors(self, features: torch.Tensor, layer: Layer) -> torch.Tensor:
         """The feature vectors of all units, (u, f); zeros at what is padded, and where a layer has no tokens."""

@@ -54,6 +54,7 @@ def merge_tensors(
     normalize: bool | None = None,
     base: Source | None = None,
     scale: float = 1.0,
+    kept: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merges models one tensor at a time.
 
@@ -70,6 +71,7 @@ def merge_tensors(
             merge without a base must sum to one.
         base: θ₀ of task arithmetic.
         scale: λ of task arithmetic.
+        kept: Tensors that are one model's own, by name: its place among the sources.
 
     Returns:
         An iterator of name and merged tensor, in the order of `infos`; one tensor of each model is in memory at a time.
@@ -80,6 +82,8 @@ def merge_tensors(
             its dtype.
     """
     weights = resolve_weights(list(infos), schedules, normalize=normalize, scale=scale, sum_to_one=base is None)
+    for name, place in (kept or {}).items():
+        weights[name] = tuple(float(own == place) for own in range(len(sources)))
     return _merged(sources, infos, weights, base)
 
 

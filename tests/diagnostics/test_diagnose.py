@@ -263,7 +263,7 @@ def test_features_that_are_not_finite_are_named():
     for index, which in enumerate(("first", "second")):
         broken = list(models)
         broken[index] = with_nan(copy.deepcopy(models[index]), name)
-        expected = rf"layer 'bert.encoder.layer.1' of the {which} model are not finite .* for sample {first}$"
+        expected = rf"layer 'bert.encoder.layer.1' of the {which} model are not finite .* for sample {first};"
         with pytest.raises(EvaluationError, match=expected):
             diagnose_models(broken, data)
 
