@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast
 
 import hf_llfc
+from hf_llfc.diagnostics import suggest
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.recipe import load_recipe
 from tests.runs import (
@@ -259,3 +260,106 @@ def test_the_recipe_file_may_stand_beside_its_parents(planted, tmp_path, monkeyp
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     assert hf_llfc.run(path).folder == elsewhere / "out"
+
+
+def test_where_features_break_one_model_stays_as_it_is(tmp_path):
+    first, other = byte_llama(0), byte_llama(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + 1e-3)
+    other.model.layers[1].load_state_dict(byte_llama(1).model.layers[1].state_dict())
+    pair = saved(other, tmp_path / "a"), saved(first, tmp_path / "b")
+    keep = {"model": 1, "ratio": 0.01}
+    recipe = text_recipe(*pair, text_data(tmp_path), tmp_path / "out", align={"method": "none"}, keep_where_broken=keep)
+    result = hf_llfc.run(recipe)
+    assert result.report.data["kept"] == {"model": str(pair[1]), "layers": ["model.layers.1"], "ratio": 0.01}
+    a, b, merged = (load_file(path / "model.safetensors") for path in (*pair, tmp_path / "out"))
+    for name, tensor in merged.items():
+        expected = b[name] if name.startswith("model.layers.1.") else (a[name].double() + b[name].double()) / 2
+        assert torch.equal(tensor, expected.float()), name
+    assert not torch.equal(a["model.layers.1.mlp.up_proj.weight"], b["model.layers.1.mlp.up_proj.weight"])
+    again = load_recipe(tmp_path / "out" / "llfc" / "recipe.yaml")
+    assert again.keep_where_broken == load_recipe(recipe).keep_where_broken
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"keep_where_broken": {"model": 2}}, r"keep_where_broken\.model: there is no model 2"),
+        ({"keep_where_broken": {"ratio": 0}}, r"keep_where_broken\.ratio: a number above 0"),
+        ({"keep_where_broken": {"rato": 1}}, r"keep_where_broken\.rato: unknown key; did you mean 'ratio'"),
+        ({"keep_where_broken": {}, "diagnose": None}, "keep_where_broken: needs `diagnose`"),
+    ],
+)
+def test_layers_to_keep_are_checked_with_the_recipe(changes, problem, independent, tmp_path):
+    with pytest.raises(hf_llfc.LLFCError, match=problem):
+        load_recipe(text_recipe(*independent, text_data(tmp_path), tmp_path / "out", **changes))
+
+
+def test_three_models_are_measured_over_their_simplex(independent, tmp_path):
+    data = EvaluationConfig(task="text-generation", dataset=str(text_data(tmp_path)), tokenizer="bytes", max_length=32)
+    third = saved(byte_llama(2), tmp_path / "c")
+    report = hf_llfc.diagnose(*independent, data, more=[third], weights=[0.2, 0.2, 0.6])
+    names = ["model 1", "model 2", "model 3", "models 1 and 2", "models 1 and 3", "models 2 and 3", "centre", "merge"]
+    assert [point.name for point in report.path] == names
+    assert report.path[-1].weights == pytest.approx((0.2, 0.2, 0.6))
+    merged = hf_llfc.merge(
+        [*independent, third],
+        [0.2, 0.2, 0.6],
+        out=tmp_path / "out",
+        diagnose={"task": "text-generation", "dataset": data.dataset, "tokenizer": "bytes", "max_length": 32},
+    )
+    assert merged.report.path == report.path
+    # The last point is the merge itself, as written and read again.
+    assert merged.table[-1]["loss"] == pytest.approx(report.path[-1].loss, rel=1e-6)
+    with pytest.raises(hf_llfc.LLFCError, match="2 weights for 3 models"):
+        hf_llfc.diagnose(*independent, data, more=[third], weights=[0.5, 0.5])
+
+
+def test_task_vectors_are_added_and_taken_away(independent, tmp_path):
+    data = {"task": "text-generation", "dataset": str(text_data(tmp_path)), "tokenizer": "bytes", "max_length": 32}
+    base = saved(byte_llama(2), tmp_path / "base")
+    result = hf_llfc.merge(
+        independent,
+        [0.3, 0.4],
+        out=tmp_path / "out",
+        merge_method="task_arithmetic",
+        base_model=base,
+        diagnose=data,
+    )
+    report = result.report
+    assert report.region == "arithmetic"
+    assert [model.id for model in report.models] == [*map(str, independent), str(base)]
+    assert [point.name for point in report.path[2:4]] == ["base", "-1 times the task vectors"]
+    assert report.path[3].weights == pytest.approx((-0.3, -0.4, 1.7))
+    assert report.path[-1].weights == pytest.approx((0.3, 0.4, 0.3))
+    assert result.table[-1]["loss"] == pytest.approx(report.path[-1].loss, rel=1e-6)
+
+
+def test_suggested_weights_of_layers_fit_a_recipe(independent, tmp_path, monkeypatch):
+    monkeypatch.setattr(suggest, "NEGLIGIBLE_GAIN", -10)  # random models give no gain that is sure
+    monkeypatch.setattr(suggest, "STEPS", 5)
+    data = EvaluationConfig(
+        task="text-generation", dataset=str(text_data(tmp_path)), tokenizer="bytes", max_length=32, batch_size=2
+    )
+    suggestion = hf_llfc.diagnose(*independent, data, suggest="layers").suggestion
+    assert set(suggestion.layer_weights) == {"model.layers.0.", "model.layers.1.", ""}
+    models = [
+        {
+            "model": str(model),
+            "parameters": {
+                "weight": [
+                    {"filter": name, "value": shares[place]} if name else {"value": shares[place]}
+                    for name, shares in suggestion.layer_weights.items()
+                ]
+            },
+        }
+        for place, model in enumerate(independent)
+    ]
+    recipe = {"models": models, "parameters": {"normalize": True}, "output_dir": str(tmp_path / "out")}
+    hf_llfc.run(recipe)
+    merged, a, b = (load_file(path / "model.safetensors") for path in (tmp_path / "out", *independent))
+    shares = suggestion.layer_weights["model.layers.1."]
+    name = "model.layers.1.mlp.up_proj.weight"
+    expected = (shares[0] * a[name].double() + shares[1] * b[name].double()) / sum(shares)
+    torch.testing.assert_close(merged[name].double(), expected, rtol=1e-6, atol=1e-7)
