@@ -20,6 +20,7 @@ from hf_llfc.diagnostics import diagnose_models, has_batch_norm
 from hf_llfc.diagnostics.outputs import OutputAgreement, compare_outputs
 from hf_llfc.diagnostics.points import line
 from hf_llfc.diagnostics.rows import Barrier, LayerRow
+from hf_llfc.diagnostics.trial import LOGITS
 from hf_llfc.diagnostics.verdict import Criterion, judge, judge_weights, judged_by, judged_by_weights
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
@@ -110,11 +111,11 @@ class FeatureEvidence:
 
     Attributes:
         layers: LLFC, baseline and coefficient of each layer, the logits last.
-        outputs: How predictions agree.
+        outputs: How predictions agree; None of a bare encoder, which makes none.
     """
 
     layers: tuple[LayerRow, ...]
-    outputs: OutputAgreement
+    outputs: OutputAgreement | None
 
 
 def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent) -> tuple[TensorDistance, ...]:
@@ -207,6 +208,8 @@ def compare_features(model_a: PreTrainedModel, model_b: PreTrainedModel, data: E
     """
     again = data if has_batch_norm(model_a) else None
     report = diagnose_models([model_a, model_b], data, region=line([0.5]), batch_norm_data=again)
+    if report.layers[-1].layer != LOGITS:
+        return FeatureEvidence(report.layers, None)
     return FeatureEvidence(report.layers, compare_outputs(model_a, model_b, data, batch_norm_data=again))
 
 
@@ -292,9 +295,14 @@ def check_checkpoints(
     weights = compare_weights(a, b, seed=seed, progress=progress)
     cosine = weights.alignment.metadata["cosine_before"]
     verdict = judge_weights(cosine=cosine, gain=weights.gain, moved=weights.moved, units=weights.units)
+    because = verdict.because
+    if weights.swept == "once":
+        because += (
+            f"; one pass was made, since the matrices' median cosine of {weights.cosine:.4f} tells of an ancestor"
+        )
     found = CheckResult(
         verdict.answer,
-        verdict.because,
+        because,
         1,
         criteria=judged_by_weights(gain=weights.gain),
         cosine=cosine,

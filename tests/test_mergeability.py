@@ -1,5 +1,6 @@
 """The three levels of `check`: what each finds, when it stops, and what it refuses."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
 
 import hf_llfc
 from hf_llfc.checkpoints import open_checkpoint
@@ -105,6 +107,7 @@ def test_each_level_answers_what_it_can(trunk, data):
     assert (headers.answer, headers.level, headers.cosine) == ("undecided", 0, None)
     weights = hf_llfc.check(trunk, child)
     assert (weights.answer, weights.level, weights.layers) == ("merge", 1, ())
+    assert weights.matching == "once" and "one pass was made" in weights.because
     assert [row.distance for row in weights.tensors] == sorted((row.distance for row in weights.tensors), reverse=True)
     features = hf_llfc.check(trunk, child, data=data)
     assert (features.answer, features.level, features.aligned) == ("merge", 2, False)
@@ -167,6 +170,29 @@ def test_a_weight_that_is_not_finite_is_named(trunk):
     for pair in ((trunk, bad), (bad, trunk)):
         with pytest.raises(CheckpointError, match=r"layers\.1\.dense\.weight .* NaN or infinite"):
             hf_llfc.check(*pair)
+
+
+def test_a_bare_encoder_is_judged_by_its_features():
+    config = BertConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(BertModel(config).eval())
+    near = copy.deepcopy(models[0])
+    with torch.no_grad():
+        for weight in near.encoder.layer[1].parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    texts = Dataset.from_dict({"text": ["one line", "another line", "a third, longer line of text"]})
+    data = EvaluationConfig("text-classification", texts, tokenizer="bytes")
+    found = hf_llfc.check(models[0], near, data=data)
+    assert (found.answer, found.level, found.outputs) == ("merge", 2, None)
+    assert found.layers[-1].layer == "encoder.layer.1"
+    assert [criterion.quantity.split(",")[0] for criterion in found.criteria] == [
+        "LLFC over baseline",
+        "coefficient in the worst layer",
+    ]
 
 
 def test_small_and_large_data_are_taken_as_they_come(tmp_path):

@@ -61,8 +61,9 @@ BASELINE_LIMIT = 1.0
 parents' outputs are to each other. Calibration leaves everything above 0.44 open; above one the blend means nothing."""
 
 MATCHING_FINDS_NOTHING = 0.1
-"""Matching that removes less of the squared distance than this found noise: two fine-tunes of one base.
-Independently trained networks lose a third of it and more, a model in other coordinates all of it."""
+"""Weight matching that takes less than this off the squared distance found noise. It took at most 0.055 off that of
+undamaged calibration pairs with a common start, which spawned before the first step, and at least 0.119 off that of
+pairs without one."""
 
 
 @dataclass(frozen=True)
