@@ -263,6 +263,7 @@ def diagnose(
     unit: str = "sample",
     measures: Sequence[str] = (),
     suggest: str | None = None,
+    offload: bool = False,
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Measures loss, metric and layerwise linear feature connectivity between models.
@@ -281,6 +282,7 @@ def diagnose(
         unit: `sample`, one feature vector a sample, or `token`, one a token.
         measures: What else to measure on a pair, see `hf_llfc.diagnostics.MEASURES`.
         suggest: Look for better `weights`, one a model, or one a model for each of the `layers`.
+        offload: Let every module read its weights when it runs, for models that do not fit into memory.
         progress: Shown meanwhile.
 
     Returns:
@@ -304,7 +306,9 @@ def diagnose(
     checkpoints = [open_checkpoint(model) for model in (a, b, *more)]
     base = open_checkpoint(base_model) if base_model is not None else None
     refuse_incompatible([*checkpoints, *([base] if base is not None else [])])
-    section = DiagnoseSection(data, tuple(alphas or DEFAULT_ALPHAS), tuple(layers), unit, tuple(measures), suggest)
+    section = DiagnoseSection(
+        data, tuple(alphas or DEFAULT_ALPHAS), tuple(layers), unit, tuple(measures), suggest, offload
+    )
     reference = base if base is not None else checkpoints[0]
     if isinstance(align, str):
         options = AlignSection(align, calibration=data)

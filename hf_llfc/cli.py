@@ -228,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "--suggest", choices=SUGGESTIONS, help="look for better weights: one a model, or one a model and layer"
     )
+    diagnose.add_argument(
+        "--offload", action="store_true", help="read weights when a module runs, for models larger than memory"
+    )
     diagnose.add_argument("--out", metavar="DIR", help="folder for report and plots")
     diagnose.add_argument("--overwrite", action="store_true")
     _add_matching(diagnose, default="none")
@@ -522,6 +525,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         options.unit,
         tuple(options.measures),
         options.suggest,
+        options.offload,
     )
     with progress_bars(shown=not options.quiet) as progress:
         report = write_diagnosis(

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import tensors_of
+from hf_llfc.checkpoints.streamed import StreamedModel
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, Suggestion, diagnose_models
 from hf_llfc.diagnostics.measures import check_measures, run_measures
 from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
@@ -20,6 +21,7 @@ from hf_llfc.recipe import DiagnoseSection
 from hf_llfc.stages import Parent, alignment_summary, open_data
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
@@ -70,10 +72,14 @@ def diagnose_checkpoints(
     if base is not None:
         named.append(ModelReference(base.checkpoint.id, base.checkpoint.revision))
     check_measures(section.measures, data, section.alphas)
-    models = [each.load() for each in compared]
+    if section.offload and (section.measures or section.suggest):
+        raise EvaluationError("with offload only loss, metric and LLFC are measured; leave out measures and suggest")
+    device = accelerator.device if accelerator is not None else "cpu"
+    models, combined = _streamed(compared, device) if section.offload else ([each.load() for each in compared], None)
     report = diagnose_models(
         models,
         data,
+        combined=combined,
         region=region,
         layers=section.layers or None,
         unit=section.unit,
@@ -105,6 +111,15 @@ def diagnose_checkpoints(
         geometry=measured.get("geometry", ()),
         suggestion=_suggestion(models, data, section, region, shares, report, progress),
     )
+
+
+def _streamed(parents: Sequence[Parent], device: torch.device | str) -> tuple[list[PreTrainedModel], StreamedModel]:
+    """The models, and one between them, without memory for their weights."""
+    first = parents[0].checkpoint
+    readers = [parent.read for parent in parents]
+    ones = [tuple(float(place == own) for place in range(len(parents))) for own in range(len(parents))]
+    models = [StreamedModel(first, readers, weights, device=device).model for weights in ones]
+    return models, StreamedModel(first, readers, ones[0], device=device)
 
 
 def _suggestion(

@@ -157,6 +157,7 @@ class DiagnoseSection:
         layers: Patterns of module names; block outputs and the logits where empty.
         unit: `sample`, one feature vector a sample, or `token`, one a token.
         measures: What else to measure on a pair: any of `MEASURES`.
+        offload: Whether every module reads its weights when it runs, for models that do not fit into memory.
         suggest: Whether to look for better weights: one of `SUGGESTIONS`, or None.
         batch_norm: See `BatchNormSection`.
     """
@@ -167,6 +168,7 @@ class DiagnoseSection:
     unit: str = "sample"
     measures: tuple[str, ...] = ()
     suggest: str | None = None
+    offload: bool = False
     batch_norm: BatchNormSection = field(default_factory=BatchNormSection)
 
 
@@ -547,7 +549,7 @@ class _Reader:
         return built
 
     def _diagnose(self, value: Mapping[str, Any], path: str) -> DiagnoseSection | None:
-        own = ("alphas", "layers", "unit", "measures", "suggest", "batch_norm")
+        own = ("alphas", "layers", "unit", "measures", "suggest", "offload", "batch_norm")
         settings = {key: each for key, each in value.items() if key not in own}
         data = self._data(settings, path, more=own)
         alphas = self._alphas(value.get("alphas", 11), f"{path}.alphas")
@@ -560,6 +562,9 @@ class _Reader:
         suggested = value.get("suggest")
         if suggested is not None:
             self._choice(suggested, SUGGESTIONS, f"{path}.suggest")
+        offload = value.get("offload", False)
+        if not isinstance(offload, bool):
+            self.problems.append(f"{path}.offload: true or false is expected, found {offload!r}")
         batch_norm = value.get("batch_norm")
         section = BatchNormSection()
         if isinstance(batch_norm, Mapping):
@@ -572,7 +577,9 @@ class _Reader:
             section = BatchNormSection(recompute is True, self._data(calibration or None, f"{path}.batch_norm"))
         elif batch_norm is not None:
             self.problems.append(f"{path}.batch_norm: a mapping of keys is expected, found {batch_norm!r}")
-        return None if data is None else DiagnoseSection(data, alphas, layers, unit, measures, suggested, section)
+        return (
+            None if data is None else DiagnoseSection(data, alphas, layers, unit, measures, suggested, offload, section)
+        )
 
     def _words(self, value: Any, path: str, what: str) -> tuple[str, ...]:
         """One word or a list of words."""

@@ -46,7 +46,7 @@ def load_model(
     plan = Layout(model_class, checkpoint.config).plan(infos, heading)
     raise_all([f"tensor {name} is left over" for name in plan.unused], CheckpointError, heading)
 
-    dtype = dtype or _most_common_dtype(infos)
+    dtype = dtype or most_common_dtype(infos)
     loaded: Any = model_class.from_pretrained(
         None,
         config=checkpoint.config,
@@ -63,7 +63,8 @@ def load_model(
     return model
 
 
-def _most_common_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype | None:
+def most_common_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype | None:
+    """The floating-point dtype in which most weights are stored; None if there are none."""
     elements: Counter[torch.dtype] = Counter()
     for info in infos.values():
         if info.dtype.is_floating_point:

@@ -209,6 +209,11 @@ class Layout:
         """The number of parameters of the model, tied weights once, without buffers."""
         return self._model.num_parameters()
 
+    @property
+    def names_in_memory(self) -> tuple[str, ...]:
+        """The names of the state dict, tied weights under every name."""
+        return tuple(self._all_memory)
+
     def plan(self, infos: Mapping[str, TensorInfo], heading: str) -> Plan:
         """Finds out how the tensors of a file make the tensors on disk.
 
@@ -268,6 +273,27 @@ class Layout:
             tuple(name for name in infos if name not in used and strangers.get(name, name) not in excused),
             make,
         )
+
+    def memory_reader(self, infos: Mapping[str, TensorInfo]) -> Callable[[str, Read], torch.Tensor]:
+        """How single tensors in memory are made, without the rest of the model.
+
+        Args:
+            infos: The tensors of the file, complete as `plan` has found them.
+
+        Returns:
+            A function of a name in memory and of what reads a tensor of the file by its name.
+        """
+        loads, _ = self._loads(infos)
+        self._tie(loads)
+        for name, source in tied_weights(self._model).items():
+            loads.setdefault(name, loads[source])
+
+        def read_memory(name: str, read: Read) -> torch.Tensor:
+            tensors = self._run(loads[name], read)
+            # A tied weight may be made from its other copy, under that name.
+            return tensors[name] if name in tensors else tensors[loads[name].target]
+
+        return read_memory
 
     def _loads(self, infos: Mapping[str, TensorInfo]) -> tuple[dict[str, _Load], dict[str, str]]:
         """Groups the tensors of a file by the tensors in memory that they make.

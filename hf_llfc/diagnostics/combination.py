@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_llfc.errors import EvaluationError, raise_all
+
+
+class MovingModel(Protocol):
+    """A model whose weights go from point to point."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, with the weights of the last point."""
+
+    def move_to(self, weights: Sequence[float], buffers: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Sets the weights; see `CombinedModel.move_to`."""
 
 
 class CombinedModel:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_llfc.choices import UNITS
 from hf_llfc.diagnostics.batch_norm import batch_norm_state, has_batch_norm, recompute_batch_norm
-from hf_llfc.diagnostics.combination import CombinedModel
+from hf_llfc.diagnostics.combination import CombinedModel, MovingModel
 from hf_llfc.diagnostics.layers import LOGITS, Layer, select_layers
 from hf_llfc.diagnostics.lockstep import Lockstep, PathSums
 from hf_llfc.diagnostics.points import Point, Region, line
@@ -46,6 +46,7 @@ def diagnose_models(
     region: Region | None = None,
     layers: Sequence[str] | None = None,
     unit: str = "sample",
+    combined: MovingModel | None = None,
     accelerator: Accelerator | None = None,
     batch_norm_data: EvaluationData | None = None,
     references: Sequence[Mapping[str, Any]] | None = None,
@@ -66,6 +67,7 @@ def diagnose_models(
         layers: Modules as shell patterns, see `select_layers`; without them every block. Logits always come last.
         unit: ``sample``, one feature vector a sample as in the paper, or ``token``, one a token, of which mean, spread
             and quantiles are then taken.
+        combined: What takes the weights of every point; one more model in memory without it.
         accelerator: Shares the samples among its processes; every process gets the report of all.
         batch_norm_data: Calibration samples from which batch normalization is recomputed at every point between the
             models; without them its statistics are combined. Has no effect on models without it.
@@ -87,11 +89,11 @@ def diagnose_models(
     if unit not in UNITS:
         raise EvaluationError(f"unknown unit {unit!r}{suggest(unit, UNITS)} (known: {', '.join(UNITS)})")
     measured = _with_ends(region) if region.kind == "line" else region
-    if accelerator is not None:
+    if accelerator is not None and combined is None:
         for model in models:
             model.to(accelerator.device)
     with evaluation_mode(*models):
-        combined = CombinedModel(models)
+        combined = combined or CombinedModel(models)
         first_batch, _ = next(data.batches())
         selected = select_layers(models[0], first_batch, layers)
         if data.labelled and selected[-1].label != LOGITS:
@@ -113,7 +115,7 @@ def _with_ends(region: Region) -> Region:
 
 
 def _recomputed_batch_norm(
-    combined: CombinedModel, points: Sequence[Point], data: EvaluationData | None
+    combined: MovingModel, points: Sequence[Point], data: EvaluationData | None
 ) -> dict[int, dict[str, torch.Tensor]]:
     """Statistics of batch normalization that belong to each point, by its place; the models keep their own.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from hf_llfc.diagnostics.combination import CombinedModel
+from hf_llfc.diagnostics.combination import MovingModel
 from hf_llfc.diagnostics.layers import LOGITS, Layer, handing_over, sample_vectors
 from hf_llfc.diagnostics.points import Region
 from hf_llfc.diagnostics.statistics import (
@@ -79,7 +79,7 @@ class Lockstep:
     """
 
     models: Sequence[PreTrainedModel]
-    combined: CombinedModel
+    combined: MovingModel
     region: Region
     layers: tuple[Layer, ...]
     buffers: Mapping[int, Mapping[str, torch.Tensor]]
@@ -92,7 +92,7 @@ class Lockstep:
     def start(
         cls,
         models: Sequence[PreTrainedModel],
-        combined: CombinedModel,
+        combined: MovingModel,
         region: Region,
         layers: tuple[Layer, ...],
         buffers: Mapping[int, Mapping[str, torch.Tensor]],
