@@ -264,6 +264,7 @@ def diagnose(
     measures: Sequence[str] = (),
     suggest: str | None = None,
     offload: bool = False,
+    heads: str = "own",
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Measures loss, metric and layerwise linear feature connectivity between models.
@@ -283,6 +284,7 @@ def diagnose(
         measures: What else to measure on a pair, see `hf_llfc.diagnostics.MEASURES`.
         suggest: Look for better `weights`, one a model, or one a model for each of the `layers`.
         offload: Let every module read its weights when it runs, for models that do not fit into memory.
+        heads: `own`, or `first`: models of different tasks are compared by their base model, under the head of A.
         progress: Shown meanwhile.
 
     Returns:
@@ -298,17 +300,17 @@ def diagnose(
     from hf_llfc.stages import (
         Parent,
         align_checkpoints,
+        comparable,
         open_data,
         refuse_foreign_alignment,
-        refuse_incompatible,
     )
 
     checkpoints = [open_checkpoint(model) for model in (a, b, *more)]
     base = open_checkpoint(base_model) if base_model is not None else None
-    refuse_incompatible([*checkpoints, *([base] if base is not None else [])])
-    section = DiagnoseSection(
-        data, tuple(alphas or DEFAULT_ALPHAS), tuple(layers), unit, tuple(measures), suggest, offload
-    )
+    everyone = [*checkpoints, *([base] if base is not None else [])]
+    head = comparable(everyone, heads, aligned=align != "none")
+    grid = tuple(alphas or DEFAULT_ALPHAS)
+    section = DiagnoseSection(data, grid, tuple(layers), unit, tuple(measures), suggest, offload)
     reference = base if base is not None else checkpoints[0]
     if isinstance(align, str):
         options = AlignSection(align, calibration=data)
@@ -323,10 +325,13 @@ def diagnose(
             refuse_foreign_alignment(align, *checkpoints)
         found = [None, align]
     return diagnose_checkpoints(
-        [Parent(each, alignment) for each, alignment in zip(checkpoints, found, strict=True)],
+        [
+            Parent(each, alignment, head if each is not head else None)
+            for each, alignment in zip(checkpoints, found, strict=True)
+        ],
         open_data(data, checkpoints[0]),
         section,
-        base=Parent(base) if base is not None else None,
+        base=Parent(base, None, head) if base is not None else None,
         weights=weights,
         calibration=batch_norm_data(checkpoints[0], section),
         progress=progress,

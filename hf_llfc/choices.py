@@ -14,3 +14,6 @@ MEASURES = ("additivity", "commutativity", "stitching", "geometry")
 
 SUGGESTIONS = ("weights", "layers")
 """What a diagnosis may suggest: one weight a model, or one a model and layer."""
+
+HEADS = ("own", "first")
+"""Under which head models are compared: each its own, or all that of the first, for models of different tasks."""

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc import __version__
-from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, SUGGESTIONS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, HEADS, MEASURES, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import LLFCError, suggest
 
 if TYPE_CHECKING:
@@ -216,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the merge of more than two models")
     diagnose.add_argument("--base-model", metavar="MODEL", help="add and negate task vectors over this model")
     diagnose.add_argument("--alphas", type=int, default=11, help="how many steps of the path, ends included")
+    diagnose.add_argument("--heads", choices=HEADS, default="own", help="first: compare models of different tasks")
     diagnose.add_argument(
         "--layers",
         nargs="+",
@@ -534,6 +535,7 @@ def _diagnose(options: argparse.Namespace) -> int:
             align=settings,
             weights=options.weights,
             base_model=options.base_model,
+            heads=options.heads,
             out=options.out,
             overwrite=options.overwrite,
             progress=progress,

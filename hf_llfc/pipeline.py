@@ -36,6 +36,7 @@ from hf_llfc.stages import (
     alignment_spec,
     alignment_summary,
     bind,
+    comparable,
     evaluate_parents,
     matching_memory,
     open_data,
@@ -537,6 +538,7 @@ def write_diagnosis(
     align: AlignSection,
     weights: Sequence[float] | None = None,
     base_model: str | Path | None = None,
+    heads: str = "own",
     out: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -549,6 +551,7 @@ def write_diagnosis(
         align: How the others are aligned to the first, or all to the base.
         weights: Of the merge that more than two models, or task vectors, would make; equal ones where None.
         base_model: θ₀ of task arithmetic.
+        heads: One of `HEADS`.
         out: The folder to write.
         overwrite: Whether an earlier output may be replaced.
         progress: Shown meanwhile.
@@ -563,7 +566,8 @@ def write_diagnosis(
         processes.on_main(output.check)
     checkpoints = processes.main_first(lambda: [open_checkpoint(model) for model in models])
     base = processes.main_first(lambda: open_checkpoint(base_model)) if base_model is not None else None
-    refuse_incompatible([*checkpoints, *([base] if base is not None else [])])
+    everyone = [*checkpoints, *([base] if base is not None else [])]
+    head = comparable(everyone, heads, aligned=align.method != "none")
     if output is not None:
         refuse_replacing_inputs(output, checkpoints)
     data = open_data(section.data, checkpoints[0])
@@ -575,10 +579,13 @@ def write_diagnosis(
         ]
     )
     report = diagnose_checkpoints(
-        [Parent(each, alignment) for each, alignment in zip(checkpoints, alignments, strict=True)],
+        [
+            Parent(each, alignment, head if each is not head else None)
+            for each, alignment in zip(checkpoints, alignments, strict=True)
+        ],
         data,
         section,
-        base=Parent(base) if base is not None else None,
+        base=Parent(base, None, head) if base is not None else None,
         weights=weights,
         calibration=batch_norm_data(checkpoints[0], section),
         accelerator=processes.accelerator,

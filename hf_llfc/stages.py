@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from hf_llfc.adapters import spec_for
 from hf_llfc.alignment import Parameters, match_activations, match_weights
-from hf_llfc.checkpoints import Checkpoint, compare, load_model
-from hf_llfc.choices import ALIGNMENT_METHODS
+from hf_llfc.checkpoints import Checkpoint, body_tensors, compare, load_model
+from hf_llfc.choices import ALIGNMENT_METHODS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData, load_evaluation_data
 from hf_llfc.evaluation.models import evaluate_model, evaluation_mode, model_inputs
@@ -37,10 +37,13 @@ class Parent:
     Attributes:
         checkpoint: The original.
         alignment: How it moves; None if it stays as it is.
+        head_of: Another checkpoint of the same base model, whose architecture and head this one is given: models of
+            different tasks are then compared by what they share. Not together with an alignment.
     """
 
     checkpoint: Checkpoint
     alignment: Alignment | None = None
+    head_of: Checkpoint | None = None
 
     @cached_property
     def binding(self) -> Binding:
@@ -50,13 +53,15 @@ class Parent:
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor, moved."""
+        if self.head_of is not None and name not in body_tensors(self.checkpoint, self.head_of):
+            return self.head_of.read(name)
         if self.alignment is None:
             return self.checkpoint.read(name)
         return self.alignment.read_aligned(name, self.binding, self.checkpoint.read)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, moved."""
-        return {name: self.read(name) for name in self.checkpoint.tensors}
+        return {name: self.read(name) for name in (self.head_of or self.checkpoint).tensors}
 
     def axes_of(self, name: str) -> tuple[str, ...]:
         """The axes that a tensor carries; none where the architecture has no spec."""
@@ -76,8 +81,36 @@ class Parent:
             CheckpointError: A tensor is not finite.
         """
         refuse_not_finite(self.checkpoint)
-        state = None if self.alignment is None else self.state_dict()
-        return load_model(self.checkpoint, state_dict=state).eval()
+        as_stored = self.alignment is None and self.head_of is None
+        state = None if as_stored else self.state_dict()
+        return load_model(self.head_of or self.checkpoint, state_dict=state).eval()
+
+
+def comparable(checkpoints: Sequence[Checkpoint], heads: str, *, aligned: bool) -> Checkpoint | None:
+    """Refuses checkpoints that cannot be compared.
+
+    Args:
+        checkpoints: All.
+        heads: One of `HEADS`.
+        aligned: Whether some of them are to be moved.
+
+    Returns:
+        The checkpoint whose head all others are given, or None where each has its own.
+
+    Raises:
+        CheckpointError: They do not fit each other, or, with one head for all, their base models do not.
+        AlignmentError: Models of different heads were to be aligned.
+    """
+    if heads not in HEADS:
+        raise CheckpointError(f"unknown heads {heads!r}{suggest(heads, HEADS)} (known: {', '.join(HEADS)})")
+    if heads == "own":
+        refuse_incompatible(checkpoints)
+        return None
+    if aligned:
+        raise AlignmentError("models under one head are not aligned; leave out align, or compare them with their own")
+    problems = compare(checkpoints, bodies_only=True)
+    raise_all(problems, CheckpointError, "these checkpoints have not the same base model")
+    return checkpoints[0]
 
 
 def spec_of(checkpoint: Checkpoint) -> PermutationSpec:

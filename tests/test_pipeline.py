@@ -1,5 +1,6 @@
 """The main flow on small models: what is written, what it says, and that it says the truth."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import hf_llfc
 from hf_llfc.diagnostics import suggest
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.recipe import load_recipe
+from tests.evaluation.tiny_data import text_rows, word_tokenizer
 from tests.runs import (
     TEXT,
     byte_llama,
@@ -24,6 +26,7 @@ from tests.runs import (
     text_recipe,
     written,
 )
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture
@@ -363,3 +366,39 @@ def test_suggested_weights_of_layers_fit_a_recipe(independent, tmp_path, monkeyp
     name = "model.layers.1.mlp.up_proj.weight"
     expected = (shares[0] * a[name].double() + shares[1] * b[name].double()) / sum(shares)
     torch.testing.assert_close(merged[name].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_models_of_different_tasks_are_compared_under_the_first_head(tmp_path):
+    masked = saved(tiny_model("bert", "masked-lm", 0), tmp_path / "masked")
+    labelled = tiny_model("bert", "sequence-classification", 1)
+    classifier = saved(labelled, tmp_path / "classifier")
+    for folder in (masked, classifier):
+        word_tokenizer().save_pretrained(folder)
+    rows = tmp_path / "rows.jsonl"
+    text_rows(9, classes=labelled.config.num_labels).to_json(rows)
+    data = EvaluationConfig(task="text-classification", dataset=str(rows), batch_size=4)
+    with pytest.raises(hf_llfc.LLFCError, match="architecture"):
+        hf_llfc.diagnose(classifier, masked, data)
+    report = hf_llfc.diagnose(classifier, masked, data, heads="first", alphas=[0.0, 0.5, 1.0])
+    # The far end is the other model's body under this head.
+    grafted = copy.deepcopy(labelled)
+    body = {
+        name: value for name, value in tiny_model("bert", "masked-lm", 0).state_dict().items() if name[:5] == "bert."
+    }
+    missing, unexpected = grafted.load_state_dict(body, strict=False)
+    assert not unexpected and missing
+    expected = hf_llfc.diagnose(
+        classifier, saved_with_tokenizer(grafted, tmp_path / "grafted"), data, alphas=[0.0, 0.5, 1.0]
+    )
+    assert report.path == expected.path
+    assert report.layers == expected.layers
+    with pytest.raises(hf_llfc.LLFCError, match="under one head are not aligned"):
+        hf_llfc.diagnose(classifier, masked, data, heads="first", align="weight_matching")
+    with pytest.raises(hf_llfc.LLFCError, match="the model type is"):
+        hf_llfc.diagnose(classifier, saved(byte_llama(0), tmp_path / "llama"), data, heads="first")
+
+
+def saved_with_tokenizer(model, path: Path) -> Path:
+    """Saves a model of the tests with the tokenizer of the tests."""
+    word_tokenizer().save_pretrained(path)
+    return saved(model, path)

@@ -1,6 +1,6 @@
 """Checkpoints: opened from the Hub, a folder or memory, read lazily by tensor, compared, built into models, written."""
 
-from hf_llfc.checkpoints.comparison import compare
+from hf_llfc.checkpoints.comparison import body_tensors, compare
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.checkpoints.names import tensors_of
@@ -12,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "OutputFolder",
     "TensorInfo",
+    "body_tensors",
     "compare",
     "load_model",
     "open_checkpoint",

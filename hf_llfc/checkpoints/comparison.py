@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = re.compile(
 )
 
 
-def compare(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def compare(checkpoints: Sequence[Checkpoint], *, bodies_only: bool = False) -> list[str]:
     """Finds everything that forbids merging these checkpoints with each other.
 
     All are compared with the first: model type, architecture, every config value that changes what the model
@@ -33,14 +33,43 @@ def compare(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
     Args:
         checkpoints: Opened checkpoints.
+        bodies_only: Whether only what the base model computes must fit, not heads and labels.
 
     Returns:
         One message per problem; none if the checkpoints fit together.
     """
     problems: list[str] = []
     for other in checkpoints[1:]:
-        problems += _compare_pair(checkpoints[0], other)
+        problems += (_compare_bodies if bodies_only else _compare_pair)(checkpoints[0], other)
     return problems
+
+
+def body_tensors(checkpoint: Checkpoint, other: Checkpoint) -> frozenset[str]:
+    """Names of the tensors of the base model, which two checkpoints share whatever their heads.
+
+    A base model that was saved alone has names without its prefix; it is no such pair.
+    """
+    assert other.model_class is not None
+    prefix = f"{other.model_class.base_model_prefix}."
+    return frozenset(name for name in other.tensors if name.startswith(prefix) and name in checkpoint.tensors)
+
+
+def _compare_bodies(first: Checkpoint, other: Checkpoint) -> list[str]:
+    type_1, type_2 = first.config.model_type, other.config.model_type
+    if type_1 != type_2:
+        return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
+    problems = list(_config_problems(first, other))
+    shared = body_tensors(other, first)
+    if not shared:
+        return [f"{other.label}: shares no tensor of a base model with {first.label}; save both with a task head"]
+    shapes = [
+        f"{name} {list(other.tensors[name].shape)} against {list(first.tensors[name].shape)}"
+        for name in first.tensors
+        if name in shared and other.tensors[name].shape != first.tensors[name].shape
+    ]
+    if shapes:
+        problems.append(f"{other.label}: other shapes than in {first.label}: {_few(shapes, '; ')}")
+    return [*problems, *_vocabulary_problems(first, other)]
 
 
 def _compare_pair(first: Checkpoint, other: Checkpoint) -> list[str]:
