@@ -103,11 +103,11 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    command = f"python benchmarks/lockstep.py --parents parents --alphas {options.alphas} --samples {options.samples}"
+    command = f"python benchmarks/lockstep.py --parents parents --repeats {options.repeats} --samples {options.samples}"
     replace_section(
         "lockstep",
-        f"`{command}`, medians of {options.repeats}, one thread. {options.alphas} values of α inside the path, block outputs "
-        f"and logits, no labels.\n\n{markdown(rows)}",
+        f"`{command}`, medians of {options.repeats}, one thread. {options.alphas} values of α inside the path, block "
+        f"outputs and logits, no labels.\n\n{markdown(rows)}",
     )
 
 
