@@ -75,7 +75,7 @@ class Commutativity:
         batch: Any batch, for the trial run.
 
     Raises:
-        EvaluationError: No linear map has an input from a layer before.
+        EvaluationError: No linear map has an input from a layer before, or a weight is offloaded or not finite.
     """
 
     def __init__(self, model_a: PreTrainedModel, model_b: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
@@ -87,6 +87,8 @@ class Commutativity:
                 f"commutativity: {type(model_a).__name__} has no linear map whose input comes from a layer before; "
                 "leave commutativity out of the measures"
             )
+        for layer in self.layers:
+            self._weights(layer)  # those that cannot be used are named before anything runs
         zeros = torch.zeros((len(self.layers), 3), dtype=torch.float64, device=model_a.device)
         self.sums = CommutativitySums(zeros, zeros.clone())
 

@@ -189,6 +189,17 @@ def test_what_is_not_finite_is_named():
         run_measures(["commutativity"], model, other, data)
 
 
+def test_weights_that_are_offloaded_are_refused():
+    model, other = pair("bert")
+    data = data_of("bert", model.config)
+    dense = other.bert.encoder.layer[0].output.dense
+    dense.weight = nn.Parameter(dense.weight.to("meta"))
+    for name in ("commutativity", "geometry"):
+        expected = rf"{name}: the weight of 'bert.encoder.layer.0.output.dense' is offloaded; leave {name} out"
+        with pytest.raises(EvaluationError, match=expected):
+            run_measures([name], model, other, data)
+
+
 def test_sums_add_up():
     one = CommutativitySums(torch.ones(2, 3), torch.zeros(2, 3))
     one.merge(CommutativitySums(torch.ones(2, 3), torch.ones(2, 3)))
