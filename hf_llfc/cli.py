@@ -598,15 +598,15 @@ def _run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
 
 def _show_report(report: ConnectivityReport, options: argparse.Namespace) -> None:
     from hf_llfc.console import print_json, print_table
-    from hf_llfc.publishing.tables import report_tables, suggestion_sentence
+    from hf_llfc.publishing.tables import report_tables
 
     if options.format == "json":
         print_json(report.to_dict())
         return
     for table in report_tables(report):
         print_table(table.title, table.rows, numbers=table.numbers)
-    if (sentence := suggestion_sentence(report)) is not None:
-        print(sentence)
+    if report.suggestion is not None:
+        print(f"suggestion: {report.suggestion.because}")
     print(f"verdict: {report.verdict.answer}: {report.verdict.because}")
 
 

@@ -215,22 +215,9 @@ def _suggestion(report: ConnectivityReport) -> list[Row]:
         return []
     by_pattern = found.layer_weights or ({"all tensors": found.weights} if found.weights is not None else {})
     return [
-        {"tensors": pattern, "weights": " : ".join(f"{weight:.3g}" for weight in weights)}
+        {"tensors": pattern or "all others", "weights": " : ".join(f"{weight:.3g}" for weight in weights)}
         for pattern, weights in by_pattern.items()
     ]
-
-
-def suggestion_sentence(report: ConnectivityReport) -> str | None:
-    """What is gained by the suggested weights, in words; None where there are none."""
-    found = report.suggestion
-    if found is None:
-        return None
-    gain = ""
-    if found.loss is not None and found.reference_loss is not None:
-        gain = f"; loss on held-out samples {found.loss:.4f} against {found.reference_loss:.4f}"
-    if found.gain_interval is not None:
-        gain += f", gain {found.gain_interval[0]:.4f} to {found.gain_interval[1]:.4f} (95 % interval)"
-    return f"suggestion: {found.because.rstrip('.')}{gain}"
 
 
 def _barrier(report: ConnectivityReport) -> list[Row]:

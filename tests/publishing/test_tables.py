@@ -8,7 +8,7 @@ import pytest
 from hf_llfc.console import print_table
 from hf_llfc.publishing.facts import read_report
 from hf_llfc.publishing.plots import PLOT_FILES
-from hf_llfc.publishing.tables import report_tables, suggestion_sentence
+from hf_llfc.publishing.tables import report_tables
 from tests.publishing.samples import make_measured_report, make_report, make_simplex_report
 
 
@@ -94,13 +94,13 @@ def test_every_column_and_picture_is_explained():
         assert f"`{file}`" in page, file
 
 
-def test_a_suggestion_is_a_table_and_a_sentence():
-    suggestion = {"because": "tweets weigh more.", "loss": 0.5, "reference_loss": 0.625,
-                  "gain_interval": [0.1, 0.15], "weights": [0.7, 0.3]}  # fmt: skip
-    report = make_report(suggestion=suggestion)
-    assert tables_of(report)["suggested weights"] == [{"tensors": "all tensors", "weights": "0.7 : 0.3"}]
-    assert suggestion_sentence(read_report(report)) == (
-        "suggestion: tweets weigh more; loss on held-out samples 0.5000 against 0.6250, "
-        "gain 0.1000 to 0.1500 (95 % interval)"
-    )
-    assert suggestion_sentence(read_report(make_report())) is None
+def test_a_suggestion_is_a_table() -> None:
+    same = {"because": "tweets weigh more", "weights": [0.7, 0.3]}
+    assert tables_of(make_report(suggestion=same))["suggested weights"] == [
+        {"tensors": "all tensors", "weights": "0.7 : 0.3"}
+    ]
+    by_layer = {"because": "better", "layer_weights": {"bert.encoder.layer.0": [1.0, 0.0], "": [0.5, 0.5]}}
+    assert tables_of(make_report(suggestion=by_layer))["suggested weights"] == [
+        {"tensors": "bert.encoder.layer.0", "weights": "1 : 0"},
+        {"tensors": "all others", "weights": "0.5 : 0.5"},
+    ]
