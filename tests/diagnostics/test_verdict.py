@@ -75,7 +75,7 @@ def outputs(divergence, entropy=0.3):
 def test_predictions_decide_where_there_are_no_labels(layers, divergence, aligned, answer):
     verdict = judge(NONE, layers, aligned=aligned, outputs=outputs(divergence))
     assert verdict.answer == answer
-    assert f"{divergence:.2g} nats from it (limit 0.12)" in verdict.because
+    assert f"{divergence:.2g} nats from it (limit 0.1)" in verdict.because
     criteria = judged_by(layers, outputs(divergence))
     assert all(criterion.holds for criterion in criteria) == (answer == "merge")
 
