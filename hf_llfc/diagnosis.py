@@ -58,6 +58,37 @@ def diagnose_checkpoints(
         raise EvaluationError(f"{len(weights)} weights for {len(parents)} models; give one weight a model")
     shares = list(weights) if weights is not None else [1 / len(parents)] * len(parents)
     region = region_of(shares, section, arithmetic_over_base=base is not None)
+    if section.measures and region.kind != "line":
+        raise EvaluationError(
+            f"{', '.join(section.measures)} compare two models, these are {len(parents) + (base is not None)}; leave "
+            "the measures out, or give two models and no base model"
+        )
+    compared = [*parents, *([base] if base is not None else [])]
+    asked: Sequence[float | None] = weights if weights is not None else [None] * len(parents)
+    named = [
+        ModelReference(each.checkpoint.id, each.checkpoint.revision, weight)
+        for each, weight in zip(parents, asked, strict=True)
+    ]
+    if base is not None:
+        named.append(ModelReference(base.checkpoint.id, base.checkpoint.revision))
+    check_measures(section.measures, data, section.alphas)
+    if section.offload and (section.measures or section.suggest):
+        raise EvaluationError("with offload only loss, metric and LLFC are measured; leave out measures and suggest")
+    device = accelerator.device if accelerator is not None else "cpu"
+    models, combined = _streamed(compared, device) if section.offload else ([each.load() for each in compared], None)
+    report = diagnose_models(
+        models,
+        data,
+        combined=combined,
+        region=region,
+        layers=section.layers or None,
+        unit=section.unit,
+        accelerator=accelerator,
+        batch_norm_data=calibration,
+        references=[vars(reference) for reference in named],
+        alignment=_how_aligned(compared),
+        on_batch=partial(progress, "diagnosing"),
+    )
     measured = run_measures(
         section.measures,
         models[0],

@@ -337,6 +337,21 @@ def test_task_vectors_are_added_and_taken_away(independent, tmp_path):
     assert report.path[3].weights == pytest.approx((-0.3, -0.4, 1.7))
     assert report.path[-1].weights == pytest.approx((0.3, 0.4, 0.3))
     assert result.table[-1]["loss"] == pytest.approx(report.path[-1].loss, rel=1e-6)
+    assert "at the merge logits" in report.verdict.because
+    outside = hf_llfc.merge(
+        independent[:1],
+        [1.0],
+        out=tmp_path / "outside",
+        merge_method="task_arithmetic",
+        base_model=base,
+        parameters={"lambda": 1.5},
+        diagnose=data,
+    )
+    assert outside.report.path[-1].weights == (1.5, -0.5)
+    assert outside.report.barrier.loss is None
+    assert (
+        outside.report.verdict.because.startswith("without labels") or "barrier" not in outside.report.verdict.because
+    )
 
 
 def test_suggested_weights_of_layers_fit_a_recipe(independent, tmp_path, monkeypatch):

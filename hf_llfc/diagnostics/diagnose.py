@@ -174,7 +174,8 @@ def _report(
         barrier=barrier,
         layers=rows,
         verdict=judge(
-            barrier,
+            # Outside the simplex no blend of the parents' losses is a bound.
+            barrier if merge.convex else Barrier(None, None),
             [row for row in rows if row.weights == merge.weights],
             aligned=how_aligned.get("method") not in (None, "none"),
         ),

@@ -100,7 +100,8 @@ def judge(
     rows = middle_rows(layers)
     criteria = judged_by(layers, outputs)
     features_agree = all(criterion.holds for criterion in criteria)
-    evidence = f"at alpha {rows[0].alpha:g} {_output(rows[-1])}, and {_coefficient(rows)[1]}"
+    where = "the merge" if len(rows[0].weights) > 2 else f"alpha {rows[0].alpha:g}"
+    evidence = f"at {where} {_output(rows[-1])}, and {_coefficient(rows)[1]}"
     if barrier.loss is None or barrier.error is None:
         connected = features_agree
         if outputs is not None:
@@ -192,7 +193,9 @@ def judged_by(layers: Sequence[LayerRow], outputs: OutputAgreement | None = None
 
 
 def middle_rows(layers: Sequence[LayerRow]) -> list[LayerRow]:
-    """The rows at the α inside the path that is nearest to 0.5."""
+    """The rows at the α inside the path that is nearest to 0.5; all rows where they are of one point."""
+    if len({(row.alpha, row.weights) for row in layers}) == 1:
+        return list(layers)
     inside = [row for row in layers if 0 < row.alpha < 1]
     middle = min((row.alpha for row in inside), key=lambda alpha: (abs(alpha - 0.5), alpha))
     return [row for row in inside if row.alpha == middle]
