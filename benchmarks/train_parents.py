@@ -307,12 +307,14 @@ def train_minilm(out: Path) -> None:
         labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
         return transformers.BertForSequenceClassification.from_pretrained(real_data.minilm(), **labels).eval()
 
-    def fine_tuned(domain: str, seed: int) -> PreTrainedModel:
-        return fit(start(), inputs(train[domain]), Training(2, 16, 5e-5, seed))
+    def fine_tuned(domain: str, seed: int, epochs: int = 2) -> PreTrainedModel:
+        return fit(start(), inputs(train[domain]), Training(epochs, 16, 5e-5, seed))
 
     group.add("base", start, tokenizer, held_out)
     for seed, domain in enumerate(real_data.SENTIMENT_DOMAINS, start=1):
         group.add(domain, partial(fine_tuned, domain, seed), tokenizer, held_out)
+    for seed, domain in enumerate(("tweets", "movies"), start=1):
+        group.add(f"{domain}-one-epoch", partial(fine_tuned, domain, seed, 1), tokenizer, held_out)
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
