@@ -342,9 +342,15 @@ def four_domains(parents: Path, out: Path) -> str:
     ]
     best = max(each["metrics"]["accuracy"] for each in result.table[:-1])
     merged = result.table[-1]["metrics"]["accuracy"]
+    assert result.report is not None
+    points = [
+        {"point": each.name, "accuracy": f"{each.metrics['accuracy']:.4f}", "loss": f"{each.loss:.4f}"}
+        for each in result.report.path
+    ]
     return (
-        f"{markdown(rows)}\n\nBest single model {best:.4f}, uniform average {merged:.4f}. Features along the line "
-        f"from the first model to the mean of the others, at the midpoint ({seconds:.0f} s):\n\n{layer_table(result)}"
+        f"{markdown(rows)}\n\nBest single model {best:.4f}, uniform average {merged:.4f} ({seconds:.0f} s). Over the "
+        f"simplex:\n\n{markdown(points)}\n\nFeatures at its centre; the baseline is the mean over the pairs of models:"
+        f"\n\n{layer_table(result)}"
     )
 
 
