@@ -339,11 +339,15 @@ def _check_features(
         because += "; weight matching finds nothing to move"
     elif answer != "merge":
         progress(runs, 1, 2)
-        failed = [each.quantity for each in judged_by(features.layers, features.outputs) if not each.holds]
+        failed = [
+            f"{each.quantity}: {'undefined' if each.value is None else format(each.value, '.2g')} ({each.limit})"
+            for each in judged_by(features.layers, features.outputs)
+            if not each.holds
+        ]
         features = compare_features(model_a, Parent(b, weights.alignment).load(), data)
         verdict = judge(Barrier(None, None), features.layers, aligned=True, outputs=features.outputs)
         answer, aligned = "align" if verdict.answer == "merge" else "do not merge", True
-        because = f"as they are, {' and '.join(failed)} is too far off; after weight matching, {verdict.because}"
+        because = f"not as they are ({'; '.join(failed)}); after weight matching, {verdict.because}"
     progress(runs, 2, 2)
     criteria = judged_by(features.layers, features.outputs)
     return replace(
