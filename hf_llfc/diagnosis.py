@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hf_llfc.checkpoints import tensors_of
 from hf_llfc.checkpoints.streamed import StreamedModel
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, Suggestion, diagnose_models
+from hf_llfc.diagnostics.diagnose import judged_point
 from hf_llfc.diagnostics.measures import check_measures, run_measures
+from hf_llfc.diagnostics.outputs import compare_outputs
 from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
 from hf_llfc.diagnostics.suggest import suggest_weights
+from hf_llfc.diagnostics.trial import LOGITS
+from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.progress import Progress, silent
@@ -89,6 +93,13 @@ def diagnose_checkpoints(
         alignment=_how_aligned(compared),
         on_batch=partial(progress, "diagnosing"),
     )
+    if not data.labelled and region.kind == "line" and combined is None and report.layer_names[-1] == LOGITS:
+        # Without labels the predictions say more than the features: the same rule, and limits, as those of `check`.
+        outputs = compare_outputs(
+            models[0], models[1], data, alpha=judged_point(region).alpha, batch_norm_data=calibration
+        )
+        aligned = report.alignment.get("method") not in (None, "none")
+        report = replace(report, verdict=judge(report.barrier, report.layers, aligned=aligned, outputs=outputs))
     measured = run_measures(
         section.measures,
         models[0],

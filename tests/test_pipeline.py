@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 import hf_llfc
 from hf_llfc.diagnostics import suggest
-from hf_llfc.evaluation import EvaluationConfig
+from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
+from hf_llfc.mergeability import compare_features
 from hf_llfc.recipe import load_recipe
 from tests.evaluation.tiny_data import text_rows, word_tokenizer
 from tests.runs import (
@@ -414,3 +415,13 @@ def saved_with_tokenizer(model, path: Path) -> Path:
     """Saves a model of the tests with the tokenizer of the tests."""
     word_tokenizer().save_pretrained(path)
     return saved(model, path)
+
+
+def test_without_labels_a_diagnosis_judges_as_check_does(tmp_path):
+    models = [small_resnet(seed) for seed in (0, 1)]
+    pair = [saved(model, tmp_path / f"resnet-{seed}") for seed, model in enumerate(models)]
+    config = EvaluationConfig(task="image-classification", dataset=str(image_data(tmp_path)), labels=False)
+    report = hf_llfc.diagnose(*pair, config, alphas=[0.5])
+    found = compare_features(*models, load_evaluation_data(config, None, models[0].config)).outputs
+    assert f"{found.merged_divergence:.2g} nats from it" in report.verdict.because
+    assert f"{found.parents_disagreement:.1%}" in report.verdict.because
