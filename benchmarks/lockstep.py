@@ -38,19 +38,23 @@ from hf_llfc.evaluation.models import evaluation_mode, forward_logits
 from hf_llfc.stages import Parent, open_data
 
 PAIRS = {
-    "MiniLM, sentences of 64 tokens": (
+    "minilm": (
+        "MiniLM, sentences of up to 64 tokens",
         ("minilm/tweets", "minilm/movies"),
         {"task": "text-classification", "dataset": "minilm/data/all-test.jsonl", "batch_size": 32, "max_length": 64},
     ),
-    "ViT, Fashion-MNIST": (
+    "vit": (
+        "ViT, Fashion-MNIST",
         ("fashion/vit-spawned-a", "fashion/vit-spawned-b"),
         {"task": "image-classification", "dataset": "fashion/data/test.parquet", "batch_size": 64},
     ),
-    "ResNet, Fashion-MNIST": (
+    "resnet": (
+        "ResNet, Fashion-MNIST",
         ("fashion/resnet-spawned-a", "fashion/resnet-spawned-b"),
         {"task": "image-classification", "dataset": "fashion/data/test.parquet", "batch_size": 64},
     ),
-    "Llama, 256 bytes": (
+    "llama": (
+        "Llama, 256 bytes",
         ("lm/llama-brown", "lm/llama-python"),
         {
             "task": "text-generation",
@@ -65,7 +69,7 @@ WAYS = ("bare", "lockstep", "keep everything")
 
 
 def main() -> None:
-    """Measures all pairs in turns and writes the section of RESULTS.md."""
+    """Measures every pair, the ways in turns, and writes its section of RESULTS.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parents", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
@@ -77,7 +81,6 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one, options)))
         return
-    rows = []
     for pair in options.only or PAIRS:
         runs: dict[tuple[str, int], list[dict[str, float]]] = {}
         for _ in range(options.repeats):
@@ -89,26 +92,24 @@ def main() -> None:
             key: {name: statistics.median(run[name] for run in each) for name in each[0]} for key, each in runs.items()
         }
         bare, ours, keep = (middle[way, options.samples] for way in WAYS)
-        rows.append(
-            {
-                "pair": pair,
-                "bare, s of CPU": f"{bare['cpu']:.2f}",
-                "lockstep ÷ bare, CPU": f"{ours['cpu'] / bare['cpu']:.3f}",
-                "lockstep ÷ bare, wall": f"{ours['wall'] / bare['wall']:.3f}",
-                "keep everything ÷ bare, CPU": f"{keep['cpu'] / bare['cpu']:.3f}",
-                "lockstep, MB": f"{ours['megabytes']:.0f}",
-                "… 4 × the samples": f"{middle['more lockstep', 4 * options.samples]['megabytes']:.0f}",
-                "keep everything, MB": f"{keep['megabytes']:.0f}",
-                "… 4 × samples": f"{middle['more keep everything', 4 * options.samples]['megabytes']:.0f}",
-            }
+        figures = {
+            "pair": PAIRS[pair][0],
+            "bare, s of CPU": f"{bare['cpu']:.2f}",
+            "lockstep ÷ bare, CPU": f"{ours['cpu'] / bare['cpu']:.3f}",
+            "lockstep ÷ bare, wall": f"{ours['wall'] / bare['wall']:.3f}",
+            "keep everything ÷ bare, CPU": f"{keep['cpu'] / bare['cpu']:.3f}",
+            "lockstep, MB": f"{ours['megabytes']:.0f}",
+            "… 4 × the samples": f"{middle['more lockstep', 4 * options.samples]['megabytes']:.0f}",
+            "keep everything, MB": f"{keep['megabytes']:.0f}",
+            "… 4 × samples": f"{middle['more keep everything', 4 * options.samples]['megabytes']:.0f}",
+        }
+        command = f"python benchmarks/lockstep.py --parents parents --only {pair} --repeats {options.repeats} "
+        replace_section(
+            f"lockstep_{pair}",
+            f"`{command}--samples {options.samples}`, medians, one thread; {options.alphas} values of α inside the "
+            f"path, block outputs and logits, no labels.\n\n{markdown([figures])}",
         )
-        print(rows[-1], flush=True)
-    command = f"python benchmarks/lockstep.py --parents parents --repeats {options.repeats} --samples {options.samples}"
-    replace_section(
-        "lockstep",
-        f"`{command}`, medians of {options.repeats}, one thread. {options.alphas} values of α inside the path, block "
-        f"outputs and logits, no labels.\n\n{markdown(rows)}",
-    )
+        print(figures, flush=True)
 
 
 def in_process(pair: str, way: str, options: argparse.Namespace, samples: int) -> dict[str, float]:
@@ -122,7 +123,7 @@ def in_process(pair: str, way: str, options: argparse.Namespace, samples: int) -
 def measure(pair: str, way: str, options: argparse.Namespace) -> dict[str, float]:
     """Seconds and memory of one way on one pair."""
     torch.set_num_threads(1)
-    names, settings = PAIRS[pair]
+    _, names, settings = PAIRS[pair]
     checkpoints = [open_checkpoint(options.parents / name) for name in names]
     models = [Parent(checkpoint).load() for checkpoint in checkpoints]
     settings = {**settings, "dataset": str(options.parents / settings["dataset"])}
