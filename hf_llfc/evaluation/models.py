@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +47,7 @@ def model_inputs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> d
     Returns:
         Keyword arguments of the forward pass.
     """
-    parameters = _parameters(type(model).forward)
+    parameters = inspect.signature(model.forward).parameters
     named = [name for name in batch if name in parameters]
     takes_anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     names = named or ([name for name in batch if takes_anything])
@@ -60,11 +59,6 @@ def model_inputs(batch: Mapping[str, torch.Tensor], model: PreTrainedModel) -> d
         value = batch[name].to(model.device)
         inputs[name] = value.to(weight.dtype) if value.is_floating_point() and weight is not None else value
     return inputs
-
-
-@cache
-def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(forward).parameters
 
 
 def forward_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -82,7 +76,7 @@ def forward_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
     """
     inputs: dict[str, Any] = dict(model_inputs(batch, model))
     # The cache of keys and values is for generation; here it would only take memory.
-    if "use_cache" in _parameters(type(model).forward):
+    if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     try:
         output = model(**inputs)
