@@ -63,9 +63,10 @@ def diagnose_checkpoints(
     shares = list(weights) if weights is not None else [1 / len(parents)] * len(parents)
     region = region_of(shares, section, arithmetic_over_base=base is not None)
     if section.measures and region.kind != "line":
+        count = len(parents) + (base is not None)
         raise EvaluationError(
-            f"{', '.join(section.measures)} compare two models, these are {len(parents) + (base is not None)}; leave "
-            "the measures out, or give two models and no base model"
+            f"{', '.join(section.measures)}: for two models only, and these are {count}; leave the measures out, or give "
+            "two models and no base model"
         )
     compared = [*parents, *([base] if base is not None else [])]
     asked: Sequence[float | None] = weights if weights is not None else [None] * len(parents)

@@ -66,4 +66,4 @@ def test_measures_of_more_than_two_models_are_refused(folder, capsys):
     models = [str(folder / seed) for seed in "012"]
     data = [*BYTES, "--dataset", str(folder / "text.txt")]
     assert main(["diagnose", *models, *data, "--measures", "stitching"]) == 2
-    assert "stitching compare two models, these are 3" in capsys.readouterr().err
+    assert "stitching: for two models only, and these are 3" in capsys.readouterr().err
