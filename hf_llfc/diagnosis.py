@@ -65,8 +65,8 @@ def diagnose_checkpoints(
     if section.measures and region.kind != "line":
         count = len(parents) + (base is not None)
         raise EvaluationError(
-            f"{', '.join(section.measures)}: for two models only, and these are {count}; leave the measures out, or give "
-            "two models and no base model"
+            f"{', '.join(section.measures)}: for two models only, and these are {count}; leave the measures out, or "
+            "give two models and no base model"
         )
     compared = [*parents, *([base] if base is not None else [])]
     asked: Sequence[float | None] = weights if weights is not None else [None] * len(parents)
