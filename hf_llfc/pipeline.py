@@ -569,7 +569,7 @@ def write_diagnosis(
     everyone = [*checkpoints, *([base] if base is not None else [])]
     head = comparable(everyone, heads, aligned=align.method != "none")
     if output is not None:
-        refuse_replacing_inputs(output, checkpoints)
+        refuse_replacing_inputs(output, everyone)
     data = open_data(section.data, checkpoints[0])
     reference = base if base is not None else checkpoints[0]
     alignments = processes.on_main(

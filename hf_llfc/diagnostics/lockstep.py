@@ -118,7 +118,7 @@ class Lockstep:
     def add(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
         """Runs every model once, and the combined one once a point between them."""
         units = self._units(batch, sample_ids)
-        runs = [self._parent(model, place, batch, units) for place, model in enumerate(self.models)]
+        runs = [self._parent(model, batch, units) for model in self.models]
         logits = [run.logits for run in runs]
         between = torch.stack([gram([run.features[place] for run in runs]) for place in range(len(self.layers))])
         for place, name in enumerate(self.names):
@@ -167,7 +167,7 @@ class Lockstep:
             labels = batch["labels"].to(logits.device)
             self.sums.scores[place].add(score_samples(self.data.task, logits, labels))
 
-    def _parent(self, model: PreTrainedModel, place: int, batch: Mapping[str, torch.Tensor], units: Units) -> ParentRun:
+    def _parent(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor], units: Units) -> ParentRun:
         """Features of every layer, (u, f) each, kept until the batch is done."""
         kept: dict[int, torch.Tensor] = {}
 
