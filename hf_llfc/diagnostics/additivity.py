@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_llfc.diagnostics.activations import Activation, Event, find_activations, watching
 from hf_llfc.diagnostics.layers import sample_vectors
 from hf_llfc.diagnostics.rows import AdditivityRow
-from hf_llfc.diagnostics.statistics import Distribution, cosine_distance, gram, inner_products
+from hf_llfc.diagnostics.statistics import Distribution, cosine_distance, gram, products
 from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_finite
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import forward_logits
@@ -177,9 +177,8 @@ class Additivity:
         for alpha in self.alphas:
             blend = torch.lerp(outputs[1], outputs[0], alpha)
             merged = output(a.blended(b, alpha))
-            xx, xy = inner_products(merged, [blend])
+            xx, xy, yy = products(merged, blend)
             check_finite(xx, sample_ids, activation.layer.label, f"the blend at alpha {alpha:g}")
-            (yy,) = inner_products(blend, [])
             distances.append(cosine_distance(xx, xy, yy))
         return torch.stack(distances), cosine_distance(between[0, 0], between[0, 1], between[1, 1])
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from hf_llfc.diagnostics.rows import Statistic
 
 ELEMENTS_AT_ONCE = 2**16
-"""Features converted to float64 at a time: few enough to stay in the processor's cache between the two readings."""
+"""Features converted to float64 at a time: few enough to stay in the processor's cache for all products of them."""
+
+SINGLES_AT_ONCE = 4096
+"""Features of a sample added up in single precision before the sum goes on in float64."""
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of the quantiles in a report."""
@@ -25,38 +29,28 @@ RESAMPLES = 1000
 """Of the bootstrap."""
 
 
-def inner_products(x_nf: torch.Tensor, others: Sequence[torch.Tensor]) -> torch.Tensor:
-    """⟨x, x⟩ and ⟨x, y⟩ for every other y, per sample, summed in float64.
+def gram(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Inner products of all pairs of features, per sample, summed in float64.
 
     Args:
-        x_nf: Features, (n, f).
-        others: Of the same shape.
+        features: Of m models, each (n, f).
 
     Returns:
-        (1 + len(others), n), float64.
+        (m, m, n), float64.
     """
-    n, f = x_nf.shape
-    sums = torch.zeros((1 + len(others), n), dtype=torch.float64, device=x_nf.device)
+    count, (n, f) = len(features), features[0].shape
+    products = torch.zeros((count, count, n), dtype=torch.float64, device=features[0].device)
     # Where memory is far from the processor many small steps cost more than they save.
-    at_once = ELEMENTS_AT_ONCE if x_nf.device.type == "cpu" else 2**24
+    at_once = ELEMENTS_AT_ONCE if products.device.type == "cpu" else 2**24
     step = max(1, at_once // max(1, n))
     for start in range(0, f, step):
-        part = slice(start, start + step)
-        x = x_nf[:, part].double()
-        sums[0] += torch.linalg.vecdot(x, x)
-        for place, other in enumerate(others, start=1):
-            sums[place] += torch.linalg.vecdot(x, other[:, part].double())
-    return sums
-
-
-def gram(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Inner products of all pairs of features, per sample: (m, m, n) for m models, float64."""
-    count = len(features)
-    products = torch.zeros((count, count, len(features[0])), dtype=torch.float64, device=features[0].device)
-    for place, one in enumerate(features):
-        row = inner_products(one, features[place + 1 :])
-        products[place, place:] = row
-        products[place:, place] = row
+        parts = [each[:, start : start + step].double() for each in features]
+        for one in range(count):
+            for other in range(one, count):
+                products[one, other] += torch.linalg.vecdot(parts[one], parts[other])
+    for one in range(count):
+        for other in range(one):
+            products[one, other] = products[other, one]
     return products
 
 
@@ -77,15 +71,17 @@ def residuals(x_nf: torch.Tensor, features: Sequence[torch.Tensor], weights: Seq
     """
     n, f = x_nf.shape
     sums = torch.zeros((2, n), dtype=torch.float64, device=x_nf.device)
-    step = min(max(ELEMENTS_AT_ONCE // max(1, n), 256), 4096) if x_nf.device.type == "cpu" else 2**14
+    step = SINGLES_AT_ONCE if x_nf.device.type == "cpu" else 2**14
     at_least_single = torch.promote_types(x_nf.dtype, torch.float32)
+    room = torch.empty((n, min(step, f)), dtype=at_least_single, device=x_nf.device)
     for start in range(0, f, step):
         part = slice(start, start + step)
         x, *parts = (each[:, part].to(at_least_single) for each in (x_nf, *features))
+        difference = room[:, : x.shape[1]]
         if len(parts) == 2:
-            difference = torch.lerp(parts[1], parts[0], weights[0]).sub_(x)
+            torch.lerp(parts[1], parts[0], weights[0], out=difference).sub_(x)
         else:
-            difference = -x
+            torch.neg(x, out=difference)
             for each, weight in zip(parts, weights, strict=True):
                 difference.add_(each, alpha=weight)
         sums[0] += torch.linalg.vecdot(x, x)
@@ -114,11 +110,11 @@ def products(
         ⟨x, x⟩, ⟨x, y⟩ and ⟨y, y⟩, each (n,).
     """
     if b_nf is None:
-        own = inner_products(x_nf, [a_nf])
-        return own[0], own[1], inner_products(a_nf, [])[0]
-    own = inner_products(x_nf, [a_nf, b_nf])
-    xy = alpha * own[1] + (1 - alpha) * own[2]
-    return own[0], xy, blend_norms(gram([a_nf, b_nf]), (alpha, 1 - alpha))
+        between = gram([x_nf, a_nf])
+        return between[0, 0], between[0, 1], between[1, 1]
+    between = gram([x_nf, a_nf, b_nf])
+    xy = alpha * between[0, 1] + (1 - alpha) * between[0, 2]
+    return between[0, 0], xy, blend_norms(between[1:, 1:], (alpha, 1 - alpha))
 
 
 def cosine_distance(xx: torch.Tensor, xy: torch.Tensor, yy: torch.Tensor) -> torch.Tensor:
@@ -292,11 +288,7 @@ class KeptValues:
             return torch.full((2, *shape), torch.nan, dtype=torch.float64, device=self.values.device)
         values = self.values.reshape(-1, count)
         present = ~values.isnan()
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
-        times = torch.zeros(RESAMPLES, count, dtype=torch.float64)
-        times.scatter_add_(1, drawn, torch.ones_like(times))
-        times = times.to(values.device)
+        times = _drawn(count).to(values.device)
         centre = values.nanmean(dim=-1)
         offsets = (values - centre[:, None]).nan_to_num(nan=0.0)
         means = (times @ offsets.T) / (times @ present.double().T)
@@ -305,6 +297,14 @@ class KeptValues:
         levels = torch.tensor((0.025, 0.975), dtype=torch.float64, device=values.device)
         ends = moments.mean.reshape(-1) + shrink * torch.nanquantile(means, levels, dim=0)
         return torch.where(all_counts < 2, torch.nan, ends).reshape(2, *shape)
+
+
+@lru_cache(maxsize=2)
+def _drawn(count: int) -> torch.Tensor:
+    """How often each of `count` values is drawn in each resample, (RESAMPLES, count)."""
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(RESAMPLES, count, dtype=torch.float64)
+    return times.scatter_add_(1, drawn, torch.ones_like(times))
 
 
 def _hashed(numbers: torch.Tensor) -> torch.Tensor:
