@@ -431,8 +431,8 @@ def _means(row: LayerRow) -> dict[str, float | None]:
 
 
 def _align(options: argparse.Namespace) -> int:
+    from hf_llfc.commands import write_aligned
     from hf_llfc.console import print_json, print_table, progress_bars
-    from hf_llfc.pipeline import write_aligned
     from hf_llfc.stages import alignment_summary
 
     _refuse_unused_data(options)
@@ -505,9 +505,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
+    from hf_llfc.commands import write_diagnosis
     from hf_llfc.console import progress_bars
     from hf_llfc.errors import EvaluationError
-    from hf_llfc.pipeline import write_diagnosis
     from hf_llfc.recipe import DiagnoseSection
 
     if options.method == "none":
@@ -555,7 +555,7 @@ def _run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     from hf_llfc.console import format_bytes, print_json, print_table, progress_bars
 
     if options.dry_run:
-        from hf_llfc.pipeline import plan
+        from hf_llfc.planning import plan
 
         planned = plan(recipe)
         if not _is_main_process():

@@ -21,28 +21,22 @@ from hf_llfc.checkpoints import (
     state_dict_on_disk,
     write_checkpoint,
 )
-from hf_llfc.diagnosis import batch_norm_data, broken_tensors, diagnose_checkpoints, region_of
+from hf_llfc.diagnosis import batch_norm_data, broken_tensors, diagnose_checkpoints
 from hf_llfc.diagnostics import ConnectivityReport, recompute_batch_norm
-from hf_llfc.errors import AlignmentError, CheckpointError, PublishingError, RecipeError
+from hf_llfc.errors import CheckpointError, PublishingError, RecipeError
 from hf_llfc.evaluation import EvaluationData
 from hf_llfc.merging import Rule, Source, WeightSchedule, merge_tensors, merged_infos
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
-from hf_llfc.publishing import check_access, publish, save_plots, write_card
-from hf_llfc.recipe import AlignSection, DiagnoseSection, ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
+from hf_llfc.publishing import check_access, publish, write_card
+from hf_llfc.recipe import ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
 from hf_llfc.stages import (
     Parent,
     align_checkpoints,
-    alignment_spec,
     alignment_summary,
-    bind,
-    comparable,
     evaluate_parents,
-    matching_memory,
     open_data,
-    refuse_foreign_alignment,
     refuse_incompatible,
-    spec_of,
 )
 from hf_llfc.symmetry import Alignment
 
@@ -286,7 +280,7 @@ def write_merge(
     write_checkpoint(
         folder,
         infos,
-        _counted(tensors, len(infos), progress),
+        counted(tensors, len(infos), progress),
         config=first.config,
         generation_config=first.generation_config,
         companions=opened.tokenizer_source.companion_files,
@@ -319,7 +313,8 @@ def merge_sources(
     )
 
 
-def _counted(tensors: Iterable[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+def counted(tensors: Iterable[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, with progress told."""
     for done, pair in enumerate(tensors, start=1):
         yield pair
         progress("merging", done, total)
@@ -414,200 +409,3 @@ def push(recipe: Recipe) -> str:
             f"{error}\nThe merge is complete in {recipe.output_dir}: `hf-llfc push {recipe.output_dir} "
             f"{target.repo_id}` tries again"
         ) from error
-
-
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a run would do and what it costs, from configs and headers alone.
-
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
-        models take (Python, its libraries and activations come on top), as JSON values.
-
-    Raises:
-        LLFCError: The recipe or its parents are at fault.
-    """
-    output = OutputFolder(recipe.output_dir, recipe.overwrite)
-    output.check()
-    opened = open_models(recipe)
-    refuse_replacing_inputs(output, opened.all)
-    first = opened.parents[0]
-    infos = merge_infos(first, recipe)
-    merge_sources([Parent(each) for each in opened.parents], opened, recipe, infos)
-    written = sum(info.nbytes for info in infos.values())
-    read = sum(each.nbytes for each in opened.all)
-    steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
-    if recipe.align.method != "none":
-        spec = alignment_spec(first, recipe.align)
-        kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})
-        onto = opened.reference(recipe).id
-        steps.append({"step": "align", "what": f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"})
-    steps.append(
-        {"step": "merge", "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"}
-    )
-    held = max((info.nbytes for info in infos.values()), default=0) * (len(opened.all) + 2)
-    if recipe.align.method != "none":
-        held = max(held, matching_memory(first, recipe.align))
-    if recipe.diagnose is not None:
-        held = max(held, 3 * sum(info.elements for info in infos.values()) * 4)
-        data = recipe.diagnose.data
-        steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
-    steps.append({"step": "write", "what": str(recipe.output_dir)})
-    if recipe.publish is not None:
-        steps.append({"step": "publish", "what": recipe.publish.repo_id})
-    reads = read * (1 if recipe.align.method == "none" else 2)
-    return {"steps": steps, "cost": {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held}}
-
-
-def write_aligned(
-    model: str | Path,
-    *,
-    to: str | Path,
-    out: str | Path,
-    options: AlignSection,
-    file: str | Path | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> Alignment:
-    """Writes a model as an ordinary checkpoint in the coordinates of a reference, with its alignment file.
-
-    Args:
-        model: The model that moves.
-        to: The reference.
-        out: The folder to write.
-        options: How to align.
-        file: An alignment file to apply instead of matching; it must have been made for these two models.
-        overwrite: Whether an earlier output may be replaced.
-        progress: Shown meanwhile.
-
-    Returns:
-        The alignment.
-
-    Raises:
-        LLFCError: The models do not fit each other, an option or the alignment file.
-    """
-    if file is None and options.method == "none":
-        raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
-    processes = Processes()
-    progress = progress if processes.is_main else silent
-    output = OutputFolder(out, overwrite)
-    return processes.on_main(lambda: _write_aligned(model, to, output, options, file, progress))
-
-
-def _write_aligned(
-    model: str | Path,
-    to: str | Path,
-    output: OutputFolder,
-    options: AlignSection,
-    file: str | Path | None,
-    progress: Progress,
-) -> Alignment:
-    output.check()
-    reference, moving = open_checkpoint(to), open_checkpoint(model)
-    refuse_incompatible([reference, moving])
-    refuse_replacing_inputs(output, [reference, moving])
-    if file is not None:
-        alignment: Alignment | None = Alignment.load(file, spec_of(reference))
-        assert alignment is not None
-        refuse_foreign_alignment(alignment, reference, moving)
-    else:
-        alignment = align_checkpoints(reference, moving, options, progress=progress)
-    assert alignment is not None
-    parent = Parent(moving, alignment)
-    with output as folder:
-        tensors = ((name, parent.read(name).contiguous()) for name in moving.tensors)
-        write_checkpoint(
-            folder,
-            moving.tensors,
-            _counted(tensors, len(moving.tensors), progress),
-            config=moving.config,
-            generation_config=moving.generation_config,
-            companions=moving.companion_files,
-        )
-        (folder / LLFC_FOLDER).mkdir()
-        alignment.save(folder / LLFC_FOLDER / "alignment.safetensors")
-    return alignment
-
-
-def write_diagnosis(
-    models: Sequence[str | Path],
-    section: DiagnoseSection,
-    *,
-    align: AlignSection,
-    weights: Sequence[float] | None = None,
-    base_model: str | Path | None = None,
-    heads: str = "own",
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> ConnectivityReport:
-    """Diagnoses models as they would be merged and, given a folder, writes report and plots.
-
-    Args:
-        models: Two or more; the first is the reference, and on a line has weight α. One is enough with a base model.
-        section: What to measure, and on what.
-        align: How the others are aligned to the first, or all to the base.
-        weights: Of the merge that more than two models, or task vectors, would make; equal ones where None.
-        base_model: θ₀ of task arithmetic.
-        heads: One of `HEADS`.
-        out: The folder to write.
-        overwrite: Whether an earlier output may be replaced.
-        progress: Shown meanwhile.
-
-    Raises:
-        LLFCError: The models do not fit each other or the data.
-    """
-    processes = Processes()
-    progress = progress if processes.is_main else silent
-    output = OutputFolder(out, overwrite) if out is not None else None
-    if output is not None:
-        processes.on_main(output.check)
-    checkpoints = processes.main_first(lambda: [open_checkpoint(model) for model in models])
-    base = processes.main_first(lambda: open_checkpoint(base_model)) if base_model is not None else None
-    everyone = [*checkpoints, *([base] if base is not None else [])]
-    head = comparable(everyone, heads, aligned=align.method != "none")
-    if output is not None:
-        refuse_replacing_inputs(output, everyone)
-    data = open_data(section.data, checkpoints[0])
-    reference = base if base is not None else checkpoints[0]
-    alignments = processes.on_main(
-        lambda: [
-            None if each is reference else align_checkpoints(reference, each, align, progress=progress)
-            for each in checkpoints
-        ]
-    )
-    report = diagnose_checkpoints(
-        [
-            Parent(each, alignment, head if each is not head else None)
-            for each, alignment in zip(checkpoints, alignments, strict=True)
-        ],
-        data,
-        section,
-        base=Parent(base, None, head) if base is not None else None,
-        weights=weights,
-        calibration=batch_norm_data(checkpoints[0], section),
-        accelerator=processes.accelerator,
-        progress=progress,
-    )
-
-    def save(folder: Path) -> None:
-        (folder / LLFC_FOLDER).mkdir()
-        report.save(folder / LLFC_FOLDER / "llfc_report.json")
-        save_plots(report, folder / LLFC_FOLDER)
-        save_alignments(alignments, folder / LLFC_FOLDER)
-
-    if output is not None:
-        with processes.output(output) as folder:
-            processes.on_main(lambda: save(folder))
-    return report
-
-
-def _points(recipe: Recipe, opened: Models) -> int:
-    """How many models a diagnosis runs on every batch."""
-    assert recipe.diagnose is not None
-    weights = shares(recipe, opened.parents) or [1 / len(opened.parents)] * len(opened.parents)
-    if len(weights) < 2 and opened.base is None:
-        return 1
-    return len(region_of(weights, recipe.diagnose, arithmetic_over_base=opened.base is not None).points)

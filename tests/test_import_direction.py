@@ -29,6 +29,8 @@ ORDER = (
     "stages",
     "diagnosis",
     "pipeline",
+    "planning",
+    "commands",
     "mergeability",
     "api",
     "demo",

@@ -1,0 +1,169 @@
+"""Single stages of the main flow that write a folder of their own: a model aligned, a pair diagnosed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_llfc.checkpoints import OutputFolder, open_checkpoint, write_checkpoint
+from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
+from hf_llfc.diagnostics import ConnectivityReport
+from hf_llfc.errors import AlignmentError
+from hf_llfc.pipeline import LLFC_FOLDER, counted, refuse_replacing_inputs, save_alignments
+from hf_llfc.processes import Processes
+from hf_llfc.progress import Progress, silent
+from hf_llfc.publishing import save_plots
+from hf_llfc.recipe import AlignSection, DiagnoseSection
+from hf_llfc.stages import (
+    Parent,
+    align_checkpoints,
+    comparable,
+    open_data,
+    refuse_foreign_alignment,
+    refuse_incompatible,
+    spec_of,
+)
+from hf_llfc.symmetry import Alignment
+
+
+def write_aligned(
+    model: str | Path,
+    *,
+    to: str | Path,
+    out: str | Path,
+    options: AlignSection,
+    file: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Alignment:
+    """Writes a model as an ordinary checkpoint in the coordinates of a reference, with its alignment file.
+
+    Args:
+        model: The model that moves.
+        to: The reference.
+        out: The folder to write.
+        options: How to align.
+        file: An alignment file to apply instead of matching; it must have been made for these two models.
+        overwrite: Whether an earlier output may be replaced.
+        progress: Shown meanwhile.
+
+    Returns:
+        The alignment.
+
+    Raises:
+        LLFCError: The models do not fit each other, an option or the alignment file.
+    """
+    if file is None and options.method == "none":
+        raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
+    processes = Processes()
+    progress = progress if processes.is_main else silent
+    output = OutputFolder(out, overwrite)
+    return processes.on_main(lambda: _write_aligned(model, to, output, options, file, progress))
+
+
+def _write_aligned(
+    model: str | Path,
+    to: str | Path,
+    output: OutputFolder,
+    options: AlignSection,
+    file: str | Path | None,
+    progress: Progress,
+) -> Alignment:
+    output.check()
+    reference, moving = open_checkpoint(to), open_checkpoint(model)
+    refuse_incompatible([reference, moving])
+    refuse_replacing_inputs(output, [reference, moving])
+    if file is not None:
+        alignment: Alignment | None = Alignment.load(file, spec_of(reference))
+        assert alignment is not None
+        refuse_foreign_alignment(alignment, reference, moving)
+    else:
+        alignment = align_checkpoints(reference, moving, options, progress=progress)
+    assert alignment is not None
+    parent = Parent(moving, alignment)
+    with output as folder:
+        tensors = ((name, parent.read(name).contiguous()) for name in moving.tensors)
+        write_checkpoint(
+            folder,
+            moving.tensors,
+            counted(tensors, len(moving.tensors), progress),
+            config=moving.config,
+            generation_config=moving.generation_config,
+            companions=moving.companion_files,
+        )
+        (folder / LLFC_FOLDER).mkdir()
+        alignment.save(folder / LLFC_FOLDER / "alignment.safetensors")
+    return alignment
+
+
+def write_diagnosis(
+    models: Sequence[str | Path],
+    section: DiagnoseSection,
+    *,
+    align: AlignSection,
+    weights: Sequence[float] | None = None,
+    base_model: str | Path | None = None,
+    heads: str = "own",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> ConnectivityReport:
+    """Diagnoses models as they would be merged and, given a folder, writes report and plots.
+
+    Args:
+        models: Two or more; the first is the reference, and on a line has weight α. One is enough with a base model.
+        section: What to measure, and on what.
+        align: How the others are aligned to the first, or all to the base.
+        weights: Of the merge that more than two models, or task vectors, would make; equal ones where None.
+        base_model: θ₀ of task arithmetic.
+        heads: One of `HEADS`.
+        out: The folder to write.
+        overwrite: Whether an earlier output may be replaced.
+        progress: Shown meanwhile.
+
+    Raises:
+        LLFCError: The models do not fit each other or the data.
+    """
+    processes = Processes()
+    progress = progress if processes.is_main else silent
+    output = OutputFolder(out, overwrite) if out is not None else None
+    if output is not None:
+        processes.on_main(output.check)
+    checkpoints = processes.main_first(lambda: [open_checkpoint(model) for model in models])
+    base = processes.main_first(lambda: open_checkpoint(base_model)) if base_model is not None else None
+    everyone = [*checkpoints, *([base] if base is not None else [])]
+    head = comparable(everyone, heads, aligned=align.method != "none")
+    if output is not None:
+        refuse_replacing_inputs(output, everyone)
+    data = open_data(section.data, checkpoints[0])
+    reference = base if base is not None else checkpoints[0]
+    alignments = processes.on_main(
+        lambda: [
+            None if each is reference else align_checkpoints(reference, each, align, progress=progress)
+            for each in checkpoints
+        ]
+    )
+    report = diagnose_checkpoints(
+        [
+            Parent(each, alignment, head if each is not head else None)
+            for each, alignment in zip(checkpoints, alignments, strict=True)
+        ],
+        data,
+        section,
+        base=Parent(base, None, head) if base is not None else None,
+        weights=weights,
+        calibration=batch_norm_data(checkpoints[0], section),
+        accelerator=processes.accelerator,
+        progress=progress,
+    )
+
+    def save(folder: Path) -> None:
+        (folder / LLFC_FOLDER).mkdir()
+        report.save(folder / LLFC_FOLDER / "llfc_report.json")
+        save_plots(report, folder / LLFC_FOLDER)
+        save_alignments(alignments, folder / LLFC_FOLDER)
+
+    if output is not None:
+        with processes.output(output) as folder:
+            processes.on_main(lambda: save(folder))
+    return report

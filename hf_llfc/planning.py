@@ -1,0 +1,65 @@
+"""What a run would do and what it costs, told before it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.diagnosis import region_of
+from hf_llfc.pipeline import Models, merge_infos, merge_sources, open_models, refuse_replacing_inputs, shares
+from hf_llfc.recipe import Recipe
+from hf_llfc.stages import Parent, alignment_spec, bind, matching_memory
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a run would do and what it costs, from configs and headers alone.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
+        models take (Python, its libraries and activations come on top), as JSON values.
+
+    Raises:
+        LLFCError: The recipe or its parents are at fault.
+    """
+    output = OutputFolder(recipe.output_dir, recipe.overwrite)
+    output.check()
+    opened = open_models(recipe)
+    refuse_replacing_inputs(output, opened.all)
+    first = opened.parents[0]
+    infos = merge_infos(first, recipe)
+    merge_sources([Parent(each) for each in opened.parents], opened, recipe, infos)
+    written = sum(info.nbytes for info in infos.values())
+    read = sum(each.nbytes for each in opened.all)
+    steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
+    if recipe.align.method != "none":
+        spec = alignment_spec(first, recipe.align)
+        kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})
+        onto = opened.reference(recipe).id
+        steps.append({"step": "align", "what": f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"})
+    steps.append(
+        {"step": "merge", "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"}
+    )
+    held = max((info.nbytes for info in infos.values()), default=0) * (len(opened.all) + 2)
+    if recipe.align.method != "none":
+        held = max(held, matching_memory(first, recipe.align))
+    if recipe.diagnose is not None:
+        held = max(held, 3 * sum(info.elements for info in infos.values()) * 4)
+        data = recipe.diagnose.data
+        steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
+    steps.append({"step": "write", "what": str(recipe.output_dir)})
+    if recipe.publish is not None:
+        steps.append({"step": "publish", "what": recipe.publish.repo_id})
+    reads = read * (1 if recipe.align.method == "none" else 2)
+    return {"steps": steps, "cost": {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held}}
+
+
+def _points(recipe: Recipe, opened: Models) -> int:
+    """How many models a diagnosis runs on every batch."""
+    assert recipe.diagnose is not None
+    weights = shares(recipe, opened.parents) or [1 / len(opened.parents)] * len(opened.parents)
+    if len(weights) < 2 and opened.base is None:
+        return 1
+    return len(region_of(weights, recipe.diagnose, arithmetic_over_base=opened.base is not None).points)
