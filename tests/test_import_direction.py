@@ -16,6 +16,7 @@ ORDER = (
     "errors",
     "choices",
     "progress",
+    "workers",
     "symmetry",
     "adapters",
     "checkpoints",
