@@ -22,6 +22,10 @@ class CheckpointError(LLFCError):
     """A checkpoint cannot be found, read, trusted, compared or written."""
 
 
+class StorageError(CheckpointError):
+    """The disk is full, or a file that was in order cannot be read or written now; the same run may succeed later."""
+
+
 class AlignmentError(LLFCError):
     """Two models cannot be aligned, or an alignment does not belong to these models."""
 

@@ -11,6 +11,7 @@ from hf_llfc.errors import CheckpointError, LLFCError, RecipeError, raise_all, s
 KINDS = [
     errors.SpecError,
     errors.CheckpointError,
+    errors.StorageError,
     errors.AlignmentError,
     errors.RecipeError,
     errors.EvaluationError,

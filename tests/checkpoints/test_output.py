@@ -2,11 +2,12 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from hf_llfc.checkpoints import OutputFolder
-from hf_llfc.errors import CheckpointError
+from hf_llfc.errors import CheckpointError, StorageError
 
 
 def fill(folder, text="new"):
@@ -32,7 +33,7 @@ def test_the_folder_appears_at_the_end(tmp_path):
     target = tmp_path / "out"
     with OutputFolder(str(target)) as folder:
         fill(folder)
-        assert not target.exists() and folder.parent == tmp_path
+        assert not target.exists() and folder.parent == tmp_path / ".out.partial"
     assert names(target) == ["config.json", "llfc"] and names(tmp_path) == ["out"]
 
 
@@ -140,3 +141,147 @@ def test_what_someone_else_wrote_there_meanwhile_is_kept(tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs").touch()
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+
+
+# -- interrupted runs
+
+RECIPE = {"recipe": {"models": ["a", "b"], "weights": [0.5, 0.5]}}
+
+
+def stopped(target, error, identity=RECIPE):
+    """A run that finished a stage and a shard and then stopped."""
+    output = OutputFolder(target, overwrite=True)
+    output.made_from(identity)
+    with pytest.raises(type(error)), output as folder:
+        fill(folder)
+        output.journal.finish("align", [1, None], [folder / "config.json"])
+        output.journal.finish_shard("config.json", "digest")
+        raise error
+
+
+def taken_up(target, identity=RECIPE, **options):
+    output = OutputFolder(target, **options)
+    output.made_from(identity)
+    with output as folder:
+        return folder, output.journal.stages, output.journal.shards, names(folder)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), StorageError("full"), MemoryError()])
+def test_what_an_interrupted_run_finished_is_taken_up(tmp_path, error, caplog):
+    caplog.set_level("INFO")
+    stopped(tmp_path / "out", error)
+    assert names(tmp_path) == [".out.partial"] and "run the same again to go on" in caplog.text
+    _, stages, shards, held = taken_up(tmp_path / "out", {"recipe": {"models": ("a", "b"), "weights": (0.5, 0.5)}})
+    assert stages["align"]["value"] == [1, None] and shards == {"config.json": "digest"}
+    assert held == ["config.json", "llfc"] and names(tmp_path) == ["out"] and names(tmp_path / "out") == held
+    assert "goes on after an interrupted run (finished: align, 1 weight files)" in caplog.text
+
+
+def test_an_error_of_the_input_leaves_nothing(tmp_path):
+    stopped(tmp_path / "out", CheckpointError("not finite"))
+    assert names(tmp_path) == []
+
+
+def test_without_anything_finished_nothing_is_kept_and_nothing_refused(tmp_path):
+    output = OutputFolder(tmp_path / "out")
+    output.made_from(RECIPE)
+    with pytest.raises(KeyboardInterrupt), output:
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    (tmp_path / ".out.partial" / "output").mkdir(parents=True)  # killed before the first stage was finished
+    (tmp_path / ".out.partial" / "output" / "half").touch()
+    assert taken_up(tmp_path / "out")[1:] == ({}, {}, [])
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"recipe": {"models": ["a", "b"], "weights": [0.25, 0.75]}}, "recipe.weights.0 was 0.5 and is 0.25"),
+        ({"recipe": {"models": ["a", "b"]}}, "recipe.weights was [0.5, 0.5] and is absent"),
+        ({**RECIPE, "inputs": {"a": 7}}, "inputs was absent and is {'a': 7}"),
+        ({}, "recipe was"),
+    ],
+)
+def test_an_interrupted_run_of_something_else_is_refused_until_it_is_discarded(tmp_path, changed, told):
+    stopped(tmp_path / "out", KeyboardInterrupt())
+    with pytest.raises(CheckpointError) as caught:
+        taken_up(tmp_path / "out", changed)
+    assert told in str(caught.value) and "--restart" in str(caught.value)
+    assert taken_up(tmp_path / "out", changed, restart=True)[1:] == ({}, {}, [])
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_stage_whose_file_changed_is_done_again(tmp_path):
+    stopped(tmp_path / "out", KeyboardInterrupt())
+    (tmp_path / ".out.partial" / "output" / "config.json").write_text("half")
+    _, stages, shards, _ = taken_up(tmp_path / "out")
+    assert stages == {} and shards == {"config.json": "digest"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', '{"format": "hf_llfc.journal/1"}'])
+def test_a_journal_that_cannot_be_read_is_one_error(tmp_path, content):
+    stopped(tmp_path / "out", KeyboardInterrupt())
+    (tmp_path / ".out.partial" / "journal.json").write_text(content)
+    with pytest.raises(CheckpointError, match="begin anew with --restart"):
+        taken_up(tmp_path / "out")
+    assert taken_up(tmp_path / "out", restart=True)[1] == {}
+
+
+def test_a_stranger_s_folder_is_left_alone(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "notes.txt").touch()
+    for restart in (False, True):
+        with pytest.raises(CheckpointError, match=r"holds notes\.txt, which is not ours"):
+            taken_up(tmp_path / "out", restart=restart)
+    assert "notes.txt" in names(tmp_path / ".out.partial")
+
+
+def test_two_runs_on_one_folder_exclude_each_other(tmp_path):
+    with OutputFolder(tmp_path / "out") as folder:
+        fill(folder)
+        with pytest.raises(CheckpointError, match="another run is writing this output"), OutputFolder(tmp_path / "out"):
+            pytest.fail("work began")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["config.json", "llfc"]
+
+
+@pytest.mark.parametrize("existing", [None, "checkpoint"])
+@pytest.mark.parametrize("step", ["before", "between", "after"])
+def test_a_run_stopped_while_it_takes_its_place_is_taken_up(tmp_path, monkeypatch, existing, step):
+    target = tmp_path / "out"
+    if existing == "checkpoint":
+        target.mkdir()
+        fill(target, "old")
+    rename, moves = Path.rename, []
+
+    def stop(self, to):
+        moves.append(to)
+        last = to == target
+        if step == "before" or (last and step == "between"):
+            raise KeyboardInterrupt
+        rename(self, to)
+        if last:
+            raise KeyboardInterrupt
+
+    output = OutputFolder(target, overwrite=True)
+    output.made_from(RECIPE)
+    with pytest.raises(KeyboardInterrupt), output as folder:
+        fill(folder)
+        output.journal.finish("merge", None, [folder / "config.json"])
+        monkeypatch.setattr(Path, "rename", stop)
+    monkeypatch.undo()
+    assert moves
+    folder, stages, _, held = taken_up(target, overwrite=True)
+    assert list(stages) == ["merge"] and held == ["config.json", "llfc"]
+    assert names(tmp_path) == ["out"] and (target / "config.json").read_text() == "new"
+
+
+def test_an_earlier_output_comes_back_when_its_replacement_is_discarded(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    fill(target, "old")
+    stopped(target, KeyboardInterrupt())
+    target.rename(tmp_path / ".out.partial" / "earlier")  # as if killed between the two moves
+    with pytest.raises(CheckpointError, match="something else"):
+        taken_up(target, {}, overwrite=True)
+    assert (target / "config.json").read_text() == "old"
