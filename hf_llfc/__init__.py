@@ -5,28 +5,12 @@ The public names are loaded when they are first used, so that `import hf_llfc` s
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from hf_llfc.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "Alignment": "hf_llfc.symmetry",
-    "ConnectivityReport": "hf_llfc.diagnostics",
-    "LLFCError": "hf_llfc.errors",
-    "PermutationSpec": "hf_llfc.symmetry",
-    "align": "hf_llfc.api",
-    "check": "hf_llfc.api",
-    "diagnose": "hf_llfc.api",
-    "inspect": "hf_llfc.api",
-    "load_recipe": "hf_llfc.recipe",
-    "merge": "hf_llfc.api",
-    "publish": "hf_llfc.publishing",
-    "register_adapter": "hf_llfc.adapters",
-    "run": "hf_llfc.pipeline",
-}
-
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # as in hf_llfc.lazy
     from hf_llfc.adapters import register_adapter
     from hf_llfc.api import align, check, diagnose, inspect, merge
     from hf_llfc.diagnostics import ConnectivityReport
@@ -53,11 +37,24 @@ __all__ = [
     "run",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Alignment": ".symmetry",
+        "ConnectivityReport": ".diagnostics",
+        "LLFCError": ".errors",
+        "PermutationSpec": ".symmetry",
+        "align": ".api",
+        "check": ".api",
+        "diagnose": ".api",
+        "inspect": ".api",
+        "load_recipe": ".recipe",
+        "merge": ".api",
+        "publish": ".publishing.push",
+        "register_adapter": ".adapters",
+        "run": ".pipeline",
+    },
+)
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,6 @@ Every message says what is wrong, which model and tensor it concerns, what was f
 and what to do next.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 _LISTED = 30
@@ -75,6 +74,8 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     Returns:
         For example ``"; did you mean 'weight_matching'?"``, or the empty string.
     """
+    import difflib  # only when something is wrong
+
     # Compared without case, because a wrong case is the nearest of all mistakes.
     by_folded_name = {choice.casefold(): choice for choice in choices}
     nearest = difflib.get_close_matches(name.casefold(), by_folded_name, n=1, cutoff=0.6)

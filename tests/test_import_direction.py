@@ -13,6 +13,7 @@ PACKAGE = Path(hf_llfc.errors.__file__).parent
 
 # From the foundation to the surface; a part may import from the parts before it.
 ORDER = (
+    "lazy",
     "errors",
     "choices",
     "progress",

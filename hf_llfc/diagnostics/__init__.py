@@ -3,8 +3,7 @@
 The report is importable without torch; everything that runs models is loaded on first use.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import (
@@ -20,6 +19,7 @@ from hf_llfc.diagnostics.rows import (
     Suggestion,
     Verdict,
 )
+from hf_llfc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_llfc.diagnostics.batch_norm import has_batch_norm, recompute_batch_norm
@@ -47,16 +47,13 @@ __all__ = [
     "select_layers",
 ]
 
-_HOMES = {
-    "has_batch_norm": "batch_norm",
-    "recompute_batch_norm": "batch_norm",
-    "DEFAULT_ALPHAS": "points",
-    "diagnose_models": "diagnose",
-    "select_layers": "layers",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return vars(importlib.import_module(f"{__name__}.{_HOMES[name]}"))[name]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "has_batch_norm": ".batch_norm",
+        "recompute_batch_norm": ".batch_norm",
+        "DEFAULT_ALPHAS": ".points",
+        "diagnose_models": ".diagnose",
+        "select_layers": ".layers",
+    },
+)

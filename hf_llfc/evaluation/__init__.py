@@ -3,10 +3,10 @@
 The configuration is importable without torch; everything that touches data or models is loaded on first use.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_llfc.evaluation.config import TASKS, EvaluationConfig
+from hf_llfc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_llfc.evaluation.data import EvaluationData, load_evaluation_data
@@ -26,19 +26,16 @@ __all__ = [
     "model_inputs",
 ]
 
-_HOMES = {
-    "EvaluationData": "data",
-    "load_evaluation_data": "data",
-    "OFFLINE_METRICS": "metrics",
-    "load_metric": "metrics",
-    "EvaluationResult": "models",
-    "evaluate_model": "models",
-    "forward_logits": "models",
-    "model_inputs": "models",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return vars(importlib.import_module(f"{__name__}.{_HOMES[name]}"))[name]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "EvaluationData": ".data",
+        "load_evaluation_data": ".data",
+        "OFFLINE_METRICS": ".metrics",
+        "load_metric": ".metrics",
+        "EvaluationResult": ".models",
+        "evaluate_model": ".models",
+        "forward_logits": ".models",
+        "model_inputs": ".models",
+    },
+)

@@ -1,7 +1,8 @@
 """From a finished merge to the Hub: plots, model card, upload."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_llfc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_llfc.publishing.card import render_card, write_card
@@ -10,16 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = ["check_access", "publish", "render_card", "save_plots", "write_card"]
 
-_HOMES = {
-    "check_access": "push",
-    "publish": "push",
-    "render_card": "card",
-    "save_plots": "plots",
-    "write_card": "card",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return vars(importlib.import_module(f"{__name__}.{_HOMES[name]}"))[name]
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "check_access": ".push",
+        "publish": ".push",
+        "render_card": ".card",
+        "save_plots": ".plots",
+        "write_card": ".card",
+    },
+)

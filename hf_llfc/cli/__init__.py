@@ -1,0 +1,120 @@
+"""The command line: `hf-llfc …`, which is also `hf llfc …` as an extension of the Hub's own client.
+
+stdout carries data, stderr messages and progress. Exit codes: 0 done, 1 the answer is no (`check`, `inspect --verify`),
+2 the input is at fault, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+from hf_llfc.cli.arguments import parse
+from hf_llfc.errors import LLFCError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # as in hf_llfc.lazy: `--help` loads nothing that it does not need
+    import argparse
+    from collections.abc import Sequence
+
+# What the processes of a launcher do together; anything else the main one does alone.
+SHARED_COMMANDS = ("align", "merge", "diagnose", "run")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: The command line; `sys.argv` where None.
+
+    Returns:
+        The exit code.
+    """
+    options = parse(arguments)
+    if not is_main_process() and options.command not in SHARED_COMMANDS:
+        return 0
+    _quiet_libraries(verbose=options.verbose)
+    _stop_as_interrupted()
+    try:
+        _import_modules(options.imports)
+        return int(import_module(f"hf_llfc.cli.{options.command}").execute(options))
+    except LLFCError as error:
+        _report_error(str(error), options)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-llfc: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except OSError as error:  # a full disk, say
+        if options.debug:
+            raise
+        what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        _report_error(f"{what}; run again with --debug to see where", options)
+        return 2
+    except Exception as error:
+        if options.debug:
+            raise
+        _report_error(f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", options)
+        return 2
+
+
+def run_main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m hf_llfc`: a recipe among the arguments, and no command, runs it."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] != "run" and any(word.endswith((".yaml", ".yml")) for word in words):
+        words.insert(0, "run")
+    return main(words)
+
+
+def _import_modules(names: Sequence[str]) -> None:
+    sys.path.insert(0, "")  # a console script does not look in the working directory, `python -m` does
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise LLFCError(f"--import {name}: cannot be imported: {error}") from None
+
+
+def is_main_process() -> bool:
+    """Whether this is the one of a launcher's processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _stop_as_interrupted() -> None:
+    """Lets a termination clean up as an interrupt from the keyboard does."""
+    import signal
+    import threading
+
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def _report_error(message: str, options: argparse.Namespace) -> None:
+    if not is_main_process():
+        return
+    if options.format == "json":
+        from hf_llfc.console import print_json
+
+        print_json({"error": message})
+    print(f"hf-llfc: error: {message}", file=sys.stderr)
+
+
+def _quiet_libraries(*, verbose: bool) -> None:
+    """The libraries' own banners and bars would bury ours."""
+    import logging
+    import warnings
+
+    form = "%(name)s: %(message)s" if verbose else "hf-llfc: warning: %(message)s"
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=form)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    if not verbose:
+        for chatty in ("huggingface_hub.utils._http", "huggingface_hub._snapshot_download"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)  # every retry; what it ends in is an error of ours
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        logging.getLogger("datasets").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,39 @@
+"""`hf-llfc align`."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_llfc.cli import is_main_process
+from hf_llfc.cli.arguments import DATA_FIELDS, MATCHING_OPTIONS
+from hf_llfc.cli.settings import align_section, evaluation_config, refuse_given, refuse_unused_data
+from hf_llfc.commands import write_aligned
+from hf_llfc.console import print_json, print_table, progress_bars
+from hf_llfc.stages import alignment_summary
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    refuse_unused_data(options)
+    if options.use is not None:
+        names = ("method", *MATCHING_OPTIONS, "seed", *DATA_FIELDS)
+        refuse_given(options, names, "with --use, which matches nothing")
+    settings = align_section(options, calibration=evaluation_config(options, required=False))
+    with progress_bars(shown=not options.quiet) as progress:
+        alignment = write_aligned(
+            options.model,
+            to=options.to,
+            out=options.out,
+            options=settings,
+            file=options.use,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    if not is_main_process():
+        return 0
+    summary = alignment_summary(alignment)
+    if options.format == "json":
+        print_json({"out": options.out, **summary})
+    else:
+        print_table(f"{options.model} in the coordinates of {options.to}: {options.out}", summary["axes"])
+    return 0

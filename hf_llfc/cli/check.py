@@ -1,0 +1,43 @@
+"""`hf-llfc check`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from hf_llfc.api import check
+from hf_llfc.cli.settings import evaluation_config, refuse_given
+from hf_llfc.console import print_json, print_table, progress_bars
+from hf_llfc.diagnostics import LayerRow
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    refuse_given(options, ("label_column", "metric"), "for check, which looks at no labels")
+    data = evaluation_config(options, required=options.level == 2)
+    with progress_bars(shown=not options.quiet) as progress:
+        result = check(options.a, options.b, level=options.level, data=data, seed=options.seed, progress=progress)
+    if options.format == "json":
+        print_json(asdict(result))
+    else:
+        state = " after weight matching" if result.aligned else ""
+        if result.tensors:
+            print_table("tensors farthest apart", [asdict(row) for row in result.tensors])
+        if result.layers:
+            rows = [{"layer": row.layer, **_means(row)} for row in result.layers]
+            print_table(f"layers at the midpoint{state}", rows)
+        if result.criteria:
+            print_table(f"what decides{state}", [asdict(criterion) for criterion in result.criteria])
+        print(f"{result.answer}: {result.because}")
+        for problem in result.problems:
+            print(f"  - {problem}")
+    return 0 if result.answer in ("merge", "undecided") else 1
+
+
+def _means(row: LayerRow) -> dict[str, float | None]:
+    return {
+        "llfc": row.llfc.mean,
+        "baseline": row.baseline.mean,
+        "ratio": row.ratio,
+        "coefficient": row.coefficient.mean,
+    }

@@ -1,0 +1,51 @@
+"""`hf-llfc diagnose`."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_llfc.cli import is_main_process
+from hf_llfc.cli.answers import show_report
+from hf_llfc.cli.arguments import MATCHING_OPTIONS
+from hf_llfc.cli.settings import align_section, evaluation_config, refuse_given
+from hf_llfc.commands import write_diagnosis
+from hf_llfc.console import progress_bars
+from hf_llfc.errors import EvaluationError
+from hf_llfc.recipe import DiagnoseSection
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    if options.method == "none":
+        refuse_given(options, MATCHING_OPTIONS, "without --align")
+    data = evaluation_config(options, required=True)
+    assert data is not None
+    settings = align_section(options, calibration=data)
+    if options.alphas < 3:
+        raise EvaluationError(f"--alphas must be at least 3, both ends and one point between, not {options.alphas}")
+    if len(options.models) == 2 and options.weights and not options.base_model:
+        raise EvaluationError("--weights has no meaning for a line, which is measured at every weight; see --alphas")
+    section = DiagnoseSection(
+        data,
+        tuple(step / (options.alphas - 1) for step in range(options.alphas)),
+        tuple(options.layers),
+        options.unit,
+        tuple(options.measures),
+        options.suggest,
+        options.offload,
+    )
+    with progress_bars(shown=not options.quiet) as progress:
+        report = write_diagnosis(
+            options.models,
+            section,
+            align=settings,
+            weights=options.weights,
+            base_model=options.base_model,
+            heads=options.heads,
+            out=options.out,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    if is_main_process():
+        show_report(report, options)
+    return 0

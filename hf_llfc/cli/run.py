@@ -1,0 +1,59 @@
+"""`hf-llfc run`, and what every command that runs a recipe does."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_llfc.cli import is_main_process
+from hf_llfc.cli.answers import show_report
+from hf_llfc.console import format_bytes, print_json, print_table, progress_bars
+from hf_llfc.recipe import Recipe, load_recipe
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Runs the command and returns its exit code."""
+    return run_recipe(load_recipe(options.recipe, options.overrides), options)
+
+
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Runs a recipe, or with --dry-run plans it, and prints what came of it."""
+    if options.dry_run:
+        from hf_llfc.planning import plan
+
+        planned = plan(recipe)
+        if not is_main_process():
+            return 0
+        if options.format == "json":
+            print_json(planned)
+        else:
+            cost = {
+                "read": planned["cost"]["bytes_read"],
+                "written": planned["cost"]["bytes_written"],
+                "memory for tensors": planned["cost"]["peak_memory_bytes"],
+            }
+            print_table("plan", planned["steps"])
+            print_table("cost", [{name: format_bytes(count) for name, count in cost.items()}])
+        return 0
+    from hf_llfc.pipeline import run
+
+    with progress_bars(shown=not options.quiet) as progress:
+        result = run(recipe, progress=progress)
+    if not result.is_main_process:
+        return 0
+    if options.format == "json":
+        print_json(result.to_dict())
+        return 0
+    rows = [
+        {"model": row["id"], **{name: row[name] for name in ("loss",) if name in row}, **row.get("metrics", {})}
+        for row in result.table
+    ]
+    if any("loss" in row for row in rows):
+        print_table("models on the same data", rows)
+    for summary in result.alignments:
+        print(summary["sentence"])
+    if result.report is not None:
+        show_report(result.report, options)
+    print(f"merged checkpoint: {result.folder}")
+    if result.url:
+        print(f"on the Hub: {result.url}")
+    return 0
