@@ -4,8 +4,12 @@ The order in which weight files are looked for is that of transformers: `model.s
 there are no safetensors at all `pytorch_model.bin` and its index.
 """
 
+from __future__ import annotations
+
+import hashlib
 import json
 import pickle
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -111,6 +115,25 @@ class LocalFiles:
         return read_header(self.folder / name, f"{self.where}/{name}")
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """By what a file shows that it was written to, or that another was put in its place."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """The stamp that a file has now.
+
+        Raises:
+            OSError: The file cannot be found.
+        """
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
 class Weights(Protocol):
     """Tensors by the names that they are stored under."""
 
@@ -119,9 +142,44 @@ class Weights(Protocol):
         """Dtype and shape of every tensor."""
         ...
 
+    def identity(self) -> Mapping[str, Any]:
+        """File → what tells its content from another without reading all of it, as JSON values; empty in memory."""
+        ...
+
+    def refuse_changed(self) -> None:
+        """Refuses weights whose files were written to since they were opened.
+
+        Raises:
+            CheckpointError: One was.
+        """
+        ...
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, as stored; not to be changed in place."""
         ...
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where the tensor's bytes lie in a file; None where it has to be read as a whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """Where a tensor's bytes lie in a file, as they would lie in memory.
+
+    Attributes:
+        path: The file.
+        where: What error messages call it.
+        name: Of the tensor.
+        begin: Place of the first byte in the file.
+        nbytes: How many there are.
+    """
+
+    path: Path
+    where: str
+    name: str
+    begin: int
+    nbytes: int
 
 
 class SafetensorsWeights:
@@ -139,7 +197,30 @@ class SafetensorsWeights:
         self._files = files
         self._headers = headers
         self._file_of = {name: file for file, header in headers.items() for name in header.spans}
+        self._fetched: set[str] = set()
         self._open: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._stamps = {file: Stamp.of(path) for file in headers if (path := files.folder / file).exists()}
+
+    def identity(self) -> Mapping[str, Any]:
+        """File → hash of its header, and of a file that no commit stands for size and time of its last change."""
+        found = {}
+        for file, header in self._headers.items():
+            layout = [[name, span.code, span.shape, span.begin, span.end] for name, span in header.spans.items()]
+            digest = hashlib.sha256(json.dumps([layout, dict(header.metadata)]).encode()).hexdigest()
+            stamp = self._stamps.get(file) if self._files.revision is None else None
+            changes = {} if stamp is None else {"size": stamp.size, "mtime_ns": stamp.mtime_ns}
+            found[file] = {"header": digest, **changes}
+        return found
+
+    def refuse_changed(self) -> None:
+        """Refuses weights whose files were written to since they were opened.
+
+        Raises:
+            CheckpointError: One was.
+        """
+        for file, stamp in self._stamps.items():
+            refuse_changed(self._files.folder / file, stamp, f"{self._files.where}/{file}")
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; the first call fetches the files if they are elsewhere.
@@ -148,33 +229,60 @@ class SafetensorsWeights:
             CheckpointError: If the file has changed since its header was checked, or cannot be read.
         """
         file = self._file_of[name]
+        path = self._fetch(file)
         where = f"{self._files.where}/{file}"
         try:
-            if file not in self._open:
-                self._files.fetch(self._headers)
-                path = self._files.folder / file
-                if read_header(path, where) != self._headers[file]:
-                    raise CheckpointError(f"{where}: the file has changed since it was opened; start again")
-                self._open[file] = safe_open(path, framework="pt")
-            return self._open[file].get_tensor(name)
+            with self._lock:
+                if file not in self._open:
+                    self._open[file] = safe_open(path, framework="pt")
+                return self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{where}: tensor {name} cannot be read ({error}); fetch the file again") from error
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where a tensor's bytes lie; the first call fetches the files if they are elsewhere.
+
+        Raises:
+            CheckpointError: If the file has changed since its header was checked.
+        """
+        file = self._file_of[name]
+        header = self._headers[file]
+        span = header.spans[name]
+        begin = header.nbytes + span.begin
+        return FileSpan(self._fetch(file), f"{self._files.where}/{file}", name, begin, span.end - span.begin)
+
+    def _fetch(self, file: str) -> Path:
+        """The path of a file that is there, and as it was when its header was checked."""
+        path = self._files.folder / file
+        with self._lock:
+            if file not in self._fetched:
+                self._files.fetch(self._headers)
+                where = f"{self._files.where}/{file}"
+                if read_header(path, where) != self._headers[file]:
+                    raise _changed(where)
+                if file not in self._stamps:
+                    self._stamps[file] = Stamp.of(path)
+                refuse_changed(path, self._stamps[file], where)
+                self._fetched.add(file)
+        return path
 
 
 class TensorWeights:
     """Tensors that are in memory, or mapped into it."""
 
-    def __init__(self, where: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, where: str, tensors: Mapping[str, torch.Tensor], paths: Sequence[Path] = ()) -> None:
         """Takes the tensors, which stay where they are.
 
         Args:
             where: What error messages call them.
             tensors: The tensors by name.
+            paths: The files that are mapped.
 
         Raises:
             CheckpointError: If they are quantised.
         """
         self._tensors = tensors
+        self._stamps = {path: Stamp.of(path) for path in paths}
         self.infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         for name, info in self.infos.items():
             if info.dtype not in CODES or name.endswith(_QUANTISED_ENDINGS):
@@ -183,6 +291,44 @@ class TensorWeights:
     def read(self, name: str) -> torch.Tensor:
         """One tensor."""
         return self._tensors[name].detach().to("cpu")
+
+    def span(self, name: str) -> FileSpan | None:
+        """None: the tensors are in memory."""
+        return None
+
+    def identity(self) -> Mapping[str, Any]:
+        """File → size and time of its last change."""
+        return {path.name: {"size": each.size, "mtime_ns": each.mtime_ns} for path, each in self._stamps.items()}
+
+    def refuse_changed(self) -> None:
+        """Refuses weights whose files were written to since they were opened.
+
+        Raises:
+            CheckpointError: One was.
+        """
+        for path, stamp in self._stamps.items():
+            refuse_changed(path, stamp, str(path))
+
+
+def refuse_changed(path: Path, stamp: Stamp, where: str) -> None:
+    """Refuses a file that was written to, or replaced, since it had this stamp.
+
+    Raises:
+        CheckpointError: It was.
+    """
+    try:
+        is_same = Stamp.of(path) == stamp
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise _changed(where)
+
+
+def _changed(where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: the file has changed since it was opened, so what was read of it may be of two models; start again"
+        " when nothing writes to it"
+    )
 
 
 def local_sizes(folder: Path) -> dict[str, int]:
@@ -336,7 +482,7 @@ def _open_pickles(files: Files, names: Sequence[str]) -> TensorWeights:
                     " (a training checkpoint?), save the model with save_pretrained"
                 )
             tensors[str(key)] = tensor
-    return TensorWeights(files.where, tensors)
+    return TensorWeights(files.where, tensors, [files.folder / name for name in names])
 
 
 def _load_pickle(path: Path, where: str) -> Mapping[Any, Any]:

@@ -97,9 +97,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked safetensors header."""
+    """A checked safetensors header, with the number of bytes before the first tensor."""
 
     spans: Mapping[str, Span]
+    nbytes: int
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -203,7 +204,7 @@ def parse_header(content: bytes, file_size: int, where: str) -> Header:
             f"{where}: the file holds {available - position} bytes after its last tensor that no tensor claims;"
             " the file is corrupt, fetch or save it again"
         )
-    return Header(spans, metadata)
+    return Header(spans, LENGTH_BYTES + len(content), metadata)
 
 
 def build_header(infos: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, Span]]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ from hf_llfc.checkpoints.files import (
     GENERATION_FILE,
     MERGE_ADAPTER,
     Files,
+    FileSpan,
     LocalFiles,
+    Stamp,
     TensorWeights,
     Weights,
     open_weights,
@@ -89,6 +92,20 @@ class Checkpoint:
             raise CheckpointError(f"{self.label}: there is no tensor {name}{suggest(name, self.tensors)}")
         return self._weights.read(name)
 
+    def span(self, name: str) -> FileSpan | None:
+        """Where the bytes of one tensor lie in a file, to be read in parts.
+
+        Args:
+            name: One of `tensors`.
+
+        Returns:
+            The place; None where the tensor is made as it is read, or in memory, and comes as a whole.
+
+        Raises:
+            CheckpointError: If the file cannot be fetched, or has changed.
+        """
+        return self._weights.span(name)
+
     def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Reads all tensors, one after the other."""
         for name in self.tensors:
@@ -98,6 +115,31 @@ class Checkpoint:
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another without reading all its weights, as JSON values.
+
+        Returns:
+            Hashes of the config and of the headers, the commit, or of local files sizes and times of the last change;
+            for a model in memory the fingerprint, which reads everything.
+        """
+        found: dict[str, Any] = {"id": self.id, "revision": self.revision}
+        found["config"] = hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+        files = self._weights.identity()
+        if not files:
+            return {**found, "sha256": self.fingerprint()}
+        if self.revision is None:
+            stamps = [(path.name, Stamp.of(path)) for path in self.companion_files if path.exists()]
+            found["companions"] = {name: [stamp.size, stamp.mtime_ns] for name, stamp in stamps}
+        return {**found, "files": dict(files)}
+
+    def refuse_changed(self) -> None:
+        """Refuses a checkpoint whose weight files were written to since it was opened.
+
+        Raises:
+            CheckpointError: One was.
+        """
+        self._weights.refuse_changed()
 
     def fingerprint(self) -> str:
         """A hash of all weights that does not depend on how they are spread over files.
@@ -391,14 +433,24 @@ class _PlannedWeights:
         self._stored = stored
         self._untested_ties = dict(plan.ties)
         self._made: dict[str, torch.Tensor] = {}
+        self._making = threading.Lock()
+
+    def identity(self) -> Mapping[str, Any]:
+        """Of the files."""
+        return self._stored.identity()
+
+    def refuse_changed(self) -> None:
+        """Refuses files that were written to since they were opened."""
+        self._stored.refuse_changed()
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; the rest of its group is kept until the next group is made."""
         if name in self._plan.converted:
-            if name not in self._made:
-                self._made.clear()
-                self._made = self._plan.make(name, self._stored.read)
-            return self._made.pop(name)
+            with self._making:
+                if name not in self._made:
+                    self._made.clear()
+                    self._made = self._plan.make(name, self._stored.read)
+                return self._made.pop(name)
         tensor = self._stored.read(name)
         for copy in self._untested_ties.pop(name, ()):
             other = self._stored.read(copy)
@@ -408,6 +460,11 @@ class _PlannedWeights:
                     f" tie_word_embeddings to false in {CONFIG_FILE} if both are meant"
                 )
         return tensor
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where a tensor's bytes lie that is neither made nor still to be compared with its other copies."""
+        made = name in self._plan.converted or name in self._untested_ties
+        return None if made else self._stored.span(name)
 
 
 def state_dict_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -5,57 +5,69 @@ The files are those that `save_pretrained` would write: the same shards, the sam
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import GenerationConfig, PreTrainedConfig
 
 from hf_llfc.checkpoints.companions import TEMPLATES_FOLDER
-from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE, SINGLE_FILE
-from hf_llfc.checkpoints.header import TensorInfo, build_header
+from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
+from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.names import Layout, find_model_class
 from hf_llfc.checkpoints.reader import tensor_bytes
+from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, ShardFiles, ShardLayout, checksum
 from hf_llfc.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-MAX_SHARD_SIZE = 5 * 10**9
-_FILENAME_PATTERN = SINGLE_FILE.replace(".safetensors", "{suffix}.safetensors")
+Fill = Callable[[ShardFiles], None]
+"""Writes every tensor that is still to be written."""
 
 
 def write_checkpoint(
     folder: Path,
     infos: Mapping[str, TensorInfo],
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor]] | Fill,
     *,
     config: PreTrainedConfig,
     companions: Iterable[Path] = (),
     generation_config: GenerationConfig | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    finished: Mapping[str, str] | None = None,
+    on_shard: Callable[[str, str], None] | None = None,
 ) -> None:
     """Writes a checkpoint that `from_pretrained` loads.
 
     Args:
-        folder: Where to write; it exists and is empty.
+        folder: Where to write; it exists and is empty, but for the files that are finished.
         infos: Name on disk → dtype and shape of what will be written, in the order of the shards.
-        tensors: Every one of these tensors, once, in any order. Each is written before the next is asked for.
+        tensors: Every one of these tensors, once, in any order, each written before the next is asked for; or a
+            function that writes them all.
         config: The config of the model; its `dtype` is set to that of the first weight.
         companions: Files to copy beside the weights, as `Checkpoint.companion_files` lists them.
         generation_config: Written unless it is among the companions.
         max_shard_size: The size in bytes above which weights are split into several files.
+        finished: Weight file → checksum of those that an earlier try has completed. One that has another checksum by
+            now is written again.
+        on_shard: Told file and checksum of every weight file that is complete.
 
     Raises:
         CheckpointError: If the disk is full or cannot be written.
     """
+    layout = ShardLayout.of(infos, max_shard_size)
     try:
-        _write_weights(folder, infos, tensors, config, max_shard_size)
+        kept = _still_whole(folder, layout, finished or {})
+        told = None if on_shard is None else partial(_tell, folder, on_shard)
+        with ShardFiles(folder, layout, finished=kept, on_shard=told).create() as files:
+            if callable(tensors):
+                tensors(files)
+            else:
+                _write_each(files, infos, tensors)
+        _write_index(folder, layout, infos, config)
         _write_config(folder, infos, config)
         for companion in companions:
             _copy_companion(companion, folder)
@@ -65,59 +77,65 @@ def write_checkpoint(
         raise CheckpointError(f"{folder}: the checkpoint cannot be written: {error}") from error
 
 
-def _write_weights(
-    folder: Path,
-    infos: Mapping[str, TensorInfo],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    config: PreTrainedConfig,
-    max_shard_size: int,
+def write_share(
+    folder: Path, infos: Mapping[str, TensorInfo], fill: Fill, *, max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
-    split = split_state_dict_into_shards_factory(
-        dict(infos),
-        get_storage_size=lambda info: info.nbytes,
-        filename_pattern=_FILENAME_PATTERN,
-        max_shard_size=max_shard_size,
-    )
-    needed = sum(info.nbytes for info in infos.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"{folder}: the weights take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make room or"
-            " choose another output folder"
+    """Writes this process's share into weight files that another process has made with `write_checkpoint`.
+
+    Args:
+        folder: Where the files lie.
+        infos: As there.
+        fill: Writes the tensors of the share.
+        max_shard_size: As there.
+
+    Raises:
+        CheckpointError: If the disk is full or cannot be written.
+    """
+    try:
+        with ShardFiles(folder, ShardLayout.of(infos, max_shard_size)) as files:
+            fill(files)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the checkpoint cannot be written: {error}") from error
+
+
+def _still_whole(folder: Path, layout: ShardLayout, finished: Mapping[str, str]) -> list[str]:
+    """The finished files that are there as they were."""
+    return [
+        filename
+        for filename, known in finished.items()
+        if filename in layout.shards and (folder / filename).is_file() and checksum(folder / filename) == known
+    ]
+
+
+def _tell(folder: Path, on_shard: Callable[[str, str], None], filename: str) -> None:
+    on_shard(filename, checksum(folder / filename))
+
+
+def _write_each(
+    files: ShardFiles, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    to_come = set(infos)
+    to_write = set(files.names)
+    for name, tensor in tensors:
+        assert name in to_come, f"{name} is not announced, or comes twice"
+        to_come.remove(name)
+        info = infos[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), (
+            f"{name}: announced {info}, came {tensor.dtype} {tuple(tensor.shape)}"
         )
-    with ExitStack() as stack:
-        places: dict[str, tuple[BinaryIO, int]] = {}
-        for filename, names in split.filename_to_tensors.items():
-            header, spans = build_header({name: infos[name] for name in names})
-            file: BinaryIO = stack.enter_context((folder / filename).open("wb"))
-            file.write(header)
-            file.flush()
-            _reserve(file, len(header) + sum(infos[name].nbytes for name in names))
-            places |= {name: (file, len(header) + span.begin) for name, span in spans.items()}
-        for name, tensor in tensors:
-            assert name in places, f"{name} is not announced, or comes twice"
-            info = infos[name]
-            assert (tensor.dtype, tuple(tensor.shape)) == (info.dtype, info.shape), (
-                f"{name}: announced {info}, came {tensor.dtype} {tuple(tensor.shape)}"
-            )
-            file, position = places.pop(name)
-            file.seek(position)
-            file.write(tensor_bytes(tensor.to("cpu")))
-        assert not places, f"never came: {list(places)[:5]}"
-
-    if split.is_sharded:
-        metadata = {"total_parameters": _parameters(infos, config), **split.metadata}
-        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+        if name in to_write:
+            files.write(name, 0, tensor_bytes(tensor.to("cpu")))
+    assert not to_come, f"never came: {sorted(to_come)[:5]}"
 
 
-def _reserve(file: BinaryIO, size: int) -> None:
-    """Gives a file its final size, taking the blocks now where the system can, so that a full disk shows at once."""
-    if size and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        file.truncate(size)
+def _write_index(
+    folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo], config: PreTrainedConfig
+) -> None:
+    if layout.metadata is None:
+        return
+    metadata = {"total_parameters": _parameters(infos, config), **layout.metadata}
+    text = json.dumps({"metadata": metadata, "weight_map": layout.weight_map}, indent=2, sort_keys=True) + "\n"
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
 def _parameters(infos: Mapping[str, TensorInfo], config: PreTrainedConfig) -> int:

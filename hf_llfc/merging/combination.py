@@ -13,8 +13,9 @@ Shape suffixes: `n` all elements of a tensor, `c` those of one chunk.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,32 @@ from hf_llfc.errors import CheckpointError
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The types that can be combined and written."""
 
-_CHUNK_PER_THREAD = 1 << 17
+CHUNK = 1 << 17
+"""Elements combined at a time: enough that calls do not count, few enough for the processor's cache."""
+
 # The bits of a float64 beyond the 24 significant ones of a float32.
 _EXCESS = (1 << 29) - 1
+
+# The smallest bfloat16 with all its bits, as an integer.
+_SMALLEST_NORMAL = 0x0080
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """How a type of floating-point number looks as an integer."""
+
+    signed: torch.dtype
+    unsigned: type[np.unsignedinteger[Any]]
+    all_but_sign: int
+    infinity: int
+
+
+_BITS = {
+    torch.bfloat16: _Bits(torch.int16, np.uint16, 0x7FFF, 0x7F80),
+    torch.float16: _Bits(torch.int16, np.uint16, 0x7FFF, 0x7C00),
+    torch.float32: _Bits(torch.int32, np.uint32, 0x7FFFFFFF, 0x7F800000),
+    torch.float64: _Bits(torch.int64, np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+}
 
 
 def linear_combination(
@@ -54,15 +78,8 @@ def linear_combination(
         CheckpointError: Shapes or types that cannot be combined, a NaN or infinity in a tensor, or a sum beyond
             the range of `out_dtype`.
     """
-
-    def accumulate(columns: Sequence[Tensor], sum_c: Tensor, value_c: Tensor) -> None:
-        torch.mul(sum_c.copy_(columns[0]), weights[0], out=sum_c)
-        for column_c, weight in zip(columns[1:], weights[1:], strict=True):
-            # Not add_(…, alpha=weight), which fuses product and sum on some processors and not on others.
-            sum_c.add_(value_c.copy_(column_c).mul_(weight))
-
     inputs = _Inputs.checked(tensors, weights, name, models)
-    return _combine(inputs, accumulate, out_dtype)
+    return _combine(inputs, Combination(tuple(weights)), out_dtype)
 
 
 def task_arithmetic(
@@ -94,19 +111,119 @@ def task_arithmetic(
     Raises:
         CheckpointError: See `linear_combination`.
     """
-
-    def accumulate(columns: Sequence[Tensor], sum_c: Tensor, value_c: Tensor) -> None:
-        base_c = columns[0].to(torch.float64)
-        sum_c.copy_(base_c)
-        for column_c, weight in zip(columns[1:], weights, strict=True):
-            sum_c.add_(value_c.copy_(column_c).sub_(base_c).mul_(weight))
-
     labels = [base_model, *(models if models is not None else (f"model {i}" for i in range(len(tensors))))]
     inputs = _Inputs.checked([base, *tensors], [1.0, *weights], name, labels)
-    return _combine(inputs, accumulate, out_dtype)
+    return _combine(inputs, Combination(tuple(weights), over_base=True), out_dtype)
 
 
-Accumulate = Callable[[Sequence[Tensor], Tensor, Tensor], None]
+@dataclass(frozen=True)
+class Combination:
+    """Which sum is meant.
+
+    Attributes:
+        weights: One a model.
+        over_base: Whether the first tensor is θ₀, and the weights are those of the differences from it.
+    """
+
+    weights: tuple[float, ...]
+    over_base: bool = False
+
+
+class Scratch:
+    """Room for `Combination`s of chunks; every thread has its own."""
+
+    def __init__(self, size: int = CHUNK) -> None:
+        """Takes the room.
+
+        Args:
+            size: The most elements that a chunk has.
+        """
+        self._sum = np.empty(size)
+        self._value = np.empty(size)
+        self._base: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
+        self._single = torch.empty(size)
+        self._magnitude = np.empty(size, dtype=np.int64)
+        self.size = size
+
+    def combine(self, combination: Combination, columns: Sequence[Tensor], result_c: Tensor) -> bool:
+        """Combines a chunk of every tensor.
+
+        Args:
+            combination: What to do.
+            columns: A chunk of every tensor, one-dimensional, of types among `DTYPES`.
+            result_c: Where to put the result.
+
+        Returns:
+            Whether all of the result is finite.
+        """
+        n = len(result_c)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked for in the result
+            self._accumulate(combination, columns, n)
+        if result_c.element_size() > 2:
+            result_c.copy_(torch.from_numpy(self._sum[:n]))
+        else:
+            self._round_to_odd(n)
+            result_c.copy_(self._single[:n])
+        bits = _BITS[result_c.dtype]
+        magnitude = self._magnitude.view(bits.unsigned)[:n]
+        np.bitwise_and(result_c.view(bits.signed).numpy().view(bits.unsigned), bits.all_but_sign, out=magnitude)
+        if magnitude.max(initial=0) >= bits.infinity:
+            return False
+        if result_c.dtype == torch.bfloat16 and magnitude.min(initial=bits.infinity) <= _SMALLEST_NORMAL:
+            self._round_tiny(combination, columns, result_c, np.flatnonzero(magnitude <= _SMALLEST_NORMAL))
+        return True
+
+    def greatest(self, combination: Combination, columns: Sequence[Tensor]) -> float:
+        """The largest magnitude of a sum of chunks, before it is rounded."""
+        self._accumulate(combination, columns, len(columns[0]))
+        return float(np.abs(self._sum[: len(columns[0])]).max())
+
+    def _accumulate(self, combination: Combination, columns: Sequence[Tensor], n: int) -> None:
+        sum_c, value_c = self._sum[:n], self._value[:n]
+        of_value = torch.from_numpy(value_c)
+        if not combination.over_base:
+            torch.from_numpy(sum_c).copy_(columns[0])
+            np.multiply(sum_c, combination.weights[0], out=sum_c)
+            for column_c, weight in zip(columns[1:], combination.weights[1:], strict=True):
+                # Not in one step, which would fuse product and sum on some processors and not on others.
+                of_value.copy_(column_c)
+                np.multiply(value_c, weight, out=value_c)
+                np.add(sum_c, value_c, out=sum_c)
+            return
+        if self._base is None:
+            self._base = np.empty(self.size)
+        base_c = self._base[:n]
+        torch.from_numpy(base_c).copy_(columns[0])
+        np.copyto(sum_c, base_c)
+        for column_c, weight in zip(columns[1:], combination.weights, strict=True):
+            of_value.copy_(column_c)
+            np.subtract(value_c, base_c, out=value_c)
+            np.multiply(value_c, weight, out=value_c)
+            np.add(sum_c, value_c, out=sum_c)
+
+    def _round_to_odd(self, n: int) -> None:
+        """The sum in float32, rounded to odd."""
+        bits_c, excess_c = self._sum[:n].view(np.int64), self._value[:n].view(np.int64)
+        # excess + mask carries into the last bit that stays if, and only if, the excess is not zero.
+        np.bitwise_and(bits_c, _EXCESS, out=excess_c)
+        np.add(excess_c, _EXCESS, out=excess_c)
+        np.bitwise_or(bits_c, excess_c, out=bits_c)
+        np.bitwise_and(bits_c, ~_EXCESS, out=bits_c)
+        self._single[:n].copy_(torch.from_numpy(self._sum[:n]))
+
+    def _round_tiny(
+        self,
+        combination: Combination,
+        columns: Sequence[Tensor],
+        result_c: Tensor,
+        tiny_k: np.ndarray[tuple[int], np.dtype[np.int64]],
+    ) -> None:
+        """Rounds again what lies where float32 has fewer bits, so that the way through it would round twice."""
+        of_tiny = torch.from_numpy(tiny_k)
+        self._accumulate(combination, [column_c[of_tiny] for column_c in columns], len(tiny_k))
+        # Counted in multiples of bfloat16's smallest number.
+        unit = torch.finfo(torch.bfloat16).smallest_normal * torch.finfo(torch.bfloat16).eps
+        result_c[of_tiny] = (torch.round(torch.from_numpy(self._sum[: len(tiny_k)]) / unit) * unit).to(torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -153,53 +270,24 @@ class _Inputs:
                 )
 
 
-def _combine(inputs: _Inputs, accumulate: Accumulate, out_dtype: torch.dtype) -> Tensor:
+def _combine(inputs: _Inputs, combination: Combination, out_dtype: torch.dtype) -> Tensor:
     if out_dtype not in DTYPES:
         raise CheckpointError(f"{inputs.name}: {out_dtype} cannot be written; choose one of {_names(DTYPES)}")
     result = torch.empty(inputs.shape, dtype=out_dtype)
     result_n = result.view(-1)
     size = result_n.numel()
-    chunk = max(1, min(size, _CHUNK_PER_THREAD * torch.get_num_threads()))
-    scratch_sc = torch.empty(2, chunk, dtype=torch.float64)
-    for start in range(0, size, chunk):
-        stop = min(start + chunk, size)
-        sum_c, value_c = scratch_sc[:, : stop - start]
-        accumulate([column_n[start:stop] for column_n in inputs.columns], sum_c, value_c)
-        least, greatest = (extreme.item() for extreme in torch.aminmax(sum_c))
-        greatest = max(-least, greatest)
-        _round_once(sum_c, value_c, result_n[start:stop])
-        # Written so that NaN is caught too.
-        if not greatest <= torch.finfo(out_dtype).max and not torch.isfinite(result_n[start:stop]).all():
+    scratch = Scratch(max(1, min(size, CHUNK)))
+    for start in range(0, size, scratch.size):
+        part = slice(start, start + scratch.size)
+        columns = [column_n[part] for column_n in inputs.columns]
+        if not scratch.combine(combination, columns, result_n[part]):
             inputs.refuse_not_finite()
+            greatest = scratch.greatest(combination, columns)
             raise CheckpointError(
                 f"{inputs.name}: a merged value of {greatest:.6g} is beyond the range of {_names([out_dtype])} "
                 f"(±{torch.finfo(out_dtype).max:.6g}); set out_dtype to bfloat16 or float32, or lower the weights"
             )
     return result
-
-
-def _round_once(sum_c: Tensor, spare_c: Tensor, result_c: Tensor) -> None:
-    """Rounds float64 to the type of the result; what is rounded is overwritten, and a scratch tensor of its size."""
-    if result_c.element_size() > 2:
-        result_c.copy_(sum_c)
-        return
-    tiny_k = rounded_k = None
-    smallest_normal = torch.finfo(torch.float32).smallest_normal
-    if result_c.dtype == torch.bfloat16 and torch.abs(sum_c, out=spare_c).amin() < smallest_normal:
-        # Here float32 has fewer bits, so the way through it would round again. Count in multiples of bfloat16's
-        # smallest number instead. (NumPy's comparisons take a tenth of the time of PyTorch's.)
-        magnitudes = spare_c.numpy()
-        tiny_k = torch.from_numpy(np.flatnonzero((magnitudes < smallest_normal) & (magnitudes > 0)))
-        unit = smallest_normal * torch.finfo(torch.bfloat16).eps
-        rounded_k = (torch.round(sum_c[tiny_k] / unit) * unit).to(torch.bfloat16)
-    # excess + mask carries into the last bit that stays if, and only if, the excess is not zero.
-    bits_c, excess_c = sum_c.view(torch.int64), spare_c.view(torch.int64)
-    torch.bitwise_and(bits_c, _EXCESS, out=excess_c).add_(_EXCESS)
-    bits_c.bitwise_or_(excess_c).bitwise_and_(~_EXCESS)
-    single_c = spare_c.view(torch.float32)[: len(result_c)]
-    result_c.copy_(single_c.copy_(sum_c))
-    if tiny_k is not None and rounded_k is not None:
-        result_c[tiny_k] = rounded_k
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

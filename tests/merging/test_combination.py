@@ -137,7 +137,7 @@ def test_one_model_is_copied_bit_by_bit():
 def test_chunks_leave_no_seams(generator, monkeypatch):
     tensors = random_tensors(torch.bfloat16, 2, 5003, generator)
     whole = {w: linear_combination(tensors, w, out_dtype=torch.bfloat16) for w in WEIGHTS}
-    monkeypatch.setattr(combination, "_CHUNK_PER_THREAD", 16)
+    monkeypatch.setattr(combination, "CHUNK", 16)
     for weights, expected in whole.items():
         assert torch.equal(linear_combination(tensors, weights, out_dtype=torch.bfloat16), expected)
 

@@ -1,0 +1,58 @@
+"""Reading and writing at places of a file, from several threads at once."""
+
+import os
+import threading
+
+_SEEKING = threading.Lock()
+"""Held where the system can only read and write where a file stands."""
+
+
+def read_at(descriptor: int, room: memoryview, place: int) -> int:
+    """Reads bytes of a file from a place on until the room is full or the file ends.
+
+    Args:
+        descriptor: Of the file.
+        room: Where to put the bytes, of format `B`.
+        place: Counted from the beginning of the file.
+
+    Returns:
+        How many bytes there were.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    filled = 0
+    while filled < len(room):
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [room[filled:]], place + filled)
+        else:
+            with _SEEKING:
+                os.lseek(descriptor, place + filled, os.SEEK_SET)
+                found = os.read(descriptor, len(room) - filled)
+            count = len(found)
+            room[filled : filled + count] = found
+        if count == 0:
+            break
+        filled += count
+    return filled
+
+
+def write_at(descriptor: int, data: memoryview, place: int) -> None:
+    """Writes all bytes to a file, from a place on.
+
+    Args:
+        descriptor: Of the file.
+        data: The bytes, of format `B`.
+        place: Counted from the beginning of the file.
+
+    Raises:
+        OSError: The disk is full, or the file cannot be written.
+    """
+    while data:
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, data, place)
+        else:
+            with _SEEKING:
+                os.lseek(descriptor, place, os.SEEK_SET)
+                count = os.write(descriptor, data)
+        data, place = data[count:], place + count
