@@ -12,13 +12,14 @@ import pickle
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from hf_llfc.checkpoints.header import CODES, TORCH_DTYPES, Header, TensorInfo, read_header
+from hf_llfc.checkpoints.positioned import read_at
 from hf_llfc.errors import CheckpointError, raise_all
 
 CONFIG_FILE = "config.json"
@@ -168,22 +169,49 @@ class FileSpan:
     """Where a tensor's bytes lie in a file, as they would lie in memory.
 
     Attributes:
-        path: The file.
+        file: Open for reading, without a buffer.
         where: What error messages call it.
         name: Of the tensor.
         begin: Place of the first byte in the file.
         nbytes: How many there are.
     """
 
-    path: Path
+    file: FileIO
     where: str
     name: str
     begin: int
     nbytes: int
 
+    def read_into(self, room: memoryview, start: int = 0) -> None:
+        """Reads bytes of the tensor until the room is full; from any thread.
+
+        Args:
+            room: Where to put them, of format `B`.
+            start: The first byte, counted from the beginning of the tensor.
+
+        Raises:
+            CheckpointError: The file cannot be read, or ends before.
+        """
+        try:
+            count = read_at(self.file.fileno(), room, self.begin + start)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.where}: tensor {self.name} cannot be read ({error.strerror}); check the disk, and fetch the "
+                "file again"
+            ) from error
+        if count < len(room):
+            raise CheckpointError(
+                f"{self.where}: the file was cut off while it was read: of tensor {self.name} {len(room) - count} bytes"
+                " are missing; fetch the file again, and start again"
+            )
+
 
 class SafetensorsWeights:
-    """The tensors of one or more safetensors files, mapped into memory as they are read."""
+    """The tensors of one or more safetensors files.
+
+    They are read, not mapped into memory: a file that is cut off meanwhile ends a read with an error, and a process
+    that looks at its mapped bytes with a signal.
+    """
 
     def __init__(self, files: Files, headers: Mapping[str, Header], infos: Mapping[str, TensorInfo]) -> None:
         """Takes headers that are already checked.
@@ -197,8 +225,7 @@ class SafetensorsWeights:
         self._files = files
         self._headers = headers
         self._file_of = {name: file for file, header in headers.items() for name in header.spans}
-        self._fetched: set[str] = set()
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, FileIO] = {}
         self._lock = threading.Lock()
         self._stamps = {file: Stamp.of(path) for file in headers if (path := files.folder / file).exists()}
 
@@ -228,43 +255,41 @@ class SafetensorsWeights:
         Raises:
             CheckpointError: If the file has changed since its header was checked, or cannot be read.
         """
-        file = self._file_of[name]
-        path = self._fetch(file)
-        where = f"{self._files.where}/{file}"
-        try:
-            with self._lock:
-                if file not in self._open:
-                    self._open[file] = safe_open(path, framework="pt")
-                return self._open[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{where}: tensor {name} cannot be read ({error}); fetch the file again") from error
+        info = self.infos[name]
+        data = bytearray(info.nbytes)
+        self.span(name).read_into(memoryview(data))
+        if not data:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
 
-    def span(self, name: str) -> FileSpan | None:
+    def span(self, name: str) -> FileSpan:
         """Where a tensor's bytes lie; the first call fetches the files if they are elsewhere.
 
         Raises:
-            CheckpointError: If the file has changed since its header was checked.
+            CheckpointError: If the file has changed since its header was checked, or cannot be read.
         """
         file = self._file_of[name]
         header = self._headers[file]
         span = header.spans[name]
-        begin = header.nbytes + span.begin
-        return FileSpan(self._fetch(file), f"{self._files.where}/{file}", name, begin, span.end - span.begin)
+        where = f"{self._files.where}/{file}"
+        return FileSpan(self._opened(file, where), where, name, header.nbytes + span.begin, span.end - span.begin)
 
-    def _fetch(self, file: str) -> Path:
-        """The path of a file that is there, and as it was when its header was checked."""
-        path = self._files.folder / file
+    def _opened(self, file: str, where: str) -> FileIO:
+        """A file that is there, and as it was when its header was checked."""
         with self._lock:
-            if file not in self._fetched:
+            if file not in self._open:
                 self._files.fetch(self._headers)
-                where = f"{self._files.where}/{file}"
+                path = self._files.folder / file
                 if read_header(path, where) != self._headers[file]:
                     raise _changed(where)
-                if file not in self._stamps:
-                    self._stamps[file] = Stamp.of(path)
-                refuse_changed(path, self._stamps[file], where)
-                self._fetched.add(file)
-        return path
+                try:
+                    if file not in self._stamps:
+                        self._stamps[file] = Stamp.of(path)
+                    refuse_changed(path, self._stamps[file], where)
+                    self._open[file] = path.open("rb", buffering=0)
+                except OSError as error:
+                    raise CheckpointError(f"{where}: the file cannot be read ({error.strerror})") from error
+            return self._open[file]
 
 
 class TensorWeights:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class Journal:
-    """What of one output is finished; in a run of several processes the main one alone writes it.
+    """What of one output is finished; in a run of several processes the main one alone writes it, from any thread.
 
     Attributes:
         path: The file.
@@ -50,6 +51,7 @@ class Journal:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
+    _writing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def is_empty(self) -> bool:
@@ -181,8 +183,9 @@ class Journal:
         with storing(self.folder):
             flush(self.folder / filename)
             flush(self.folder)
-        self.shards[filename] = digest
-        self.save()
+        with self._writing:
+            self.shards[filename] = digest
+            self.save()
 
     def complete(self) -> None:
         """Notes that only the move into place is left."""

@@ -598,6 +598,48 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(save):
         checkpoint.read("classifier.bias")
 
 
+def written_in_place(path):
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    os.utime(path, ns=(0, 1))
+
+
+def replaced(path):
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("change", [written_in_place, replaced, lambda path: os.truncate(path, 100), Path.unlink])
+def test_a_file_that_changes_while_it_is_read_is_told_afterwards(save, change):
+    folder = save()
+    checkpoint = open_checkpoint(folder)
+    checkpoint.read("classifier.bias")
+    checkpoint.refuse_changed()
+    change(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the file has changed since it was opened"):
+        checkpoint.refuse_changed()
+
+
+def test_what_tells_two_checkpoints_apart_is_json_and_sees_every_change(save):
+    folder = save()
+    before = open_checkpoint(folder).identity()
+    assert json.loads(json.dumps(before)) == before == open_checkpoint(folder).identity()
+    written_in_place(folder / "model.safetensors")
+    after = open_checkpoint(folder).identity()
+    assert after["files"]["model.safetensors"] != before["files"]["model.safetensors"]
+    assert {**after, "files": None} == {**before, "files": None}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    assert open_checkpoint(folder).identity()["config"] != before["config"]
+
+
+def test_a_model_in_memory_is_told_apart_by_its_weights():
+    models = [tiny_model("bert", "base", seed) for seed in (0, 0, 1)]
+    first, same, other = (open_checkpoint(model).identity() for model in models)
+    assert first == same and first["sha256"] != other["sha256"]
+
+
 def test_a_tensor_that_is_not_there_is_refused_with_the_nearest(save):
     with pytest.raises(CheckpointError, match=r"no tensor classifier.biass; did you mean 'classifier.bias'\?"):
         open_checkpoint(save()).read("classifier.biass")
