@@ -41,6 +41,18 @@ class PublishingError(LLFCError):
     """A card cannot be rendered or a folder cannot be pushed to the Hub."""
 
 
+class ProcessError(LLFCError):
+    """Another process of the launcher ended or cannot be reached; the same run may succeed later.
+
+    Attributes:
+        rank: Which process it is, if that is known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 def raise_all(problems: Sequence[str], kind: type[LLFCError], heading: str) -> None:
     """Raises one error that lists the problems, at most the first thirty, and returns silently if there is none.
 

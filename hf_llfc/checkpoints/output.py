@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from hf_llfc.checkpoints.files import CONFIG_FILE
 from hf_llfc.checkpoints.journal import Journal, flush, flush_all, listed, storing
-from hf_llfc.errors import CheckpointError, LLFCError, StorageError
+from hf_llfc.errors import CheckpointError, LLFCError, ProcessError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,14 @@ class OutputFolder:
             identity: Everything that determines the output, as JSON values.
         """
         self._identity = json.loads(json.dumps(identity))
+
+    def free_bytes(self) -> int:
+        """Bytes on the disk of the target that are free, or taken by what an interrupted run left there."""
+        parent = self._partial
+        while not parent.exists():
+            parent = parent.parent
+        left = [path for path in (self._partial / OUTPUT).rglob("*") if path.is_file()]
+        return shutil.disk_usage(parent).free + sum(path.stat().st_size for path in left)
 
     def check(self) -> None:
         """Refuses a target that cannot be written, without making anything.
@@ -181,7 +189,7 @@ class OutputFolder:
                 journal.check_files()
             if not differences and (journal.is_complete or not is_moved):
                 logger.info("%s: goes on after an interrupted run (%s)", self._named, _told(journal))
-                folder.mkdir(exist_ok=True)
+                self._remove_unfinished(journal)
                 return journal
             if not is_moved:
                 raise CheckpointError(
@@ -192,6 +200,17 @@ class OutputFolder:
             (self._partial / JOURNAL).unlink()  # that run's output is in its place, or was
             self.check()
         return self._fresh()
+
+    def _remove_unfinished(self, journal: Journal) -> None:
+        """Removes files that were being written when the run stopped; they are written again."""
+        if journal.is_complete:
+            return
+        finished = {*journal.shards, *(name for entry in journal.stages.values() for name in entry["files"])}
+        with storing(self._partial):
+            journal.folder.mkdir(exist_ok=True)
+            for path in sorted(journal.folder.rglob("*")):
+                if not path.is_dir() and path.relative_to(journal.folder).as_posix() not in finished:
+                    path.unlink()
 
     def _fresh(self) -> Journal:
         folder = self._partial / OUTPUT
@@ -218,7 +237,7 @@ class OutputFolder:
             self._journal = None
 
     def _stop(self, error: BaseException | None) -> None:
-        at_fault = isinstance(error, LLFCError) and not isinstance(error, StorageError)
+        at_fault = isinstance(error, LLFCError) and not isinstance(error, StorageError | ProcessError)
         if self.journal.is_empty or at_fault:
             self._discard()
             return

@@ -21,7 +21,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from hf_llfc.checkpoints.files import SINGLE_FILE
 from hf_llfc.checkpoints.header import TensorInfo, build_header
 from hf_llfc.checkpoints.positioned import write_at
-from hf_llfc.errors import CheckpointError
+from hf_llfc.errors import StorageError
 
 MAX_SHARD_SIZE = 5 * 10**9
 _FILENAME_PATTERN = SINGLE_FILE.replace(".safetensors", "{suffix}.safetensors")
@@ -130,12 +130,12 @@ class ShardFiles:
         """Makes the files with their headers, at their final size; a process that shares them opens them instead.
 
         Raises:
-            CheckpointError: There is not enough room for them.
+            StorageError: There is not enough room for them.
         """
         needed = sum(shard.size for filename, shard in self._layout.shards.items() if filename not in self._finished)
         free = shutil.disk_usage(self._folder).free
         if needed > free:
-            raise CheckpointError(
+            raise StorageError(
                 f"{self._folder}: the weights take {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make"
                 " room or choose another output folder"
             )

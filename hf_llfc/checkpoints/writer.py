@@ -20,7 +20,7 @@ from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.names import Layout, find_model_class
 from hf_llfc.checkpoints.reader import tensor_bytes
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, ShardFiles, ShardLayout, checksum
-from hf_llfc.errors import CheckpointError
+from hf_llfc.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def write_checkpoint(
         on_shard: Told file and checksum of every weight file that is complete.
 
     Raises:
-        CheckpointError: If the disk is full or cannot be written.
+        StorageError: If the disk is full or cannot be written.
     """
     layout = ShardLayout.of(infos, max_shard_size)
     try:
@@ -69,12 +69,13 @@ def write_checkpoint(
                 _write_each(files, infos, tensors)
         _write_index(folder, layout, infos, config)
         _write_config(folder, infos, config)
-        for companion in companions:
+        copied = list(companions)
+        for companion in copied:
             _copy_companion(companion, folder)
-        if generation_config is not None and not (folder / GENERATION_FILE).exists():
+        if generation_config is not None and all(path.name != GENERATION_FILE for path in copied):
             generation_config.save_pretrained(folder)
     except OSError as error:
-        raise CheckpointError(f"{folder}: the checkpoint cannot be written: {error}") from error
+        raise StorageError(f"{folder}: the checkpoint cannot be written: {error}") from error
 
 
 def write_share(
@@ -89,13 +90,13 @@ def write_share(
         max_shard_size: As there.
 
     Raises:
-        CheckpointError: If the disk is full or cannot be written.
+        StorageError: If the disk is full or cannot be written.
     """
     try:
         with ShardFiles(folder, ShardLayout.of(infos, max_shard_size)) as files:
             fill(files)
     except OSError as error:
-        raise CheckpointError(f"{folder}: the checkpoint cannot be written: {error}") from error
+        raise StorageError(f"{folder}: the checkpoint cannot be written: {error}") from error
 
 
 def _still_whole(folder: Path, layout: ShardLayout, finished: Mapping[str, str]) -> list[str]:
@@ -128,9 +129,7 @@ def _write_each(
     assert not to_come, f"never came: {sorted(to_come)[:5]}"
 
 
-def _write_index(
-    folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo], config: PreTrainedConfig
-) -> None:
+def _write_index(folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo], config: PreTrainedConfig) -> None:
     if layout.metadata is None:
         return
     metadata = {"total_parameters": _parameters(infos, config), **layout.metadata}
