@@ -26,10 +26,10 @@ from hf_llfc.stages import Parent, alignment_summary, open_data
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from hf_llfc.checkpoints import Checkpoint
+    from hf_llfc.ranks import Ranks
 
 
 def diagnose_checkpoints(
@@ -40,7 +40,7 @@ def diagnose_checkpoints(
     base: Parent | None = None,
     weights: Sequence[float] | None = None,
     calibration: EvaluationData | None = None,
-    accelerator: Accelerator | None = None,
+    processes: Ranks | None = None,
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Diagnoses aligned checkpoints: the line between two, the simplex over more, sums of task vectors over a base.
@@ -52,7 +52,7 @@ def diagnose_checkpoints(
         base: θ₀ of task arithmetic.
         weights: Of the merge, one a parent; equal ones where None.
         calibration: Data from which BatchNorm statistics are recomputed at every point.
-        accelerator: Shares the samples among its processes.
+        processes: Share the samples.
         progress: Shown meanwhile.
 
     Raises:
@@ -79,7 +79,7 @@ def diagnose_checkpoints(
     check_measures(section.measures, data, section.alphas)
     if section.offload and (section.measures or section.suggest):
         raise EvaluationError("with offload only loss, metric and LLFC are measured; leave out measures and suggest")
-    device = accelerator.device if accelerator is not None else "cpu"
+    device = processes.device if processes is not None else "cpu"
     models, combined = _streamed(compared, device) if section.offload else ([each.load() for each in compared], None)
     report = diagnose_models(
         models,
@@ -88,7 +88,7 @@ def diagnose_checkpoints(
         region=region,
         layers=section.layers or None,
         unit=section.unit,
-        accelerator=accelerator,
+        processes=processes,
         batch_norm_data=calibration,
         references=[vars(reference) for reference in named],
         alignment=_how_aligned(compared),
@@ -108,7 +108,7 @@ def diagnose_checkpoints(
         data,
         alphas=section.alphas,
         layers=section.layers or None,
-        accelerator=accelerator,
+        processes=processes,
         on_batch=partial(progress, "measuring"),
     )
     return replace(

@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 
 from hf_llfc.cli.arguments import parse
-from hf_llfc.errors import LLFCError
+from hf_llfc.errors import LLFCError, ProcessError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.lazy: `--help` loads nothing that it does not need
@@ -39,11 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _import_modules(options.imports)
         return int(import_module(f"hf_llfc.cli.{options.command}").execute(options))
+    except ProcessError as error:
+        # Where the main process is the one that is gone, the next one speaks.
+        speaks = is_main_process() or (error.rank == 0 and os.environ.get("RANK") == "1")
+        return _report_error(str(error), options, speaks=speaks)
     except LLFCError as error:
-        _report_error(str(error), options)
-        return 2
+        return _report_error(str(error), options)
     except KeyboardInterrupt:
-        print("hf-llfc: interrupted", file=sys.stderr)
+        if is_main_process():
+            print("hf-llfc: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
@@ -51,13 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-        _report_error(f"{what}; run again with --debug to see where", options)
-        return 2
+        return _report_error(f"{what}; run again with --debug to see where", options)
     except Exception as error:
         if options.debug:
             raise
-        _report_error(f"unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", options)
-        return 2
+        what = f"unexpected {type(error).__name__}: {error}"
+        return _report_error(f"{what}; run again with --debug for the traceback", options)
 
 
 def run_main(arguments: Sequence[str] | None = None) -> int:
@@ -88,17 +91,36 @@ def _stop_as_interrupted() -> None:
     import threading
 
     if threading.current_thread() is threading.main_thread():  # no other may
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        signal.signal(signal.SIGTERM, _stop)
 
 
-def _report_error(message: str, options: argparse.Namespace) -> None:
-    if not is_main_process():
-        return
-    if options.format == "json":
-        from hf_llfc.console import print_json
+def _stop(number: int, frame: object) -> None:
+    """Says why a run ends; a launcher stops all its processes when one of them has ended."""
+    if is_main_process():
+        launched = ": another process of the launcher ended, or the launcher was stopped" if _is_launched() else ""
+        print(f"hf-llfc: stopped by a signal{launched}; run the same again to go on", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
 
-        print_json({"error": message})
-    print(f"hf-llfc: error: {message}", file=sys.stderr)
+
+def _is_launched() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _report_error(message: str, options: argparse.Namespace, *, speaks: bool | None = None) -> int:
+    """Prints an error, once for all processes, and gives the exit code.
+
+    Args:
+        message: The whole message.
+        options: Of the command.
+        speaks: Whether this process prints it; where None, the main one does.
+    """
+    if is_main_process() if speaks is None else speaks:
+        if options.format == "json":
+            from hf_llfc.console import print_json
+
+            print_json({"error": message})
+        print(f"hf-llfc: error: {message}", file=sys.stderr)
+    return 2
 
 
 def _quiet_libraries(*, verbose: bool) -> None:

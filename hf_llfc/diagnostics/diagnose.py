@@ -32,7 +32,7 @@ from hf_llfc.evaluation.models import evaluation_mode
 from hf_llfc.evaluation.scoring import ScoreSums
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from hf_llfc.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def diagnose_models(
     layers: Sequence[str] | None = None,
     unit: str = "sample",
     combined: MovingModel | None = None,
-    accelerator: Accelerator | None = None,
+    processes: Ranks | None = None,
     batch_norm_data: EvaluationData | None = None,
     references: Sequence[Mapping[str, Any]] | None = None,
     alignment: Mapping[str, Any] | None = None,
@@ -68,7 +68,7 @@ def diagnose_models(
         unit: ``sample``, one feature vector a sample as in the paper, or ``token``, one a token, of which mean, spread
             and quantiles are then taken.
         combined: What takes the weights of every point; one more model in memory without it.
-        accelerator: Shares the samples among its processes; every process gets the report of all.
+        processes: Share the samples; every process gets the report of all.
         batch_norm_data: Calibration samples from which batch normalization is recomputed at every point between the
             models; without them its statistics are combined. Has no effect on models without it.
         references: `id`, `revision` and `weight` of all, for the report.
@@ -89,9 +89,9 @@ def diagnose_models(
     if unit not in UNITS:
         raise EvaluationError(f"unknown unit {unit!r}{suggest(unit, UNITS)} (known: {', '.join(UNITS)})")
     measured = _with_ends(region) if region.kind == "line" else region
-    if accelerator is not None and combined is None:
+    if processes is not None and combined is None:
         for model in models:
-            model.to(accelerator.device)
+            model.to(processes.device)  # type: ignore[arg-type]  # the signature is hidden
     with evaluation_mode(*models):
         combined = combined or CombinedModel(models)
         first_batch, _ = next(data.batches())
@@ -100,7 +100,7 @@ def diagnose_models(
             raise EvaluationError(f"{type(models[0]).__name__} has no logits; a model with a task head is needed")
         buffers = _recomputed_batch_norm(combined, measured.points, batch_norm_data)
         lockstep = Lockstep.start(models, combined, measured, selected, buffers, data, unit)
-        sums = over_batches(data, lockstep.add, lockstep.sums, accelerator=accelerator, on_batch=on_batch)
+        sums = over_batches(data, lockstep.add, lockstep.sums, processes=processes, on_batch=on_batch)
     described = dict(data.summary)
     if buffers:
         described["batch_norm"] = "recomputed"

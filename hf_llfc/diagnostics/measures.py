@@ -24,7 +24,7 @@ from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import evaluation_mode
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from hf_llfc.ranks import Ranks
 
 
 class Measure(Protocol):
@@ -84,7 +84,7 @@ def run_measures(
     *,
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     layers: Sequence[str] | None = None,
-    accelerator: Accelerator | None = None,
+    processes: Ranks | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, tuple[Any, ...]]:
     """Measures a pair.
@@ -97,7 +97,7 @@ def run_measures(
         alphas: Where additivity is measured; the ends, where it holds by definition, are left out.
         layers: Where to stitch, and whose features' geometry to measure: patterns or words of `select_layers`; every
             block without them.
-        accelerator: Shares the samples among its processes; every process gets the rows of all.
+        processes: Share the samples; every process gets the rows of all.
         on_batch: Called with the number of batches done and the number there are, for progress bars.
 
     Returns:
@@ -110,7 +110,7 @@ def run_measures(
     check_measures(names, data, alphas)
     if not names:
         return {}
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rank, world = (0, 1) if processes is None else (processes.rank, processes.count)
     inside = [alpha for alpha in alphas if 0 < alpha < 1]
     with evaluation_mode(model_a, model_b):
         batch, _ = next(data.batches())
@@ -127,5 +127,5 @@ def run_measures(
                 measure.add(batch, sample_ids)
 
         own = _AllSums({name: measure.sums for name, measure in measures.items()})
-        sums = over_batches(data, add, own, accelerator=accelerator, on_batch=on_batch)
+        sums = over_batches(data, add, own, processes=processes, on_batch=on_batch)
         return {name: measure.rows(sums.by_name[name]) for name, measure in measures.items()}

@@ -13,10 +13,9 @@ import torch
 from hf_llfc.diagnostics.trial import Layer
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
-from hf_llfc.evaluation.models import gather
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from hf_llfc.ranks import Ranks
 
 
 class Sums(Protocol):
@@ -37,7 +36,7 @@ def over_batches(
     add: Callable[[Mapping[str, torch.Tensor], torch.Tensor], None],
     sums: S,
     *,
-    accelerator: Accelerator | None = None,
+    processes: Ranks | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> S:
     """Feeds the batches of this process to a measurement and sums over all processes.
@@ -46,7 +45,7 @@ def over_batches(
         data: The samples.
         add: Takes a batch and the numbers of its samples, and adds to `sums`.
         sums: What this process gathers.
-        accelerator: Shares the samples among its processes.
+        processes: Share the samples.
         on_batch: Called with the number of batches done and the number there are, for progress bars.
 
     Returns:
@@ -55,7 +54,7 @@ def over_batches(
     Raises:
         EvaluationError: What `add` raised on any of the processes, on all of them.
     """
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    rank, world = (0, 1) if processes is None else (processes.rank, processes.count)
     problem: str | None = None
     total = data.batch_count(rank, world)
     try:
@@ -65,10 +64,10 @@ def over_batches(
                 on_batch(done, total)
     except EvaluationError as error:
         problem = str(error)
-    if accelerator is None:
+    if processes is None:
         problems_over_processes([problem])
         return sums
-    parts = gather([(sums.cpu(), problem)])
+    parts = processes.gather((sums.cpu(), problem))
     problems_over_processes([problem for _, problem in parts])
     whole: S = parts[0][0]
     for part, _ in parts[1:]:

@@ -17,7 +17,7 @@ from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
 from hf_llfc.evaluation.scoring import ScoreSums, score_samples
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from hf_llfc.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def evaluate_model(
     model: PreTrainedModel,
     data: EvaluationData,
     *,
-    accelerator: Accelerator | None = None,
+    processes: Ranks | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Loss and metrics of one model.
@@ -119,7 +119,7 @@ def evaluate_model(
     Args:
         model: With a head for the task.
         data: Labelled samples.
-        accelerator: Shares the samples among its processes; every process gets the result of all.
+        processes: Share the samples; every process gets the result of all.
         on_batch: Called with the number of batches done and the number there are, for progress bars.
 
     Returns:
@@ -130,9 +130,9 @@ def evaluate_model(
     """
     if not data.labelled:
         raise EvaluationError("loss and metrics need labels, and labels is false")
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    if accelerator is not None:
-        model.to(accelerator.device)
+    rank, world = (0, 1) if processes is None else (processes.rank, processes.count)
+    if processes is not None:
+        model.to(processes.device)  # type: ignore[arg-type]  # the signature is hidden
     sums = ScoreSums()
     problem: str | None = None
     total = data.batch_count(rank, world)
@@ -152,22 +152,15 @@ def evaluate_model(
                     on_batch(done, total)
     except EvaluationError as error:
         problem = str(error)
-    if accelerator is None:
+    if processes is None:
         problems_over_processes([problem])
         return _result(sums, data)
-    gathered = gather([(sums, problem)])
+    gathered = processes.gather((sums, problem))
     problems_over_processes([problem for _, problem in gathered])
     merged = ScoreSums()
     for part, _ in gathered:
         merged.merge(part)
     return _result(merged, data)
-
-
-def gather(values: list[Any]) -> list[Any]:
-    """The values of all processes in order of rank; the values themselves where there is one process."""
-    from accelerate.utils import gather_object
-
-    return gather_object(values)
 
 
 def _result(sums: ScoreSums, data: EvaluationData) -> EvaluationResult:

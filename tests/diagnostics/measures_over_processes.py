@@ -9,22 +9,22 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from hf_llfc.diagnostics.measures import MEASURES, run_measures
 from hf_llfc.errors import EvaluationError
+from hf_llfc.processes import Processes
 from tests.diagnostics.pairs import data_of, pair
 
 
-def measure(accelerator: Accelerator | None) -> dict:
+def measure(processes: Processes | None) -> dict:
     """All rows, as JSON values."""
     models = pair("bert")
     data = data_of("bert", models[0].config, batch_size=3)
-    found = run_measures(MEASURES, *models, data, alphas=(0.25, 0.5), accelerator=accelerator)
+    found = run_measures(MEASURES, *models, data, alphas=(0.25, 0.5), processes=processes)
     return {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()}
 
 
-def break_one_sample(accelerator: Accelerator) -> str:
+def break_one_sample(processes: Processes) -> str:
     """What a process raises when a sample of the second one alone is empty."""
     models = pair("bert")
     data = data_of("bert", models[0].config, batch_size=3)
@@ -37,7 +37,7 @@ def break_one_sample(accelerator: Accelerator) -> str:
 
     object.__setattr__(data, "encode", with_empty_sample)
     try:
-        run_measures(["commutativity"], *models, data, accelerator=accelerator)
+        run_measures(["commutativity"], *models, data, processes=processes)
     except EvaluationError as error:
         return str(error)
     return "nothing was raised"
@@ -45,9 +45,8 @@ def break_one_sample(accelerator: Accelerator) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    found = {"rows": measure(accelerator), "processes": accelerator.num_processes}
-    found["error"] = break_one_sample(accelerator)
-    path = Path(sys.argv[1]) / f"{accelerator.process_index}.json"
-    path.write_text(json.dumps(found))
-    accelerator.end_training()
+    with Processes() as processes:
+        found = {"rows": measure(processes), "processes": processes.count}
+        found["error"] = break_one_sample(processes)
+        path = Path(sys.argv[1]) / f"{processes.rank}.json"
+        path.write_text(json.dumps(found))

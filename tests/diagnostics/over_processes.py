@@ -9,29 +9,29 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from hf_llfc.diagnostics import diagnose_models
 from hf_llfc.diagnostics.points import line
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model, load_evaluation_data
+from hf_llfc.processes import Processes
 from tests.evaluation.tiny_data import text_rows, word_tokenizer
 from tests.tiny_models import tiny_model
 
 ALPHAS = (0.25, 0.5)
 
 
-def diagnose(accelerator: Accelerator | None) -> dict:
+def diagnose(processes: Processes | None) -> dict:
     """The report and one model's scores, as JSON values."""
     models = [tiny_model("bert", "sequence-classification", seed) for seed in (0, 1)]
     config = EvaluationConfig(task="text-classification", dataset=text_rows(11), batch_size=3, metric="f1")
     data = load_evaluation_data(config, word_tokenizer(), models[0].config)
-    report = diagnose_models(models, data, region=line(ALPHAS), accelerator=accelerator)
-    scores = evaluate_model(models[0], data, accelerator=accelerator)
+    report = diagnose_models(models, data, region=line(ALPHAS), processes=processes)
+    scores = evaluate_model(models[0], data, processes=processes)
     return {"report": report.to_dict(), "scores": {"loss": scores.loss, "samples": scores.samples, **scores.metrics}}
 
 
-def break_one_sample(accelerator: Accelerator) -> str:
+def break_one_sample(processes: Processes) -> str:
     """What a process raises when a sample of the second one alone has no finite features."""
     models = [tiny_model("bert", "sequence-classification", seed) for seed in (0, 1)]
     config = EvaluationConfig(task="text-classification", dataset=text_rows(11), batch_size=3)
@@ -45,7 +45,7 @@ def break_one_sample(accelerator: Accelerator) -> str:
 
     object.__setattr__(data, "encode", with_empty_sample)
     try:
-        diagnose_models(models, data, region=line(ALPHAS), accelerator=accelerator)
+        diagnose_models(models, data, region=line(ALPHAS), processes=processes)
     except EvaluationError as error:
         return str(error)
     return "nothing was raised"
@@ -53,8 +53,7 @@ def break_one_sample(accelerator: Accelerator) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    found = {**diagnose(accelerator), "processes": accelerator.num_processes, "error": break_one_sample(accelerator)}
-    path = Path(sys.argv[1]) / f"{accelerator.process_index}.json"
-    path.write_text(json.dumps(found))
-    accelerator.end_training()
+    with Processes() as processes:
+        found = {**diagnose(processes), "processes": processes.count, "error": break_one_sample(processes)}
+        path = Path(sys.argv[1]) / f"{processes.rank}.json"
+        path.write_text(json.dumps(found))

@@ -1,0 +1,37 @@
+"""What whoever shares work among the processes of a launcher sees of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Ranks(Protocol):
+    """The processes of one run; `hf_llfc.processes.Processes` is the one implementation.
+
+    Attributes:
+        rank: Which process this is, from 0.
+        count: How many there are.
+        device: Where models of this process run.
+    """
+
+    @property
+    def rank(self) -> int:
+        """Which process this is, from 0."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where models of this process run."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all processes, in the order of ranks; all processes call it at the same points.
+
+        Raises:
+            LLFCError: Another process failed or is gone.
+        """
