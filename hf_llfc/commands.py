@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from hf_llfc.checkpoints import OutputFolder, open_checkpoint, write_checkpoint
+from hf_llfc.checkpoints.journal import checksum
 from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import AlignmentError
-from hf_llfc.pipeline import LLFC_FOLDER, counted, refuse_replacing_inputs, save_alignments
+from hf_llfc.identity import as_settings, identity_of
+from hf_llfc.merging import Merge, merge_streamed
+from hf_llfc.pipeline import LLFC_FOLDER, load_alignments, refuse_replacing_inputs, save_alignments
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import save_plots
 from hf_llfc.recipe import AlignSection, DiagnoseSection
+from hf_llfc.resources import refuse_without_memory, refuse_without_room
 from hf_llfc.stages import (
     Parent,
     align_checkpoints,
+    alignment_spec,
     comparable,
+    matching_memory,
     open_data,
+    refuse_changed,
     refuse_foreign_alignment,
     refuse_incompatible,
     spec_of,
 )
 from hf_llfc.symmetry import Alignment
+from hf_llfc.workers import Workers
 
 
 def write_aligned(
@@ -34,9 +45,13 @@ def write_aligned(
     options: AlignSection,
     file: str | Path | None = None,
     overwrite: bool = False,
+    restart: bool = False,
+    allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> Alignment:
     """Writes a model as an ordinary checkpoint in the coordinates of a reference, with its alignment file.
+
+    Goes on where the same was interrupted.
 
     Args:
         model: The model that moves.
@@ -45,6 +60,8 @@ def write_aligned(
         options: How to align.
         file: An alignment file to apply instead of matching; it must have been made for these two models.
         overwrite: Whether an earlier output may be replaced.
+        restart: Whether to discard what an interrupted run into the same folder had finished.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         progress: Shown meanwhile.
 
     Returns:
@@ -55,10 +72,10 @@ def write_aligned(
     """
     if file is None and options.method == "none":
         raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
-    processes = Processes()
-    progress = progress if processes.is_main else silent
-    output = OutputFolder(out, overwrite)
-    return processes.on_main(lambda: _write_aligned(model, to, output, options, file, progress))
+    output = OutputFolder(out, overwrite, restart)
+    with Processes() as processes:
+        shown = progress if processes.is_main else silent
+        return processes.on_main(lambda: _write_aligned(model, to, output, options, file, allow_pickle, shown))
 
 
 def _write_aligned(
@@ -67,32 +84,56 @@ def _write_aligned(
     output: OutputFolder,
     options: AlignSection,
     file: str | Path | None,
+    allow_pickle: bool,
     progress: Progress,
 ) -> Alignment:
     output.check()
-    reference, moving = open_checkpoint(to), open_checkpoint(model)
+    reference, moving = (open_checkpoint(each, allow_pickle=allow_pickle) for each in (to, model))
     refuse_incompatible([reference, moving])
     refuse_replacing_inputs(output, [reference, moving])
+    refuse_without_room(output, moving.tensors)
+    given = None
     if file is not None:
-        alignment: Alignment | None = Alignment.load(file, spec_of(reference))
-        assert alignment is not None
-        refuse_foreign_alignment(alignment, reference, moving)
-    else:
-        alignment = align_checkpoints(reference, moving, options, progress=progress)
-    assert alignment is not None
-    parent = Parent(moving, alignment)
+        given = Alignment.load(file, spec_of(reference))
+        refuse_foreign_alignment(given, reference, moving)
+    settings = {"align": as_settings(options), "file": checksum(Path(file)) if file is not None else None}
+    output.made_from(identity_of(settings, [reference, moving], [options.calibration]))
+
+    def find() -> Alignment:
+        if given is not None:
+            return given
+        refuse_without_memory(matching_memory(reference, options))
+        found = align_checkpoints(reference, moving, options, progress=progress)
+        assert found is not None
+        refuse_changed([reference, moving])
+        return found
+
     with output as folder:
-        tensors = ((name, parent.read(name).contiguous()) for name in moving.tensors)
+        journal = output.journal
+        spec = spec_of(reference) if file is not None else alignment_spec(reference, options)
+        alignment = journal.stage(
+            "align",
+            find,
+            save=lambda found: save_alignments([found], folder / LLFC_FOLDER),
+            load=lambda names: load_alignments(names, folder / LLFC_FOLDER, spec)[0],
+        )
+        assert alignment is not None
+        if journal.is_complete:
+            return alignment
+        merge = Merge.copy(Parent(moving, alignment).source, moving.tensors)
+        threads = Workers(torch.get_num_threads())
+        show = partial(progress, "writing")
         write_checkpoint(
             folder,
             moving.tensors,
-            counted(tensors, len(moving.tensors), progress),
+            lambda files: merge_streamed(merge, files, names=files.names, workers=threads, on_bytes=show),
             config=moving.config,
             generation_config=moving.generation_config,
             companions=moving.companion_files,
+            finished=journal.shards,
+            on_shard=journal.finish_shard,
         )
-        (folder / LLFC_FOLDER).mkdir()
-        alignment.save(folder / LLFC_FOLDER / "alignment.safetensors")
+        refuse_changed([reference, moving])
     return alignment
 
 
@@ -106,6 +147,7 @@ def write_diagnosis(
     heads: str = "own",
     out: str | Path | None = None,
     overwrite: bool = False,
+    allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Diagnoses models as they would be merged and, given a folder, writes report and plots.
@@ -119,51 +161,53 @@ def write_diagnosis(
         heads: One of `HEADS`.
         out: The folder to write.
         overwrite: Whether an earlier output may be replaced.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         progress: Shown meanwhile.
 
     Raises:
         LLFCError: The models do not fit each other or the data.
     """
-    processes = Processes()
-    progress = progress if processes.is_main else silent
-    output = OutputFolder(out, overwrite) if out is not None else None
-    if output is not None:
-        processes.on_main(output.check)
-    checkpoints = processes.main_first(lambda: [open_checkpoint(model) for model in models])
-    base = processes.main_first(lambda: open_checkpoint(base_model)) if base_model is not None else None
-    everyone = [*checkpoints, *([base] if base is not None else [])]
-    head = comparable(everyone, heads, aligned=align.method != "none")
-    if output is not None:
-        refuse_replacing_inputs(output, everyone)
-    data = open_data(section.data, checkpoints[0])
-    reference = base if base is not None else checkpoints[0]
-    alignments = processes.on_main(
-        lambda: [
-            None if each is reference else align_checkpoints(reference, each, align, progress=progress)
-            for each in checkpoints
-        ]
-    )
-    report = diagnose_checkpoints(
-        [
-            Parent(each, alignment, head if each is not head else None)
-            for each, alignment in zip(checkpoints, alignments, strict=True)
-        ],
-        data,
-        section,
-        base=Parent(base, None, head) if base is not None else None,
-        weights=weights,
-        calibration=batch_norm_data(checkpoints[0], section),
-        accelerator=processes.accelerator,
-        progress=progress,
-    )
+    with Processes() as processes:
+        progress = progress if processes.is_main else silent
+        output = OutputFolder(out, overwrite) if out is not None else None
+        if output is not None:
+            processes.on_main(output.check)
+        opening = partial(open_checkpoint, allow_pickle=allow_pickle)
+        checkpoints = processes.main_first(lambda: [opening(model) for model in models])
+        base = processes.main_first(lambda: opening(base_model)) if base_model is not None else None
+        everyone = [*checkpoints, *([base] if base is not None else [])]
+        head = comparable(everyone, heads, aligned=align.method != "none")
+        if output is not None:
+            refuse_replacing_inputs(output, everyone)
+        data = open_data(section.data, checkpoints[0])
+        reference = base if base is not None else checkpoints[0]
+        alignments = processes.on_main(
+            lambda: [
+                None if each is reference else align_checkpoints(reference, each, align, progress=progress)
+                for each in checkpoints
+            ]
+        )
+        report = diagnose_checkpoints(
+            [
+                Parent(each, alignment, head if each is not head else None)
+                for each, alignment in zip(checkpoints, alignments, strict=True)
+            ],
+            data,
+            section,
+            base=Parent(base, None, head) if base is not None else None,
+            weights=weights,
+            calibration=batch_norm_data(checkpoints[0], section),
+            processes=processes,
+            progress=progress,
+        )
 
-    def save(folder: Path) -> None:
-        (folder / LLFC_FOLDER).mkdir()
-        report.save(folder / LLFC_FOLDER / "llfc_report.json")
-        save_plots(report, folder / LLFC_FOLDER)
-        save_alignments(alignments, folder / LLFC_FOLDER)
+        def save(folder: Path) -> None:
+            (folder / LLFC_FOLDER).mkdir()
+            report.save(folder / LLFC_FOLDER / "llfc_report.json")
+            save_plots(report, folder / LLFC_FOLDER)
+            save_alignments(alignments, folder / LLFC_FOLDER)
 
-    if output is not None:
-        with processes.output(output) as folder:
-            processes.on_main(lambda: save(folder))
-    return report
+        if output is not None:
+            with processes.output(output) as folder:
+                processes.on_main(lambda: save(folder))
+        return report

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,33 +16,44 @@ from transformers import PreTrainedModel
 from hf_llfc.checkpoints import (
     Checkpoint,
     OutputFolder,
+    ShardFiles,
     TensorInfo,
     load_model,
     open_checkpoint,
     state_dict_on_disk,
     write_checkpoint,
+    write_share,
 )
+from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.diagnosis import batch_norm_data, broken_tensors, diagnose_checkpoints
 from hf_llfc.diagnostics import ConnectivityReport, recompute_batch_norm
 from hf_llfc.errors import CheckpointError, PublishingError, RecipeError
 from hf_llfc.evaluation import EvaluationData
-from hf_llfc.merging import Rule, Source, WeightSchedule, merge_tensors, merged_infos
+from hf_llfc.identity import identity_of_run
+from hf_llfc.merging import Merge, Rule, WeightSchedule, merge_streamed, merged_infos
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import check_access, publish, write_card
 from hf_llfc.recipe import ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
+from hf_llfc.resources import peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.stages import (
     Parent,
     align_checkpoints,
+    alignment_spec,
     alignment_summary,
     evaluate_parents,
     open_data,
+    refuse_changed,
     refuse_incompatible,
 )
-from hf_llfc.symmetry import Alignment
+from hf_llfc.symmetry import Alignment, PermutationSpec
+
+Value = TypeVar("Value")
 
 LLFC_FOLDER = "llfc"
 """Where everything that is ours lies in an output folder: some runtimes load every safetensors file beside a model."""
+
+REPORT_FILE = "llfc_report.json"
 
 
 @dataclass(frozen=True)
@@ -79,25 +91,37 @@ def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     models: Sequence[str | Path | PreTrainedModel] | None = None,
+    restart: bool = False,
     progress: Progress = silent,
 ) -> Result:
-    """Runs a recipe, alone or as one of the processes of a launcher.
+    """Runs a recipe, alone or as one of the processes of a launcher; goes on where the same run was interrupted.
 
     Args:
         recipe: A recipe, its file, or what its YAML says.
         models: What to take in place of the models that the recipe names, one for each: loaded models, say.
+        restart: Whether to discard what an interrupted run into the same folder had finished.
         progress: Shown meanwhile, on the main process.
 
     Returns:
         What was made.
 
     Raises:
+        StorageError: The disk is full or failed; what is finished is kept, and the same run goes on from there.
         LLFCError: Something is wrong with the recipe, the parents or the data; nothing is written then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    processes = Processes()
-    progress = progress if processes.is_main else silent
-    output = OutputFolder(recipe.output_dir, recipe.overwrite)
+    with Processes() as processes:
+        return _run(recipe, models, processes, restart, progress if processes.is_main else silent)
+
+
+def _run(
+    recipe: Recipe,
+    models: Sequence[str | Path | PreTrainedModel] | None,
+    processes: Processes,
+    restart: bool,
+    progress: Progress,
+) -> Result:
+    output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
     processes.on_main(output.check)
     if recipe.publish is not None:
         target = recipe.publish
@@ -105,37 +129,17 @@ def run(
     opened = processes.main_first(lambda: open_models(recipe, models))
     refuse_replacing_inputs(output, opened.all)
     data, calibration = open_recipe_data(recipe, opened)
+    processes.on_main(lambda: refuse_too_large(output, recipe, opened))
+    processes.on_main(lambda: output.made_from(identity_of_run(recipe, opened.everything)))
 
-    alignments = processes.on_main(lambda: align_parents(opened, recipe, progress))
-    parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
-    broken = processes.on_main(lambda: find_broken(parents, recipe, data, calibration, progress))
     with processes.output(output) as folder:
-        processes.on_main(lambda: write_merge(folder, parents, opened, recipe, calibration, progress, broken))
-        report: ConnectivityReport | None = None
-        table: list[dict[str, Any]] = [{"id": each.id} for each in opened.parents]
-        if data is not None and recipe.diagnose is not None:
-            if len(parents) > 1 or opened.base is not None:
-                report = diagnose_checkpoints(
-                    parents,
-                    data,
-                    recipe.diagnose,
-                    base=Parent(opened.base) if opened.base is not None else None,
-                    weights=shares(recipe, opened.parents),
-                    calibration=calibration,
-                    accelerator=processes.accelerator,
-                    progress=progress,
-                )
-            if data.labelled:
-                merged = open_checkpoint(folder, trust_remote_code=recipe.models[0].trust_remote_code)
-                merged = replace(merged, id=str(recipe.output_dir))
-                everyone = [*parents, Parent(merged)]
-                table = evaluate_parents(everyone, data, accelerator=processes.accelerator, progress=progress)
-                table[-1]["is_merge"] = True
-        if report is not None and broken is not None and recipe.keep_where_broken is not None:
-            keeper = opened.parents[recipe.keep_where_broken.model].id
-            kept = {"model": keeper, "layers": list(broken.blocks), "ratio": recipe.keep_where_broken.ratio}
-            report = replace(report, data={**report.data, "kept": kept})
-        processes.on_main(lambda: write_evidence(folder, recipe, opened, alignments, report, table))
+        alignments = align_parents(output, processes, opened, recipe, progress)
+        parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
+        broken = processes.on_main(lambda: find_broken(output.journal, parents, recipe, data, calibration, progress))
+        write_merge(output, processes, folder, parents, opened, recipe, calibration, progress, broken)
+        report = measure(output, processes, parents, opened, recipe, data, calibration, broken, progress)
+        table = score(output, processes, folder, parents, opened, recipe, data, progress)
+        processes.on_main(lambda: write_evidence(output.journal, recipe, opened, alignments, report, table))
     summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
     url = processes.on_main(lambda: push(recipe)) if recipe.publish is not None else None
     return Result(output.path, report, summaries, table, url, processes.is_main)
@@ -156,6 +160,11 @@ class Models:
     tokenizer_source: Checkpoint
 
     @property
+    def everything(self) -> list[Checkpoint]:
+        """All that a run reads: also whose tokenizer is carried over."""
+        return [*self.all, *([self.tokenizer_source] if self.tokenizer_source not in self.all else [])]
+
+    @property
     def all(self) -> list[Checkpoint]:
         """All that are merged: the parents and the base."""
         return [*self.parents, *([self.base] if self.base is not None else [])]
@@ -174,11 +183,12 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
     given = models if models is not None else [entry.model for entry in recipe.models]
     if len(given) != len(recipe.models):
         raise RecipeError(f"{len(given)} models are given in place of the {len(recipe.models)} of the recipe")
+    opening = partial(open_checkpoint, allow_pickle=recipe.allow_pickle)
     parents = [
-        open_checkpoint(model, trust_remote_code=entry.trust_remote_code)
+        opening(model, trust_remote_code=entry.trust_remote_code)
         for model, entry in zip(given, recipe.models, strict=True)
     ]
-    base = open_checkpoint(recipe.base_model) if recipe.base_model is not None else None
+    base = opening(recipe.base_model) if recipe.base_model is not None else None
     opened = Models(parents, base, parents[0])
     refuse_incompatible(opened.all)
     source = recipe.tokenizer_source
@@ -188,7 +198,7 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
         assert base is not None
         return replace(opened, tokenizer_source=base)
     named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
-    return replace(opened, tokenizer_source=named[0] if named else open_checkpoint(source))
+    return replace(opened, tokenizer_source=named[0] if named else opening(source))
 
 
 def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:
@@ -212,13 +222,43 @@ def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | N
     return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
 
 
-def align_parents(opened: Models, recipe: Recipe, progress: Progress) -> list[Alignment | None]:
+def refuse_too_large(output: OutputFolder, recipe: Recipe, opened: Models) -> None:
+    """Refuses a run for which there is not enough room on the disk or in memory, before it begins.
+
+    Raises:
+        CheckpointError: There is not.
+    """
+    infos = merge_infos(opened.parents[0], recipe)
+    refuse_without_room(output, infos)
+    refuse_without_memory(peak_memory(recipe, opened.all, infos))
+
+
+def align_parents(
+    output: OutputFolder, processes: Processes, opened: Models, recipe: Recipe, progress: Progress
+) -> Sequence[Alignment | None]:
     """One alignment a parent, onto the base of task arithmetic or the reference; None where nothing is aligned."""
+    if recipe.align.method == "none":
+        return [None] * len(opened.parents)
     reference = opened.reference(recipe)
-    return [
-        None if each is reference else align_checkpoints(reference, each, recipe.align, progress=progress)
-        for each in opened.parents
-    ]
+
+    def find() -> list[Alignment | None]:
+        found = [
+            None if each is reference else align_checkpoints(reference, each, recipe.align, progress=progress)
+            for each in opened.parents
+        ]
+        refuse_changed(opened.all)
+        return found
+
+    return shared_stage(
+        output,
+        processes,
+        "align",
+        lambda: processes.on_main(find),
+        save=lambda journal, found: save_alignments(found, journal.folder / LLFC_FOLDER),
+        load=lambda journal, names: load_alignments(
+            names, journal.folder / LLFC_FOLDER, alignment_spec(reference, recipe.align)
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -235,6 +275,7 @@ class Broken:
 
 
 def find_broken(
+    journal: Journal,
     parents: Sequence[Parent],
     recipe: Recipe,
     data: EvaluationData | None,
@@ -252,14 +293,22 @@ def find_broken(
     weights = shares(recipe, [parent.checkpoint for parent in parents])
     if weights is None:
         raise RecipeError("keep_where_broken: needs one weight a model, and these differ among tensors")
-    ratio = recipe.keep_where_broken.ratio
-    blocks, tensors = broken_tensors(
-        parents, data, recipe.diagnose, ratio=ratio, weights=weights, calibration=calibration, progress=progress
+    find = partial(
+        broken_tensors,
+        parents,
+        data,
+        recipe.diagnose,
+        ratio=recipe.keep_where_broken.ratio,
+        weights=weights,
+        calibration=calibration,
+        progress=progress,
     )
-    return Broken(blocks, tensors)
+    return journal.stage("keep", find, save=lambda found: (found, ()), load=lambda found: Broken(*found))
 
 
 def write_merge(
+    output: OutputFolder,
+    processes: Processes,
     folder: Path,
     parents: Sequence[Parent],
     opened: Models,
@@ -268,24 +317,50 @@ def write_merge(
     progress: Progress,
     broken: Broken | None = None,
 ) -> None:
-    """Writes the merged checkpoint, tensor by tensor; only models with BatchNorm are held in memory."""
+    """Writes the merged checkpoint; all processes share its tensors, but those of a model with BatchNorm.
+
+    Its statistics are computed by the whole model, which the main process holds in memory.
+    """
+    if processes.on_main(lambda: output.journal.is_complete):
+        return
     first = opened.parents[0]
-    infos = merge_infos(first, recipe)
-    tensors = merge_sources(parents, opened, recipe, infos, broken)
+    merge = plan_merge(parents, opened, recipe, broken)
+    show = partial(progress, "merging")
+
+    def fill(files: ShardFiles) -> None:
+        # Nobody writes before the main process has made the files.
+        names = processes.gather(files.names)[0]
+        merge_streamed(merge, files, names=names, workers=processes.workers(), on_bytes=show)
+
+    def write(fill: Iterable[tuple[str, Tensor]] | Callable[[ShardFiles], None]) -> None:
+        write_checkpoint(
+            folder,
+            merge.infos,
+            fill,
+            config=first.config,
+            generation_config=first.generation_config,
+            companions=opened.tokenizer_source.companion_files,
+            max_shard_size=recipe.max_shard_size,
+            finished=output.journal.shards,
+            on_shard=output.journal.finish_shard,
+        )
+
     if calibration is not None:
-        model = load_model(first, state_dict=dict(tensors))
-        recompute_batch_norm(model, calibration.batches())
-        state = state_dict_on_disk(model)
-        tensors = ((name, state[name].to(info.dtype)) for name, info in infos.items())
-    write_checkpoint(
-        folder,
-        infos,
-        counted(tensors, len(infos), progress),
-        config=first.config,
-        generation_config=first.generation_config,
-        companions=opened.tokenizer_source.companion_files,
-        max_shard_size=recipe.max_shard_size,
-    )
+        processes.on_main(lambda: write(with_batch_norm(merge, first, calibration)))
+    elif processes.is_main:
+        write(fill)
+    else:
+        write_share(folder, merge.infos, fill, max_shard_size=recipe.max_shard_size)
+    processes.on_main(lambda: refuse_changed(opened.all))
+
+
+def with_batch_norm(merge: Merge, first: Checkpoint, calibration: EvaluationData) -> Iterator[tuple[str, Tensor]]:
+    """The merged tensors, with statistics of batch normalization as the calibration data give them."""
+    model = load_model(first, state_dict=dict(merge.tensors()))
+    recompute_batch_norm(model, calibration.batches())
+    state = state_dict_on_disk(model)
+    for name, info in merge.infos.items():
+        yield name, state[name].to(info.dtype)
 
 
 def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
@@ -293,31 +368,19 @@ def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
     return merged_infos(first.tensors, getattr(torch, recipe.result_dtype) if recipe.result_dtype else None)
 
 
-def merge_sources(
-    parents: Sequence[Parent],
-    opened: Models,
-    recipe: Recipe,
-    infos: Mapping[str, TensorInfo],
-    broken: Broken | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """The merged tensors, one after the other; weights that do not fit are refused before anything is read."""
+def plan_merge(parents: Sequence[Parent], opened: Models, recipe: Recipe, broken: Broken | None = None) -> Merge:
+    """What becomes of every tensor; weights that do not fit are refused before anything is read."""
     keeper = recipe.keep_where_broken.model if recipe.keep_where_broken is not None else 0
-    return merge_tensors(
-        [Source(parent.checkpoint.label, parent.read) for parent in parents],
-        infos,
+    base = Parent(opened.base) if opened.base is not None else None
+    return Merge.plan(
+        [parent.source for parent in parents],
+        merge_infos(opened.parents[0], recipe),
         [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
         normalize=recipe.parameters.normalize,
-        base=Source(opened.base.label, opened.base.read) if opened.base is not None else None,
+        base=base.source if base is not None else None,
         scale=recipe.parameters.scale,
         kept=dict.fromkeys(broken.tensors, keeper) if broken is not None else None,
     )
-
-
-def counted(tensors: Iterable[tuple[str, Tensor]], total: int, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, with progress told."""
-    for done, pair in enumerate(tensors, start=1):
-        yield pair
-        progress("merging", done, total)
 
 
 def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
@@ -348,6 +411,89 @@ def shares(recipe: Recipe, parents: Sequence[Checkpoint]) -> list[float] | None:
     return [weight / total for weight in weights]
 
 
+def measure(
+    output: OutputFolder,
+    processes: Processes,
+    parents: Sequence[Parent],
+    opened: Models,
+    recipe: Recipe,
+    data: EvaluationData | None,
+    calibration: EvaluationData | None,
+    broken: Broken | None,
+    progress: Progress,
+) -> ConnectivityReport | None:
+    """The diagnosis, by all processes; None where the recipe asks for none or there is nothing to compare."""
+    if data is None or recipe.diagnose is None or (len(parents) == 1 and opened.base is None):
+        return None
+    section = recipe.diagnose
+
+    def find() -> ConnectivityReport:
+        report = diagnose_checkpoints(
+            parents,
+            data,
+            section,
+            base=Parent(opened.base) if opened.base is not None else None,
+            weights=shares(recipe, opened.parents),
+            calibration=calibration,
+            processes=processes,
+            progress=progress,
+        )
+        if broken is not None and recipe.keep_where_broken is not None:
+            keeper = opened.parents[recipe.keep_where_broken.model].id
+            kept = {"model": keeper, "layers": list(broken.blocks), "ratio": recipe.keep_where_broken.ratio}
+            report = replace(report, data={**report.data, "kept": kept})
+        return report
+
+    return shared_stage(output, processes, "diagnose", find, save=save_report, load=load_report)
+
+
+def score(
+    output: OutputFolder,
+    processes: Processes,
+    folder: Path,
+    parents: Sequence[Parent],
+    opened: Models,
+    recipe: Recipe,
+    data: EvaluationData | None,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Loss and metrics of every parent and of the merged checkpoint, by all processes; ids alone without labels."""
+    if data is None or not data.labelled:
+        return [{"id": each.id} for each in opened.parents]
+
+    def find() -> list[dict[str, Any]]:
+        merged = open_checkpoint(folder, trust_remote_code=recipe.models[0].trust_remote_code)
+        everyone = [*parents, Parent(replace(merged, id=str(recipe.output_dir)))]
+        table = evaluate_parents(everyone, data, processes=processes, progress=progress)
+        table[-1]["is_merge"] = True
+        return table
+
+    return shared_stage(
+        output, processes, "evaluate", find, save=lambda journal, table: (table, ()), load=lambda journal, table: table
+    )
+
+
+def shared_stage(
+    output: OutputFolder,
+    processes: Processes,
+    name: str,
+    find: Callable[[], Value],
+    *,
+    save: Callable[[Journal, Value], tuple[Any, Iterable[Path]]],
+    load: Callable[[Journal, Any], Value],
+) -> Value:
+    """The result of a stage whose work all processes share; see `Journal.stage`."""
+    made = [] if processes.on_main(lambda: name in output.journal.stages) else [find()]
+
+    def keep() -> Value:
+        journal = output.journal
+        return journal.stage(
+            name, made.pop, save=lambda result: save(journal, result), load=lambda value: load(journal, value)
+        )
+
+    return processes.on_main(keep)
+
+
 def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
     """The recipe with every revision as the commit it stood for."""
     entries = [
@@ -360,23 +506,23 @@ def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
 
 
 def write_evidence(
-    folder: Path,
+    journal: Journal,
     recipe: Recipe,
     opened: Models,
     alignments: Sequence[Alignment | None],
     report: ConnectivityReport | None,
     table: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Writes what is ours: recipe as run, alignments, report, plots and the card."""
-    ours = folder / LLFC_FOLDER
-    ours.mkdir()
+    """Writes what is ours beside alignments and report: recipe as run, plots and the card."""
+    if journal.is_complete:
+        return
+    refuse_changed(opened.all)
+    ours = journal.folder / LLFC_FOLDER
+    ours.mkdir(exist_ok=True)
     as_run = resolved(recipe, opened.parents)
     (ours / "recipe.yaml").write_text(dump_recipe(as_run), encoding="utf-8")
-    save_alignments(alignments, ours)
-    if report is not None:
-        report.save(ours / "llfc_report.json")
     write_card(
-        folder,
+        journal.folder,
         recipe=as_run.to_dict(),
         report=report,
         alignment=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
@@ -387,11 +533,40 @@ def write_evidence(
     )
 
 
-def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> None:
-    """Writes what moved which model; with several, the file's name says which."""
-    found = [(place, alignment) for place, alignment in enumerate(alignments) if alignment is not None]
-    for place, alignment in found:
-        alignment.save(folder / ("alignment.safetensors" if len(found) == 1 else f"alignment-{place}.safetensors"))
+def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> tuple[list[str | None], list[Path]]:
+    """Writes what moved which model; with several, the file's name says which.
+
+    Returns:
+        The name of each alignment's file, None where nothing moved; and the files.
+    """
+    folder.mkdir(exist_ok=True)
+    is_alone = sum(alignment is not None for alignment in alignments) == 1
+    names = [
+        None if alignment is None else "alignment.safetensors" if is_alone else f"alignment-{place}.safetensors"
+        for place, alignment in enumerate(alignments)
+    ]
+    for name, alignment in zip(names, alignments, strict=True):
+        if name is not None and alignment is not None:
+            alignment.save(folder / name)
+    return names, [folder / name for name in names if name is not None]
+
+
+def load_alignments(names: Sequence[str | None], folder: Path, spec: PermutationSpec) -> list[Alignment | None]:
+    """Reads what `save_alignments` wrote."""
+    return [None if name is None else Alignment.load(folder / name, spec) for name in names]
+
+
+def save_report(journal: Journal, report: ConnectivityReport) -> tuple[None, list[Path]]:
+    """Writes the report where it lies in an output."""
+    path = journal.folder / LLFC_FOLDER / REPORT_FILE
+    path.parent.mkdir(exist_ok=True)
+    report.save(path)
+    return None, [path]
+
+
+def load_report(journal: Journal, _: None) -> ConnectivityReport:
+    """Reads what `save_report` wrote."""
+    return ConnectivityReport.load(journal.folder / LLFC_FOLDER / REPORT_FILE)
 
 
 def push(recipe: Recipe) -> str:

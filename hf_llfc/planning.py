@@ -6,9 +6,10 @@ from typing import Any
 
 from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.diagnosis import region_of
-from hf_llfc.pipeline import Models, merge_infos, merge_sources, open_models, refuse_replacing_inputs, shares
+from hf_llfc.pipeline import Models, open_models, plan_merge, refuse_replacing_inputs, shares
 from hf_llfc.recipe import Recipe
-from hf_llfc.stages import Parent, alignment_spec, bind, matching_memory
+from hf_llfc.resources import peak_memory
+from hf_llfc.stages import Parent, alignment_spec, bind
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -29,8 +30,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     opened = open_models(recipe)
     refuse_replacing_inputs(output, opened.all)
     first = opened.parents[0]
-    infos = merge_infos(first, recipe)
-    merge_sources([Parent(each) for each in opened.parents], opened, recipe, infos)
+    infos = plan_merge([Parent(each) for each in opened.parents], opened, recipe).infos
     written = sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
@@ -42,16 +42,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     steps.append(
         {"step": "merge", "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"}
     )
-    held = max((info.nbytes for info in infos.values()), default=0) * (len(opened.all) + 2)
-    if recipe.align.method != "none":
-        held = max(held, matching_memory(first, recipe.align))
     if recipe.diagnose is not None:
-        held = max(held, 3 * sum(info.elements for info in infos.values()) * 4)
         data = recipe.diagnose.data
         steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
     steps.append({"step": "write", "what": str(recipe.output_dir)})
     if recipe.publish is not None:
         steps.append({"step": "publish", "what": recipe.publish.repo_id})
+    held = peak_memory(recipe, opened.all, infos)
     reads = read * (1 if recipe.align.method == "none" else 2)
     return {"steps": steps, "cost": {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held}}
 

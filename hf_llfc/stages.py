@@ -12,20 +12,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_llfc.adapters import spec_for
 from hf_llfc.alignment import Parameters, match_activations, match_weights
-from hf_llfc.checkpoints import Checkpoint, body_tensors, compare, load_model
+from hf_llfc.checkpoints import Checkpoint, FileSpan, body_tensors, compare, load_model
 from hf_llfc.choices import ALIGNMENT_METHODS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData, load_evaluation_data
 from hf_llfc.evaluation.models import evaluate_model, evaluation_mode, model_inputs
+from hf_llfc.merging import Source
 from hf_llfc.merging.tensors import CONSTANTS
 from hf_llfc.progress import Progress, silent
 from hf_llfc.recipe import AlignSection
+from hf_llfc.specs import bind, spec_of
 from hf_llfc.symmetry import Alignment, Binding, PermutationSpec
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from hf_llfc.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,19 @@ class Parent:
         if self.alignment is None:
             return self.checkpoint.read(name)
         return self.alignment.read_aligned(name, self.binding, self.checkpoint.read)
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where the bytes of one tensor lie in a file; None where it is moved or made as it is read."""
+        if self.head_of is not None:
+            return None
+        if self.alignment is not None and self.alignment.moves(name, self.binding):
+            return None
+        return self.checkpoint.span(name)
+
+    @property
+    def source(self) -> Source:
+        """What a merge reads."""
+        return Source(self.checkpoint.label, self.read, self.span)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, moved."""
@@ -113,30 +127,6 @@ def comparable(checkpoints: Sequence[Checkpoint], heads: str, *, aligned: bool) 
     return checkpoints[0]
 
 
-def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
-    """The permutation spec of a checkpoint; the error names the checkpoint.
-
-    Raises:
-        SpecError: The architecture has no adapter and no spec can be derived, or the adapter refuses the config.
-    """
-    try:
-        return spec_for(checkpoint.config)
-    except SpecError as error:
-        raise SpecError(f"{checkpoint.label}: {error}") from None
-
-
-def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:
-    """Binds a checkpoint's tensors to a spec; the error names the checkpoint.
-
-    Raises:
-        CheckpointError: The tensors do not fit.
-    """
-    try:
-        return spec.bind({name: info.shape for name, info in checkpoint.tensors.items()})
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.label}: {error}") from None
-
-
 def refuse_incompatible(checkpoints: Sequence[Checkpoint]) -> None:
     """Raises every reason that forbids merging, at once.
 
@@ -144,6 +134,16 @@ def refuse_incompatible(checkpoints: Sequence[Checkpoint]) -> None:
         CheckpointError: The checkpoints differ in architecture, sizes, tensors or vocabulary.
     """
     raise_all(compare(checkpoints), CheckpointError, "these checkpoints cannot be merged")
+
+
+def refuse_changed(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuses checkpoints whose files were written to while they were read.
+
+    Raises:
+        CheckpointError: One was.
+    """
+    for each in checkpoints:
+        each.refuse_changed()
 
 
 def refuse_not_finite(checkpoint: Checkpoint) -> None:
@@ -369,13 +369,13 @@ def evaluate_parents(
     parents: Sequence[Parent],
     data: EvaluationData,
     *,
-    accelerator: Accelerator | None = None,
+    processes: Ranks | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Loss and metrics of models on the same data: one row with `id`, `loss` and `metrics` each."""
     rows = []
     for place, parent in enumerate(parents, start=1):
         on_batch = partial(progress, f"evaluating model {place} of {len(parents)}")
-        result = evaluate_model(parent.load(), data, accelerator=accelerator, on_batch=on_batch)
+        result = evaluate_model(parent.load(), data, processes=processes, on_batch=on_batch)
         rows.append({"id": parent.checkpoint.id, "loss": result.loss, "metrics": dict(result.metrics)})
     return rows

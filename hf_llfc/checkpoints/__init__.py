@@ -1,22 +1,46 @@
 """Checkpoints: opened from the Hub, a folder or memory, read lazily by tensor, compared, built into models, written."""
 
-from hf_llfc.checkpoints.comparison import body_tensors, compare
+from typing import TYPE_CHECKING
+
+from hf_llfc.checkpoints.files import FileSpan
 from hf_llfc.checkpoints.header import TensorInfo
-from hf_llfc.checkpoints.models import load_model
-from hf_llfc.checkpoints.names import tensors_of
 from hf_llfc.checkpoints.output import OutputFolder
-from hf_llfc.checkpoints.reader import Checkpoint, open_checkpoint, state_dict_on_disk
-from hf_llfc.checkpoints.writer import write_checkpoint
+from hf_llfc.checkpoints.reader import Checkpoint, open_checkpoint, state_dict_on_disk, tensor_bytes
+from hf_llfc.checkpoints.shards import ShardFiles, Sink
+from hf_llfc.lazy import lazy_names
+
+if TYPE_CHECKING:  # what knows model classes takes seconds to load
+    from hf_llfc.checkpoints.comparison import body_tensors, compare
+    from hf_llfc.checkpoints.models import load_model
+    from hf_llfc.checkpoints.names import tensors_of
+    from hf_llfc.checkpoints.writer import write_checkpoint, write_share
 
 __all__ = [
     "Checkpoint",
+    "FileSpan",
     "OutputFolder",
+    "ShardFiles",
+    "Sink",
     "TensorInfo",
     "body_tensors",
     "compare",
     "load_model",
     "open_checkpoint",
     "state_dict_on_disk",
+    "tensor_bytes",
     "tensors_of",
     "write_checkpoint",
+    "write_share",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "body_tensors": ".comparison",
+        "compare": ".comparison",
+        "load_model": ".models",
+        "tensors_of": ".names",
+        "write_checkpoint": ".writer",
+        "write_share": ".writer",
+    },
+)

@@ -20,7 +20,7 @@ import torch
 
 from hf_llfc.checkpoints.header import CODES, TORCH_DTYPES, Header, TensorInfo, read_header
 from hf_llfc.checkpoints.positioned import read_at
-from hf_llfc.errors import CheckpointError, raise_all
+from hf_llfc.errors import CheckpointError, StorageError, raise_all
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -172,6 +172,7 @@ class FileSpan:
         file: Open for reading, without a buffer.
         where: What error messages call it.
         name: Of the tensor.
+        dtype: Of the tensor.
         begin: Place of the first byte in the file.
         nbytes: How many there are.
     """
@@ -179,6 +180,7 @@ class FileSpan:
     file: FileIO
     where: str
     name: str
+    dtype: torch.dtype
     begin: int
     nbytes: int
 
@@ -190,12 +192,13 @@ class FileSpan:
             start: The first byte, counted from the beginning of the tensor.
 
         Raises:
-            CheckpointError: The file cannot be read, or ends before.
+            StorageError: The file cannot be read.
+            CheckpointError: It ends before.
         """
         try:
             count = read_at(self.file.fileno(), room, self.begin + start)
         except OSError as error:
-            raise CheckpointError(
+            raise StorageError(
                 f"{self.where}: tensor {self.name} cannot be read ({error.strerror}); check the disk, and fetch the "
                 "file again"
             ) from error
@@ -256,11 +259,9 @@ class SafetensorsWeights:
             CheckpointError: If the file has changed since its header was checked, or cannot be read.
         """
         info = self.infos[name]
-        data = bytearray(info.nbytes)
-        self.span(name).read_into(memoryview(data))
-        if not data:
-            return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        self.span(name).read_into(data.numpy().data)
+        return data.view(info.dtype).reshape(info.shape)
 
     def span(self, name: str) -> FileSpan:
         """Where a tensor's bytes lie; the first call fetches the files if they are elsewhere.
@@ -272,7 +273,8 @@ class SafetensorsWeights:
         header = self._headers[file]
         span = header.spans[name]
         where = f"{self._files.where}/{file}"
-        return FileSpan(self._opened(file, where), where, name, header.nbytes + span.begin, span.end - span.begin)
+        begin, nbytes = header.nbytes + span.begin, span.end - span.begin
+        return FileSpan(self._opened(file, where), where, name, TORCH_DTYPES[span.code], begin, nbytes)
 
     def _opened(self, file: str, where: str) -> FileIO:
         """A file that is there, and as it was when its header was checked."""
@@ -401,12 +403,13 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def open_weights(files: Files, explicit: Any = None) -> Weights:
+def open_weights(files: Files, explicit: Any = None, *, allow_pickle: bool = False) -> Weights:
     """Finds the weight files and checks their headers; of safetensors nothing else is fetched.
 
     Args:
         files: The files of the checkpoint.
         explicit: The file or index that the config names (`transformers_weights`), if any.
+        allow_pickle: Whether pickled weights may be opened; of them only tensors are read.
 
     Raises:
         CheckpointError: If there are no weights, or they are quantised, cut off, corrupt or not safe to read.
@@ -425,6 +428,12 @@ def open_weights(files: Files, explicit: Any = None) -> Weights:
         return _open_safetensors(files, [SINGLE_FILE], None)
     if INDEX_FILE in names:
         return _open_safetensors(files, _shards(files, INDEX_FILE), INDEX_FILE)
+    if not allow_pickle and not {PICKLE_FILE, PICKLE_INDEX_FILE}.isdisjoint(names):
+        raise CheckpointError(
+            f"{files.where}: the weights are pickled ({PICKLE_FILE}), a format that can carry code; save the model"
+            " again with save_pretrained to get safetensors, or where you trust its author ask for it with"
+            " --allow-pickle (`allow_pickle: true` in a recipe, allow_pickle=True in Python)"
+        )
     if PICKLE_FILE in names:
         return _open_pickles(files, [PICKLE_FILE])
     if PICKLE_INDEX_FILE in names:

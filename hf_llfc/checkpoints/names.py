@@ -26,7 +26,6 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -34,33 +33,15 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from hf_llfc.checkpoints.configs import natural_order
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.errors import CheckpointError, raise_all
 
 logger = logging.getLogger(__name__)
 
 Read = Callable[[str], torch.Tensor]
-
-
-def natural_order(name: str) -> Any:
-    """A key that sorts tensor names with layer 2 before layer 10, as transformers does."""
-    return dot_natural_key(name)
-
-
-def known_model_types() -> list[str]:
-    """Every model type that transformers knows, or that was registered with it."""
-    return list(CONFIG_MAPPING.keys())
-
-
-def find_config_class(model_type: str) -> type[PreTrainedConfig] | None:
-    """The config class of a model type, or None if transformers does not know it."""
-    # This mapping imports a class when it is indexed; its get() does not.
-    if model_type not in CONFIG_MAPPING:
-        return None
-    return CONFIG_MAPPING[model_type]
 
 
 def find_class_in_transformers(architecture: str) -> type[PreTrainedModel] | None:

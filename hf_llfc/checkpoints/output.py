@@ -188,7 +188,7 @@ class OutputFolder:
             if not differences:
                 journal.check_files()
             if not differences and (journal.is_complete or not is_moved):
-                logger.info("%s: goes on after an interrupted run (%s)", self._named, _told(journal))
+                logger.warning("%s: goes on after an interrupted run (%s)", self._named, _told(journal))
                 self._remove_unfinished(journal)
                 return journal
             if not is_moved:

@@ -4,6 +4,8 @@
 that the tensors are those of the model class. Weights on the Hub are downloaded at the first `read`.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -14,13 +16,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from hf_llfc.checkpoints import names
 from hf_llfc.checkpoints.companions import code_names, companion_names
+from hf_llfc.checkpoints.configs import find_config_class, known_model_types, natural_order
 from hf_llfc.checkpoints.files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -38,6 +40,11 @@ from hf_llfc.checkpoints.files import (
 from hf_llfc.checkpoints.header import CODES, TensorInfo
 from hf_llfc.checkpoints.hub import open_hub
 from hf_llfc.errors import CheckpointError, suggest
+
+if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is loaded where a class is needed
+    from transformers import PreTrainedModel
+
+    from hf_llfc.checkpoints import names
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +179,8 @@ def open_checkpoint(
     model: str | Path | PreTrainedModel,
     *,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    as_stored: bool = False,
     token: str | bool | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint and checks it as far as that is possible without reading tensors.
@@ -179,20 +188,25 @@ def open_checkpoint(
     Args:
         model: A Hub id, `id@revision`, a local folder, or a loaded model.
         trust_remote_code: Whether code that comes with the checkpoint may be run.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened; only tensors are read of them.
+        as_stored: Whether to leave the model class alone, which takes seconds to load: tensors have the names in the
+            files, and it is not checked that they are those of the class.
         token: A token for the Hub; None takes the one of the login.
 
     Raises:
         CheckpointError: If the checkpoint cannot be found or reached, is quantised, truncated or corrupt, or its
             tensors are not those of its model class.
     """
+    if isinstance(model, str | Path):
+        return _open_files(_find(model, token), trust_remote_code, allow_pickle, as_stored)
+    from transformers import PreTrainedModel
+
     if isinstance(model, PreTrainedModel):
         return _open_model(model)
-    if not isinstance(model, str | Path):
-        raise CheckpointError(
-            f"expected a Hub id, a folder or a transformers PreTrainedModel, found {type(model).__name__}; of a wrapped"
-            " model give the model inside (an adapter first needs merge_and_unload())"
-        )
-    return _open_files(_find(model, token), trust_remote_code)
+    raise CheckpointError(
+        f"expected a Hub id, a folder or a transformers PreTrainedModel, found {type(model).__name__}; of a wrapped"
+        " model give the model inside (an adapter first needs merge_and_unload())"
+    )
 
 
 def _find(model: str | Path, token: str | bool | None) -> Files:
@@ -227,20 +241,20 @@ def _refuse_without_config(where: str, folder: Path) -> None:
     )
 
 
-def _open_files(files: Files, trust_remote_code: bool) -> Checkpoint:
+def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_stored: bool) -> Checkpoint:
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
     refuse_quantised(files.where, raw.get("quantization_config"))
     companions = _fetch_companions(files)
     architecture = _architecture(f"{files.where}/{CONFIG_FILE}", raw)
     config = _config(files, raw, trust_remote_code)
     model_class = None
-    if architecture is not None and not isinstance(config, _UnknownConfig):
+    if architecture is not None and not as_stored and not isinstance(config, _UnknownConfig):
         model_class = _model_class(files, architecture, config, trust_remote_code)
 
-    weights = open_weights(files, raw.get("transformers_weights"))
+    weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
     plan = _plan(files.where, model_class, config, weights)
     if plan is None:
-        order = sorted(weights.infos, key=names.natural_order)
+        order = sorted(weights.infos, key=natural_order)
         tensors: Mapping[str, TensorInfo] = {name: weights.infos[name] for name in order}
     else:
         tensors = plan.tensors
@@ -313,7 +327,7 @@ def _config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTr
     try:
         if trust_remote_code and isinstance(auto_map, dict) and "AutoConfig" in auto_map:
             return AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
-        known = names.find_config_class(str(model_type))
+        known = find_config_class(str(model_type))
         if known is not None:
             return known.from_dict(raw)
     except Exception as error:  # a config class may raise anything on values it does not expect
@@ -351,6 +365,8 @@ def _model_type(where: str, raw: dict[str, Any]) -> str:
         raise CheckpointError(
             f'{where}: names neither model_type nor architectures; add "model_type", for example "bert"'
         )
+    from hf_llfc.checkpoints import names
+
     try:
         found = names.find_class_in_transformers(architecture)
     except ImportError:
@@ -358,7 +374,7 @@ def _model_type(where: str, raw: dict[str, Any]) -> str:
     if found is not None and found.config_class is not None:
         return found.config_class.model_type
     begins = architecture.casefold()
-    fitting = [known for known in names.known_model_types() if begins.startswith(re.sub("[-_]", "", known))]
+    fitting = [known for known in known_model_types() if begins.startswith(re.sub("[-_]", "", known))]
     guess = max(fitting, key=len, default="bert")
     raise CheckpointError(
         f"{where}: model_type is missing, and the architecture {architecture!r} is not one that transformers knows; add"
@@ -378,6 +394,8 @@ def _architecture(where: str, raw: dict[str, Any]) -> str | None:
 def _model_class(
     files: Files, architecture: str, config: PreTrainedConfig, trust_remote_code: bool
 ) -> type[PreTrainedModel] | None:
+    from hf_llfc.checkpoints import names
+
     try:
         return names.find_model_class(architecture, config, folder=files.folder, trust_remote_code=trust_remote_code)
     except ImportError as error:
@@ -393,6 +411,8 @@ def _plan(
     """How the tensors on disk come from those in the files, or None if the model class is not known here."""
     if model_class is None:
         return None
+    from hf_llfc.checkpoints import names
+
     try:
         layout = names.Layout(model_class, config)
     except ImportError as error:
@@ -479,6 +499,8 @@ def state_dict_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: If the model has adapters, is not in memory, or ties weights that its class does not declare.
     """
+    from hf_llfc.checkpoints import names
+
     label = model.name_or_path or type(model).__name__
     if model._hf_peft_config_loaded:
         raise CheckpointError(f"{label}: the model carries adapters; merge them with merge_and_unload() first")

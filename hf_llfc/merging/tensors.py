@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_llfc.checkpoints import TensorInfo
+from hf_llfc.checkpoints import FileSpan, TensorInfo
 from hf_llfc.errors import CheckpointError
-from hf_llfc.merging.combination import linear_combination, task_arithmetic
+from hf_llfc.merging.combination import Combination, linear_combination, task_arithmetic
 from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
 
 COUNTER = "num_batches_tracked"
@@ -26,10 +26,12 @@ class Source:
     Attributes:
         label: What it is called, for messages.
         read: Gives a tensor by name.
+        span: Says where a tensor's bytes lie in a file; None where it has to be read as a whole.
     """
 
     label: str
     read: Callable[[str], Tensor]
+    span: Callable[[str], FileSpan | None] = lambda name: None
 
 
 def merged_infos(infos: Mapping[str, TensorInfo], out_dtype: torch.dtype | None) -> dict[str, TensorInfo]:
@@ -46,71 +48,115 @@ def merged_infos(infos: Mapping[str, TensorInfo], out_dtype: torch.dtype | None)
     }
 
 
-def merge_tensors(
-    sources: Sequence[Source],
-    infos: Mapping[str, TensorInfo],
-    schedules: Sequence[WeightSchedule],
-    *,
-    normalize: bool | None = None,
-    base: Source | None = None,
-    scale: float = 1.0,
-    kept: Mapping[str, int] | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Merges models one tensor at a time.
+@dataclass(frozen=True)
+class Merge:
+    """What becomes of every tensor: Σ wᵢ θᵢ, or over a base θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic).
 
-    Without a base the result is Σ wᵢ θᵢ, with one it is θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic). Floating-point
-    tensors, BatchNorm's running statistics among them, are summed in float64 and rounded once. Integers, truth values
-    and constants (`CONSTANTS`) must be equal in all models and are kept; BatchNorm's count of batches becomes the
-    largest.
+    Floating-point tensors, BatchNorm's running statistics among them, are summed in float64 and rounded once. Integers,
+    truth values and constants (`CONSTANTS`) must be equal in all models and are kept; BatchNorm's count of batches
+    becomes the largest.
 
-    Args:
+    Attributes:
         sources: The models, in the coordinates of one reference.
         infos: Name → dtype and shape of what is to be written; see `merged_infos`.
-        schedules: One a model.
-        normalize: Whether the weights of every tensor are divided by their sum. None: they are not, and those of a
-            merge without a base must sum to one.
+        weights: Name → one weight a model.
         base: θ₀ of task arithmetic.
-        scale: λ of task arithmetic.
-        kept: Tensors that are one model's own, by name: its place among the sources.
-
-    Returns:
-        An iterator of name and merged tensor, in the order of `infos`; one tensor of each model is in memory at a time.
-
-    Raises:
-        RecipeError: At once, before anything is read: weights of a wrong sum, or rules that do not fit the tensors.
-        CheckpointError: A tensor cannot be combined, is not finite, differs where it must not, or leaves the range of
-            its dtype.
     """
-    weights = resolve_weights(list(infos), schedules, normalize=normalize, scale=scale, sum_to_one=base is None)
-    for name, place in (kept or {}).items():
-        weights[name] = tuple(float(own == place) for own in range(len(sources)))
-    return _merged(sources, infos, weights, base)
 
+    sources: Sequence[Source]
+    infos: Mapping[str, TensorInfo]
+    weights: Mapping[str, Sequence[float]]
+    base: Source | None = None
 
-def _merged(
-    sources: Sequence[Source],
-    infos: Mapping[str, TensorInfo],
-    weights: Mapping[str, Sequence[float]],
-    base: Source | None,
-) -> Iterator[tuple[str, Tensor]]:
-    everyone = [*sources] if base is None else [base, *sources]
-    labels = [source.label for source in everyone]
-    for name, info in infos.items():
-        tensors = [source.read(name) for source in everyone]
+    @classmethod
+    def copy(cls, source: Source, infos: Mapping[str, TensorInfo]) -> Merge:
+        """One model as it is."""
+        return cls([source], infos, dict.fromkeys(infos, (1.0,)))
+
+    @classmethod
+    def plan(
+        cls,
+        sources: Sequence[Source],
+        infos: Mapping[str, TensorInfo],
+        schedules: Sequence[WeightSchedule],
+        *,
+        normalize: bool | None = None,
+        base: Source | None = None,
+        scale: float = 1.0,
+        kept: Mapping[str, int] | None = None,
+    ) -> Merge:
+        """Finds the weights of every tensor; nothing is read.
+
+        Args:
+            sources: The models, in the coordinates of one reference.
+            infos: Name → dtype and shape of what is to be written.
+            schedules: One a model.
+            normalize: Whether the weights of every tensor are divided by their sum. None: they are not, and those of a
+                merge without a base must sum to one.
+            base: θ₀ of task arithmetic.
+            scale: λ of task arithmetic.
+            kept: Tensors that are one model's own, by name: its place among the sources.
+
+        Raises:
+            RecipeError: Weights of a wrong sum, or rules that do not fit the tensors.
+        """
+        weights = resolve_weights(list(infos), schedules, normalize=normalize, scale=scale, sum_to_one=base is None)
+        for name, place in (kept or {}).items():
+            weights[name] = tuple(float(own == place) for own in range(len(sources)))
+        return cls(sources, infos, weights, base)
+
+    @property
+    def everyone(self) -> list[Source]:
+        """All that are read: the base first, then the models."""
+        return [*self.sources] if self.base is None else [self.base, *self.sources]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and merged tensor, in the order of `infos`; one tensor of each model is in memory at a time.
+
+        Raises:
+            CheckpointError: See `tensor`.
+        """
+        for name in self.infos:
+            yield name, self.tensor(name)
+
+    def is_sum(self, name: str) -> bool:
+        """Whether a tensor is a sum of its elements and nothing else, so that parts of it can be made alone."""
+        return not (name.endswith(COUNTER) or name.endswith(VARIANCE) or _is_kept(name, self.infos[name].dtype))
+
+    def is_copy(self, name: str) -> bool:
+        """Whether a tensor is that of the only model."""
+        return self.base is None and len(self.sources) == 1 and tuple(self.weights[name]) == (1.0,)
+
+    def combination(self, name: str) -> Combination:
+        """Which sum a tensor is."""
+        return Combination(tuple(self.weights[name]), over_base=self.base is not None)
+
+    def tensor(self, name: str) -> Tensor:
+        """One merged tensor.
+
+        Raises:
+            CheckpointError: It cannot be combined, is not finite, differs where it must not, or leaves the range of
+                its dtype.
+        """
+        dtype = self.infos[name].dtype
+        if self.is_copy(name):
+            return self.sources[0].read(name).to(dtype)
+        labels = [source.label for source in self.everyone]
+        tensors = [source.read(name) for source in self.everyone]
         if name.endswith(COUNTER):
-            merged = torch.stack(tensors).amax(dim=0)
-        elif _is_kept(name, info.dtype):
-            merged = _equal_in_all(name, tensors, labels)
-        elif base is None:
-            merged = linear_combination(tensors, weights[name], out_dtype=info.dtype, name=name, models=labels)
+            return torch.stack(tensors).amax(dim=0)
+        if _is_kept(name, dtype):
+            return _equal_in_all(name, tensors, labels)
+        if self.base is None:
+            merged = linear_combination(tensors, self.weights[name], out_dtype=dtype, name=name, models=labels)
         else:
             merged = task_arithmetic(
                 tensors[0],
                 tensors[1:],
-                weights[name],
-                out_dtype=info.dtype,
+                self.weights[name],
+                out_dtype=dtype,
                 name=name,
-                base_model=base.label,
+                base_model=self.base.label,
                 models=labels[1:],
             )
         if name.endswith(VARIANCE) and bool((merged < 0).any()):
@@ -118,7 +164,7 @@ def _merged(
                 f"{name}: the merged variance is {merged.min().item():.6g}, and a variance cannot be negative; "
                 "use smaller weights, from 0 to 1"
             )
-        yield name, merged
+        return merged
 
 
 def _is_kept(name: str, dtype: torch.dtype) -> bool:

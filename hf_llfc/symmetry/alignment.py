@@ -96,6 +96,11 @@ class Alignment:
             lambda piece, atoms: self._transform_piece(piece, atoms, index_along),
         )
 
+    def moves(self, name: str, binding: Binding) -> bool:
+        """Whether a tensor comes from another one, or with its entries at other places."""
+        used = {use.axis for use in binding.tensors[name].spec.axes}
+        return not all(self.transforms[axis].is_identity for axis in used if axis in self.transforms)
+
     def _is_self_contained(self, dimension: Expression, index_along: Mapping[str, int]) -> bool:
         """Whether a dimension moves by whole entries, independently of the other dimensions."""
         names = {use.axis for use in axis_uses(dimension)} | set(index_along)

@@ -5,7 +5,7 @@ import torch
 
 from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.errors import CheckpointError, RecipeError
-from hf_llfc.merging import Rule, Source, WeightSchedule, linear_combination, merge_tensors, merged_infos
+from hf_llfc.merging import Merge, Rule, Source, WeightSchedule, linear_combination, merged_infos
 
 HALVES = (WeightSchedule.constant(0.5), WeightSchedule.constant(0.5))
 
@@ -32,7 +32,7 @@ def merge(*states, schedules=HALVES, out_dtype=None, base=None, **settings):
     sources = [Source(f"org/{letter}", state.__getitem__) for letter, state in zip("abcdef", states, strict=False)]
     if base is not None:
         settings["base"] = Source("org/base", base.__getitem__)
-    return dict(merge_tensors(sources, merged_infos(infos_of(states[0]), out_dtype), schedules, **settings))
+    return dict(Merge.plan(sources, merged_infos(infos_of(states[0]), out_dtype), schedules, **settings).tensors())
 
 
 def test_every_kind_of_tensor_is_treated_on_purpose(generator):
@@ -128,9 +128,7 @@ def test_weights_are_refused_before_anything_is_read(generator):
 
     infos = infos_of(network(generator))
     with pytest.raises(RecipeError, match=r"sum to 1\.1"):
-        merge_tensors(
-            [Source("org/a", refuse)] * 2, infos, [WeightSchedule.constant(0.5), WeightSchedule.constant(0.6)]
-        )
+        Merge.plan([Source("org/a", refuse)] * 2, infos, [WeightSchedule.constant(0.5), WeightSchedule.constant(0.6)])
 
 
 def test_one_tensor_of_each_model_is_read_at_a_time(generator):
@@ -140,7 +138,7 @@ def test_one_tensor_of_each_model_is_read_at_a_time(generator):
         Source(label, lambda name, label=label, state=state: read.append((label, name)) or state[name])
         for label, state in zip("ab", states, strict=True)
     ]
-    stream = merge_tensors(sources, infos_of(states[0]), HALVES)
+    stream = Merge.plan(sources, infos_of(states[0]), HALVES).tensors()
     assert read == []
     next(stream)
     assert read == [("a", "stages.0.conv.weight"), ("b", "stages.0.conv.weight")]
