@@ -48,7 +48,9 @@ class Inspection:
     verification: Mapping[str, Any] | None = None
 
 
-def inspect(model: Model, *, verify: bool = False, seed: int = 0, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    model: Model, *, verify: bool = False, seed: int = 0, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> Inspection:
     """Describes the permutation spec of a model.
 
     Args:
@@ -56,6 +58,7 @@ def inspect(model: Model, *, verify: bool = False, seed: int = 0, trust_remote_c
         verify: Also apply a random transform of every symmetric axis and measure the change of the logits.
         seed: Of that transform and of the inputs.
         trust_remote_code: Whether code that comes with the checkpoint may be run.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
 
     Raises:
         CheckpointError: The checkpoint cannot be read or does not fit its spec.
@@ -64,7 +67,7 @@ def inspect(model: Model, *, verify: bool = False, seed: int = 0, trust_remote_c
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.stages import bind, largest_logit_change, spec_of
 
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     spec = spec_of(checkpoint)
     binding = bind(spec, checkpoint)
     tensors = [
@@ -102,6 +105,7 @@ def check(
     level: int | None = None,
     data: EvaluationConfig | None = None,
     seed: int = 0,
+    allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> CheckResult:
     """Answers whether two models may be merged: as they are, after alignment, or not.
@@ -116,6 +120,7 @@ def check(
         data: What the models run on at level 2; labels are not looked at. Where it names no number of samples, 128 are
             taken, and of language models 32.
         seed: Of weight matching.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         progress: Shown meanwhile.
 
     Raises:
@@ -126,9 +131,8 @@ def check(
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.mergeability import check_checkpoints
 
-    return check_checkpoints(
-        open_checkpoint(a), open_checkpoint(b), level=level, data=data, seed=seed, progress=progress
-    )
+    opened = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b)]
+    return check_checkpoints(*opened, level=level, data=data, seed=seed, progress=progress)
 
 
 def align(
@@ -143,6 +147,7 @@ def align(
     max_sweeps: int = 50,
     seed: int = 0,
     calibration: EvaluationConfig | None = None,
+    allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> Alignment:
     """Finds the transforms that bring a model into the coordinates of a reference, without changing its function.
@@ -158,6 +163,7 @@ def align(
         max_sweeps: Sweeps per start.
         seed: Seed.
         calibration: Data for activation matching.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         progress: Shown meanwhile.
 
     Returns:
@@ -171,7 +177,7 @@ def align(
     from hf_llfc.recipe import AlignSection
     from hf_llfc.stages import align_checkpoints, refuse_incompatible
 
-    reference, moving = open_checkpoint(to), open_checkpoint(model)
+    reference, moving = (open_checkpoint(each, allow_pickle=allow_pickle) for each in (to, model))
     refuse_incompatible([reference, moving])
     options = AlignSection(
         method=method,
@@ -197,6 +203,7 @@ def merge(
     align: str | Mapping[str, Any] = "none",
     merge_method: str = "linear",
     base_model: str | Path | None = None,
+    restart: bool = False,
     progress: Progress = silent,
     **settings: Any,
 ) -> Result:
@@ -210,6 +217,7 @@ def merge(
         align: Alignment method, or the whole `align` section of a recipe.
         merge_method: `linear` or `task_arithmetic`.
         base_model: The base of task arithmetic.
+        restart: Whether to discard what an interrupted merge into the same folder had finished.
         progress: Shown meanwhile.
         settings: Any other key of a recipe (`dtype`, `diagnose`, `overwrite`, …).
 
@@ -237,7 +245,7 @@ def merge(
     }
     if base_model is not None:
         recipe["base_model"] = str(base_model)
-    return run(load_recipe(recipe), models=models, progress=progress)
+    return run(load_recipe(recipe), models=models, restart=restart, progress=progress)
 
 
 def _named(model: Model) -> str:
@@ -265,6 +273,7 @@ def diagnose(
     suggest: str | None = None,
     offload: bool = False,
     heads: str = "own",
+    allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Measures loss, metric and layerwise linear feature connectivity between models.
@@ -285,6 +294,7 @@ def diagnose(
         suggest: Look for better `weights`, one a model, or one a model for each of the `layers`.
         offload: Let every module read its weights when it runs, for models that do not fit into memory.
         heads: `own`, or `first`: models of different tasks are compared by their base model, under the head of A.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         progress: Shown meanwhile.
 
     Returns:
@@ -305,8 +315,8 @@ def diagnose(
         refuse_foreign_alignment,
     )
 
-    checkpoints = [open_checkpoint(model) for model in (a, b, *more)]
-    base = open_checkpoint(base_model) if base_model is not None else None
+    checkpoints = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b, *more)]
+    base = open_checkpoint(base_model, allow_pickle=allow_pickle) if base_model is not None else None
     everyone = [*checkpoints, *([base] if base is not None else [])]
     head = comparable(everyone, heads, aligned=align != "none")
     grid = tuple(alphas or DEFAULT_ALPHAS)

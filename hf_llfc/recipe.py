@@ -223,6 +223,7 @@ class Recipe:
         publish: Where the result goes; nowhere where None.
         seed: For every section that gives none of its own.
         overwrite: Whether an earlier output may be replaced.
+        allow_pickle: Whether models whose weights are pickled, not safetensors, may be read.
         max_shard_size: Bytes above which weights are split into several files; in YAML also as `5GB`.
     """
 
@@ -240,6 +241,7 @@ class Recipe:
     publish: PublishSection | None = None
     seed: int = 0
     overwrite: bool = False
+    allow_pickle: bool = False
     max_shard_size: int = 5_000_000_000
 
     @property

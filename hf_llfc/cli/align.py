@@ -27,6 +27,8 @@ def execute(options: argparse.Namespace) -> int:
             options=settings,
             file=options.use,
             overwrite=options.overwrite,
+            restart=options.restart,
+            allow_pickle=options.allow_pickle,
             progress=progress,
         )
     if not is_main_process():

@@ -102,12 +102,25 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def _add_pickle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="open weights that are pickled, where you trust their author"
+    )
+
+
+def _add_restart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an interrupted run into the same folder had finished"
+    )
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--verify", action="store_true", help="check on the real weights that the symmetries hold")
     parser.add_argument("--all", action="store_true", help="one row a tensor, layers not folded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust-remote-code", action="store_true")
+    _add_pickle(parser)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +133,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         help="how far to look: 0 configs and headers, 1 weights, 2 features (default: 2 with data, 1 without)",
     )
     parser.add_argument("--seed", type=int, default=0)
+    _add_pickle(parser)
     _add_data(parser, purpose="a few samples for level 2; labels are not looked at")
 
 
@@ -129,6 +143,8 @@ def _add_align(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--use", metavar="FILE", help="apply this alignment file instead of matching")
     parser.add_argument("--overwrite", action="store_true")
+    _add_restart(parser)
+    _add_pickle(parser)
     _add_matching(parser, default="weight_matching")
     _add_data(parser, purpose="calibration data for activation matching")
 
@@ -146,6 +162,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the result; that of the first model without it")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true")
+    _add_restart(parser)
+    _add_pickle(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
     _add_matching(parser, default="none")
     _add_data(parser, purpose="calibration data for activation matching")
@@ -174,6 +192,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="folder for report and plots")
     parser.add_argument("--overwrite", action="store_true")
+    _add_pickle(parser)
     _add_matching(parser, default="none")
     _add_data(parser, purpose="data to measure on")
 
@@ -183,6 +202,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="values that replace those of the recipe"
     )
+    _add_restart(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
 
 

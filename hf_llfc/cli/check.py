@@ -16,7 +16,15 @@ def execute(options: argparse.Namespace) -> int:
     refuse_given(options, ("label_column", "metric"), "for check, which looks at no labels")
     data = evaluation_config(options, required=options.level == 2)
     with progress_bars(shown=not options.quiet) as progress:
-        result = check(options.a, options.b, level=options.level, data=data, seed=options.seed, progress=progress)
+        result = check(
+            options.a,
+            options.b,
+            level=options.level,
+            data=data,
+            seed=options.seed,
+            allow_pickle=options.allow_pickle,
+            progress=progress,
+        )
     if options.format == "json":
         print_json(asdict(result))
     else:

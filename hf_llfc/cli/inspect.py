@@ -11,7 +11,11 @@ from hf_llfc.console import fold_layers, print_json, print_table
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     found = inspect(
-        options.model, verify=options.verify, seed=options.seed, trust_remote_code=options.trust_remote_code
+        options.model,
+        verify=options.verify,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
     )
     axes = [
         {"axis": axis.name, "size": axis.size, "depends on": axis.parent, "symmetric": axis.symmetric}

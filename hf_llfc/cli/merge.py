@@ -29,6 +29,7 @@ def execute(options: argparse.Namespace) -> int:
         "align": matching_section(options),
         "output_dir": options.out,
         "overwrite": options.overwrite,
+        "allow_pickle": options.allow_pickle,
     }
     if options.base_model:
         recipe["base_model"] = options.base_model

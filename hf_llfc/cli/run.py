@@ -37,7 +37,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     from hf_llfc.pipeline import run
 
     with progress_bars(shown=not options.quiet) as progress:
-        result = run(recipe, progress=progress)
+        result = run(recipe, restart=options.restart, progress=progress)
     if not result.is_main_process:
         return 0
     if options.format == "json":
