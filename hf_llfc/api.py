@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,12 @@ def inspect(
         SpecError: There is no adapter for its architecture.
     """
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.stages import bind, largest_logit_change, spec_of
+    from hf_llfc.specs import as_saved, bind, spec_of
 
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    open_it = partial(open_checkpoint, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    by_headers = isinstance(model, str | Path) and not verify
+    # Loading the model class takes longer than everything else that is done here.
+    checkpoint = (as_saved(open_it(as_stored=True)) if by_headers else None) or open_it()
     spec = spec_of(checkpoint)
     binding = bind(spec, checkpoint)
     tensors = [
@@ -84,6 +88,8 @@ def inspect(
     ]
     verification: dict[str, Any] | None = None
     if verify:
+        from hf_llfc.stages import largest_logit_change
+
         verification = {**largest_logit_change(checkpoint, seed=seed)}
         verification["verified"] = verification["change"] <= 10 * max(verification["noise"], 1e-12)
     return Inspection(

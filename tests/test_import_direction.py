@@ -29,6 +29,7 @@ ORDER = (
     "publishing",
     "recipe",
     "processes",
+    "specs",
     "stages",
     "diagnosis",
     "identity",

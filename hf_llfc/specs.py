@@ -1,0 +1,79 @@
+"""The permutation spec of a checkpoint, and its tensors bound to it; errors name the checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from math import prod
+
+from hf_llfc.adapters import known_model_types, spec_for
+from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.errors import CheckpointError, SpecError
+from hf_llfc.symmetry import Binding, PermutationSpec
+
+
+def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
+    """The permutation spec of a checkpoint; the error names the checkpoint.
+
+    Raises:
+        SpecError: The architecture has no adapter and no spec can be derived, or the adapter refuses the config.
+    """
+    try:
+        return spec_for(checkpoint.config)
+    except SpecError as error:
+        raise SpecError(f"{checkpoint.label}: {error}") from None
+
+
+def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:
+    """Binds a checkpoint's tensors to a spec; the error names the checkpoint.
+
+    Raises:
+        CheckpointError: The tensors do not fit.
+    """
+    try:
+        return spec.bind({name: info.shape for name, info in checkpoint.tensors.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.label}: {error}") from None
+
+
+def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
+    """A checkpoint whose tensors are, name by name, those of a hand-written spec; None where the class is needed.
+
+    The model class sorts out everything else: older names, a head prefix too many or too few, tensors that are not
+    there in every layer, copies of tied weights.
+
+    Args:
+        checkpoint: As stored, see `open_checkpoint`.
+
+    Returns:
+        The same with its tensors in the order of the network.
+    """
+    if checkpoint.config.model_type not in known_model_types():
+        return None
+    spec = spec_of(checkpoint)
+    try:
+        binding = spec.bind({name: info.shape for name, info in checkpoint.tensors.items()})
+    except SpecError:
+        return None
+    place = {each: number for number, each in enumerate(spec.declarations)}
+    found = Counter(bound.spec for bound in binding.tensors.values())
+    is_whole = all(
+        each in place and count == prod(spec.axes[axis].size or 0 for axis in each.name_axes)
+        for each, count in found.items()
+    )
+    by_name = all(name == bound.spec.name_at(bound.index) for name, bound in binding.tensors.items())
+    words = [each for each in found if len(each.dimensions) == 2 and any(use.axis == "vocab" for use in each.axes)]
+    is_tied = bool(checkpoint.config.to_dict().get("tie_word_embeddings"))
+    if not (is_whole and by_name) or (is_tied and len(words) > 1):
+        return None
+    blocks: dict[str, int] = {}
+    for each, number in place.items():
+        blocks.setdefault(each.name.partition("<")[0], number)
+
+    def of_network(name: str) -> tuple[int, tuple[int, ...], int]:
+        bound = binding.tensors[name]
+        return blocks[bound.spec.name.partition("<")[0]], bound.index, place[bound.spec]
+
+    return replace(
+        checkpoint, tensors={name: checkpoint.tensors[name] for name in sorted(binding.tensors, key=of_network)}
+    )
