@@ -6,6 +6,9 @@ ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
 STARTS = ("identity", "activation_matching")
 """Where weight matching starts."""
 
+SOLVERS = ("exact", "auction")
+"""How wide axes are assigned: to the optimum, or to within a certified gap of it."""
+
 UNITS = ("sample", "token")
 """What has a feature vector of its own in a diagnosis: a sample with all its tokens, as in the paper, or a token."""
 
