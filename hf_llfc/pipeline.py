@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +25,8 @@ from hf_llfc.checkpoints import (
     write_share,
 )
 from hf_llfc.checkpoints.journal import Journal
-from hf_llfc.diagnosis import batch_norm_data, broken_tensors, diagnose_checkpoints
-from hf_llfc.diagnostics import ConnectivityReport, recompute_batch_norm
+from hf_llfc.checkpoints.shards import checksum
 from hf_llfc.errors import CheckpointError, PublishingError, RecipeError
-from hf_llfc.evaluation import EvaluationData
 from hf_llfc.identity import identity_of_run
 from hf_llfc.merging import Merge, Rule, WeightSchedule, merge_streamed, merged_infos
 from hf_llfc.processes import Processes
@@ -47,6 +45,11 @@ from hf_llfc.stages import (
     refuse_incompatible,
 )
 from hf_llfc.symmetry import Alignment, PermutationSpec
+
+# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
+if TYPE_CHECKING:
+    from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.evaluation import EvaluationData
 
 Value = TypeVar("Value")
 
@@ -217,6 +220,8 @@ def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | N
     """The data to measure on, and those to recompute BatchNorm from: the same without labels if none are named."""
     if recipe.diagnose is None:
         return None, None
+    from hf_llfc.diagnosis import batch_norm_data
+
     first, source = opened.parents[0], opened.tokenizer_source
     data = open_data(recipe.diagnose.data, first, tokenizer_source=source)
     return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
@@ -293,6 +298,8 @@ def find_broken(
     weights = shares(recipe, [parent.checkpoint for parent in parents])
     if weights is None:
         raise RecipeError("keep_where_broken: needs one weight a model, and these differ among tensors")
+    from hf_llfc.diagnosis import broken_tensors
+
     find = partial(
         broken_tensors,
         parents,
@@ -327,9 +334,7 @@ def write_merge(
     merge = plan_merge(parents, opened, recipe, broken)
     show = partial(progress, "merging")
 
-    def fill(files: ShardFiles) -> None:
-        # Nobody writes before the main process has made the files.
-        names = processes.gather(files.names)[0]
+    def fill(files: ShardFiles, names: Sequence[str]) -> None:
         merge_streamed(merge, files, names=names, workers=processes.workers(), on_bytes=show)
 
     def write(fill: Iterable[tuple[str, Tensor]] | Callable[[ShardFiles], None]) -> None:
@@ -348,14 +353,25 @@ def write_merge(
     if calibration is not None:
         processes.on_main(lambda: write(with_batch_norm(merge, first, calibration)))
     elif processes.is_main:
-        write(fill)
+        write(lambda files: fill(files, processes.gather(files.names)[0]))
     else:
-        write_share(folder, merge.infos, fill, max_shard_size=recipe.max_shard_size)
+        names = processes.gather(None)[0]  # the main process has made the files by now
+        write_share(folder, merge.infos, partial(fill, names=names), max_shard_size=recipe.max_shard_size)
     processes.on_main(lambda: refuse_changed(opened.all))
+    processes.on_main(lambda: note_shards(output.journal))
+
+
+def note_shards(journal: Journal) -> None:
+    """Notes the weight files that several processes wrote, of which none alone knows when they are complete."""
+    for path in sorted(journal.folder.glob("*.safetensors")):
+        if path.name not in journal.shards:
+            journal.finish_shard(path.name, checksum(path))
 
 
 def with_batch_norm(merge: Merge, first: Checkpoint, calibration: EvaluationData) -> Iterator[tuple[str, Tensor]]:
     """The merged tensors, with statistics of batch normalization as the calibration data give them."""
+    from hf_llfc.diagnostics import recompute_batch_norm
+
     model = load_model(first, state_dict=dict(merge.tensors()))
     recompute_batch_norm(model, calibration.batches())
     state = state_dict_on_disk(model)
@@ -425,6 +441,8 @@ def measure(
     """The diagnosis, by all processes; None where the recipe asks for none or there is nothing to compare."""
     if data is None or recipe.diagnose is None or (len(parents) == 1 and opened.base is None):
         return None
+    from hf_llfc.diagnosis import diagnose_checkpoints
+
     section = recipe.diagnose
 
     def find() -> ConnectivityReport:
@@ -566,6 +584,8 @@ def save_report(journal: Journal, report: ConnectivityReport) -> tuple[None, lis
 
 def load_report(journal: Journal, _: None) -> ConnectivityReport:
     """Reads what `save_report` wrote."""
+    from hf_llfc.diagnostics import ConnectivityReport
+
     return ConnectivityReport.load(journal.folder / LLFC_FOLDER / REPORT_FILE)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hf_llfc.checkpoints import OutputFolder
-from hf_llfc.diagnosis import region_of
 from hf_llfc.pipeline import Models, open_models, plan_merge, refuse_replacing_inputs, shares
 from hf_llfc.recipe import Recipe
 from hf_llfc.resources import peak_memory
@@ -55,6 +54,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _points(recipe: Recipe, opened: Models) -> int:
     """How many models a diagnosis runs on every batch."""
+    from hf_llfc.diagnosis import region_of
+
     assert recipe.diagnose is not None
     weights = shares(recipe, opened.parents) or [1 / len(opened.parents)] * len(opened.parents)
     if len(weights) < 2 and opened.base is None:

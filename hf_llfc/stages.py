@@ -16,8 +16,6 @@ from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.checkpoints import Checkpoint, FileSpan, body_tensors, compare, load_model
 from hf_llfc.choices import ALIGNMENT_METHODS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
-from hf_llfc.evaluation import EvaluationConfig, EvaluationData, load_evaluation_data
-from hf_llfc.evaluation.models import evaluate_model, evaluation_mode, model_inputs
 from hf_llfc.merging import Source
 from hf_llfc.merging.tensors import CONSTANTS
 from hf_llfc.progress import Progress, silent
@@ -25,7 +23,9 @@ from hf_llfc.recipe import AlignSection
 from hf_llfc.specs import bind, spec_of
 from hf_llfc.symmetry import Alignment, Binding, PermutationSpec
 
+# What opens data and runs models is imported where it is called: a merge alone does not wait for it to load.
 if TYPE_CHECKING:
+    from hf_llfc.evaluation import EvaluationConfig, EvaluationData
     from hf_llfc.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -251,6 +251,8 @@ def _match_activations(
         raise AlignmentError(
             "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
         )
+    from hf_llfc.evaluation.models import evaluation_mode, model_inputs
+
     models = [Parent(checkpoint).load() for checkpoint in (reference, model)]
     data = open_data(options.calibration, reference)
     with evaluation_mode(*models):
@@ -273,6 +275,8 @@ def open_data(
     config: EvaluationConfig, checkpoint: Checkpoint, *, tokenizer_source: Checkpoint | None = None
 ) -> EvaluationData:
     """Opens evaluation data for a checkpoint, with its own tokenizer or processor or those of another."""
+    from hf_llfc.evaluation import load_evaluation_data
+
     source = tokenizer_source or checkpoint
     # A model in memory has no folder of its own, but the one it was loaded from may still hold its tokenizer.
     beside = min((path.parent for path in source.companion_files), key=lambda path: len(path.parts), default=None)
@@ -373,6 +377,8 @@ def evaluate_parents(
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Loss and metrics of models on the same data: one row with `id`, `loss` and `metrics` each."""
+    from hf_llfc.evaluation.models import evaluate_model
+
     rows = []
     for place, parent in enumerate(parents, start=1):
         on_batch = partial(progress, f"evaluating model {place} of {len(parents)}")
