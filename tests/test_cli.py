@@ -342,7 +342,7 @@ def test_a_full_disk_ends_in_one_message(shelf, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hf_llfc.symmetry.Alignment.save", full)
     words = ["align", str(shelf / "b"), "--to", str(shelf / "a"), "--out", str(tmp_path / "out")]
     assert main(words) == 2
-    assert "alignment.safetensors: No space left on device" in capsys.readouterr().err
+    assert "the output cannot be written (No space left on device); make room there" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

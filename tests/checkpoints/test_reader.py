@@ -42,9 +42,9 @@ def opened(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def refused(model, *expected: str) -> str:
+def refused(model, *expected: str, **options) -> str:
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(model)
+        open_checkpoint(model, **options)
     message = str(caught.value)
     for part in expected:
         assert part in message
@@ -720,7 +720,7 @@ def test_a_bin_file_is_read_like_safetensors(save, zipped):
     folder = save("a", "bert", "masked-lm")
     expected = opened(folder)
     to_pickle(folder, _use_new_zipfile_serialization=zipped)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, allow_pickle=True)
     assert checkpoint.tensors == expected.tensors
     assert checkpoint.fingerprint() == expected.fingerprint()
 
@@ -731,7 +731,7 @@ def test_a_bin_file_with_both_tied_weights_has_one(tmp_path):
     model.config.architectures = ["GPT2LMHeadModel"]
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path, allow_pickle=True)
     assert "lm_head.weight" not in checkpoint.tensors
     assert checkpoint.fingerprint() == open_checkpoint(model).fingerprint()
 
@@ -750,7 +750,7 @@ def test_all_copies_of_a_weight_that_is_tied_more_than_once_are_compared(tmp_pat
     if odd is not None:
         state[odd] += 1
     torch.save(state, tmp_path / "pytorch_model.bin")
-    checkpoint = open_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(tmp_path, allow_pickle=True)
     assert checkpoint.tensors == expected.tensors and checkpoint.unused == ()
     if odd is None:
         assert checkpoint.fingerprint() == expected.fingerprint()
@@ -772,7 +772,7 @@ def test_bin_shards_are_read(save):
         torch.save({name: tensors[name] for name in held}, folder / part)
     weight_map = {name: part for part, held in parts.items() for name in held}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert open_checkpoint(folder).fingerprint() == expected
+    assert open_checkpoint(folder, allow_pickle=True).fingerprint() == expected
 
 
 def test_a_bin_file_is_ignored_beside_safetensors(save, tmp_path):
@@ -786,7 +786,7 @@ def test_a_bin_file_that_would_run_code_is_refused_and_does_not_run(save, tmp_pa
     folder = save()
     (folder / "model.safetensors").unlink()
     torch.save({"classifier.bias": Payload(tmp_path / "hacked")}, folder / "pytorch_model.bin")
-    refused(folder, f"{folder}/pytorch_model.bin", "could run code", "left unread")
+    refused(folder, f"{folder}/pytorch_model.bin", "could run code", "left unread", allow_pickle=True)
     assert not (tmp_path / "hacked").exists()
 
 
@@ -801,7 +801,7 @@ def test_a_bin_file_of_a_training_run_is_refused(save, state, expected):
     folder = save()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin", expected)
+    refused(folder, "pytorch_model.bin", expected, allow_pickle=True)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
@@ -811,7 +811,16 @@ def test_a_bin_file_that_is_cut_off_is_refused(save, kept):
     path = folder / "pytorch_model.bin"
     content = path.read_bytes()
     path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    refused(folder, f"{path}: ")
+    refused(folder, f"{path}: ", allow_pickle=True)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_a_bin_file_is_not_opened_unless_asked_for(save, tmp_path, name):
+    folder = save()
+    (folder / "model.safetensors").unlink()
+    torch.save({"classifier.bias": Payload(tmp_path / "hacked")}, folder / name)
+    refused(folder, f"{folder}: the weights are pickled", "--allow-pickle", "allow_pickle=True in Python")
+    assert not (tmp_path / "hacked").exists()
 
 
 # -- models in memory
