@@ -11,26 +11,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from hf_llfc.checkpoints import Checkpoint, compare
-from hf_llfc.diagnostics import diagnose_models, has_batch_norm
-from hf_llfc.diagnostics.outputs import OutputAgreement, compare_outputs
-from hf_llfc.diagnostics.points import line
-from hf_llfc.diagnostics.rows import Barrier, LayerRow
-from hf_llfc.diagnostics.trial import LOGITS
-from hf_llfc.diagnostics.verdict import Criterion, judge, judge_weights, judged_by, judged_by_weights
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation import EvaluationConfig, EvaluationData
-from hf_llfc.evaluation.config import CLASSIFICATION_TASKS
-from hf_llfc.evaluation.sources import open_dataset
-from hf_llfc.merging.tensors import CONSTANTS
+from hf_llfc.evaluation.config import CLASSIFICATION_TASKS, EvaluationConfig
 from hf_llfc.progress import Progress, silent
 from hf_llfc.recipe import AlignSection
-from hf_llfc.stages import Parent, align_checkpoints, open_data, refuse_not_finite
-from hf_llfc.symmetry import Alignment
+
+if TYPE_CHECKING:  # level 0 needs neither weights nor data: what reads them is loaded at the level that does
+    import torch
+    from transformers import PreTrainedModel
+
+    from hf_llfc.diagnostics.outputs import OutputAgreement
+    from hf_llfc.diagnostics.rows import LayerRow
+    from hf_llfc.diagnostics.verdict import Criterion
+    from hf_llfc.evaluation import EvaluationData
+    from hf_llfc.symmetry import Alignment
 
 SAME_WEIGHTS = 1e-3
 """Distance after matching, in units of the distance before, of weights that are equal but for rounding."""
@@ -129,6 +126,9 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
     Raises:
         CheckpointError: A tensor cannot be read or is not finite.
     """
+    from hf_llfc.merging.tensors import CONSTANTS
+    from hf_llfc.stages import refuse_not_finite
+
     rows = []
     for done, (name, info) in enumerate(a.tensors.items()):
         progress("comparing weights", done, len(a.tensors))
@@ -148,6 +148,8 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
 
 def _products(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
     """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of two flat tensors, in float64."""
+    import torch
+
     sums = torch.zeros(3, dtype=torch.float64)
     for start in range(0, a.numel(), ELEMENTS_AT_ONCE):
         x, y = (tensor[start : start + ELEMENTS_AT_ONCE].double() for tensor in (a, b))
@@ -175,6 +177,8 @@ def compare_weights(a: Checkpoint, b: Checkpoint, *, seed: int = 0, progress: Pr
         CheckpointError: A tensor cannot be read or is not finite.
         SpecError: There is no permutation spec for the architecture.
     """
+    from hf_llfc.stages import align_checkpoints
+
     tensors = compare_tensors(a, b, progress=progress)
     cosine = median_cosine(tensors)
     related = cosine >= COMMON_ANCESTOR
@@ -206,6 +210,11 @@ def compare_features(model_a: PreTrainedModel, model_b: PreTrainedModel, data: E
     Raises:
         EvaluationError: The models cannot be run on the data.
     """
+    from hf_llfc.diagnostics import diagnose_models, has_batch_norm
+    from hf_llfc.diagnostics.outputs import compare_outputs
+    from hf_llfc.diagnostics.points import line
+    from hf_llfc.diagnostics.trial import LOGITS
+
     again = data if has_batch_norm(model_a) else None
     report = diagnose_models([model_a, model_b], data, region=line([0.5]), batch_norm_data=again)
     if report.layers[-1].layer != LOGITS:
@@ -292,6 +301,8 @@ def check_checkpoints(
         return CheckResult("do not merge", f"the checkpoints do not fit each other: {problems[0]}", 0, problems)
     if highest == 0:
         return CheckResult(UNDECIDED, "configs, tokenizers and headers fit; weights have not been looked at", 0)
+    from hf_llfc.diagnostics.verdict import judge_weights, judged_by_weights
+
     weights = compare_weights(a, b, seed=seed, progress=progress)
     cosine = weights.alignment.metadata["cosine_before"]
     verdict = judge_weights(cosine=cosine, gain=weights.gain, moved=weights.moved, units=weights.units)
@@ -329,6 +340,10 @@ def _check_features(
     progress: Progress,
 ) -> CheckResult:
     """Level 2: the pair as it is and, where that does not hold and there is something to align, after matching."""
+    from hf_llfc.diagnostics.rows import Barrier
+    from hf_llfc.diagnostics.verdict import judge, judged_by
+    from hf_llfc.stages import Parent
+
     runs = "running both models and their midpoint"
     model_a = Parent(a).load()
     progress(runs, 0, 2)
@@ -373,6 +388,9 @@ def open_calibration(data: EvaluationConfig, checkpoint: Checkpoint) -> Evaluati
     Raises:
         EvaluationError: They cannot be opened, or do not fit the model.
     """
+    from hf_llfc.evaluation.sources import open_dataset
+    from hf_llfc.stages import open_data
+
     unlabelled = replace(data, labels=False, metric=None)
     if data.samples is not None:
         return open_data(unlabelled, checkpoint)
