@@ -1,0 +1,37 @@
+"""Killed at any point and run again, a command gives what it gives undisturbed, byte for byte, and nothing else."""
+
+import os
+
+import pytest
+
+from tests.faults.harness import KILLED, assert_same, draws, forked, killed, working_in
+
+A_FEW = 6
+MANY = 60
+
+
+def check_kills(name, count, tmp_path, commands, undisturbed):
+    expected, points = undisturbed(name)
+    assert len(list(expected.glob("*.safetensors"))) > 3, "several shards"
+    kills = 0
+    for place, (at, before) in enumerate(draws(len(name), points, count)):
+        with working_in(tmp_path / str(place)):
+            code = killed(commands[name], tmp_path / "log", at, before)
+            assert code in (KILLED, 0), (tmp_path / "log").read_text()
+            kills += code == KILLED
+            if code == KILLED:
+                assert forked(commands[name], tmp_path / "log") == 0, (at, before, (tmp_path / "log").read_text())
+        assert os.listdir(tmp_path / str(place)) == ["out"], (at, before)
+        assert_same(tmp_path / str(place) / "out", expected)
+    assert kills > count // 2
+
+
+@pytest.mark.parametrize("name", ["merge", "align", "run"])
+def test_a_few_kills(name, tmp_path, commands, undisturbed):
+    check_kills(name, A_FEW, tmp_path, commands, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["merge", "align", "run"])
+def test_many_kills(name, tmp_path, commands, undisturbed):
+    check_kills(name, MANY, tmp_path, commands, undisturbed)
