@@ -124,12 +124,13 @@ class _Search:
     def __init__(self, gain: Tensor, single: Tensor, centre: float, half: float) -> None:
         self.gain, self.single, self.centre, self.half = gain, single, centre, half
         self.n = gain.shape[0]
+        self.is_plain = single is gain
         self.rows = max(1, BLOCK // self.n)
         # Rows are filled up to whole strides.
         self.kinds = -(-self.n // STRIDES)
         self.buffer = torch.full((self.rows, self.kinds * STRIDES), -torch.inf)
         self.bids_i = torch.zeros(self.n, dtype=torch.int32)
-        self.largest: float = 1.0 if half != 1.0 else float(torch.stack(torch.aminmax(single)).abs().max())
+        self.largest: float = float(torch.stack(torch.aminmax(single)).abs().max())
         sample = single[:: max(1, self.n // 64)]
         self.deviation = float(sample.std()) or self.largest
 
@@ -171,7 +172,7 @@ class _Search:
     def _entries(self, rows: Indices, columns: Indices) -> Numbers:
         """Gains in float64."""
         entries = self.gain[torch.from_numpy(rows), torch.from_numpy(columns)].double().numpy()
-        return entries if self.half == 1.0 else (entries - self.centre) / self.half
+        return entries if self.is_plain else (entries - self.centre) / self.half
 
     def _auction(self) -> tuple[Tensor, Indices]:
         """Prices under which most rows have a column of their own, and whose each column is (−1: nobody's)."""
@@ -267,7 +268,7 @@ class _Search:
         columns_e: list[Indices] = []
         for start in range(0, self.n, self.rows):
             part = self.gain[start : start + self.rows].double()
-            worth = (part if self.half == 1.0 else (part - self.centre) / self.half) - torch.from_numpy(prices_j)
+            worth = (part if self.is_plain else (part - self.centre) / self.half) - torch.from_numpy(prices_j)
             best_ik, columns_ik = worth.topk(count, dim=1)
             excess_i[start : start + self.rows] = best_ik[:, 0].numpy() - profit_i[start : start + self.rows]
             exceeded = np.flatnonzero(excess_i[start : start + self.rows] > ROUNDING * largest)

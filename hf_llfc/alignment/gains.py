@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.assignment import assign_with_gap
 from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, solve_group
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
@@ -36,6 +36,7 @@ from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import Atom, AxisUse, atoms_of_pieces
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
+from hf_llfc.workers import ALONE, Workers
 
 # Up to this width gains are accumulated in float64; wider ones in float32, whose matrix products are twice as fast.
 DOUBLE_UP_TO = 1024
@@ -47,6 +48,11 @@ ROLES = ("the reference", "the model that moves")
 
 # A block of gains between entries of a group's root holds at most this many numbers, or one pair of entries.
 BLOCK = 1 << 26
+
+# A gain matrix that takes more operations than this is summed in so many parts, which workers share. The parts are
+# always the same, so that the sum does not depend on the workers.
+SHARED_FROM = 1e11
+PARTS = 8
 
 # A tensor: its declared name, and its index along the axes in the name.
 Key = tuple[str, tuple[int, ...]]
@@ -67,10 +73,13 @@ class Gains:
     Args:
         a: The reference.
         b: The model that moves.
+        workers: Where tensors are worked on.
+        solver: One of `SOLVERS`.
     """
 
-    def __init__(self, a: Parameters, b: Parameters) -> None:
+    def __init__(self, a: Parameters, b: Parameters, *, workers: Workers = ALONE, solver: str = "exact") -> None:
         self.a, self.b = a, b
+        self.workers, self.solver = workers, solver
         self.spec = a.binding.spec
         self.names: dict[str, list[Key]] = {}
         for key, name in a.keys.items():
@@ -85,12 +94,17 @@ class Gains:
 
     def objective(self, alignment: Alignment) -> float:
         """Σ ⟨A, T·B⟩ over all tensors that hold a symmetric axis."""
-        return sum((self._inner(key, alignment) for key in self.keys(set(self.spec.symmetric_axes))), start=0.0)
+        keys = self.keys(set(self.spec.symmetric_axes))
+        return sum(self.workers.map(lambda key: self._inner(key, alignment), keys, costs=self._elements(keys)))
 
     def _inner(self, key: Key, alignment: Alignment) -> float:
         """⟨A, T·B⟩ of one tensor."""
         a_tensor = self.a.read(self.a.keys[key])
         return _inner(a_tensor, self.b.aligned(self.b.keys[key], alignment).to(a_tensor.device))
+
+    def _elements(self, keys: Iterable[Key]) -> list[float]:
+        tensors = (self.a.binding.tensors[self.a.keys[key]].spec for key in keys)
+        return [float(prod(tensor.shape(self.a.binding.sizes))) for tensor in tensors]
 
     def norms(self) -> tuple[float, float]:
         """The norms of A and of B over the tensors of the objective.
@@ -98,18 +112,28 @@ class Gains:
         Raises:
             AlignmentError: A tensor holds NaN or Inf.
         """
+
+        def squares_of(key: Key) -> list[float]:
+            tensors = (parameters.read(parameters.keys[key]) for parameters in (self.a, self.b))
+            return [_inner(tensor, tensor) for tensor in tensors]
+
+        keys = self.keys(set(self.spec.symmetric_axes))
         squares = [0.0, 0.0]
         problems = []
-        for key in self.keys(set(self.spec.symmetric_axes)):
-            for model, parameters in enumerate((self.a, self.b)):
-                name = parameters.keys[key]
-                tensor = parameters.read(name)
-                square = _inner(tensor, tensor)
+        for key, pair in zip(keys, self.workers.map(squares_of, keys, costs=self._elements(keys)), strict=True):
+            for model, (parameters, square) in enumerate(zip((self.a, self.b), pair, strict=True)):
                 squares[model] += square
                 if not math.isfinite(square):
-                    problems.append(f"{name} of {parameters.label or ROLES[model]}")
+                    problems.append(f"{parameters.keys[key]} of {parameters.label or ROLES[model]}")
         raise_all(problems, AlignmentError, "weight matching needs finite weights, NaN or Inf found")
         return squares[0] ** 0.5, squares[1] ** 0.5
+
+    def operations(self, group: Group) -> float:
+        """How many additions and multiplications the gains of a group take."""
+        keys = self.keys(group.axes)
+        size = group.size if group.moves else 1
+        widths = (size * self._width(key, group) for key in keys)
+        return sum(2.0 * elements * width for elements, width in zip(self._elements(keys), widths, strict=True))
 
     def anchoring(self, group: Group, undetermined: Set[str]) -> float:
         """How many weights of each unit of the group lie in rows that no undetermined axis shuffles."""
@@ -122,13 +146,21 @@ class Gains:
                 known += torch.Size(shape).numel() / self._width(key, group)
         return known / group.size
 
-    def solve(self, group: Group, alignment: Alignment, undetermined: Set[str] = frozenset()) -> Solution:
+    def solve(
+        self,
+        group: Group,
+        alignment: Alignment,
+        undetermined: Set[str] = frozenset(),
+        *,
+        workers: Workers = ALONE,
+    ) -> Solution:
         """Finds the best transforms of a group with all others held.
 
         Args:
             group: What to match.
             alignment: The present transforms of all axes.
             undetermined: Axes whose transforms are unknown and averaged over.
+            workers: Where the tensors of a large group are worked on.
 
         Returns:
             The transforms, and by how much the objective rises.
@@ -144,32 +176,49 @@ class Gains:
         present = {axis: alignment.transforms[axis] for axis in group.matched}
         if group.children or self._is_in_names(group.axis):
             return self._solve_with_children(group, held, present, undetermined - group.axes)
-        return self._solve_at_once(group, held, present[group.axis], undetermined)
+        return self._solve_at_once(group, held, present[group.axis], undetermined, workers)
 
     def _is_in_names(self, axis: str) -> bool:
         return any(axis in self.a.binding.tensors[self.a.keys[key]].spec.name_axes for key in self.keys({axis}))
 
-    def _solve_at_once(self, group: Group, held: Alignment, present: Transform, undetermined: Set[str]) -> Solution:
+    def _solve_at_once(
+        self, group: Group, held: Alignment, present: Transform, undetermined: Set[str], workers: Workers
+    ) -> Solution:
         """One gain matrix from all tensors, one assignment."""
         dtype = _accumulator(group.size)
-        gain_ij: Tensor | None = None
+        quadratic = set(self._quadratic(group))
         repeated: list[tuple[Pair, list[int]]] = []
         own_is_known = group.axis not in undetermined
-        for pair in self._pairs(self.keys(group.axes), held, undetermined - group.axes):
-            places = [dim for dim, atom in enumerate(pair.atoms) if _is(atom, group.axis)]
-            if len(places) > 1 and own_is_known:
-                repeated.append((pair, places))
-            for place in places:
-                others = [other for other in places if other != place]
-                a, b = pair.a, pair.b
-                if others and own_is_known:
-                    b = _moved(b, others, present)
-                elif others:
-                    a, b = _summed(a, others), _averaged(b, others)
-                gain_ij = _add(gain_ij, _gain(a, b, [place], dtype))
+
+        def gain_of(keys: list[Key]) -> Tensor | None:
+            gain_ij: Tensor | None = None
+            for pair in self._pairs(keys, held, undetermined - group.axes):
+                places = [dim for dim, atom in enumerate(pair.atoms) if _is(atom, group.axis)]
+                if len(places) > 1 and own_is_known:
+                    repeated.append((pair, places))
+                for place in places:
+                    others = [other for other in places if other != place]
+                    a, b = pair.a, pair.b
+                    if others and own_is_known:
+                        b = _moved(b, others, present)
+                    elif others:
+                        a, b = _summed(a, others), _averaged(b, others)
+                    gain_ij = _add(gain_ij, _gain(a, b, [place], dtype))
+            return gain_ij
+
+        keys = self.keys(group.axes)
+        if quadratic or self.operations(group) < SHARED_FROM:
+            gain_ij = gain_of(keys)
+        else:
+            parts = self._shares(keys, undetermined - group.axes)
+            costs = [sum(self._elements(part)) for part in parts]
+            gain_ij = None
+            for gain in workers.map(gain_of, parts, costs=costs):
+                gain_ij = gain if gain_ij is None or gain is None else gain_ij.add_(gain)
         if gain_ij is None:
             return Solution({group.axis: present}, 0.0)
-        proposal = Permutation(assign(gain_ij))
+        perm, gap = assign_with_gap(gain_ij, solver=self.solver)
+        proposal = Permutation(perm)
         before_i, after_i = _along(gain_ij, present), _along(gain_ij, proposal)
         change = float((after_i - before_i).sum())
         noise = NOISE[dtype] * float((after_i.abs() + before_i.abs())[after_i != before_i].sum())
@@ -180,7 +229,21 @@ class Gains:
                 change -= _inner(pair.a, proposal.apply(b, place)) - _inner(pair.a, present.apply(b, place))
             before, after = _moved(pair.b, places, present), _moved(pair.b, places, proposal)
             change += _inner(pair.a, after) - _inner(pair.a, before)
-        return Solution({group.axis: proposal}, change if change > noise else 0.0)
+        return Solution({group.axis: proposal}, change if change > noise else 0.0, gap=gap)
+
+    def _shares(self, keys: list[Key], undetermined: Set[str]) -> list[list[Key]]:
+        """Tensors in at most `PARTS` parts of about the same size; those that are averaged together stay together."""
+        name_axes = (self.a.binding.tensors[self.a.keys[key]].spec.name_axes for key in keys)
+        if any(axis in undetermined for axes in name_axes for axis in axes):
+            return [keys]
+        elements = self._elements(keys)
+        parts: list[list[Key]] = [[] for _ in range(PARTS)]
+        loads = [0.0] * PARTS
+        for key, size in sorted(zip(keys, elements, strict=True), key=lambda item: -item[1]):
+            lightest = loads.index(min(loads))
+            parts[lightest].append(key)
+            loads[lightest] += size
+        return [part for part in parts if part]
 
     def _solve_with_children(
         self, group: Group, held: Alignment, present: Mapping[str, Transform], undetermined: Set[str]

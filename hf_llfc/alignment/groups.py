@@ -94,11 +94,13 @@ class Solution:
         transforms: Axis → transform.
         gain: By how much they raise the objective against the transforms before, 0 if that is not above float noise.
         value: What the transforms before are worth.
+        gap: By how much other transforms could at most raise it beyond that, 0 where the solver is exact.
     """
 
     transforms: Mapping[str, Transform]
     gain: float
     value: float = 0.0
+    gap: float = 0.0
 
 
 def solve_group(

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count
 
 import torch
 
-from hf_llfc.alignment.gains import ROLES, Gains
-from hf_llfc.alignment.groups import Group, groups_of
+from hf_llfc.alignment.gains import ROLES, Gains, Key
+from hf_llfc.alignment.groups import Group, Solution, groups_of
 from hf_llfc.alignment.sources import Parameters
-from hf_llfc.errors import AlignmentError, raise_all
+from hf_llfc.choices import SOLVERS
+from hf_llfc.errors import AlignmentError, raise_all, suggest
 from hf_llfc.progress import Progress, silent
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.spec import PermutationSpec
+from hf_llfc.symmetry.transforms import Transform
+from hf_llfc.workers import ALONE, Workers
+
+# A group, and the axes that are not determined when it is its turn.
+Visit = tuple[Group, frozenset[str]]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +55,8 @@ def match_weights(
     max_sweeps: int = 50,
     seed: int = 0,
     start: Alignment | None = None,
+    solver: str = "exact",
+    workers: Workers = ALONE,
     progress: Progress = silent,
 ) -> Alignment:
     """Finds transforms of `model` that bring its weights close to those of `reference`.
@@ -63,29 +74,35 @@ def match_weights(
         max_sweeps: Sweeps per start at most, at least 1.
         seed: Seed of visit orders and random starts.
         start: Transforms to start from instead of the identity.
+        solver: How wide axes are assigned, one of `SOLVERS`.
+        workers: Where groups are matched, and the tensors of large ones worked on. Groups that share no tensor are
+            matched at the same time; the result does not depend on it.
         progress: Told the groups done and the groups in the sweep.
 
     Returns:
         The alignment; its metadata holds `objective_before`, `objective_after`, `cosine_before`, `cosine_after`,
         `distance_before`, `distance_after` (Euclidean, over the tensors that hold a symmetric axis),
-        `converged` and `sweeps`.
+        `converged` and `sweeps`; with the solver `auction` also `solver` and `assignment_gap`, the largest sum over
+        one sweep of what exact assignments could have added at most, as a part of the objective.
 
     Raises:
         AlignmentError: The two models have different tensors, a weight is not finite, an option is out of range, or
             `start` moves what the spec holds fixed.
     """
+    if solver not in SOLVERS:
+        raise AlignmentError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)} (known: {', '.join(SOLVERS)})")
     if restarts < 1 or max_sweeps < 1:
         raise AlignmentError(f"restarts ({restarts}) and max_sweeps ({max_sweeps}) must be at least 1")
     raise_all(_differences(reference, model), AlignmentError, "the two models hold different tensors")
     spec = reference.binding.spec
-    gains = Gains(reference, model)
+    gains = Gains(reference, model, workers=workers, solver=solver)
     groups = groups_of(reference.binding)
     generator = torch.Generator().manual_seed(seed)
     identity = spec.identity_alignment()
     norm_a, norm_b = gains.norms()
     before = gains.objective(identity)
     history: list[Sweep] = []
-    best: tuple[float, Alignment, bool] | None = None
+    best: tuple[float, Alignment, bool, float] | None = None
     for number in range(restarts):
         if number == 0 and start is not None:
             label, current = "given", _completed(start, spec)
@@ -95,14 +112,19 @@ def match_weights(
             label, current = "uninformed", _uninformed_start(gains, groups, identity, progress)
         else:
             label, current = f"random {number}", _random_start(reference, generator)
-        found, objective, converged = _descend(gains, groups, current, generator, max_sweeps, label, history, progress)
+        found, objective, converged, gap = _descend(
+            gains, groups, current, generator, max_sweeps, label, history, progress
+        )
         if best is None or objective > best[0]:
-            best = (objective, found, converged)
+            best = (objective, found, converged, gap)
         if number == 0 and found.is_identity and start is None:
             break
     assert best is not None
-    objective, alignment, converged = best
+    objective, alignment, converged, gap = best
     norm = norm_a * norm_b
+    if solver != "exact":
+        share = gap / abs(objective) if objective else 0.0
+        alignment = alignment.with_metadata(solver=solver, assignment_gap=share)
     return alignment.with_metadata(
         method="weight_matching",
         objective_before=before,
@@ -164,29 +186,27 @@ def _descend(
     label: str,
     history: list[Sweep],
     progress: Progress,
-) -> tuple[Alignment, float, bool]:
+) -> tuple[Alignment, float, bool, float]:
     """Sweeps over the groups in random order until nothing improves."""
     transforms = dict(alignment.transforms)
     objective = gains.objective(alignment)
     # Groups that share no tensor with another do not depend on its transforms: one visit is enough for them.
     independent = _are_independent(gains, groups)
+    gap = 0.0
     for sweep in range(1, max_sweeps + 1):
-        rise = 0.0
-        order = torch.randperm(len(groups), generator=generator).tolist()
-        for done, position in enumerate(order):
-            progress(f"weight matching, {label} start, sweep {sweep}", done, len(groups))
-            solution = gains.solve(groups[position], Alignment(alignment.spec, transforms))
-            if solution.gain > 0:
-                transforms.update(solution.transforms)
-                rise += solution.gain
+        order = [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
+        told = partial(progress, f"weight matching, {label} start, sweep {sweep}")
+        solutions = _solve_all(gains, [(group, frozenset()) for group in order], transforms, told)
+        rise = sum(solution.gain for solution in solutions)
+        gap = max(gap, sum(solution.gap for solution in solutions))
         objective += rise
         current = Alignment(alignment.spec, dict(transforms))
         moved = sum(count for count, _ in current.moved.values())
         history.append(Sweep(label, sweep, objective, moved))
         logger.info("%s start, sweep %d: objective %.6g, %d units moved", label, sweep, objective, moved)
         if rise <= CONVERGED * max(abs(objective), 1e-30) or independent:
-            return current, gains.objective(current), True
-    return current, gains.objective(current), False
+            return current, gains.objective(current), True, gap
+    return current, gains.objective(current), False, gap
 
 
 def _are_independent(gains: Gains, groups: list[Group]) -> bool:
@@ -207,11 +227,70 @@ def _uninformed_start(gains: Gains, groups: list[Group], identity: Alignment, pr
     """Matches every group once, the best anchored first, averaging over the axes that are not matched yet."""
     transforms = dict(identity.transforms)
     waiting = list(groups)
+    visits: list[Visit] = []
     while waiting:
-        undetermined = {axis for group in waiting for axis in group.matched}
-        progress("weight matching, uninformed start", len(groups) - len(waiting), len(groups))
+        undetermined = frozenset(axis for group in waiting for axis in group.matched)
         anchoring = [gains.anchoring(group, undetermined - group.axes) for group in waiting]
         group = waiting.pop(max(range(len(waiting)), key=anchoring.__getitem__))
-        solution = gains.solve(group, Alignment(identity.spec, transforms), frozenset(undetermined))
-        transforms.update(solution.transforms)
+        visits.append((group, undetermined))
+    _solve_all(gains, visits, transforms, partial(progress, "weight matching, uninformed start"), keep_all=True)
     return Alignment(identity.spec, transforms)
+
+
+def _solve_all(
+    gains: Gains,
+    visits: Sequence[Visit],
+    transforms: dict[str, Transform],
+    told: Callable[[int, int], None],
+    *,
+    keep_all: bool = False,
+) -> list[Solution]:
+    """Solves groups one after the other, those at the same time that do not depend on each other.
+
+    Args:
+        gains: The two models.
+        visits: The groups, in order.
+        transforms: The present transforms, which are brought up to date.
+        told: Called with the visits done and all visits.
+        keep_all: Whether a solution that is no improvement is taken, too.
+
+    Returns:
+        The solutions, in the order of the visits.
+    """
+    solutions: dict[int, Solution] = {}
+    for wave in _waves(gains, [group for group, _ in visits]):
+        present = Alignment(gains.spec, dict(transforms))
+        finished = count(len(solutions) + 1)
+        told(len(solutions), len(visits))
+        here = ALONE if len(wave) > 1 else gains.workers
+        across = gains.workers if len(wave) > 1 else ALONE
+
+        def solve(place: int, present: Alignment = present, here: Workers = here) -> Solution:
+            group, undetermined = visits[place]
+            return gains.solve(group, present, undetermined, workers=here)
+
+        def on_done(finished: Iterator[int] = finished, last: int = len(solutions) + len(wave)) -> None:
+            done = next(finished)
+            if done < last:
+                told(done, len(visits))
+
+        found = across.map(solve, wave, costs=[gains.operations(visits[place][0]) for place in wave], on_done=on_done)
+        solutions |= zip(wave, found, strict=True)
+        for solution in found:
+            if keep_all or solution.gain > 0:
+                transforms.update(solution.transforms)
+    return [solutions[place] for place in range(len(visits))]
+
+
+def _waves(gains: Gains, groups: Sequence[Group]) -> list[list[int]]:
+    """Places of groups, in waves: a group comes after all earlier ones that share a tensor with it."""
+    last: dict[Key, int] = {}
+    waves: list[list[int]] = []
+    for place, group in enumerate(groups):
+        keys = gains.keys(group.axes)
+        wave = max((last[key] + 1 for key in keys if key in last), default=0)
+        last |= dict.fromkeys(keys, wave)
+        if wave == len(waves):
+            waves.append([])
+        waves[wave].append(place)
+    return waves

@@ -36,13 +36,13 @@ def two_models(family: str, head: str):
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The gain matrices as the assignment gets them."""
     matrices: list[torch.Tensor] = []
-    assign = hf_llfc.alignment.gains.assign
+    assign = hf_llfc.alignment.gains.assign_with_gap
 
-    def spy(gain: torch.Tensor) -> torch.Tensor:
+    def spy(gain: torch.Tensor, *, solver: str) -> tuple[torch.Tensor, float]:
         matrices.append(gain)
-        return assign(gain)
+        return assign(gain, solver=solver)
 
-    monkeypatch.setattr(hf_llfc.alignment.gains, "assign", spy)
+    monkeypatch.setattr(hf_llfc.alignment.gains, "assign_with_gap", spy)
     return matrices
 
 
