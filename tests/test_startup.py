@@ -85,10 +85,9 @@ def test_headers_alone_tell_what_the_model_class_tells(family, head, tmp_path):
 
 @pytest.mark.parametrize("change", ["missing bias", "older name", "copy of a tied weight", "a tensor of no use"])
 def test_other_names_are_for_the_model_class(change, tmp_path):
-    config = {"tie_word_embeddings": True} if "tied" in change else {}
-    folder = saved(
-        byte_llama(0, **config) if config else tiny_model("bert", "sequence-classification"), tmp_path / "model"
-    )
+    tied = change == "copy of a tied weight"
+    model = byte_llama(0, tie_word_embeddings=True) if tied else tiny_model("bert", "sequence-classification")
+    folder = saved(model, tmp_path / "model")
     assert as_saved(open_checkpoint(folder, as_stored=True)) is not None
     file = folder / "model.safetensors"
     tensors = load_file(file)
