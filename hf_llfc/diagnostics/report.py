@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from hf_llfc.diagnostics.rows import (
     AdditivityRow,
@@ -18,7 +20,6 @@ from hf_llfc.diagnostics.rows import (
     LayerRow,
     ModelReference,
     PathPoint,
-    Statistic,
     StitchingPoint,
     Suggestion,
     Verdict,
@@ -32,6 +33,8 @@ SCHEMA = "hf_llfc.report/1"
 
 PARTS = ("path", "layers", "additivity", "commutativity", "stitching", "geometry")
 """What of a report makes a table."""
+
+_LARGEST = sys.float_info.max
 
 OPTIONAL = {*PARTS[2:], "suggestion", "quantiles", "interval", "weights", "layer_weights", "name", "gated"}
 """Fields that are left out of the JSON where they are empty and their class has a default for them."""
@@ -189,25 +192,11 @@ class ConnectivityReport:
         schema = values.get("schema")
         if schema != SCHEMA:
             raise EvaluationError(f"not a report of this version: its schema is {schema!r}, expected {SCHEMA!r}")
+        found = {entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values}
         try:
-            return cls(
-                models=tuple(_build(ModelReference, model) for model in values["models"]),
-                path=tuple(_build(PathPoint, point) for point in values["path"]),
-                barrier=_build(Barrier, values["barrier"]),
-                layers=tuple(_build(LayerRow, row) for row in values["layers"]),
-                verdict=_build(Verdict, values["verdict"]),
-                region=values.get("region", "line"),
-                additivity=tuple(_build(AdditivityRow, row) for row in values.get("additivity", ())),
-                commutativity=tuple(_build(CommutativityRow, row) for row in values.get("commutativity", ())),
-                stitching=tuple(_build(StitchingPoint, row) for row in values.get("stitching", ())),
-                geometry=tuple(_build(GeometryRow, row) for row in values.get("geometry", ())),
-                suggestion=_build(Suggestion, values["suggestion"]) if values.get("suggestion") else None,
-                data=dict(values.get("data", {})),
-                alignment=dict(values.get("alignment", {})),
-                versions=dict(values.get("versions", {})),
-            )
-        except (KeyError, TypeError) as error:
-            raise EvaluationError(f"the report is incomplete: {error}") from error
+            return cls(**{name: _checked(value, get_type_hints(cls)[name], name) for name, value in found.items()})
+        except (TypeError, ValueError) as error:  # TypeError where a part is missing
+            raise EvaluationError(f"not a report that this version wrote: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes the report as JSON."""
@@ -225,7 +214,7 @@ class ConnectivityReport:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise EvaluationError(f"report {path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EvaluationError(f"report {path} is not JSON: {error}") from error
         if not isinstance(values, Mapping):
             raise EvaluationError(f"report {path} holds no report")
@@ -274,14 +263,38 @@ def _flat_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    """A row from JSON values: what holds a mean is a statistic, and lists were tuples."""
-    names = {entry.name for entry in dataclasses.fields(kind)}
-    return kind(**{name: _from_plain(value) for name, value in values.items() if name in names})
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    """A JSON value as what a type hint says, with keys of later versions left out.
+
+    Raises:
+        ValueError: It is something else; the message names the place.
+    """
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    hint = next(option for option in options if option is not type(None))
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+        hints = get_type_hints(hint)
+        known = {name: _checked(value[name], hints[name], f"{path}.{name}") for name in hints if name in value}
+        missing = [entry.name for entry in dataclasses.fields(hint) if entry.name not in known and _is_required(entry)]
+        if missing:
+            raise ValueError(f"{path}: {', '.join(missing)} missing")
+        return hint(**known)
+    if get_origin(hint) is Mapping and isinstance(value, Mapping):
+        return {name: _checked(entry, get_args(hint)[1], f"{path}.{name}") for name, entry in value.items()}
+    if get_origin(hint) is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        inner = get_args(hint)
+        if inner[-1] is not Ellipsis and len(value) != len(inner):
+            raise ValueError(f"{path}: {len(inner)} values expected, found {len(value)}")
+        return tuple(_checked(entry, inner[0], f"{path}[{place}]") for place, entry in enumerate(value))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+        return value
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    raise ValueError(f"{path}: {str(value)[:40]!r} is not what is expected there")
 
 
-def _from_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        built = {name: _from_plain(item) for name, item in value.items()}
-        return _build(Statistic, built) if {"mean", "std"} <= built.keys() else built
-    return tuple(_from_plain(item) for item in value) if isinstance(value, list) else value
+def _is_required(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING

@@ -105,7 +105,7 @@ def test_what_is_no_report_is_refused(tmp_path):
         ("text", "is not JSON"),
         ("list", "holds no report"),
         ("other", "schema is 'other/2', expected 'hf_llfc.report/1'"),
-        ("part", "incomplete: .*loss"),
+        ("part", r"path\[0\]: loss, metrics missing"),
     ):
         with pytest.raises(EvaluationError, match=message):
             ConnectivityReport.load(tmp_path / f"{name}.json")

@@ -7,9 +7,10 @@ read, write, flush, move or remove: counted in an undisturbed run, and drawn fro
 import os
 import random
 import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,10 +47,12 @@ def forked(work: Callable[[], int], log: Path, *, after: float | None = None, nu
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115 - not those of pytest
             code = work()
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             os._exit(code)
     if after is not None:
         time.sleep(after)
@@ -64,17 +67,25 @@ class Points:
         at: Number of the point, from 1.
         happens: Called there, before the call or after it.
         before: Whether it is before.
+        calls: Which calls are points.
     """
 
-    def __init__(self, at: int | None = None, happens: Callable[[], None] = lambda: None, before: bool = True) -> None:
+    def __init__(
+        self,
+        at: int | None = None,
+        happens: Callable[[], None] = lambda: None,
+        before: bool = True,
+        calls: Sequence[str] = CALLS,
+    ) -> None:
         self.count = 0
+        self._calls = calls
         self._at = at
         self._happens = happens
         self._before = before
 
     def install(self) -> None:
         """Wraps the calls of this process, for good: it is a fork."""
-        for name in CALLS:
+        for name in self._calls:
             setattr(os, name, self._wrapped(getattr(os, name)))
 
     def _wrapped(self, call: Callable) -> Callable:
@@ -96,12 +107,12 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def counted(work: Callable[[], int], log: Path) -> tuple[int, int]:
+def counted(work: Callable[[], int], log: Path, calls: Sequence[str] = CALLS) -> tuple[int, int]:
     """Runs work in a fork; gives its exit code and its number of points."""
     tally = log.with_suffix(".points")
 
     def run() -> int:
-        points = Points()
+        points = Points(calls=calls)
         points.install()
         code = work()
         tally.write_text(str(points.count))
@@ -110,14 +121,19 @@ def counted(work: Callable[[], int], log: Path) -> tuple[int, int]:
     return forked(run, log), int(tally.read_text()) if tally.exists() else 0
 
 
-def killed(work: Callable[[], int], log: Path, at: int, before: bool) -> int:
-    """Runs work in a fork that is killed at a point."""
+def disturbed(work: Callable[[], int], log: Path, points: Points) -> int:
+    """Runs work in a fork in which something happens."""
 
     def run() -> int:
-        Points(at, kill, before).install()
+        points.install()
         return work()
 
     return forked(run, log)
+
+
+def killed(work: Callable[[], int], log: Path, at: int, before: bool) -> int:
+    """Runs work in a fork that is killed at a point."""
+    return disturbed(work, log, Points(at, kill, before))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
