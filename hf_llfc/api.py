@@ -151,6 +151,7 @@ def align(
     start: str = "identity",
     restarts: int = 2,
     max_sweeps: int = 50,
+    solver: str = "exact",
     seed: int = 0,
     calibration: EvaluationConfig | None = None,
     allow_pickle: bool = False,
@@ -167,6 +168,7 @@ def align(
         start: `identity`, or `activation_matching` as the start of weight matching.
         restarts: Starts of weight matching, the best objective wins.
         max_sweeps: Sweeps per start.
+        solver: `exact`, or `auction` for very wide axes: to within a certified gap of the optimum.
         seed: Seed.
         calibration: Data for activation matching.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
@@ -192,6 +194,7 @@ def align(
         start=start,
         restarts=restarts,
         max_sweeps=max_sweeps,
+        solver=solver,
         seed=seed,
         calibration=calibration,
     )

@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, STARTS, SUGGESTIONS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 
@@ -117,6 +117,7 @@ class AlignSection:
         axes: Patterns of the axes that may move; all symmetric axes where empty.
         exclude: Patterns of axes that stay, for example `residual`.
         start: `identity`, or `activation_matching` to start weight matching from.
+        solver: How wide axes are assigned, one of `SOLVERS`.
         restarts: Starts of weight matching.
         max_sweeps: Sweeps per start.
         seed: Seed of visit orders and random starts; that of the recipe if left out.
@@ -128,6 +129,7 @@ class AlignSection:
     axes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     start: str = "identity"
+    solver: str = "exact"
     restarts: int = 2
     max_sweeps: int = 50
     seed: int = 0
@@ -545,6 +547,7 @@ class _Reader:
         if built is not None:
             self._choice(built.method, ALIGNMENT_METHODS, f"{path}.method")
             self._choice(built.start, STARTS, f"{path}.start")
+            self._choice(built.solver, SOLVERS, f"{path}.solver")
             for name in ("restarts", "max_sweeps"):
                 if vars(built)[name] < 1:
                     self.problems.append(f"{path}.{name}: at least 1 is expected, found {vars(built)[name]}")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from hf_llfc.alignment import Parameters, match_activations, match_weights
-from hf_llfc.checkpoints import Checkpoint, FileSpan, body_tensors, compare, load_model
+from hf_llfc.checkpoints import Checkpoint, FileSpan
 from hf_llfc.choices import ALIGNMENT_METHODS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.merging import Source
@@ -22,9 +21,12 @@ from hf_llfc.progress import Progress, silent
 from hf_llfc.recipe import AlignSection
 from hf_llfc.specs import bind, spec_of
 from hf_llfc.symmetry import Alignment, Binding, PermutationSpec
+from hf_llfc.workers import Workers
 
 # What opens data and runs models is imported where it is called: a merge alone does not wait for it to load.
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_llfc.evaluation import EvaluationConfig, EvaluationData
     from hf_llfc.ranks import Ranks
 
@@ -54,11 +56,17 @@ class Parent:
 
     def read(self, name: str) -> Tensor:
         """Reads one tensor, moved."""
-        if self.head_of is not None and name not in body_tensors(self.checkpoint, self.head_of):
+        if self.head_of is not None and self._is_of_head(name):
             return self.head_of.read(name)
         if self.alignment is None:
             return self.checkpoint.read(name)
         return self.alignment.read_aligned(name, self.binding, self.checkpoint.read)
+
+    def _is_of_head(self, name: str) -> bool:
+        from hf_llfc.checkpoints import body_tensors
+
+        assert self.head_of is not None
+        return name not in body_tensors(self.checkpoint, self.head_of)
 
     def span(self, name: str) -> FileSpan | None:
         """Where the bytes of one tensor lie in a file; None where it is moved or made as it is read."""
@@ -94,6 +102,8 @@ class Parent:
         Raises:
             CheckpointError: A tensor is not finite.
         """
+        from hf_llfc.checkpoints import load_model
+
         refuse_not_finite(self.checkpoint)
         as_stored = self.alignment is None and self.head_of is None
         state = None if as_stored else self.state_dict()
@@ -122,6 +132,8 @@ def comparable(checkpoints: Sequence[Checkpoint], heads: str, *, aligned: bool) 
         return None
     if aligned:
         raise AlignmentError("models under one head are not aligned; leave out align, or compare them with their own")
+    from hf_llfc.checkpoints import compare
+
     problems = compare(checkpoints, bodies_only=True)
     raise_all(problems, CheckpointError, "these checkpoints have not the same base model")
     return checkpoints[0]
@@ -133,6 +145,8 @@ def refuse_incompatible(checkpoints: Sequence[Checkpoint]) -> None:
     Raises:
         CheckpointError: The checkpoints differ in architecture, sizes, tensors or vocabulary.
     """
+    from hf_llfc.checkpoints import compare
+
     raise_all(compare(checkpoints), CheckpointError, "these checkpoints cannot be merged")
 
 
@@ -179,11 +193,63 @@ def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> Permutation
 
 
 def matching_memory(checkpoint: Checkpoint, options: AlignSection) -> int:
-    """Bytes that weight matching holds at its peak: the gains of the widest axis, its assignment, two tensors."""
+    """Bytes that weight matching holds at its peak.
+
+    The gains of the widest axis, in parts or with what SciPy takes to assign them, and two tensors; threads that match
+    an axis each hold their own.
+    """
+    from hf_llfc.alignment.gains import PARTS
+
     binding = bind(alignment_spec(checkpoint, options), checkpoint)
     widest = max((binding.sizes[axis] for axis in binding.symmetric_axes), default=0)
     largest = max(info.elements for info in checkpoint.tensors.values())
-    return 3 * 8 * widest**2 + 2 * 8 * largest
+    return (PARTS + torch.get_num_threads()) * 4 * widest**2 + torch.get_num_threads() * 8 * largest
+
+
+def matching_cost(checkpoint: Checkpoint, options: AlignSection) -> dict[str, float]:
+    """What one sweep of weight matching takes, from the headers alone.
+
+    Args:
+        checkpoint: One of the two models.
+        options: How they are aligned.
+
+    Returns:
+        `operations`, additions and multiplications of the matrix products; `bytes` to read from the two models; and
+        `seconds` on this machine, from a short measurement of a matrix product and of a copy in memory.
+    """
+    from hf_llfc.alignment import Parameters
+    from hf_llfc.alignment.auction import PASSES
+    from hf_llfc.alignment.gains import CASTS, Gains
+    from hf_llfc.alignment.groups import groups_of
+
+    binding = bind(alignment_spec(checkpoint, options), checkpoint)
+    model = Parameters(binding, checkpoint.read)
+    gains, groups = Gains(model, model), groups_of(binding)
+    operations = sum(gains.operations(group) for group in groups)
+    read = sum(gains.elements(group) for group in groups)
+    assigned = sum(float(group.size) ** 2 for group in groups if group.moves)
+    itemsize = max((info.dtype.itemsize for info in checkpoint.tensors.values()), default=4)
+    per_operation, per_byte = machine_costs()
+    seconds = operations * per_operation + (read * (2 * itemsize + CASTS * 4) + assigned * PASSES * 4) * per_byte
+    return {"operations": operations, "bytes": 2.0 * itemsize * read, "seconds": seconds}
+
+
+def machine_costs() -> tuple[float, float]:
+    """Seconds that an operation of a float32 matrix product and a byte copied in memory take, measured in a moment."""
+    factor = torch.rand(1024, 1024)
+    source = torch.rand(1 << 24)
+    target = torch.empty_like(source)
+
+    def median_seconds(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            start = perf_counter()
+            work()
+            times.append(perf_counter() - start)
+        return sorted(times)[2]
+
+    product, copy = median_seconds(lambda: factor @ factor), median_seconds(lambda: target.copy_(source))
+    return product / (2 * 1024**3), copy / (4 * source.numel())
 
 
 def align_checkpoints(
@@ -191,6 +257,7 @@ def align_checkpoints(
     model: Checkpoint,
     options: AlignSection,
     *,
+    workers: Workers | None = None,
     progress: Progress = silent,
 ) -> Alignment | None:
     """Finds the transforms that bring a model into the coordinates of a reference.
@@ -199,6 +266,7 @@ def align_checkpoints(
         reference: The model that stays.
         model: The model that moves.
         options: How.
+        workers: Threads and processes that share the work; as many threads as torch has where None.
         progress: Shown meanwhile.
 
     Returns:
@@ -216,15 +284,18 @@ def align_checkpoints(
         )
     if options.method == "none":
         return None
+    from hf_llfc.alignment import Parameters, match_weights
+
     spec = alignment_spec(reference, options)
     parameters = [
         Parameters(bind(spec, checkpoint), checkpoint.read, checkpoint.label) for checkpoint in (reference, model)
     ]
-    from_activations = (
-        _match_activations(reference, model, spec, options)
-        if "activation_matching" in (options.method, options.start)
-        else None
-    )
+    workers = workers if workers is not None else Workers(torch.get_num_threads())
+    from_activations = None
+    if "activation_matching" in (options.method, options.start):
+        # Both models are in memory for it, which is enough in one process.
+        found = _match_activations(reference, model, spec, options) if workers.rank == 0 else None
+        from_activations = workers.gather(found)[0]
     if options.method == "weight_matching":
         alignment = match_weights(
             *parameters,
@@ -232,14 +303,19 @@ def align_checkpoints(
             max_sweeps=options.max_sweeps,
             seed=options.seed,
             start=from_activations,
+            solver=options.solver,
+            workers=workers,
             progress=progress,
         )
     else:
         assert from_activations is not None
         alignment = from_activations
+    # The first process knows them already, from what tells this run from another.
+    own = [each.fingerprint() for each in (reference, model)] if workers.rank == 0 else None
+    fingerprints = workers.gather(own)[0]
     return alignment.with_metadata(
-        reference={"id": reference.id, "revision": reference.revision, "sha256": reference.fingerprint()},
-        model={"id": model.id, "revision": model.revision, "sha256": model.fingerprint()},
+        reference={"id": reference.id, "revision": reference.revision, "sha256": fingerprints[0]},
+        model={"id": model.id, "revision": model.revision, "sha256": fingerprints[1]},
         excluded=list(options.exclude),
     )
 
@@ -251,6 +327,7 @@ def _match_activations(
         raise AlignmentError(
             "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
         )
+    from hf_llfc.alignment import Parameters, match_activations, match_weights
     from hf_llfc.evaluation.models import evaluation_mode, model_inputs
 
     models = [Parent(checkpoint).load() for checkpoint in (reference, model)]
@@ -353,6 +430,8 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
             "cosine_after",
             "converged",
             "unmatched",
+            "solver",
+            "assignment_gap",
         )
         if key in alignment.metadata
     }
@@ -366,6 +445,8 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
         sentence += (
             f"; cosine of the weights {summary['cosine_before']:.4f} before, {summary['cosine_after']:.4f} after"
         )
+    if "assignment_gap" in summary:
+        sentence += f"; exact assignments would raise the objective by less than {summary['assignment_gap']:.1e} of it"
     return {**summary, "sentence": sentence}
 
 

@@ -44,6 +44,9 @@ DOUBLE_UP_TO = 1024
 # Tensors are cast this many elements at a time: casts that leave the cache are ten times slower and take gigabytes.
 CHUNK = 1 << 20
 
+# How often a number is written again on its way into a matrix product: moved along its axes, and cast.
+CASTS = 3
+
 ROLES = ("the reference", "the model that moves")
 
 # A block of gains between entries of a group's root holds at most this many numbers, or one pair of entries.
@@ -127,6 +130,10 @@ class Gains:
                     problems.append(f"{parameters.keys[key]} of {parameters.label or ROLES[model]}")
         raise_all(problems, AlignmentError, "weight matching needs finite weights, NaN or Inf found")
         return squares[0] ** 0.5, squares[1] ** 0.5
+
+    def elements(self, group: Group) -> float:
+        """How many numbers the tensors of a group hold, in one of the models."""
+        return sum(self._elements(self.keys(group.axes)))
 
     def operations(self, group: Group) -> float:
         """How many additions and multiplications the gains of a group take."""

@@ -6,14 +6,14 @@ import argparse
 import re
 
 from hf_llfc import __version__
-from hf_llfc.choices import ALIGNMENT_METHODS, HEADS, MEASURES, STARTS, SUGGESTIONS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, HEADS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import suggest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.lazy: `--help` loads nothing that it does not need
     from collections.abc import Callable, Sequence
 
-MATCHING_OPTIONS = ("axes", "exclude", "start", "restarts", "max_sweeps")
+MATCHING_OPTIONS = ("axes", "exclude", "start", "restarts", "max_sweeps", "solver")
 
 DATA_FIELDS = (
     "task", "dataset", "name", "split", "text_column", "text_pair_column", "label_column", "image_column", "tokenizer",
@@ -230,6 +230,9 @@ def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument("--start", choices=STARTS, default="identity")
     group.add_argument("--restarts", type=int, default=2, help="starts of weight matching; the best wins")
     group.add_argument("--max-sweeps", type=int, default=50)
+    group.add_argument(
+        "--solver", choices=SOLVERS, default="exact", help="auction: to within 1e-4 of the optimum, for very wide axes"
+    )
     group.add_argument("--seed", type=int, default=0)
 
 

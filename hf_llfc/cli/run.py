@@ -33,6 +33,13 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
             }
             print_table("plan", planned["steps"])
             print_table("cost", [{name: format_bytes(count) for name, count in cost.items()}])
+            if matching := planned["cost"].get("matching"):
+                row = {
+                    "operations": f"{matching['operations']:.2g}",
+                    "read": format_bytes(round(matching["bytes"])),
+                    "seconds": f"{matching['seconds']:.2g}",
+                }
+                print_table("one sweep of weight matching over one model", [row])
         return 0
     from hf_llfc.pipeline import run
 

@@ -55,6 +55,7 @@ def align_section(options: argparse.Namespace, *, calibration: EvaluationConfig 
         start=options.start,
         restarts=options.restarts,
         max_sweeps=options.max_sweeps,
+        solver=options.solver,
         seed=options.seed,
         calibration=calibration,
     )
@@ -68,6 +69,7 @@ def matching_section(options: argparse.Namespace) -> dict[str, Any]:
             "start": options.start,
             "restarts": options.restarts,
             "max_sweeps": options.max_sweeps,
+            "solver": options.solver,
             "seed": options.seed,
         }
         section |= {name: vars(options)[name] for name in ("axes", "exclude") if vars(options)[name]}
