@@ -230,7 +230,7 @@ class Alignment:
             with safe_open(str(path), "pt") as file:
                 header = json.loads((file.metadata() or {}).get("hf_llfc", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError) as error:
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
             raise AlignmentError(
                 f"{path}: cannot be read as an alignment file: {error}; write it again with `hf-llfc align`"
             ) from None
@@ -238,6 +238,7 @@ class Alignment:
             not isinstance(header, dict)
             or header.get("format") != FILE_FORMAT
             or not isinstance(header.get("kinds"), dict)
+            or not all(isinstance(kind, str) for kind in header["kinds"].values())
             or not isinstance(header.get("metadata"), dict)
         ):
             raise AlignmentError(

@@ -73,12 +73,14 @@ def test_another_recipe_a_changed_parent_and_a_second_run_are_refused(bench, com
             os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert "inputs.1.files.model.safetensors.mtime_ns was" in told(tmp_path / "log")
 
-        def both() -> int:
-            second = Points(1, lambda: forked(commands["merge"], tmp_path / "second"), calls=("pwrite",))
-            second.install()
-            return commands["merge"]()
+        words = [sys.executable, "-m", "hf_llfc", "run", str(bench / "merge.yaml")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-        assert forked(both, tmp_path / "log") == 0
+        def second() -> None:
+            with (tmp_path / "second").open("w") as log:
+                subprocess.run(words, stderr=log, env=environment, timeout=100)
+
+        assert disturbed(commands["merge"], tmp_path / "log", Points(1, second, calls=("pwrite",))) == 0
         assert "another run is writing this output" in told(tmp_path / "second")
         assert_same(Path("out"), expected)
         shutil.rmtree("out")
