@@ -101,7 +101,7 @@ def solve(gain: Tensor, *, gap: float = 0.0) -> Assignment | None:
         them are tight.
     """
     low, high = (float(bound) for bound in torch.aminmax(gain))
-    if gain[0].unique().numel() < TIED * gain.shape[0]:
+    if high <= low or gain[0].unique().numel() < TIED * gain.shape[0]:
         return None
     centre, half = 0.0, 1.0
     single = gain
@@ -131,8 +131,13 @@ class _Search:
         self.buffer = torch.full((self.rows, self.kinds * STRIDES), -torch.inf)
         self.bids_i = torch.zeros(self.n, dtype=torch.int32)
         self.largest: float = float(torch.stack(torch.aminmax(single)).abs().max())
+        # Offsets of whole rows and columns mean nothing for an assignment; what columns differ by are prices already.
         sample = single[:: max(1, self.n // 64)]
-        self.deviation = float(sample.std()) or self.largest
+        sample = sample - sample.mean(1, keepdim=True)
+        offset_j = sample.mean(0)
+        self.deviation = float((sample - offset_j).square().mean().sqrt()) or self.largest
+        has_offsets = float(offset_j.square().mean().sqrt()) > self.deviation / 2
+        self.offset_j = offset_j if has_offsets else torch.zeros(self.n)
 
     def run(self, gap: float) -> Assignment | None:
         """Searches until the gap is certain, or gives up."""
@@ -176,7 +181,7 @@ class _Search:
 
     def _auction(self) -> tuple[Tensor, Indices]:
         """Prices under which most rows have a column of their own, and whose each column is (−1: nobody's)."""
-        prices = torch.zeros(self.n)
+        prices = self.offset_j.clone()
         owner_j = torch.full((self.n,), -1, dtype=torch.int64)
         epsilon = EPSILON * self.deviation
         waiting = torch.arange(self.n)
