@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from hf_llfc.checkpoints import OutputFolder, open_checkpoint, write_checkpoint
-from hf_llfc.checkpoints.journal import checksum
+from hf_llfc.checkpoints import OutputFolder, open_checkpoint
+from hf_llfc.checkpoints.journal import Journal, checksum
 from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import AlignmentError
 from hf_llfc.identity import as_settings, identity_of
-from hf_llfc.merging import Merge, merge_streamed
-from hf_llfc.pipeline import LLFC_FOLDER, load_alignments, refuse_replacing_inputs, save_alignments
+from hf_llfc.merging import Merge
+from hf_llfc.pipeline import (
+    LLFC_FOLDER,
+    load_alignments,
+    refuse_replacing_inputs,
+    save_alignments,
+    shared_stage,
+    write_shared,
+)
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import save_plots
@@ -34,7 +39,6 @@ from hf_llfc.stages import (
     spec_of,
 )
 from hf_llfc.symmetry import Alignment
-from hf_llfc.workers import Workers
 
 
 def write_aligned(
@@ -74,8 +78,8 @@ def write_aligned(
         raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
     output = OutputFolder(out, overwrite, restart)
     with Processes() as processes:
-        shown = progress if processes.is_main else silent
-        return processes.on_main(lambda: _write_aligned(model, to, output, options, file, allow_pickle, shown))
+        progress = progress if processes.is_main else silent
+        return _write_aligned(model, to, output, options, file, allow_pickle, processes, progress)
 
 
 def _write_aligned(
@@ -85,55 +89,61 @@ def _write_aligned(
     options: AlignSection,
     file: str | Path | None,
     allow_pickle: bool,
+    processes: Processes,
     progress: Progress,
 ) -> Alignment:
-    output.check()
-    reference, moving = (open_checkpoint(each, allow_pickle=allow_pickle) for each in (to, model))
+    processes.on_main(output.check)
+    opening = partial(open_checkpoint, allow_pickle=allow_pickle)
+    reference, moving = processes.main_first(lambda: [opening(each) for each in (to, model)])
     refuse_incompatible([reference, moving])
     refuse_replacing_inputs(output, [reference, moving])
-    refuse_without_room(output, moving.tensors)
-    given = None
-    if file is not None:
-        given = Alignment.load(file, spec_of(reference))
-        refuse_foreign_alignment(given, reference, moving)
+    processes.on_main(lambda: refuse_without_room(output, moving.tensors))
+    given = Alignment.load(file, spec_of(reference)) if file is not None else None
     settings = {"align": as_settings(options), "file": checksum(Path(file)) if file is not None else None}
-    output.made_from(identity_of(settings, [reference, moving], [options.calibration]))
+
+    def begin() -> None:
+        if given is not None:
+            refuse_foreign_alignment(given, reference, moving)
+        else:
+            refuse_without_memory(matching_memory(reference, options))
+        output.made_from(identity_of(settings, [reference, moving], [options.calibration]))
 
     def find() -> Alignment:
         if given is not None:
             return given
-        refuse_without_memory(matching_memory(reference, options))
-        found = align_checkpoints(reference, moving, options, progress=progress)
+        found = align_checkpoints(reference, moving, options, workers=processes.workers(), progress=progress)
         assert found is not None
         refuse_changed([reference, moving])
         return found
 
-    with output as folder:
-        journal = output.journal
+    def load(journal: Journal, names: Sequence[str | None]) -> Alignment:
         spec = spec_of(reference) if file is not None else alignment_spec(reference, options)
-        alignment = journal.stage(
+        (found,) = load_alignments(names, journal.folder / LLFC_FOLDER, spec)
+        assert found is not None
+        return found
+
+    processes.on_main(begin)
+    with processes.output(output) as folder:
+        alignment = shared_stage(
+            output,
+            processes,
             "align",
             find,
-            save=lambda found: save_alignments([found], folder / LLFC_FOLDER),
-            load=lambda names: load_alignments(names, folder / LLFC_FOLDER, spec)[0],
+            save=lambda journal, found: save_alignments([found], journal.folder / LLFC_FOLDER),
+            load=load,
         )
-        assert alignment is not None
-        if journal.is_complete:
+        if processes.on_main(lambda: output.journal.is_complete):
             return alignment
-        merge = Merge.copy(Parent(moving, alignment).source, moving.tensors)
-        threads = Workers(torch.get_num_threads())
-        show = partial(progress, "writing")
-        write_checkpoint(
+        write_shared(
+            output,
+            processes,
             folder,
-            moving.tensors,
-            lambda files: merge_streamed(merge, files, names=files.names, workers=threads, on_bytes=show),
-            config=moving.config,
-            generation_config=moving.generation_config,
+            Merge.copy(Parent(moving, alignment).source, moving.tensors),
+            moving,
             companions=moving.companion_files,
-            finished=journal.shards,
-            on_shard=journal.finish_shard,
+            on_bytes=partial(progress, "writing"),
         )
-        refuse_changed([reference, moving])
+        processes.on_main(lambda: refuse_changed([reference, moving]))
     return alignment
 
 
@@ -181,12 +191,12 @@ def write_diagnosis(
             refuse_replacing_inputs(output, everyone)
         data = open_data(section.data, checkpoints[0])
         reference = base if base is not None else checkpoints[0]
-        alignments = processes.on_main(
-            lambda: [
-                None if each is reference else align_checkpoints(reference, each, align, progress=progress)
-                for each in checkpoints
-            ]
-        )
+        alignments = [
+            None
+            if each is reference
+            else align_checkpoints(reference, each, align, workers=processes.workers(), progress=progress)
+            for each in checkpoints
+        ]
         report = diagnose_checkpoints(
             [
                 Parent(each, alignment, head if each is not head else None)

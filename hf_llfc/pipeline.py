@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hf_llfc.checkpoints import (
     Checkpoint,
     OutputFolder,
     ShardFiles,
     TensorInfo,
-    load_model,
     open_checkpoint,
     state_dict_on_disk,
     write_checkpoint,
     write_share,
 )
 from hf_llfc.checkpoints.journal import Journal
-from hf_llfc.checkpoints.shards import checksum
+from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, checksum
 from hf_llfc.errors import CheckpointError, PublishingError, RecipeError
 from hf_llfc.identity import identity_of_run
 from hf_llfc.merging import Merge, Rule, WeightSchedule, merge_streamed, merged_infos
@@ -34,6 +32,7 @@ from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import check_access, publish, write_card
 from hf_llfc.recipe import ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
 from hf_llfc.resources import peak_memory, refuse_without_memory, refuse_without_room
+from hf_llfc.specs import open_weights
 from hf_llfc.stages import (
     Parent,
     align_checkpoints,
@@ -48,6 +47,8 @@ from hf_llfc.symmetry import Alignment, PermutationSpec
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.evaluation import EvaluationData
 
@@ -186,7 +187,10 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
     given = models if models is not None else [entry.model for entry in recipe.models]
     if len(given) != len(recipe.models):
         raise RecipeError(f"{len(given)} models are given in place of the {len(recipe.models)} of the recipe")
-    opening = partial(open_checkpoint, allow_pickle=recipe.allow_pickle)
+    opening = partial(
+        open_checkpoint if runs_models(recipe) else open_weights,
+        allow_pickle=recipe.allow_pickle,
+    )
     parents = [
         opening(model, trust_remote_code=entry.trust_remote_code)
         for model, entry in zip(given, recipe.models, strict=True)
@@ -202,6 +206,11 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
         return replace(opened, tokenizer_source=base)
     named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
     return replace(opened, tokenizer_source=named[0] if named else opening(source))
+
+
+def runs_models(recipe: Recipe) -> bool:
+    """Whether a recipe needs more than the weights of its models."""
+    return recipe.diagnose is not None or "activation_matching" in (recipe.align.method, recipe.align.start)
 
 
 def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:
@@ -241,14 +250,19 @@ def refuse_too_large(output: OutputFolder, recipe: Recipe, opened: Models) -> No
 def align_parents(
     output: OutputFolder, processes: Processes, opened: Models, recipe: Recipe, progress: Progress
 ) -> Sequence[Alignment | None]:
-    """One alignment a parent, onto the base of task arithmetic or the reference; None where nothing is aligned."""
+    """One alignment a parent, onto the base of task arithmetic or the reference; None where nothing is aligned.
+
+    All processes share the axes.
+    """
     if recipe.align.method == "none":
         return [None] * len(opened.parents)
     reference = opened.reference(recipe)
 
     def find() -> list[Alignment | None]:
         found = [
-            None if each is reference else align_checkpoints(reference, each, recipe.align, progress=progress)
+            None
+            if each is reference
+            else align_checkpoints(reference, each, recipe.align, workers=processes.workers(), progress=progress)
             for each in opened.parents
         ]
         refuse_changed(opened.all)
@@ -258,7 +272,7 @@ def align_parents(
         output,
         processes,
         "align",
-        lambda: processes.on_main(find),
+        find,
         save=lambda journal, found: save_alignments(found, journal.folder / LLFC_FOLDER),
         load=lambda journal, names: load_alignments(
             names, journal.folder / LLFC_FOLDER, alignment_spec(reference, recipe.align)
@@ -332,10 +346,48 @@ def write_merge(
         return
     first = opened.parents[0]
     merge = plan_merge(parents, opened, recipe, broken)
-    show = partial(progress, "merging")
+    write_shared(
+        output,
+        processes,
+        folder,
+        merge,
+        first,
+        companions=opened.tokenizer_source.companion_files,
+        max_shard_size=recipe.max_shard_size,
+        tensors=partial(with_batch_norm, merge, first, calibration) if calibration is not None else None,
+        on_bytes=partial(progress, "merging"),
+    )
+    processes.on_main(lambda: refuse_changed(opened.all))
+
+
+def write_shared(
+    output: OutputFolder,
+    processes: Processes,
+    folder: Path,
+    merge: Merge,
+    first: Checkpoint,
+    *,
+    companions: Sequence[Path],
+    max_shard_size: int = MAX_SHARD_SIZE,
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]] | None = None,
+    on_bytes: Callable[[int, int], None],
+) -> None:
+    """Writes a checkpoint whose tensors all processes share, and notes every weight file in the journal.
+
+    Args:
+        output: What is being made.
+        processes: Each writes its share into files that the main one has made.
+        folder: Where, on every process.
+        merge: What becomes of every tensor.
+        first: Gives the configs.
+        companions: Files to copy beside the weights.
+        max_shard_size: The size in bytes above which weights are split into several files.
+        tensors: Makes them on the main process alone, in place of the merge.
+        on_bytes: Told how many bytes this process has done and how many it will do.
+    """
 
     def fill(files: ShardFiles, names: Sequence[str]) -> None:
-        merge_streamed(merge, files, names=names, workers=processes.workers(), on_bytes=show)
+        merge_streamed(merge, files, names=names, workers=processes.workers(), on_bytes=on_bytes)
 
     def write(fill: Iterable[tuple[str, Tensor]] | Callable[[ShardFiles], None]) -> None:
         write_checkpoint(
@@ -344,20 +396,19 @@ def write_merge(
             fill,
             config=first.config,
             generation_config=first.generation_config,
-            companions=opened.tokenizer_source.companion_files,
-            max_shard_size=recipe.max_shard_size,
+            companions=companions,
+            max_shard_size=max_shard_size,
             finished=output.journal.shards,
             on_shard=output.journal.finish_shard,
         )
 
-    if calibration is not None:
-        processes.on_main(lambda: write(with_batch_norm(merge, first, calibration)))
+    if tensors is not None:
+        processes.on_main(lambda: write(tensors()))
     elif processes.is_main:
         write(lambda files: fill(files, processes.gather(files.names)[0]))
     else:
         names = processes.gather(None)[0]  # the main process has made the files by now
-        write_share(folder, merge.infos, partial(fill, names=names), max_shard_size=recipe.max_shard_size)
-    processes.on_main(lambda: refuse_changed(opened.all))
+        write_share(folder, merge.infos, partial(fill, names=names), max_shard_size=max_shard_size)
     processes.on_main(lambda: note_shards(output.journal))
 
 
@@ -370,6 +421,7 @@ def note_shards(journal: Journal) -> None:
 
 def with_batch_norm(merge: Merge, first: Checkpoint, calibration: EvaluationData) -> Iterator[tuple[str, Tensor]]:
     """The merged tensors, with statistics of batch normalization as the calibration data give them."""
+    from hf_llfc.checkpoints import load_model
     from hf_llfc.diagnostics import recompute_batch_norm
 
     model = load_model(first, state_dict=dict(merge.tensors()))

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_llfc.adapters import known_model_types, spec_for
-from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.checkpoints import Checkpoint, open_checkpoint
+from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE
 from hf_llfc.errors import CheckpointError, SpecError
 from hf_llfc.symmetry import Binding, PermutationSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
@@ -22,6 +29,30 @@ def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
         return spec_for(checkpoint.config)
     except SpecError as error:
         raise SpecError(f"{checkpoint.label}: {error}") from None
+
+
+def open_weights(
+    model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
+    """Opens a checkpoint of which only the weights are needed: without its model class, where that is known to do.
+
+    Loading the model class takes longer than merging a small model. It is loaded for models of several files all the
+    same: the order of its tensors decides what lies in which file of the result.
+
+    Args:
+        model: See `open_checkpoint`.
+        trust_remote_code: See `open_checkpoint`.
+        allow_pickle: See `open_checkpoint`.
+
+    Raises:
+        CheckpointError: See `open_checkpoint`.
+    """
+    opening = partial(open_checkpoint, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if isinstance(model, str | Path):
+        stored = opening(as_stored=True)
+        if stored.nbytes <= MAX_SHARD_SIZE and (light := as_saved(stored)) is not None:
+            return light
+    return opening()
 
 
 def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:
