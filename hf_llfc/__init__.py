@@ -6,8 +6,7 @@ The public names are loaded when they are first used, so that `import hf_llfc` s
 from __future__ import annotations
 
 from hf_llfc.lazy import lazy_names
-
-__version__ = "0.1.0"
+from hf_llfc.version import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.lazy

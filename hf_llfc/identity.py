@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_llfc import __version__
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.recipe import Recipe
+from hf_llfc.version import __version__
 
 LIBRARIES = ("torch", "transformers")
 """Those whose other version may round otherwise."""

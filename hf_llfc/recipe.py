@@ -24,11 +24,10 @@ import yaml
 from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
+from hf_llfc.limited_yaml import parse_yaml, read_yaml
 
 MERGE_METHODS = ("linear", "task_arithmetic")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-LARGEST_FILE = 1_000_000
-DEEPEST = 20
 
 # Keys of other tools that people paste in, and what to write instead.
 FOREIGN_KEYS = {
@@ -292,55 +291,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice."""
-
-
-def _mapping_once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if isinstance(key, list | dict):
-            raise RecipeError(f"line {node.start_mark.line + 1}: a key must be a word, not {key!r}")
-        if keys.count(key) > 1:
-            raise RecipeError(f"line {node.start_mark.line + 1}: the key {key!r} comes twice")
-    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
-
-
-# YAML 1.1 takes 1e-3 for text because it has no dot; nobody who writes it means that.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_once)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise RecipeError(f"{where}: aliases (`*name`) are not supported in a recipe")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise RecipeError(f"{where}: nested deeper than {DEEPEST} levels")
-        return yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {str(error).removeprefix(where + ': ')}") from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{where}: a value cannot be read: {error}") from None
-
-
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise RecipeError(f"{path}: larger than {LARGEST_FILE} bytes; this is no recipe")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file") from None
-    content = _parse_yaml(text, str(path))
+    content = read_yaml(path, RecipeError)
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(content).__name__}")
     return content
@@ -372,7 +324,7 @@ def _override(content: dict[str, Any], override: str) -> None:
             target = target[key]
         else:
             raise RecipeError(f"override {override!r}: {'.'.join(parents[:place])!r} has no keys below it")
-    value = _parse_yaml(text, f"override {override!r}")
+    value = parse_yaml(text, f"override {override!r}", RecipeError)
     if isinstance(target, list):
         target[_index(target, last, override)] = value
     elif isinstance(target, dict):

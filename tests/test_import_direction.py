@@ -14,7 +14,9 @@ PACKAGE = Path(hf_llfc.errors.__file__).parent
 # From the foundation to the surface; a part may import from the parts before it.
 ORDER = (
     "lazy",
+    "version",
     "errors",
+    "limited_yaml",
     "choices",
     "progress",
     "workers",

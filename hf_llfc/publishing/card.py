@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import PathPoint
 from hf_llfc.errors import PublishingError
+from hf_llfc.limited_yaml import read_yaml
 from hf_llfc.publishing.facts import (
     LOSS,
     merge_point,
@@ -615,7 +616,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PublishingError(f"{path.parent} holds no {path.name}; give the output folder of a merge") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PublishingError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise PublishingError(f"{path} holds no JSON object")
@@ -623,12 +624,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise PublishingError(f"{path} cannot be read: {error}") from None
+    values = read_yaml(path, PublishingError)
     if not isinstance(values, dict):
         raise PublishingError(f"{path} holds no recipe")
     return values

@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 HUB_TIMEOUT = 10.0
+LARGEST_CARD = 5_000_000
+"""In bytes; a larger one is not read."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
@@ -124,7 +126,7 @@ def read_parent_card(
                 return {}
             return {} if info.card_data is None else info.card_data.to_dict()
         path = Path(cached)
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > LARGEST_CARD:
         return {}
     try:
         return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()

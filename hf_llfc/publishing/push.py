@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import PublishingError, raise_all
+from hf_llfc.limited_yaml import read_yaml
 from hf_llfc.publishing.card import LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
 from hf_llfc.publishing.facts import merge_point, model_points, not_finite, read_report
 from hf_llfc.publishing.parents import CARD_FILE, is_hub_id, split_revision
@@ -606,12 +607,10 @@ def _without_token(text: str) -> str:
 
 def _parents_in(folder: Path) -> list[str]:
     """The ids in a recipe that may be repositories on the Hub."""
-    import yaml
-
+    recipe = read_yaml(folder / LLFC_FOLDER / RECIPE_FILE, PublishingError)
     try:
-        recipe = yaml.safe_load((folder / LLFC_FOLDER / RECIPE_FILE).read_text(encoding="utf-8"))
         named = [entry["model"] for entry in recipe["models"]] + [recipe.get("base_model")]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    except (AttributeError, TypeError, KeyError) as error:
         raise PublishingError(f"{folder / LLFC_FOLDER / RECIPE_FILE} is no recipe: {error}") from None
     ids = [split_revision(str(model))[0] for model in named if model]
     return [model for model in dict.fromkeys(ids) if is_hub_id(model)]

@@ -520,7 +520,7 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     [
         (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("a: b: c"), "cannot be read"),
+        (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("a: b: c"), "not valid YAML"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("- 1"), "holds no recipe"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").unlink(), "must name the parents"),
         (lambda folder: (folder / "llfc" / "llfc_report.json").write_text("[]"), "holds no JSON object"),
