@@ -1,3 +1,4 @@
+import pickle
 import threading
 
 import pytest
@@ -16,9 +17,9 @@ class Together:
 
     def of(self, rank: int, threads: int = 1) -> Workers:
         def gather(value):
-            self.values[rank] = value
+            self.values[rank] = pickle.dumps(value)
             self.barrier.wait()
-            found = list(self.values)
+            found = [pickle.loads(each) for each in self.values]
             self.barrier.wait()
             return found
 

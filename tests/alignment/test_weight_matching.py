@@ -4,10 +4,17 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+import hf_llfc.alignment.assignment
+import hf_llfc.alignment.gains
 from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.alignment.gains import Gains
+from hf_llfc.alignment.groups import groups_of
+from hf_llfc.alignment.weight_matching import _waves
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.workers import Workers
 from tests.alignment.oracle import TOY, objective, parameters, toy_state
+from tests.test_workers import on_all
 from tests.tiny_models import tiny_model
 
 
@@ -135,6 +142,47 @@ def test_axes_can_be_chosen():
     assert set(only.transforms) == {"kv.0", "kv.1", "q.0", "q.1"} and not only.is_identity
     nothing = match(spec.fix("*"), a, b)
     assert nothing.transforms == {} and nothing.metadata["cosine_after"] == 1.0
+
+
+@pytest.mark.parametrize(("family", "head"), [("llama", "causal-lm"), ("bert", "masked-lm"), ("mixtral", "causal-lm")])
+def test_threads_and_processes_give_the_same_bit_for_bit(family, head, monkeypatch):
+    monkeypatch.setattr(hf_llfc.alignment.gains, "SHARED_FROM", 0)  # every sum of gains in parts
+    spec, a, b = two_models(family, head)
+    alone = match(spec, a, b, restarts=3)
+    threads = match(spec, a, b, restarts=3, workers=Workers(3))
+    both = on_all(2, lambda workers: match(spec, a, b, restarts=3, workers=workers), threads=2)
+    for found in (threads, *both):
+        assert found.transforms == alone.transforms and found.metadata == alone.metadata
+
+
+def test_gains_summed_in_parts_are_the_same_up_to_rounding(monkeypatch):
+    spec, a, b = two_models("llama", "causal-lm")
+    whole = match(spec, a, b)
+    monkeypatch.setattr(hf_llfc.alignment.gains, "SHARED_FROM", 0)
+    parts = match(spec, a, b)
+    assert parts.transforms == whole.transforms
+    assert parts.metadata["objective_after"] == pytest.approx(whole.metadata["objective_after"], rel=1e-12)
+
+
+def test_groups_are_matched_in_waves_after_those_they_share_tensors_with():
+    spec, a, b = two_models("llama", "causal-lm")
+    gains = Gains(parameters(spec, a), parameters(spec, b))
+    groups = {group.axis: group for group in groups_of(gains.a.binding)}
+    order = ["neurons.0", "kv.1", "residual", "neurons.1", "kv.0"]
+    assert _waves(gains, [groups[axis] for axis in order]) == [[0, 1], [2], [3, 4]]
+
+
+def test_the_solver_with_a_gap_says_how_large_it_is(monkeypatch):
+    spec, a, b = two_models("llama", "causal-lm")
+    exact = match(spec, a, b)
+    assert "assignment_gap" not in exact.metadata
+    assert match(spec, a, b, solver="auction").metadata["assignment_gap"] == 0.0, "small axes are exact"
+    monkeypatch.setattr(hf_llfc.alignment.assignment, "WIDE", 8)
+    monkeypatch.setattr(hf_llfc.alignment.assignment, "GAP", 0.5)
+    found = match(spec, a, b, solver="auction")
+    assert found.metadata["solver"] == "auction" and 0 < found.metadata["assignment_gap"] < 1
+    with pytest.raises(AlignmentError, match="unknown solver 'auctoin'; did you mean 'auction'"):
+        match(spec, a, b, solver="auctoin")
 
 
 def test_a_given_start_is_improved_upon():
