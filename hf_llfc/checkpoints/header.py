@@ -18,6 +18,7 @@ from hf_llfc.errors import CheckpointError, suggest
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_VALUES = 5_000_000  # in the JSON of a header; half a million tensors, several times what any model has
 MAX_DIMENSIONS = 64  # the limit of torch
 ALIGNMENT = 8  # the bytes of the tensors start at a multiple of this
 
@@ -245,6 +246,11 @@ def _parse_json(content: bytes, where: str) -> dict[str, Any]:
     # The format does not allow white space before the object, which json would skip.
     if not content.startswith(b"{"):
         raise CheckpointError(f"{where}: not a safetensors file: its header does not start with '{{'")
+    if content.count(b",") > MAX_VALUES:
+        raise CheckpointError(
+            f"{where}: the header holds more than {MAX_VALUES} values, which would take gigabytes to read; no model has"
+            " as many tensors in one file"
+        )
     try:
         entries = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointError:

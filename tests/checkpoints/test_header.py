@@ -200,6 +200,12 @@ def we_accept(content: bytes, data_bytes: int) -> bool:
     return True
 
 
+def test_a_header_that_would_fill_the_memory_is_refused_before_it_is_parsed(monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *arguments, **options: pytest.fail("it was parsed"))
+    with pytest.raises(CheckpointError, match="more than 5000000 values"):
+        parse_header(b'{"a":[' + b"[]," * 5_000_001 + b"[]]}", 20_000_000, WHERE)
+
+
 @FUZZ
 @given(st.dictionaries(NAMES, ENTRIES, max_size=4), st.integers(0, 80))
 def test_whatever_json_says_we_accept_nothing_that_the_library_refuses(entries, data_bytes):
