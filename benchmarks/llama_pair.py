@@ -1,4 +1,4 @@
-"""Two Llama-shaped bfloat16 checkpoints of any size, made up in seconds: a base, and the same a few steps of noise away.
+"""Two Llama-shaped bfloat16 checkpoints of any size, made up in seconds: a base, and the same with a little noise.
 
     python benchmarks/llama_pair.py FOLDER [--size 1.1B]
 

@@ -17,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedConfig
 from hf_llfc.checkpoints.companions import TEMPLATES_FOLDER
 from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
 from hf_llfc.checkpoints.header import TensorInfo
-from hf_llfc.checkpoints.names import Layout, find_model_class
 from hf_llfc.checkpoints.reader import tensor_bytes
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, ShardFiles, ShardLayout, checksum
 from hf_llfc.errors import StorageError
@@ -139,6 +138,8 @@ def _write_index(folder: Path, layout: ShardLayout, infos: Mapping[str, TensorIn
 
 def _parameters(infos: Mapping[str, TensorInfo], config: PreTrainedConfig) -> int:
     """The number of parameters; where the model class is not known, of all elements."""
+    from hf_llfc.checkpoints.names import Layout, find_model_class
+
     for architecture in config.architectures or ():
         try:
             model_class = find_model_class(architecture, config)

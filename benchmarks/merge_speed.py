@@ -1,0 +1,261 @@
+"""What merging costs: the whole command beside mergekit's, and the streaming part beside plain reads and writes.
+
+    python benchmarks/merge_speed.py FOLDER --mergekit ~/mergekit/bin/mergekit-yaml [--repeats 5]
+    python benchmarks/merge_speed.py FOLDER --sizes [--repeats 3]
+
+FOLDER takes the models (4.4 GB for a pair of 1.1 B parameters; 23 GB for all sizes) and the results. mergekit 0.1.5
+lives in an environment of its own: `python -m venv ~/mergekit; ~/mergekit/bin/pip install torch mergekit==0.1.5`.
+
+Everything is run in turns, each in a process of its own. Time and CPU are those of the whole process, from `wait4`;
+memory is its peak. The streaming part alone is timed inside a process, like the reads and writes beside it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+WEIGHTS = (0.3, 0.7)
+AT_ONCE = 1 << 20
+
+
+def main() -> None:
+    """Runs the commands in turns, or the sizes, and writes RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--mergekit", type=Path, help="the executable mergekit-yaml")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", action="store_true", help="cost against size instead")
+    parser.add_argument("--one", nargs=2, metavar=("SIZE", "WAY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(inside(options.folder, *options.one)))
+    elif options.sizes:
+        by_size(options)
+    else:
+        beside_mergekit(options)
+
+
+def beside_mergekit(options: argparse.Namespace) -> None:
+    """Whole commands and their parts on the pair of 1.1 B parameters."""
+    from benchmarks.llama_pair import make_pair
+    from benchmarks.results import markdown, replace_section
+
+    pair = make_pair(options.folder, "1.1B")
+    recipe = options.folder / "mergekit.yaml"
+    models = "".join(
+        f"  - model: {model}\n    parameters: {{weight: {weight}}}\n"
+        for model, weight in zip(pair, WEIGHTS, strict=True)
+    )
+    recipe.write_text(f"models:\n{models}merge_method: linear\ndtype: bfloat16\n")
+    theirs, ours = options.folder / "out-mergekit", options.folder / "out-ours"
+    commands = {"hf-llfc merge": merge_words(pair, ours)}
+    if options.mergekit is not None:
+        commands["mergekit-yaml"] = [str(options.mergekit), str(recipe), str(theirs), "--quiet"]
+    whole: dict[str, list[dict[str, float]]] = {}
+    parts: dict[str, list[float]] = {}
+    for _ in range(options.repeats):
+        for name, words in commands.items():
+            shutil.rmtree(theirs if "mergekit" in name else ours, ignore_errors=True)
+            whole.setdefault(name, []).append(run(words))
+        for way in ("floor", "plain", "aligned"):
+            parts.setdefault(way, []).append(run_inside(options.folder, "1.1B", way))
+    off = {"hf-llfc merge": elements_off(pair, ours)}
+    if options.mergekit is not None:
+        off["mergekit-yaml"] = elements_off(pair, theirs)
+    middle = {name: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for name, runs in whole.items()}
+    rows = [
+        {
+            "command": name,
+            "wall, s": f"{each['wall']:.1f}",
+            "CPU, s": f"{each['cpu']:.1f}",
+            "peak memory, GiB": f"{each['memory'] / 2**30:.2f}",
+            "elements off the correctly rounded": f"{off[name]:.1e}" if off[name] else "0",
+        }
+        for name, each in middle.items()
+    ]
+    text = markdown(rows)
+    if options.mergekit is not None:
+        ratios = {key: middle["hf-llfc merge"][key] / middle["mergekit-yaml"][key] for key in ("wall", "cpu", "memory")}
+        text += (
+            f"\n\nhf-llfc ÷ mergekit: {ratios['wall']:.2f} of the wall, {ratios['cpu']:.2f} of the CPU, "
+            f"{ratios['memory']:.2f} of the memory."
+        )
+    seconds = {way: statistics.median(runs) for way, runs in parts.items()}
+    text += (
+        f"\n\nThe streaming part alone: {seconds['plain']:.1f} s, reading both and writing one plainly "
+        f"{seconds['floor']:.1f} s ({seconds['plain'] / seconds['floor']:.2f} ×); with a random alignment of every "
+        f"axis applied {seconds['aligned']:.1f} s ({seconds['aligned'] / seconds['plain']:.2f} × that without)."
+    )
+    replace_section(
+        "merge_speed",
+        f"`python benchmarks/merge_speed.py FOLDER --mergekit … --repeats {options.repeats}`: two Llama-shaped "
+        f"checkpoints of 1.1 B parameters, bfloat16, weights {WEIGHTS[0]}/{WEIGHTS[1]}; in turns, medians; "
+        f"{os.cpu_count()} cores, files in the page cache. Our command also waits until its output is on the disk.\n\n"
+        + text,
+    )
+    print(text)
+
+
+def by_size(options: argparse.Namespace) -> None:
+    """Time and memory of the whole command against the number of parameters."""
+    from benchmarks.llama_pair import SHAPES, make_pair
+    from benchmarks.results import markdown, replace_section
+
+    found: dict[str, list[dict[str, float]]] = {}
+    for size in SHAPES:
+        pair = make_pair(options.folder, size)
+        for _ in range(options.repeats):
+            out = options.folder / "out-ours"
+            shutil.rmtree(out, ignore_errors=True)
+            found.setdefault(size, []).append(run(merge_words(pair, out)))
+        shutil.rmtree(options.folder / "out-ours", ignore_errors=True)
+        if size != "1.1B":
+            shutil.rmtree(pair[0].parent)
+    middle = {size: {key: statistics.median(r[key] for r in runs) for key in runs[0]} for size, runs in found.items()}
+    parameters = np.array([float(size.removesuffix("B")) for size in middle])
+    cpu = np.array([each["cpu"] for each in middle.values()])
+    slope, start = np.polyfit(parameters, cpu, 1)
+    rows = [
+        {
+            "parameters": size,
+            "wall, s": f"{each['wall']:.1f}",
+            "CPU, s": f"{each['cpu']:.1f}",
+            "peak memory, GiB": f"{each['memory'] / 2**30:.3f}",
+        }
+        for size, each in middle.items()
+    ]
+    memory = [each["memory"] for each in middle.values()]
+    text = markdown(rows) + (
+        f"\n\nCPU seconds = {start:.1f} + {slope:.1f} per 10⁹ parameters; without the constant, the exponent is "
+        f"{np.polyfit(np.log(parameters), np.log(np.maximum(cpu - start, 1e-3)), 1)[0]:.2f}. Memory varies by "
+        f"{100 * (max(memory) / min(memory) - 1):.0f} % over all sizes."
+    )
+    replace_section(
+        "merge_sizes",
+        f"`python benchmarks/merge_speed.py FOLDER --sizes --repeats {options.repeats}`, medians, `hf-llfc merge`."
+        f"\n\n{text}",
+    )
+    print(text)
+
+
+def merge_words(pair: tuple[Path, Path], out: Path) -> list[str]:
+    """The command of ours."""
+    words = [sys.executable, "-m", "hf_llfc", "merge", *map(str, pair), "--weights", *map(str, WEIGHTS)]
+    return [*words, "--align", "none", "--out", str(out)]
+
+
+def run(words: list[str]) -> dict[str, float]:
+    """Runs a command to its end."""
+    start = time.perf_counter()
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    _, status, usage = os.wait4(child.pid, 0)
+    wall = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed")
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * 1024}
+
+
+def environment() -> dict[str, str]:
+    """The environment, with this tree to be imported."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def run_inside(folder: Path, size: str, way: str) -> float:
+    """One timing in a fresh process."""
+    words = [sys.executable, __file__, str(folder), "--one", size, way]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment())
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def inside(folder: Path, size: str, way: str) -> float:
+    """Seconds of one way of making the weights of the child."""
+    import torch
+
+    from benchmarks.llama_pair import make_pair
+    from hf_llfc.checkpoints.shards import ShardFiles, ShardLayout
+    from hf_llfc.merging import Merge, WeightSchedule, merge_streamed
+    from hf_llfc.specs import open_weights, spec_of
+    from hf_llfc.stages import Parent
+    from hf_llfc.workers import Workers
+
+    pair = make_pair(folder, size)
+    target = folder / "out-part"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    try:
+        if way == "floor":
+            start = time.perf_counter()
+            plainly(pair, target / "child")
+            return time.perf_counter() - start
+        checkpoints = [open_weights(model) for model in pair]
+        alignment = None
+        if way == "aligned":
+            alignment = spec_of(checkpoints[1]).random_alignment(torch.Generator().manual_seed(0))
+        parents = [Parent(checkpoints[0]), Parent(checkpoints[1], alignment)]
+        schedules = [WeightSchedule.constant(weight) for weight in WEIGHTS]
+        infos = checkpoints[0].tensors
+        merge = Merge.plan([parent.source for parent in parents], infos, schedules)
+        start = time.perf_counter()
+        with ShardFiles(target, ShardLayout.of(infos)).create() as files:
+            merge_streamed(merge, files, workers=Workers(torch.get_num_threads()))
+        return time.perf_counter() - start
+    finally:
+        shutil.rmtree(target)
+
+
+def plainly(pair: tuple[Path, Path], target: Path) -> None:
+    """Reads both files and writes one of their size."""
+    room = memoryview(bytearray(AT_ONCE))
+    with target.open("wb", buffering=0) as out:
+        for model in pair:
+            with (model / "model.safetensors").open("rb", buffering=0) as file:
+                while count := file.readinto(room):
+                    if model is pair[1]:
+                        out.write(room[:count])
+
+
+def elements_off(pair: tuple[Path, Path], merged: Path) -> float:
+    """The share of elements that are not the float64 sum rounded once."""
+    import torch
+
+    from hf_llfc.checkpoints import open_checkpoint
+
+    a, b, child = (open_checkpoint(model) for model in (*pair, merged))
+    wrong = total = 0
+    for name in child.tensors:
+        x, y, found = (each.read(name).reshape(-1) for each in (a, b, child))
+        for start in range(0, len(x), 1 << 22):
+            part = slice(start, start + (1 << 22))
+            exact = (WEIGHTS[0] * x[part].double() + WEIGHTS[1] * y[part].double()).numpy()
+            wrong += int((rounded(exact) != found[part].view(torch.int16).numpy().view(np.uint16)).sum())
+            total += len(exact)
+    return wrong / total
+
+
+def rounded(exact: np.ndarray) -> np.ndarray:
+    """The bits of the bfloat16 numbers nearest to float64 numbers, ties to even, found with the two on either side."""
+    below = (exact.astype(np.float32).view(np.uint32) & 0xFFFF0000).astype(np.uint32)
+    # float32 may have rounded away from zero onto a bfloat16 number that lies beyond.
+    beyond = np.abs(below.view(np.float32).astype(np.float64)) > np.abs(exact)
+    below = np.where(beyond, below - np.uint32(0x10000), below).astype(np.uint32)
+    above = (below + np.uint32(0x10000)).astype(np.uint32)
+    to_below = np.abs(exact - below.view(np.float32).astype(np.float64))
+    to_above = np.abs(above.view(np.float32).astype(np.float64) - exact)
+    is_odd = (below >> 16) & 1
+    up = (to_above < to_below) | ((to_above == to_below) & (is_odd == 1))
+    return (np.where(up, above, below) >> 16).astype(np.uint16)
+
+
+if __name__ == "__main__":
+    main()

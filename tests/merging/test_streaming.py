@@ -1,0 +1,226 @@
+"""Merging in parts gives the bytes of merging whole tensors, whoever does which part, and holds no more than allowed."""
+
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_llfc.checkpoints import TensorInfo
+from hf_llfc.checkpoints.files import LocalFiles, open_weights
+from hf_llfc.checkpoints.shards import ShardFiles, ShardLayout
+from hf_llfc.errors import CheckpointError
+from hf_llfc.merging import Merge, Source, WeightSchedule, merge_streamed, streaming
+from hf_llfc.workers import Workers
+
+WEIGHTS = (0.3, 0.7)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK", 32)
+    monkeypatch.setattr(streaming, "PART", 100)
+
+
+def network(generator, dtype=torch.bfloat16):
+    return {
+        "embed.weight": torch.randn(37, 11, generator=generator).to(dtype),
+        "layers.0.weight": torch.randn(16, 16, generator=generator).to(dtype),
+        "layers.0.scale": torch.randn((), generator=generator).to(dtype),
+        "layers.0.nothing": torch.empty(0, 4, dtype=dtype),
+        "bn.running_mean": torch.randn(5, generator=generator).to(dtype),
+        "bn.running_var": torch.rand(5, generator=generator).to(dtype),
+        "bn.num_batches_tracked": torch.tensor(7),
+        "position_ids": torch.arange(9)[None],
+    }
+
+
+def infos_of(state):
+    return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
+def from_file(state, folder, label="file"):
+    """A source whose tensors can be read in parts."""
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    weights = open_weights(LocalFiles(label, folder))
+    return Source(label, weights.read, weights.span)
+
+
+def from_memory(state, label="memory"):
+    return Source(label, state.__getitem__)
+
+
+def written(merge, folder, **options):
+    """The merged tensors as they are found on the disk."""
+    folder.mkdir()
+    with ShardFiles(folder, ShardLayout.of(merge.infos, 1000)).create() as files:
+        merge_streamed(merge, files, **options)
+    return {name: tensor for path in folder.iterdir() for name, tensor in load_file(path).items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("over_base", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_parts_make_the_whole(generator, tmp_path, threads, over_base, out_dtype):
+    states = [network(generator), network(generator, torch.float32), network(generator, torch.float16)]
+    infos = {
+        name: TensorInfo(out_dtype, info.shape) if info.dtype.is_floating_point else info
+        for name, info in infos_of(states[0]).items()
+    }
+    sources = [from_file(states[0], tmp_path / "a"), from_memory(states[1])]
+    base = from_file(states[2], tmp_path / "base") if over_base else None
+    schedules = [WeightSchedule.constant(weight) for weight in WEIGHTS]
+    merge = Merge.plan(sources, infos, schedules, base=base)
+    assert_same(written(merge, tmp_path / "out", workers=Workers(threads)), dict(merge.tensors()))
+
+
+def test_parts_read_from_files_alone_make_the_whole(generator, tmp_path):
+    states = [network(generator), network(generator)]
+    sources = [from_file(state, tmp_path / letter) for state, letter in zip(states, "ab", strict=True)]
+    merge = Merge.plan(sources, infos_of(states[0]), [WeightSchedule.constant(weight) for weight in WEIGHTS])
+    in_memory = Merge(list(map(from_memory, states)), merge.infos, merge.weights)
+    assert_same(written(merge, tmp_path / "out", workers=Workers(2)), dict(in_memory.tensors()))
+
+
+def test_one_model_is_copied_bit_for_bit(generator, tmp_path):
+    state = network(generator)
+    state["embed.weight"][0, 0] = float("nan")
+    merge = Merge.copy(from_file(state, tmp_path / "a"), infos_of(state))
+    found = written(merge, tmp_path / "out", workers=Workers(2))
+    for name, tensor in state.items():
+        assert found[name].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+def test_processes_write_every_byte_once(generator, tmp_path):
+    states = [network(generator), network(generator)]
+    sources = [from_file(state, tmp_path / letter) for state, letter in zip(states, "ab", strict=True)]
+    merge = Merge.plan(sources, infos_of(states[0]), [WeightSchedule.constant(weight) for weight in WEIGHTS])
+    layout = ShardLayout.of(merge.infos, 1000)
+    (tmp_path / "out").mkdir()
+    ranks, exchanged = 3, {}
+    meeting = threading.Barrier(ranks)
+
+    def work(rank):
+        def gather(value):
+            exchanged[rank] = value
+            meeting.wait()
+            return [exchanged[other] for other in range(ranks)]
+
+        with ShardFiles(tmp_path / "out", layout) as files:
+            counted = Counting(files)
+            merge_streamed(merge, counted, workers=Workers(1, rank, ranks, gather))
+        bytes_of[rank] = counted.bytes
+
+    bytes_of = {}
+    ShardFiles(tmp_path / "out", layout).create()
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(bytes_of.values()) == sum(info.nbytes for info in merge.infos.values())
+    assert all(bytes_of.values())
+    found = {name: tensor for path in (tmp_path / "out").iterdir() for name, tensor in load_file(path).items()}
+    assert_same(found, dict(merge.tensors()))
+
+
+class Counting:
+    """A sink that passes bytes on and counts them."""
+
+    def __init__(self, sink):
+        self.sink = sink
+        self.bytes = 0
+
+    def write(self, name, start, data):
+        self.bytes += len(data)
+        self.sink.write(name, start, data)
+
+
+class Nowhere:
+    def write(self, name, start, data):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [
+        (0, 1),  # one is always read
+        (2 * 2 * 64 * 4, 1),  # not quite two tensors of two models, each counted twice
+        (10**9, 4),
+    ],
+)
+def test_whole_tensors_keep_to_the_budget(limit, most):
+    state = {f"layers.{place}.weight": torch.ones(64) for place in range(8)}
+    inside, peak, lock = set(), 0, threading.Lock()
+    full = threading.Barrier(most) if most > 1 else None
+
+    def read(name):
+        nonlocal peak
+        with lock:
+            inside.add(name)
+            peak = max(peak, len(inside))
+        if full is not None:
+            full.wait(timeout=10)
+        return state[name]
+
+    class Leaving:
+        def write(self, name, start, data):
+            with lock:
+                inside.discard(name)
+
+    merge = Merge([Source("a", read)], infos_of(state), dict.fromkeys(state, (0.5,)))
+    merge_streamed(merge, Leaving(), workers=Workers(4), memory=limit if most > 1 else min(limit, 2 * 64 * 4))
+    assert peak == most
+
+
+@pytest.mark.parametrize("place", [0, 150, 406])
+def test_a_number_that_is_not_finite_is_named_as_in_the_whole_tensor(generator, tmp_path, place):
+    states = [network(generator), network(generator)]
+    states[1]["embed.weight"].view(-1)[place] = float("inf")
+    sources = [from_file(state, tmp_path / letter, f"org/{letter}") for state, letter in zip(states, "ab", strict=True)]
+    merge = Merge.plan(sources, infos_of(states[0]), [WeightSchedule.constant(weight) for weight in WEIGHTS])
+    with pytest.raises(CheckpointError, match=rf"embed\.weight of org/b: 1 of 407 .* flat index {place};"):
+        merge_streamed(merge, Nowhere(), workers=Workers(2))
+
+
+def test_a_sum_beyond_the_range_is_named(tmp_path):
+    state = {"w": torch.full((200,), 6e4, dtype=torch.float16)}
+    sources = [from_file(state, tmp_path / letter) for letter in "ab"]
+    merge = Merge(sources, infos_of(state), {"w": (1.0, 1.0)})
+    with pytest.raises(CheckpointError, match=r"w: a merged value of 120000 is beyond the range of float16"):
+        merge_streamed(merge, Nowhere())
+
+
+def test_shapes_that_differ_are_refused(generator, tmp_path):
+    a, b = {"w": torch.ones(200)}, {"w": torch.ones(100)}
+    merge = Merge([from_file(a, tmp_path / "a"), from_file(b, tmp_path / "b")], infos_of(a), {"w": WEIGHTS})
+    with pytest.raises(CheckpointError, match=r"w: file has shape \(100,\)"):
+        merge_streamed(merge, Nowhere())
+
+
+def test_a_file_that_is_cut_off_meanwhile_is_one_error(tmp_path):
+    state = {"w": torch.ones(400)}
+    source = from_file(state, tmp_path / "a")
+    source.span("w")
+    path = tmp_path / "a" / "model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    merge = Merge([source], infos_of(state), {"w": (0.5,)})
+    with pytest.raises(CheckpointError, match="the file was cut off while it was read: of tensor w"):
+        merge_streamed(merge, Nowhere())
+
+
+def test_progress_ends_at_the_end(generator, tmp_path):
+    state = network(generator)
+    told = []
+    merge = Merge([from_memory(state)], infos_of(state), dict.fromkeys(state, (1.0,)))
+    merge_streamed(merge, Nowhere(), workers=Workers(2), on_bytes=lambda done, total: told.append((done, total)))
+    dones, totals = zip(*told, strict=True)
+    assert list(dones) == sorted(dones) and len(set(totals)) == 1 and dones[-1] == totals[-1]
