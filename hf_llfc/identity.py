@@ -16,8 +16,8 @@ from hf_llfc.version import __version__
 LIBRARIES = ("torch", "transformers")
 """Those whose other version may round otherwise."""
 
-IRRELEVANT = ("output_dir", "overwrite")
-"""Keys of a recipe that say where a result goes, not what it is."""
+IRRELEVANT = ("output_dir", "overwrite", "max_memory")
+"""Keys of a recipe that say where a result goes and how it is made, not what it is."""
 
 
 def identity_of_run(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:

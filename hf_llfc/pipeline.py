@@ -27,6 +27,7 @@ from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, checksum
 from hf_llfc.errors import CheckpointError, PublishingError, RecipeError
 from hf_llfc.identity import identity_of_run
 from hf_llfc.merging import Merge, Rule, WeightSchedule, merge_streamed, merged_infos
+from hf_llfc.merging.streaming import MEMORY
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import check_access, publish, write_card
@@ -354,6 +355,7 @@ def write_merge(
         first,
         companions=opened.tokenizer_source.companion_files,
         max_shard_size=recipe.max_shard_size,
+        max_memory=recipe.max_memory,
         tensors=partial(with_batch_norm, merge, first, calibration) if calibration is not None else None,
         on_bytes=partial(progress, "merging"),
     )
@@ -369,6 +371,7 @@ def write_shared(
     *,
     companions: Sequence[Path],
     max_shard_size: int = MAX_SHARD_SIZE,
+    max_memory: int = MEMORY,
     tensors: Callable[[], Iterator[tuple[str, Tensor]]] | None = None,
     on_bytes: Callable[[int, int], None],
 ) -> None:
@@ -382,12 +385,14 @@ def write_shared(
         first: Gives the configs.
         companions: Files to copy beside the weights.
         max_shard_size: The size in bytes above which weights are split into several files.
+        max_memory: See `merge_streamed`.
         tensors: Makes them on the main process alone, in place of the merge.
         on_bytes: Told how many bytes this process has done and how many it will do.
     """
 
     def fill(files: ShardFiles, names: Sequence[str]) -> None:
-        merge_streamed(merge, files, names=names, workers=processes.workers(), on_bytes=on_bytes)
+        workers = processes.workers()
+        merge_streamed(merge, files, names=names, workers=workers, memory=max_memory, on_bytes=on_bytes)
 
     def write(fill: Iterable[tuple[str, Tensor]] | Callable[[ShardFiles], None]) -> None:
         write_checkpoint(

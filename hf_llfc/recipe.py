@@ -226,6 +226,8 @@ class Recipe:
         overwrite: Whether an earlier output may be replaced.
         allow_pickle: Whether models whose weights are pickled, not safetensors, may be read.
         max_shard_size: Bytes above which weights are split into several files; in YAML also as `5GB`.
+        max_memory: Bytes of tensors that have to be moved or made as they are merged and may be in memory together;
+            the largest one always may. In YAML also as `1GB`.
     """
 
     models: tuple[ModelEntry, ...]
@@ -244,6 +246,7 @@ class Recipe:
     overwrite: bool = False
     allow_pickle: bool = False
     max_shard_size: int = 5_000_000_000
+    max_memory: int = 1 << 28
 
     @property
     def reference_index(self) -> int:
@@ -349,8 +352,9 @@ class _Reader:
 
     def recipe(self, content: Mapping[str, Any]) -> Recipe | None:
         content = self._without_foreign(content, FOREIGN_KEYS, "")
-        if isinstance(content.get("max_shard_size"), str):
-            content["max_shard_size"] = self._bytes(content["max_shard_size"], "max_shard_size")
+        for key in ("max_shard_size", "max_memory"):
+            if isinstance(content.get(key), str):
+                content[key] = self._bytes(content[key], key)
         for key in ("base_model", "tokenizer_source"):
             if isinstance(content.get(key), str):
                 content[key] = self._located(content[key])

@@ -84,6 +84,7 @@ EVERYTHING = {
     "seed": 11,
     "overwrite": True,
     "max_shard_size": "2GB",
+    "max_memory": "1MiB",
 }
 
 
@@ -150,6 +151,7 @@ output_dir: out
         assert recipe.diagnose.batch_norm.data.split == "train"
         assert recipe.diagnose.batch_norm.data.text_column == "premise"
         assert recipe.max_shard_size == 2_000_000_000
+        assert recipe.max_memory == 2**20
         assert dataclasses.is_dataclass(recipe)
         with pytest.raises(dataclasses.FrozenInstanceError):
             recipe.output_dir = "elsewhere"

@@ -1,4 +1,4 @@
-"""Merging in parts gives the bytes of merging whole tensors, whoever does which part, and holds no more than allowed."""
+"""Merging in parts gives the bytes of merging whole tensors, whoever does which part, within the memory allowed."""
 
 import threading
 
