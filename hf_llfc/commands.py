@@ -157,6 +157,7 @@ def write_diagnosis(
     heads: str = "own",
     out: str | Path | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> ConnectivityReport:
@@ -171,6 +172,7 @@ def write_diagnosis(
         heads: One of `HEADS`.
         out: The folder to write.
         overwrite: Whether an earlier output may be replaced.
+        restart: Whether to discard what an interrupted run into the same folder had finished.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         progress: Shown meanwhile.
 
@@ -179,7 +181,7 @@ def write_diagnosis(
     """
     with Processes() as processes:
         progress = progress if processes.is_main else silent
-        output = OutputFolder(out, overwrite) if out is not None else None
+        output = OutputFolder(out, overwrite, restart) if out is not None else None
         if output is not None:
             processes.on_main(output.check)
         opening = partial(open_checkpoint, allow_pickle=allow_pickle)

@@ -192,6 +192,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="folder for report and plots")
     parser.add_argument("--overwrite", action="store_true")
+    _add_restart(parser)
     _add_pickle(parser)
     _add_matching(parser, default="none")
     _add_data(parser, purpose="data to measure on")

@@ -44,6 +44,7 @@ def execute(options: argparse.Namespace) -> int:
             heads=options.heads,
             out=options.out,
             overwrite=options.overwrite,
+            restart=options.restart,
             allow_pickle=options.allow_pickle,
             progress=progress,
         )

@@ -47,7 +47,8 @@ def forked(work: Callable[[], int], log: Path, *, after: float | None = None, nu
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115 - not those of pytest
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - not those of pytest
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
             code = work()
         except BaseException:
             traceback.print_exc()

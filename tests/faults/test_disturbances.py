@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,36 @@ def test_an_interrupt_from_the_keyboard_ends_the_run_and_is_taken_up(name, tmp_p
                 assert forked(commands[name], tmp_path / "log") == 0, (at, before, (tmp_path / "log").read_text())
             assert left() == ["out"]
             assert_same(Path("out"), expected)
+
+
+def test_an_interrupt_during_a_progress_bar_gives_the_terminal_back(tmp_path, commands, undisturbed):
+    screen, terminal = os.openpty()
+    shown: list[bytes] = []
+
+    def watch() -> None:
+        with suppress(OSError):  # nobody writes any more
+            while content := os.read(screen, 4096):
+                shown.append(content)
+
+    def run() -> int:
+        os.dup2(terminal, 2)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - the terminal
+        return commands["merge"]()
+
+    watcher = threading.Thread(target=watch)
+    with working_in(tmp_path):
+        interrupt = Points(2, lambda: os.kill(os.getpid(), signal.SIGINT), calls=("pwrite",))
+        watcher.start()
+        code = disturbed(run, tmp_path / "log", interrupt)
+        os.close(terminal)
+        watcher.join()
+        os.close(screen)
+        text = b"".join(shown).decode()
+        assert code == 130 and "hf-llfc: interrupted" in text, text + (tmp_path / "log").read_text()
+        assert "matching" in text and text.count("\x1b[?25h") >= text.count("\x1b[?25l") > 0, "the cursor is there"
+        assert "Traceback" not in text
+        assert forked(commands["merge"], tmp_path / "log") == 0
+        assert_same(Path("out"), undisturbed("merge")[0])
 
 
 def place_seed(name: str) -> int:
