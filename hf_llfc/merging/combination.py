@@ -141,7 +141,6 @@ class Scratch:
         self._sum = np.empty(size)
         self._value = np.empty(size)
         self._base: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
-        self._single = torch.empty(size)
         self._magnitude = np.empty(size, dtype=np.int64)
         self.size = size
 
@@ -159,11 +158,9 @@ class Scratch:
         n = len(result_c)
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked for in the result
             self._accumulate(combination, columns, n)
-        if result_c.element_size() > 2:
-            result_c.copy_(torch.from_numpy(self._sum[:n]))
-        else:
+        if result_c.element_size() == 2:
             self._round_to_odd(n)
-            result_c.copy_(self._single[:n])
+        result_c.copy_(torch.from_numpy(self._sum[:n]))
         bits = _BITS[result_c.dtype]
         magnitude = self._magnitude.view(bits.unsigned)[:n]
         np.bitwise_and(result_c.view(bits.signed).numpy().view(bits.unsigned), bits.all_but_sign, out=magnitude)
@@ -202,14 +199,13 @@ class Scratch:
             np.add(sum_c, value_c, out=sum_c)
 
     def _round_to_odd(self, n: int) -> None:
-        """The sum in float32, rounded to odd."""
+        """Rounds the sum to float32's precision, to odd."""
         bits_c, excess_c = self._sum[:n].view(np.int64), self._value[:n].view(np.int64)
         # excess + mask carries into the last bit that stays if, and only if, the excess is not zero.
         np.bitwise_and(bits_c, _EXCESS, out=excess_c)
         np.add(excess_c, _EXCESS, out=excess_c)
         np.bitwise_or(bits_c, excess_c, out=bits_c)
         np.bitwise_and(bits_c, ~_EXCESS, out=bits_c)
-        self._single[:n].copy_(torch.from_numpy(self._sum[:n]))
 
     def _round_tiny(
         self,
