@@ -182,6 +182,7 @@ def broken_tensors(
     ratio: float,
     weights: Sequence[float],
     calibration: EvaluationData | None = None,
+    processes: Ranks | None = None,
     progress: Progress = silent,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The blocks in which the features of a merge are not the blend of its parents', and their tensors.
@@ -193,6 +194,7 @@ def broken_tensors(
         ratio: LLFC over its baseline above which a block is broken.
         weights: Of the merge, one a parent.
         calibration: Data from which BatchNorm statistics are recomputed.
+        processes: Share the samples.
         progress: Shown meanwhile.
 
     Returns:
@@ -207,6 +209,7 @@ def broken_tensors(
         data,
         region=region,
         layers=section.layers or None,
+        processes=processes,
         batch_norm_data=calibration,
         on_batch=partial(progress, "looking for broken layers"),
     )

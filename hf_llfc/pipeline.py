@@ -140,7 +140,7 @@ def _run(
     with processes.output(output) as folder:
         alignments = align_parents(output, processes, opened, recipe, progress)
         parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
-        broken = processes.on_main(lambda: find_broken(output.journal, parents, recipe, data, calibration, progress))
+        broken = find_broken(output, processes, parents, recipe, data, calibration, progress)
         write_merge(output, processes, folder, parents, opened, recipe, calibration, progress, broken)
         report = measure(output, processes, parents, opened, recipe, data, calibration, broken, progress)
         table = score(output, processes, folder, parents, opened, recipe, data, progress)
@@ -295,7 +295,8 @@ class Broken:
 
 
 def find_broken(
-    journal: Journal,
+    output: OutputFolder,
+    processes: Processes,
     parents: Sequence[Parent],
     recipe: Recipe,
     data: EvaluationData | None,
@@ -323,9 +324,17 @@ def find_broken(
         ratio=recipe.keep_where_broken.ratio,
         weights=weights,
         calibration=calibration,
+        processes=processes,
         progress=progress,
     )
-    return journal.stage("keep", find, save=lambda found: (found, ()), load=lambda found: Broken(*found))
+    return shared_stage(
+        output,
+        processes,
+        "keep",
+        lambda: Broken(*find()),
+        save=lambda journal, found: ([found.blocks, found.tensors], ()),
+        load=lambda journal, found: Broken(*found),
+    )
 
 
 def write_merge(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_llfc
 from hf_llfc.cli import main, run_main
-from tests.runs import byte_llama, command_line, moved, saved, small_resnet, text_data, text_recipe, written
+from tests.runs import answer, byte_llama, command_line, moved, saved, small_resnet, text_data, text_recipe, written
 from tests.tiny_models import tiny_model
 from tests.zoo import zoo_model
 
@@ -415,6 +415,29 @@ def test_two_processes_give_the_numbers_of_one(shelf, tmp_path):
             assert flat(first) == pytest.approx(flat(second), rel=1e-6, abs=1e-9)
     for file in ("model.safetensors", "llfc/alignment.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_align_as_one(shelf, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    for name, words in (("one", ()), ("two", launcher)):
+        command = [
+            "align",
+            str(shelf / "c"),
+            "--to",
+            str(shelf / "a"),
+            "--out",
+            str(tmp_path / name),
+            "--format",
+            "json",
+        ]
+        run = command_line(*command, launcher=words, ACCELERATE_USE_CPU="true")
+        assert answer(run)["out"] == str(tmp_path / name)  # printed once, or it would be no JSON
+    for file in ("model.safetensors", "llfc/alignment.safetensors", "config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    run = command_line("align", shelf / "c", "--to", shelf / "a", "--out", tmp_path / "two", launcher=launcher)
+    assert run.returncode != 0
+    assert len([line for line in run.stderr.splitlines() if line.startswith("hf-llfc: error: ")]) == 1
 
 
 def flat(row: dict) -> list[float]:
