@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -115,6 +116,8 @@ class OutputFolder:
             raise CheckpointError(f"{self._named}: the output folder cannot be read ({error.strerror})") from error
         if not held or self._is_moved():
             return
+        with suppress(OSError):
+            self._partial.rmdir()  # empty where a run was stopped in its very last moment
         few = ", ".join(held[:5]) + (", …" if len(held) > 5 else "")
         if not self.overwrite:
             raise CheckpointError(
@@ -284,15 +287,20 @@ class OutputFolder:
             raise
 
     def _discard(self) -> None:
-        """Removes what was being made, the lock last, so that nothing is left but what the next run knows."""
+        """Removes what was being made; the journal last, for who stops here leaves what the next run understands."""
         for name in (OUTPUT, EARLIER):
             shutil.rmtree(self._partial / name, ignore_errors=True)
-        for name in sorted(_KNOWN - {OUTPUT, EARLIER, LOCK}):
-            (self._partial / name).unlink(missing_ok=True)
+        for name in sorted(_KNOWN - {OUTPUT, EARLIER, JOURNAL}):
+            with suppress(PermissionError):  # where an open file cannot be removed, _release does it
+                (self._partial / name).unlink(missing_ok=True)
+        (self._partial / JOURNAL).unlink(missing_ok=True)
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        """Removes the folder beside the output, if nothing is in it."""
         try:
-            (self._partial / LOCK).unlink(missing_ok=True)
             self._partial.rmdir()
-        except OSError:  # where an open file cannot be removed, _release does it
+        except OSError:  # another run uses it by now
             return
         self._remove_parents()
 
@@ -302,11 +310,9 @@ class OutputFolder:
         self._lock.release()
         self._lock = None
         if os.name != "posix" and not (self._partial / JOURNAL).exists():
-            try:
+            with suppress(OSError):  # another run holds it by now
                 (self._partial / LOCK).unlink(missing_ok=True)
-                self._partial.rmdir()
-            except OSError:  # another run holds it by now
-                return
+            self._remove_empty()
 
     def _make_parents(self) -> None:
         missing = []

@@ -20,7 +20,10 @@ def check_kills(name, count, tmp_path, commands, undisturbed):
             assert code in (KILLED, 0), (tmp_path / "log").read_text()
             kills += code == KILLED
             if code == KILLED:
-                assert forked(commands[name], tmp_path / "log") == 0, (at, before, (tmp_path / "log").read_text())
+                code = forked(commands[name], tmp_path / "log")
+                message = (tmp_path / "log").read_text()
+                # Stopped when all was done, it is an earlier output like any other.
+                assert code == 0 or "the output folder is not empty" in message, (at, before, message)
         assert os.listdir(tmp_path / str(place)) == ["out"], (at, before)
         assert_same(tmp_path / str(place) / "out", expected)
     assert kills > count // 2
