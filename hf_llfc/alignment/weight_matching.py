@@ -99,8 +99,7 @@ def match_weights(
     groups = groups_of(reference.binding)
     generator = torch.Generator().manual_seed(seed)
     identity = spec.identity_alignment()
-    norm_a, norm_b = gains.norms()
-    before = gains.objective(identity)
+    norm_a, norm_b, before = gains.norms()
     history: list[Sweep] = []
     best: tuple[float, Alignment, bool, float] | None = None
     for number in range(restarts):
@@ -113,7 +112,7 @@ def match_weights(
         else:
             label, current = f"random {number}", _random_start(reference, generator)
         found, objective, converged, gap = _descend(
-            gains, groups, current, generator, max_sweeps, label, history, progress
+            gains, groups, current, before, generator, max_sweeps, label, history, progress
         )
         if best is None or objective > best[0]:
             best = (objective, found, converged, gap)
@@ -181,6 +180,7 @@ def _descend(
     gains: Gains,
     groups: list[Group],
     alignment: Alignment,
+    before: float,
     generator: torch.Generator,
     max_sweeps: int,
     label: str,
@@ -189,7 +189,7 @@ def _descend(
 ) -> tuple[Alignment, float, bool, float]:
     """Sweeps over the groups in random order until nothing improves."""
     transforms = dict(alignment.transforms)
-    objective = gains.objective(alignment)
+    objective = before if alignment.is_identity else gains.objective(alignment)
     # Groups that share no tensor with another do not depend on its transforms: one visit is enough for them.
     independent = _are_independent(gains, groups)
     gap = 0.0
