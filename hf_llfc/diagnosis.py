@@ -117,7 +117,7 @@ def diagnose_checkpoints(
         commutativity=measured.get("commutativity", ()),
         stitching=measured.get("stitching", ()),
         geometry=measured.get("geometry", ()),
-        suggestion=_suggestion(models, data, section, region, shares, report, progress),
+        suggestion=_suggestion(models, data, section, region, shares, report, processes, progress),
     )
 
 
@@ -137,6 +137,7 @@ def _suggestion(
     region: Region,
     shares: Sequence[float],
     report: ConnectivityReport,
+    processes: Ranks | None,
     progress: Progress,
 ) -> Suggestion | None:
     """Better weights, where asked for; those of layers by what the names of their tensors on disk begin with."""
@@ -151,6 +152,7 @@ def _suggestion(
         data,
         reference=[share / total for share in shares],
         layers=layers,
+        processes=processes,
         on_step=partial(progress, "looking for weights"),
     )
     if not found.layer_weights:

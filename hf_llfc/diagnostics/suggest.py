@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from hf_llfc.evaluation.config import CLASSIFICATION_TASKS
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.encoding import IGNORED_LABEL
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
+
+if TYPE_CHECKING:
+    from hf_llfc.ranks import Ranks
 
 STEPS = 60
 """Of gradient descent, one batch each."""
@@ -48,6 +52,7 @@ def suggest_weights(
     *,
     reference: Sequence[float],
     layers: Sequence[str] = (),
+    processes: Ranks | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Suggestion:
     """Looks for weights that beat those asked for.
@@ -61,6 +66,7 @@ def suggest_weights(
         data: The samples, of at least two batches.
         reference: The weights to beat, one a model.
         layers: Names of modules that may each have weights of their own; one set of weights for all where empty.
+        processes: Share the batches that judge; all take the same steps.
         on_step: Called with the number of steps done and the number there are.
 
     Returns:
@@ -77,12 +83,19 @@ def suggest_weights(
     with evaluation_mode(*models), _batch_statistics(*models):
         blend = _Blend(models, layers)
         found = _chosen(models, blend, data, reference, on_step)
+        rank, count = (0, 1) if processes is None else (processes.rank, processes.count)
+        if processes is not None:
+            found = processes.gather(found.cpu())[0].to(found.device)  # devices may differ in rounding
         asked = torch.tensor(reference, dtype=torch.float32, device=found.device).expand_as(found)
-        pairs = []
-        for batch in _every_other(data, 1):
-            targets = _targets(models, data, batch)
-            pairs.append([_losses(blend.logits(each, batch), targets, data).double() for each in (found, asked)])
-    suggested, before = (torch.cat([pair[place] for pair in pairs]) for place in range(2))
+        judged: dict[int, list[Tensor]] = {}
+        for place, batch in enumerate(_every_other(data, 1)):
+            if place % count == rank:
+                targets = _targets(models, data, batch)
+                losses = [_losses(blend.logits(each, batch), targets, data) for each in (found, asked)]
+                judged[place] = [each.double().cpu() for each in losses]
+    if processes is not None:
+        judged = {place: pair for part in processes.gather(judged) for place, pair in part.items()}
+    suggested, before = (torch.cat([judged[place][which] for place in sorted(judged)]) for which in range(2))
     low, high = _interval(before - suggested)
     loss, reference_loss = float(suggested.mean()), float(before.mean())
     kind = "cross-entropy" if data.labelled else "cross-entropy to the parents' mean prediction"

@@ -6,12 +6,14 @@ python -m torch.distributed.run --nproc-per-node 2 over_processes.py FOLDER
 import copy
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from hf_llfc.diagnostics import diagnose_models
 from hf_llfc.diagnostics.points import line
+from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model, load_evaluation_data
 from hf_llfc.processes import Processes
@@ -28,7 +30,12 @@ def diagnose(processes: Processes | None) -> dict:
     data = load_evaluation_data(config, word_tokenizer(), models[0].config)
     report = diagnose_models(models, data, region=line(ALPHAS), processes=processes)
     scores = evaluate_model(models[0], data, processes=processes)
-    return {"report": report.to_dict(), "scores": {"loss": scores.loss, "samples": scores.samples, **scores.metrics}}
+    suggestion = suggest_weights(models, data, reference=(0.5, 0.5), processes=processes)
+    return {
+        "report": report.to_dict(),
+        "suggestion": asdict(suggestion),
+        "scores": {"loss": scores.loss, "samples": scores.samples, **scores.metrics},
+    }
 
 
 def break_one_sample(processes: Processes) -> str:

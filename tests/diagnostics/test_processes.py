@@ -38,7 +38,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     assert "is empty: its attention mask is zero everywhere" in first["error"]
 
     alone = flatten(json.loads(json.dumps(diagnose(None))))
-    together = flatten({name: first[name] for name in ("report", "scores")})
+    together = flatten({name: first[name] for name in ("report", "suggestion", "scores")})
     assert list(together) == list(alone)
     for place, value in alone.items():
         expected = pytest.approx(value, abs=1e-6) if isinstance(value, float) else value
