@@ -30,11 +30,16 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
         checkpoints: All that are merged, the first of them first.
         infos: What is written.
     """
-    held = max((info.nbytes for info in infos.values()), default=0) * (len(checkpoints) + 2)
+    # Merged in parts, except what an alignment moves.
+    largest = max((info.nbytes for info in infos.values()), default=0)
+    held = min(largest * (len(checkpoints) + 2), recipe.max_memory)
+    if recipe.align.method != "none":
+        held = max(held, 2 * largest)
     if recipe.align.method != "none":
         held = max(held, matching_memory(checkpoints[0], recipe.align))
     if recipe.diagnose is not None and not recipe.diagnose.offload:
-        held = max(held, 3 * sum(info.elements for info in infos.values()) * 4)
+        # The models, and the one between them, in the dtype in which they are stored.
+        held = max(held, sum(each.nbytes for each in checkpoints) + sum(info.nbytes for info in infos.values()))
     return held
 
 
