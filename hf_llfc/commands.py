@@ -7,20 +7,16 @@ from functools import partial
 from pathlib import Path
 
 from hf_llfc.checkpoints import OutputFolder, open_checkpoint
-from hf_llfc.checkpoints.journal import Journal, checksum
+from hf_llfc.checkpoints.journal import Journal
+from hf_llfc.checkpoints.shards import checksum
 from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import AlignmentError
+from hf_llfc.evidence import LLFC_FOLDER, load_alignments, save_alignments
 from hf_llfc.identity import as_settings, identity_of
+from hf_llfc.inputs import refuse_replacing_inputs
 from hf_llfc.merging import Merge
-from hf_llfc.pipeline import (
-    LLFC_FOLDER,
-    load_alignments,
-    refuse_replacing_inputs,
-    save_alignments,
-    shared_stage,
-    write_shared,
-)
+from hf_llfc.pipeline import shared_stage, write_shared
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import save_plots

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,27 +23,26 @@ from hf_llfc.checkpoints import (
 )
 from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, checksum
-from hf_llfc.errors import CheckpointError, PublishingError, RecipeError
+from hf_llfc.errors import PublishingError, RecipeError
+from hf_llfc.evidence import LLFC_FOLDER, load_alignments, load_report, save_alignments, save_report, write_evidence
 from hf_llfc.identity import identity_of_run
+from hf_llfc.inputs import Models, open_models, open_recipe_data, refuse_replacing_inputs
 from hf_llfc.merging import Merge, Rule, WeightSchedule, merge_streamed, merged_infos
 from hf_llfc.merging.streaming import MEMORY
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
-from hf_llfc.publishing import check_access, publish, write_card
-from hf_llfc.recipe import ModelEntry, Recipe, WeightRule, dump_recipe, load_recipe
+from hf_llfc.publishing import check_access, publish
+from hf_llfc.recipe import ModelEntry, Recipe, WeightRule, load_recipe
 from hf_llfc.resources import peak_memory, refuse_without_memory, refuse_without_room
-from hf_llfc.specs import open_weights
 from hf_llfc.stages import (
     Parent,
     align_checkpoints,
     alignment_spec,
     alignment_summary,
     evaluate_parents,
-    open_data,
     refuse_changed,
-    refuse_incompatible,
 )
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
@@ -54,11 +52,6 @@ if TYPE_CHECKING:
     from hf_llfc.evaluation import EvaluationData
 
 Value = TypeVar("Value")
-
-LLFC_FOLDER = "llfc"
-"""Where everything that is ours lies in an output folder: some runtimes load every safetensors file beside a model."""
-
-REPORT_FILE = "llfc_report.json"
 
 
 @dataclass(frozen=True)
@@ -148,93 +141,6 @@ def _run(
     summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
     url = processes.on_main(lambda: push(recipe)) if recipe.publish is not None else None
     return Result(output.path, report, summaries, table, url, processes.is_main)
-
-
-@dataclass(frozen=True)
-class Models:
-    """The checkpoints of a recipe.
-
-    Attributes:
-        parents: One a model, the first gives config and names.
-        base: θ₀ of task arithmetic.
-        tokenizer_source: Whose tokenizer and processor files are carried over.
-    """
-
-    parents: Sequence[Checkpoint]
-    base: Checkpoint | None
-    tokenizer_source: Checkpoint
-
-    @property
-    def everything(self) -> list[Checkpoint]:
-        """All that a run reads: also whose tokenizer is carried over."""
-        return [*self.all, *([self.tokenizer_source] if self.tokenizer_source not in self.all else [])]
-
-    @property
-    def all(self) -> list[Checkpoint]:
-        """All that are merged: the parents and the base."""
-        return [*self.parents, *([self.base] if self.base is not None else [])]
-
-    def reference(self, recipe: Recipe) -> Checkpoint:
-        """The one that stays in alignment: the base of task arithmetic, or what the recipe says."""
-        return self.base if self.base is not None else self.parents[recipe.reference_index]
-
-
-def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] | None = None) -> Models:
-    """Opens all checkpoints of a recipe, or `models` in place of its parents, and compares them.
-
-    Raises:
-        LLFCError: One cannot be opened, or they do not fit each other.
-    """
-    given = models if models is not None else [entry.model for entry in recipe.models]
-    if len(given) != len(recipe.models):
-        raise RecipeError(f"{len(given)} models are given in place of the {len(recipe.models)} of the recipe")
-    opening = partial(
-        open_checkpoint if runs_models(recipe) else open_weights,
-        allow_pickle=recipe.allow_pickle,
-    )
-    parents = [
-        opening(model, trust_remote_code=entry.trust_remote_code)
-        for model, entry in zip(given, recipe.models, strict=True)
-    ]
-    base = opening(recipe.base_model) if recipe.base_model is not None else None
-    opened = Models(parents, base, parents[0])
-    refuse_incompatible(opened.all)
-    source = recipe.tokenizer_source
-    if source is None:
-        return opened
-    if source == "base":
-        assert base is not None
-        return replace(opened, tokenizer_source=base)
-    named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
-    return replace(opened, tokenizer_source=named[0] if named else opening(source))
-
-
-def runs_models(recipe: Recipe) -> bool:
-    """Whether a recipe needs more than the weights of its models."""
-    return recipe.diagnose is not None or "activation_matching" in (recipe.align.method, recipe.align.start)
-
-
-def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:
-    """Refuses an output folder that is, or holds, one of the inputs, also where it may overwrite.
-
-    Raises:
-        CheckpointError: It does.
-    """
-    for each in checkpoints:
-        folder = each.folder.resolve() if each.folder is not None else None
-        if folder is not None and output.path in (folder, *folder.parents):
-            raise CheckpointError(f"{output.path}: the output would replace its own input {each.label}; name another")
-
-
-def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | None, EvaluationData | None]:
-    """The data to measure on, and those to recompute BatchNorm from: the same without labels if none are named."""
-    if recipe.diagnose is None:
-        return None, None
-    from hf_llfc.diagnosis import batch_norm_data
-
-    first, source = opened.parents[0], opened.tokenizer_source
-    data = open_data(recipe.diagnose.data, first, tokenizer_source=source)
-    return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
 
 
 def refuse_too_large(output: OutputFolder, recipe: Recipe, opened: Models) -> None:
@@ -576,83 +482,6 @@ def shared_stage(
         )
 
     return processes.on_main(keep)
-
-
-def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
-    """The recipe with every revision as the commit it stood for."""
-    entries = [
-        replace(entry, model=f"{entry.model.partition('@')[0]}@{each.revision}" if each.revision else entry.model)
-        for entry, each in zip(recipe.models, parents, strict=True)
-    ]
-    reference = recipe.align.reference
-    align = recipe.align if isinstance(reference, int) else replace(recipe.align, reference=recipe.reference_index)
-    return replace(recipe, models=tuple(entries), align=align)
-
-
-def write_evidence(
-    journal: Journal,
-    recipe: Recipe,
-    opened: Models,
-    alignments: Sequence[Alignment | None],
-    report: ConnectivityReport | None,
-    table: Sequence[Mapping[str, Any]],
-) -> None:
-    """Writes what is ours beside alignments and report: recipe as run, plots and the card."""
-    if journal.is_complete:
-        return
-    refuse_changed(opened.all)
-    ours = journal.folder / LLFC_FOLDER
-    ours.mkdir(exist_ok=True)
-    as_run = resolved(recipe, opened.parents)
-    (ours / "recipe.yaml").write_text(dump_recipe(as_run), encoding="utf-8")
-    write_card(
-        journal.folder,
-        recipe=as_run.to_dict(),
-        report=report,
-        alignment=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
-        results=[row for row in table if "loss" in row] or None,
-        name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
-        license=recipe.publish.licence if recipe.publish is not None else None,
-        hardware=f"{platform.machine()}, {platform.system()}",
-    )
-
-
-def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> tuple[list[str | None], list[Path]]:
-    """Writes what moved which model; with several, the file's name says which.
-
-    Returns:
-        The name of each alignment's file, None where nothing moved; and the files.
-    """
-    folder.mkdir(exist_ok=True)
-    is_alone = sum(alignment is not None for alignment in alignments) == 1
-    names = [
-        None if alignment is None else "alignment.safetensors" if is_alone else f"alignment-{place}.safetensors"
-        for place, alignment in enumerate(alignments)
-    ]
-    for name, alignment in zip(names, alignments, strict=True):
-        if name is not None and alignment is not None:
-            alignment.save(folder / name)
-    return names, [folder / name for name in names if name is not None]
-
-
-def load_alignments(names: Sequence[str | None], folder: Path, spec: PermutationSpec) -> list[Alignment | None]:
-    """Reads what `save_alignments` wrote."""
-    return [None if name is None else Alignment.load(folder / name, spec) for name in names]
-
-
-def save_report(journal: Journal, report: ConnectivityReport) -> tuple[None, list[Path]]:
-    """Writes the report where it lies in an output."""
-    path = journal.folder / LLFC_FOLDER / REPORT_FILE
-    path.parent.mkdir(exist_ok=True)
-    report.save(path)
-    return None, [path]
-
-
-def load_report(journal: Journal, _: None) -> ConnectivityReport:
-    """Reads what `save_report` wrote."""
-    from hf_llfc.diagnostics import ConnectivityReport
-
-    return ConnectivityReport.load(journal.folder / LLFC_FOLDER / REPORT_FILE)
 
 
 def push(recipe: Recipe) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from hf_llfc.checkpoints import OutputFolder
-from hf_llfc.pipeline import Models, open_models, plan_merge, refuse_replacing_inputs, shares
+from hf_llfc.inputs import Models, open_models, refuse_replacing_inputs
+from hf_llfc.pipeline import plan_merge, shares
 from hf_llfc.recipe import Recipe
 from hf_llfc.resources import peak_memory
 from hf_llfc.stages import Parent, alignment_spec, bind, matching_cost

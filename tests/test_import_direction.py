@@ -36,6 +36,8 @@ ORDER = (
     "diagnosis",
     "identity",
     "resources",
+    "inputs",
+    "evidence",
     "pipeline",
     "planning",
     "commands",

@@ -7,7 +7,6 @@ replaced as a whole after what it tells of lies on the disk, so that it never te
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from hf_llfc.checkpoints.shards import checksum
 from hf_llfc.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 FORMAT = "hf_llfc.journal/1"
 LARGEST_JOURNAL = 100_000_000
 _SHOWN_DIFFERENCES = 5
-_BLOCK_BYTES = 1 << 20
 
 Value = TypeVar("Value")
 
@@ -40,7 +39,8 @@ class Journal:
         path: The file.
         folder: Where the output is made.
         identity: What the output is made from, as JSON values.
-        stages: Finished stage → `value`, its result as JSON values, and `files`, path below the folder → SHA-256.
+        stages: Finished stage → `value`, its result as JSON values, and `files`, path below the folder →
+            checksum.
         shards: Finished weight file → its checksum, as `write_checkpoint` tells it.
         is_complete: Whether everything is finished, and the output only has to be moved into place.
     """
@@ -223,15 +223,6 @@ def flush_all(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         flush(path)
     flush(folder)
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _has_checksum(path: Path, digest: str) -> bool:

@@ -38,10 +38,10 @@ def commands(bench) -> dict[str, Callable[..., int]]:
         return main([str(word) for word in words])
 
     def align(*more: object) -> int:
-        from hf_llfc.checkpoints import write_checkpoint
+        from hf_llfc.pipeline import write_shared
 
-        assert write_checkpoint.__kwdefaults__ is not None
-        write_checkpoint.__kwdefaults__["max_shard_size"] = 20_000  # in the fork alone
+        assert write_shared.__kwdefaults__ is not None
+        write_shared.__kwdefaults__["max_shard_size"] = 20_000  # in the fork alone
         return run("align", bench / "b", "--to", bench / "a", "--out", "out", *more)
 
     return {

@@ -1,0 +1,104 @@
+"""What is ours in an output folder: recipe as run, alignments, report and card; written, and read back."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.checkpoints.journal import Journal
+from hf_llfc.inputs import Models
+from hf_llfc.publishing import write_card
+from hf_llfc.recipe import Recipe, dump_recipe
+from hf_llfc.stages import alignment_summary, refuse_changed
+from hf_llfc.symmetry import Alignment, PermutationSpec
+
+# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
+if TYPE_CHECKING:
+    from hf_llfc.diagnostics import ConnectivityReport
+
+
+LLFC_FOLDER = "llfc"
+"""Where everything that is ours lies in an output folder: some runtimes load every safetensors file beside a model."""
+
+REPORT_FILE = "llfc_report.json"
+
+
+def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
+    """The recipe with every revision as the commit it stood for."""
+    entries = [
+        replace(entry, model=f"{entry.model.partition('@')[0]}@{each.revision}" if each.revision else entry.model)
+        for entry, each in zip(recipe.models, parents, strict=True)
+    ]
+    reference = recipe.align.reference
+    align = recipe.align if isinstance(reference, int) else replace(recipe.align, reference=recipe.reference_index)
+    return replace(recipe, models=tuple(entries), align=align)
+
+
+def write_evidence(
+    journal: Journal,
+    recipe: Recipe,
+    opened: Models,
+    alignments: Sequence[Alignment | None],
+    report: ConnectivityReport | None,
+    table: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes what is ours beside alignments and report: recipe as run, plots and the card."""
+    if journal.is_complete:
+        return
+    refuse_changed(opened.all)
+    ours = journal.folder / LLFC_FOLDER
+    ours.mkdir(exist_ok=True)
+    as_run = resolved(recipe, opened.parents)
+    (ours / "recipe.yaml").write_text(dump_recipe(as_run), encoding="utf-8")
+    write_card(
+        journal.folder,
+        recipe=as_run.to_dict(),
+        report=report,
+        alignment=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
+        results=[row for row in table if "loss" in row] or None,
+        name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
+        license=recipe.publish.licence if recipe.publish is not None else None,
+        hardware=f"{platform.machine()}, {platform.system()}",
+    )
+
+
+def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> tuple[list[str | None], list[Path]]:
+    """Writes what moved which model; with several, the file's name says which.
+
+    Returns:
+        The name of each alignment's file, None where nothing moved; and the files.
+    """
+    folder.mkdir(exist_ok=True)
+    is_alone = sum(alignment is not None for alignment in alignments) == 1
+    names = [
+        None if alignment is None else "alignment.safetensors" if is_alone else f"alignment-{place}.safetensors"
+        for place, alignment in enumerate(alignments)
+    ]
+    for name, alignment in zip(names, alignments, strict=True):
+        if name is not None and alignment is not None:
+            alignment.save(folder / name)
+    return names, [folder / name for name in names if name is not None]
+
+
+def load_alignments(names: Sequence[str | None], folder: Path, spec: PermutationSpec) -> list[Alignment | None]:
+    """Reads what `save_alignments` wrote."""
+    return [None if name is None else Alignment.load(folder / name, spec) for name in names]
+
+
+def save_report(journal: Journal, report: ConnectivityReport) -> tuple[None, list[Path]]:
+    """Writes the report where it lies in an output."""
+    path = journal.folder / LLFC_FOLDER / REPORT_FILE
+    path.parent.mkdir(exist_ok=True)
+    report.save(path)
+    return None, [path]
+
+
+def load_report(journal: Journal, _: None) -> ConnectivityReport:
+    """Reads what `save_report` wrote."""
+    from hf_llfc.diagnostics import ConnectivityReport
+
+    return ConnectivityReport.load(journal.folder / LLFC_FOLDER / REPORT_FILE)

@@ -1,0 +1,112 @@
+"""What a recipe reads: its models, opened and compared, and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_llfc.checkpoints import (
+    Checkpoint,
+    OutputFolder,
+    open_checkpoint,
+)
+from hf_llfc.errors import CheckpointError, RecipeError
+from hf_llfc.recipe import Recipe
+from hf_llfc.specs import open_weights
+from hf_llfc.stages import open_data, refuse_incompatible
+
+# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_llfc.evaluation import EvaluationData
+
+
+@dataclass(frozen=True)
+class Models:
+    """The checkpoints of a recipe.
+
+    Attributes:
+        parents: One a model, the first gives config and names.
+        base: θ₀ of task arithmetic.
+        tokenizer_source: Whose tokenizer and processor files are carried over.
+    """
+
+    parents: Sequence[Checkpoint]
+    base: Checkpoint | None
+    tokenizer_source: Checkpoint
+
+    @property
+    def everything(self) -> list[Checkpoint]:
+        """All that a run reads: also whose tokenizer is carried over."""
+        return [*self.all, *([self.tokenizer_source] if self.tokenizer_source not in self.all else [])]
+
+    @property
+    def all(self) -> list[Checkpoint]:
+        """All that are merged: the parents and the base."""
+        return [*self.parents, *([self.base] if self.base is not None else [])]
+
+    def reference(self, recipe: Recipe) -> Checkpoint:
+        """The one that stays in alignment: the base of task arithmetic, or what the recipe says."""
+        return self.base if self.base is not None else self.parents[recipe.reference_index]
+
+
+def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] | None = None) -> Models:
+    """Opens all checkpoints of a recipe, or `models` in place of its parents, and compares them.
+
+    Raises:
+        LLFCError: One cannot be opened, or they do not fit each other.
+    """
+    given = models if models is not None else [entry.model for entry in recipe.models]
+    if len(given) != len(recipe.models):
+        raise RecipeError(f"{len(given)} models are given in place of the {len(recipe.models)} of the recipe")
+    opening = partial(
+        open_checkpoint if runs_models(recipe) else open_weights,
+        allow_pickle=recipe.allow_pickle,
+    )
+    parents = [
+        opening(model, trust_remote_code=entry.trust_remote_code)
+        for model, entry in zip(given, recipe.models, strict=True)
+    ]
+    base = opening(recipe.base_model) if recipe.base_model is not None else None
+    opened = Models(parents, base, parents[0])
+    refuse_incompatible(opened.all)
+    source = recipe.tokenizer_source
+    if source is None:
+        return opened
+    if source == "base":
+        assert base is not None
+        return replace(opened, tokenizer_source=base)
+    named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
+    return replace(opened, tokenizer_source=named[0] if named else opening(source))
+
+
+def runs_models(recipe: Recipe) -> bool:
+    """Whether a recipe needs more than the weights of its models."""
+    return recipe.diagnose is not None or "activation_matching" in (recipe.align.method, recipe.align.start)
+
+
+def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuses an output folder that is, or holds, one of the inputs, also where it may overwrite.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    for each in checkpoints:
+        folder = each.folder.resolve() if each.folder is not None else None
+        if folder is not None and output.path in (folder, *folder.parents):
+            raise CheckpointError(f"{output.path}: the output would replace its own input {each.label}; name another")
+
+
+def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | None, EvaluationData | None]:
+    """The data to measure on, and those to recompute BatchNorm from: the same without labels if none are named."""
+    if recipe.diagnose is None:
+        return None, None
+    from hf_llfc.diagnosis import batch_norm_data
+
+    first, source = opened.parents[0], opened.tokenizer_source
+    data = open_data(recipe.diagnose.data, first, tokenizer_source=source)
+    return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
