@@ -403,6 +403,7 @@ class TestProblems:
             (changed(align={"method": "git_rebasin"}), "align.method: unknown 'git_rebasin'"),
             (changed(align={"restarts": 0}), "align.restarts: at least 1 is expected, found 0"),
             (changed(align={"start": "random"}), "align.start: unknown 'random'"),
+            (changed(align={"solver": "exakt"}), "align.solver: unknown 'exakt'; did you mean 'exact'"),
             (changed(align="weight_matching"), "align: a mapping of keys is expected, found 'weight_matching'"),
             (changed(align={"reference": 2}), "align.reference: there is no model 2"),
             (changed(align={"reference": "org/B"}), "align.reference: 'org/B' is not one of the models"),

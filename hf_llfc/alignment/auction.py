@@ -103,12 +103,12 @@ def solve(gain: Tensor, *, gap: float = 0.0) -> Assignment | None:
     low, high = (float(bound) for bound in torch.aminmax(gain))
     if high <= low or gain[0].unique().numel() < TIED * gain.shape[0]:
         return None
-    centre, half = 0.0, 1.0
+    centre, half, largest = 0.0, 1.0, max(abs(low), abs(high))
     single = gain
     if gain.dtype != torch.float32 or not 1e-30 < (high - low) <= 4 * max(abs(low), abs(high)) < 1e30:
-        centre, half = high / 2 + low / 2, high / 2 - low / 2
+        centre, half, largest = high / 2 + low / 2, high / 2 - low / 2, 1.0
         single = ((gain.double() - centre) / half).float()
-    return _Search(gain, single, centre, half).run(gap)
+    return _Search(gain, single, centre, half, largest).run(gap)
 
 
 class _Search:
@@ -119,9 +119,10 @@ class _Search:
         single: The same in float32, `(gain − centre) / half`; the search is in these units.
         centre: See `single`.
         half: See `single`.
+        largest: The largest magnitude in `single`.
     """
 
-    def __init__(self, gain: Tensor, single: Tensor, centre: float, half: float) -> None:
+    def __init__(self, gain: Tensor, single: Tensor, centre: float, half: float, largest: float) -> None:
         self.gain, self.single, self.centre, self.half = gain, single, centre, half
         self.n = gain.shape[0]
         self.is_plain = single is gain
@@ -130,7 +131,7 @@ class _Search:
         self.kinds = -(-self.n // STRIDES)
         self.buffer = torch.full((self.rows, self.kinds * STRIDES), -torch.inf)
         self.bids_i = torch.zeros(self.n, dtype=torch.int32)
-        self.largest: float = float(torch.stack(torch.aminmax(single)).abs().max())
+        self.largest = largest
         # Offsets of whole rows and columns mean nothing for an assignment; what columns differ by are prices already.
         sample = single[:: max(1, self.n // 64)]
         sample = sample - sample.mean(1, keepdim=True)

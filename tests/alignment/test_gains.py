@@ -308,3 +308,16 @@ def test_a_planted_transform_of_such_a_family_is_found():
     planted = QUADRATIC.random_alignment(torch.Generator().manual_seed(0))
     found = match_weights(parameters(QUADRATIC, a), parameters(QUADRATIC, planted.apply(a)))
     assert planted.then(found).is_identity
+
+
+def test_operations_are_those_of_the_matrix_products():
+    spec, a, b = two_models("llama", "causal-lm")
+    gains = Gains(parameters(spec, a), parameters(spec, b))
+    neurons, residual = (
+        next(group for group in groups_of(gains.a.binding) if group.axis == axis) for axis in ("neurons.0", "residual")
+    )
+    width, hidden = neurons.size, residual.size
+    assert gains.operations(neurons) == 3 * 2 * width * width * hidden
+    held = [tensor for key, name in gains.a.keys.items() if key in gains.keys({"residual"}) for tensor in [a[name]]]
+    assert gains.operations(residual) == sum(2 * hidden * tensor.numel() for tensor in held)
+    assert gains.elements(residual) == sum(tensor.numel() for tensor in held)
