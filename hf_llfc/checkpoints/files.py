@@ -416,7 +416,7 @@ def open_weights(files: Files, explicit: Any = None, *, allow_pickle: bool = Fal
     """
     names = files.sizes()
     if explicit is not None:
-        if not isinstance(explicit, str) or _is_outside(explicit) or explicit not in names:
+        if not isinstance(explicit, str) or is_outside(explicit) or explicit not in names:
             raise CheckpointError(
                 f"{files.where}: transformers_weights in {CONFIG_FILE} is {explicit!r}, which is not a file of the"
                 " checkpoint; remove the key or fetch the file"
@@ -490,7 +490,7 @@ def _shards(files: Files, index: str) -> list[str]:
     problems: list[str] = []
     for shard in dict.fromkeys(str(shard) for shard in weight_map.values()):
         example = next(name for name, file in weight_map.items() if str(file) == shard)
-        if _is_outside(shard):
+        if is_outside(shard):
             problems.append(f"tensor {example} is said to be in {shard!r}, which is outside the checkpoint's folder")
         elif shard not in names:
             problems.append(f"the file {shard} with tensor {example} is missing; fetch it")
@@ -498,7 +498,8 @@ def _shards(files: Files, index: str) -> list[str]:
     return sorted({str(shard) for shard in weight_map.values()})
 
 
-def _is_outside(name: str) -> bool:
+def is_outside(name: str) -> bool:
+    """Whether a path that a file names would lead out of that file's folder."""
     # Only what is written counts: in the Hub's cache every file is a link to another folder.
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in name

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from hf_llfc.checkpoints.files import is_outside
 from hf_llfc.checkpoints.shards import checksum
 from hf_llfc.errors import CheckpointError, StorageError
 
@@ -227,12 +228,15 @@ def flush_all(folder: Path) -> None:
 
 def _has_checksum(path: Path, digest: str) -> bool:
     with suppress(OSError):
-        return checksum(path) == digest
+        return path.is_file() and checksum(path) == digest
     return False
 
 
 def _are_checksums(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(digest, str) for digest in value.values())
+    """Whether these are files below a folder with a checksum each."""
+    return isinstance(value, dict) and all(
+        name.isprintable() and not is_outside(name) and isinstance(digest, str) for name, digest in value.items()
+    )
 
 
 def _differing(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:

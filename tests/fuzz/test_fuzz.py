@@ -142,6 +142,12 @@ def test_a_bomb_is_refused(name, place):
     targets.BYTES[name](BOMBS[name][place])
 
 
+@pytest.mark.parametrize("name", ["\0", "\ud800", "/dev/zero", "../x", "x" * 5000, ""])
+def test_a_journal_reads_files_of_its_folder_only(name):
+    said = {**JOURNAL, "stages": {"align": {"value": None, "files": {name: "0"}}}}
+    targets.journal(targets.as_json(said))
+
+
 @pytest.mark.parametrize("said", ["[" * 100_000, "null", json.dumps({"format": "hf_llfc.alignment/1", "kinds": []})])
 def test_an_alignment_file_that_says_nonsense_of_itself_is_refused(said):
     targets.alignment(targets.alignment_with(said))
