@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
+from hf_llfc.checkpoints.reader import UnknownConfig
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE
 from hf_llfc.errors import CheckpointError, SpecError
 from hf_llfc.symmetry import Binding, PermutationSpec
@@ -77,8 +78,10 @@ def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
         checkpoint: As stored, see `open_checkpoint`.
 
     Returns:
-        The same with its tensors in the order of the network.
+        The same with its tensors in the order of the network; as it is where transformers does not know its type.
     """
+    if isinstance(checkpoint.config, UnknownConfig):
+        return checkpoint  # there is no class, and it was said
     if checkpoint.config.model_type not in known_model_types():
         return None
     spec = spec_of(checkpoint)

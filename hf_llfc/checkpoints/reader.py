@@ -166,7 +166,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-class _UnknownConfig(PreTrainedConfig):
+class UnknownConfig(PreTrainedConfig):
     """The values of a config whose model type transformers does not know."""
 
 
@@ -248,7 +248,7 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
     architecture = _architecture(f"{files.where}/{CONFIG_FILE}", raw)
     config = _config(files, raw, trust_remote_code)
     model_class = None
-    if architecture is not None and not as_stored and not isinstance(config, _UnknownConfig):
+    if architecture is not None and not as_stored and not isinstance(config, UnknownConfig):
         model_class = _model_class(files, architecture, config, trust_remote_code)
 
     weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
@@ -340,7 +340,7 @@ def _config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTr
         model_type,
         hint,
     )
-    config_class: type[_UnknownConfig] = type("UnknownConfig", (_UnknownConfig,), {"model_type": str(model_type)})
+    config_class: type[UnknownConfig] = type("UnknownConfig", (UnknownConfig,), {"model_type": str(model_type)})
     return config_class.from_dict(raw)
 
 
