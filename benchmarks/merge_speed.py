@@ -156,7 +156,8 @@ def merge_words(pair: tuple[Path, Path], out: Path) -> list[str]:
 
 
 def run(words: list[str]) -> dict[str, float]:
-    """Runs a command to its end."""
+    """Runs a command to its end, with nothing of earlier ones left to be written to the disk."""
+    os.sync()
     start = time.perf_counter()
     child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     _, status, usage = os.wait4(child.pid, 0)
@@ -190,6 +191,7 @@ def inside(folder: Path, size: str, way: str) -> float:
     from hf_llfc.workers import Workers
 
     pair = make_pair(folder, size)
+    os.sync()
     target = folder / "out-part"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()

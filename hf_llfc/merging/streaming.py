@@ -1,11 +1,10 @@
 """Merging in bounded memory: parts of tensors are read, combined and written by threads, and by processes.
 
-A tensor whose bytes can be read where they lie, in all models, is cut into parts; a thread reads a chunk of each model,
-combines it while it is in the processor's cache, and writes it to its place. One thread computes while another waits
-for the disk. A tensor that has to be moved or made first is read as a whole, and no more of them at a time than the
-budget allows.
+A tensor whose bytes can be read where they lie, in all models, is cut into parts; a thread reads a part of each model,
+combines it chunk by chunk, and writes it to its place. One thread computes while another waits for the disk. A tensor
+that has to be moved or made first is read as a whole, and no more of them at a time than the budget allows.
 
-Shape suffix: `c` the elements of one chunk.
+Shape suffixes: `p` the elements of one part, `c` those of one chunk.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import FileSpan, Sink, tensor_bytes
-from hf_llfc.merging.combination import CHUNK, DTYPES, Scratch
+from hf_llfc.merging.combination import CHUNK, DTYPES, Combination, Scratch
 from hf_llfc.merging.tensors import Merge
 from hf_llfc.workers import ALONE, Workers
 
-PART = 1 << 22
-"""Elements of a tensor that one thread is given at a time."""
+PART = 1 << 20
+"""Elements that are read and written at a time: a system call for less costs the kernel more a byte."""
 
 MEMORY = 1 << 28
 """Bytes of whole tensors that are in memory together, unless a single one needs more."""
@@ -136,7 +135,7 @@ class _Budget:
 
 
 class _Merging(threading.local):
-    """What merges parts; every thread that uses it gets room of its own for a chunk of each model and of the result."""
+    """What merges parts; every thread that uses it gets room of its own for a part of each model and of the result."""
 
     def __init__(self, merge: Merge, sink: Sink, budget: _Budget) -> None:
         self._merge = merge
@@ -161,27 +160,36 @@ class _Merging(threading.local):
             each.dtype in DTYPES and each.nbytes == info.elements * each.dtype.itemsize for each in read
         )
         combination = self._merge.combination(part.name)
-        for start in range(part.start, part.stop, CHUNK) if can_be_summed else ():
-            stop = min(start + CHUNK, part.stop)
+        for start in range(part.start, part.stop, PART) if can_be_summed else ():
+            stop = min(start + PART, part.stop)
             columns = [
                 each[start:stop] if isinstance(each, Tensor) else room.filled(each, start, stop)
                 for each, room in zip(whole, self._rooms, strict=False)
             ]
-            result_c = self._rooms[-1].of(info.dtype, stop - start)
-            if not self._scratch.combine(combination, columns, result_c):
-                can_be_summed = False
+            result_p = self._rooms[-1].of(info.dtype, stop - start)
+            can_be_summed = self._combine(combination, columns, result_p)
+            if not can_be_summed:
                 break
-            self._sink.write(part.name, start * info.dtype.itemsize, tensor_bytes(result_c))
+            self._sink.write(part.name, start * info.dtype.itemsize, tensor_bytes(result_p))
         if not can_be_summed:
             self._merge.tensor(part.name)
             raise AssertionError(f"{part.name}: whole tensors can be summed, chunks of them cannot")
 
+    def _combine(self, combination: Combination, columns: Sequence[Tensor], result_p: Tensor) -> bool:
+        """Combines a part chunk by chunk; whether all of it is finite."""
+        return all(
+            self._scratch.combine(
+                combination, [column[start : start + CHUNK] for column in columns], result_p[start : start + CHUNK]
+            )
+            for start in range(0, len(result_p), CHUNK)
+        )
+
 
 class _Room:
-    """Bytes for one chunk of elements of any type."""
+    """Bytes for one part of elements of any type."""
 
     def __init__(self) -> None:
-        self._bytes = torch.empty(CHUNK * torch.float64.itemsize, dtype=torch.uint8)
+        self._bytes = torch.empty(PART * torch.float64.itemsize, dtype=torch.uint8)
 
     def of(self, dtype: torch.dtype, count: int) -> Tensor:
         """Room for elements of a type."""
