@@ -77,7 +77,7 @@ def main() -> None:
                 }
             )
     replace_section(
-        "two_processes",
+        "processes",
         f"`python benchmarks/two_processes.py --rounds {options.rounds}`: medians of {options.rounds}, in turns, one "
         f"thread a process; to reach: {BAR} times as fast. Matching: a Llama of hidden size 1024 and four layers from "
         f"an uninformed start; diagnosis: three points of one of hidden size 512 and four layers, {SAMPLES} texts of "
