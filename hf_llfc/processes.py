@@ -14,6 +14,7 @@ import _thread
 import base64
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -194,7 +195,7 @@ class _Link:
         self._failure: BaseException | None = None
         self._noticed = threading.Event()
         self._left = threading.Event()
-        self._may_interrupt = threading.current_thread() is threading.main_thread()
+        self._interrupt, self._handler_before = _way_to_interrupt()
         self._group = distributed.new_group(backend="gloo", timeout=EXCHANGE)
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         timeout = timedelta(seconds=self._silence)
@@ -268,6 +269,8 @@ class _Link:
                 time.sleep(0.01)
                 gone = self._store.add("left", 0)
         self._watcher.join(timeout=LEAVING)
+        if self._handler_before is not None and self._interrupt is not None:
+            signal.signal(self._interrupt, self._handler_before)
         return error
 
     def _told(self, error: BaseException) -> BaseException:
@@ -327,11 +330,27 @@ class _Link:
         self._failure = failure
         if self._noticed.wait(1.0):
             return
-        if self._may_interrupt:
-            _thread.interrupt_main()
+        if self._interrupt is not None:
+            _thread.interrupt_main(self._interrupt)
         if not self._left.wait(self._silence):
             print(f"hf-llfc: error: process {self._rank}: {failure}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _way_to_interrupt() -> tuple[signal.Signals | None, Any]:
+    """The signal whose handler raises `KeyboardInterrupt` in the main thread, none elsewhere.
+
+    A shell starts what it runs in the background with the interrupt ignored, and this stays so for a terminal's; within
+    the process another signal then stands in for it.
+
+    Returns:
+        The signal, and the handler to put back in its place, if one was taken.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None, None
+    if callable(signal.getsignal(signal.SIGINT)) or sys.platform == "win32":
+        return signal.SIGINT, None
+    return signal.SIGUSR1, signal.signal(signal.SIGUSR1, signal.default_int_handler)
 
 
 def _sendable(error: Exception) -> Exception:
