@@ -121,23 +121,22 @@ class Lockstep:
         runs = [self._parent(model, batch, units) for model in self.models]
         logits = [run.logits for run in runs]
         between = torch.stack([gram([run.features[place] for run in runs]) for place in range(len(self.layers))])
-        for place, name in enumerate(self.names):
-            self._check_finite(between[:, place, place], units, name)
+        own = between.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
+        self._check_finite(own, units, self.names)
         self.sums.baseline.add(units.numbers, units.only_present(self._baseline(between), self.layers))
 
-        distances, coefficients = [], []
+        blend = blend_norms(between, [point.weights for point in self.region.points])
+        norms, difference = blend.clone(), torch.zeros_like(blend)
         for place, point in enumerate(self.region.points):
-            blend = blend_norms(between, point.weights)
             if point.vertex is not None:
-                norms, difference = blend, torch.zeros_like(blend)
                 self._score(place, logits[point.vertex], batch)
             else:
-                norms, difference = self._merged(place, batch, units, [run.features for run in runs])
-                self._check_finite(norms, units, f"the merged model at {point.name}")
-            distances.append(blend_distance(norms, blend, difference))
-            coefficients.append(projection_coefficient((norms + blend - difference) / 2, blend))
-        self.sums.llfc.add(units.numbers, units.only_present(torch.stack(distances), self.layers))
-        self.sums.coefficient.add(units.numbers, units.only_present(torch.stack(coefficients), self.layers))
+                norms[place], difference[place] = self._merged(place, batch, units, [run.features for run in runs])
+        self._check_finite(norms, units, [f"the merged model at {point.name}" for point in self.region.points])
+        distances = blend_distance(norms, blend, difference)
+        coefficients = projection_coefficient((norms + blend - difference) / 2, blend)
+        self.sums.llfc.add(units.numbers, units.only_present(distances, self.layers))
+        self.sums.coefficient.add(units.numbers, units.only_present(coefficients, self.layers))
 
     def _baseline(self, between: torch.Tensor) -> torch.Tensor:
         """Mean over all pairs of models of 1 − cos between them, (l, u)."""
@@ -212,10 +211,13 @@ class Lockstep:
             receive(len(self.layers) - 1, logits)
         return logits
 
-    def _check_finite(self, squared_norms: torch.Tensor, units: Units, model: str) -> None:
-        """Raises with the first layer that has a feature which is not finite, (l, u)."""
-        for layer, norms in zip(self.layers, squared_norms, strict=True):
-            check_finite(norms, units.samples, layer.label, model)
+    def _check_finite(self, squared_norms: torch.Tensor, units: Units, models: Sequence[str]) -> None:
+        """Raises with the first model and layer that have a feature which is not finite, (models, l, u)."""
+        if squared_norms.isfinite().all():
+            return
+        for model, of_model in zip(models, squared_norms, strict=True):
+            for layer, norms in zip(self.layers, of_model, strict=True):
+                check_finite(norms, units.samples, layer.label, model)
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,18 @@ def residuals(x_nf: torch.Tensor, features: Sequence[torch.Tensor], weights: Seq
     return sums
 
 
-def blend_norms(between: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """‖Σ wₘFₘ‖² from the `gram` of the features, (..., m, m, n) → (..., n)."""
-    w = torch.tensor(weights, dtype=torch.float64, device=between.device)
-    return torch.einsum("...mkn,m,k->...n", between, w, w)
+def blend_norms(between: torch.Tensor, weights: Sequence[Sequence[float]]) -> torch.Tensor:
+    """‖Σ wₘFₘ‖² for p points, from the `gram` of the features of m models.
+
+    Args:
+        between: (..., m, m, n).
+        weights: wₘ of every point, one a model.
+
+    Returns:
+        (p, ..., n).
+    """
+    w_pm = torch.tensor(weights, dtype=torch.float64, device=between.device)
+    return torch.einsum("...mkn,pm,pk->p...n", between, w_pm, w_pm)
 
 
 def products(
@@ -114,7 +122,7 @@ def products(
         return between[0, 0], between[0, 1], between[1, 1]
     between = gram([x_nf, a_nf, b_nf])
     xy = alpha * between[0, 1] + (1 - alpha) * between[0, 2]
-    return between[0, 0], xy, blend_norms(between[1:, 1:], (alpha, 1 - alpha))
+    return between[0, 0], xy, blend_norms(between[1:, 1:], [(alpha, 1 - alpha)])[0]
 
 
 def cosine_distance(xx: torch.Tensor, xy: torch.Tensor, yy: torch.Tensor) -> torch.Tensor:
