@@ -30,7 +30,7 @@ REPORT_FILE = "llfc_report.json"
 def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
     """The recipe with every revision as the commit it stood for."""
     entries = [
-        replace(entry, model=f"{entry.model.partition('@')[0]}@{each.revision}" if each.revision else entry.model)
+        replace(entry, model=each.pinned if each.revision or each.adapter else entry.model)
         for entry, each in zip(recipe.models, parents, strict=True)
     ]
     reference = recipe.align.reference

@@ -96,8 +96,8 @@ def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoi
         CheckpointError: It does.
     """
     for each in checkpoints:
-        folder = each.folder.resolve() if each.folder is not None else None
-        if folder is not None and output.path in (folder, *folder.parents):
+        folders = [folder.resolve() for folder in each.folders]
+        if any(output.path in (folder, *folder.parents) for folder in folders):
             raise CheckpointError(f"{output.path}: the output would replace its own input {each.label}; name another")
 
 

@@ -82,7 +82,7 @@ class ModelEntry:
     """One model of the merge.
 
     Attributes:
-        model: Hub id, `id@revision`, or a local folder.
+        model: Hub id, `id@revision`, or a local folder; `base+adapter` for a base with an adapter of peft folded in.
         parameters: Its parameters; equal shares where no model of the recipe has a weight.
         trust_remote_code: Whether code that comes with this checkpoint may be run.
     """
@@ -194,12 +194,16 @@ class PublishSection:
         repo_id: The repository.
         private: Whether a new repository is private.
         create_pr: Whether a pull request is opened instead of a commit.
+        revision: The branch; the main one where None.
+        tag: Names the commit.
         licence: What the card says; combined from the parents where None.
     """
 
     repo_id: str
     private: bool | None = None
     create_pr: bool = False
+    revision: str | None = None
+    tag: str | None = None
     licence: str | None = None
 
 
@@ -445,11 +449,6 @@ class _Reader:
                     self.problems.append(f"{path}.model: missing")
                 continue
             typed["model"] = self._located(typed["model"])
-            if "+" in typed["model"] and not Path(typed["model"]).exists():
-                self.problems.append(
-                    f"{path}.model: {typed['model']!r} names an adapter; merge the adapter into its model first "
-                    "(`merge_and_unload` of peft) and name the saved folder"
-                )
             entries.append(ModelEntry(**typed, parameters=self._model_parameters(parameters, f"{path}.parameters")))
         return tuple(entries)
 
@@ -588,10 +587,18 @@ class _Reader:
         return None
 
     def _located(self, name: str) -> str:
-        """A relative path beside the recipe file, where there is one; else the name as it is."""
-        if self.folder is not None and not Path(name).is_absolute() and (self.folder / name).exists():
+        """A relative path beside the recipe file where there is one, else the name as it is; of `base+adapter` both."""
+        if self._is_beside(name):
+            assert self.folder is not None
             return str(self.folder / name)
+        base, plus, adapter = name.partition("+")
+        if plus and not Path(name).exists() and (self._is_beside(base) or self._is_beside(adapter)):
+            return f"{self._located(base)}+{self._located(adapter)}"
         return name
+
+    def _is_beside(self, name: str) -> bool:
+        """Whether a name is a path beside the recipe file."""
+        return self.folder is not None and not Path(name).is_absolute() and (self.folder / name).exists()
 
     def _build(self, kind: Any, value: Mapping[str, Any], path: str) -> Any:
         names = [each.name for each in dataclasses.fields(kind)]

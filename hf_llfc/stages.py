@@ -58,9 +58,17 @@ class Parent:
         """Reads one tensor, moved."""
         if self.head_of is not None and self._is_of_head(name):
             return self.head_of.read(name)
+        return self._moved(name, self.checkpoint.read)
+
+    def read_unrounded(self, name: str) -> Tensor:
+        """Reads one tensor, moved, for a sum that is rounded afterwards; see `Checkpoint.read_unrounded`."""
+        assert self.head_of is None, "models under another's head are compared, not merged"
+        return self._moved(name, self.checkpoint.read_unrounded)
+
+    def _moved(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         if self.alignment is None:
-            return self.checkpoint.read(name)
-        return self.alignment.read_aligned(name, self.binding, self.checkpoint.read)
+            return read(name)
+        return self.alignment.read_aligned(name, self.binding, read)
 
     def _is_of_head(self, name: str) -> bool:
         from hf_llfc.checkpoints import body_tensors
@@ -79,7 +87,7 @@ class Parent:
     @property
     def source(self) -> Source:
         """What a merge reads."""
-        return Source(self.checkpoint.label, self.read, self.span)
+        return Source(self.checkpoint.label, self.read_unrounded, self.span)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, moved."""

@@ -415,7 +415,6 @@ class TestProblems:
             (changed(tokenizer_source="union"), "tokenizer_source: `union` is not supported"),
             (changed(tokenizer_source="base"), "tokenizer_source: `base` needs a base_model"),
             (changed(models=[PAIR["models"][0], {"model": "org/b"}]), "models.1: parameters.weight is missing"),
-            (changed(models=[{"model": "org/a+org/lora"}]), "names an adapter; merge the adapter into its model first"),
             (changed(models=PAIR["models"] * 2), "models: the weights sum to 2, not to 1"),
             (changed(diagnose={**DATA, "image_column": "img"}), "diagnose: image_column has no meaning"),
             (changed(diagnose={**DATA, "batch_norm": {"smaples": 2}}), "diagnose.batch_norm.smaples: unknown key"),

@@ -8,9 +8,7 @@ from fnmatch import fnmatchcase
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 
-_PATTERNS = (
-    "generation_config.json",
-    # tokenizers
+_TOKENIZER_PATTERNS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -41,10 +39,14 @@ _PATTERNS = (
     "target.spm",
     "prophetnet.tokenizer",
     "*.tiktoken",
-    # chat templates
     "chat_template.jinja",
     "chat_template.json",
     f"{TEMPLATES_FOLDER}/*.jinja",
+)
+
+_PATTERNS = (
+    "generation_config.json",
+    *_TOKENIZER_PATTERNS,
     # processors
     "preprocessor_config.json",
     "processor_config.json",
@@ -86,6 +88,11 @@ def code_names(names: Iterable[str]) -> list[str]:
 def has_vocabulary(names: Iterable[str]) -> bool:
     """Whether a tokenizer can be made from these companion files."""
     return any(_matches(name, pattern) for name in names for pattern in _VOCABULARY_PATTERNS)
+
+
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a companion file belongs to the tokenizer, as its chat templates do."""
+    return any(_matches(name, pattern) for pattern in _TOKENIZER_PATTERNS)
 
 
 def _matches(name: str, pattern: str) -> bool:

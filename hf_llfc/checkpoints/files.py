@@ -29,13 +29,15 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 
-MERGE_ADAPTER = "load it with its base model and merge_and_unload(), then save"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_PICKLE_FILE = "adapter_model.bin"
 
 # What a folder may hold instead of weights that can be merged, and what to do then.
 _NO_WEIGHTS = {
     ".gguf": "only GGUF files, which are quantised; use the checkpoint that they were made from",
-    "adapter_model.safetensors": f"an adapter, not a model; {MERGE_ADAPTER}",
-    "adapter_model.bin": f"an adapter, not a model; {MERGE_ADAPTER}",
+    ADAPTER_FILE: f"an adapter without its {ADAPTER_CONFIG}, not a model; fetch or save it again",
+    ADAPTER_PICKLE_FILE: f"an adapter without its {ADAPTER_CONFIG}, not a model; fetch or save it again",
     ".h5": "only TensorFlow weights; load and save them with an older transformers to get safetensors",
     ".msgpack": "only Flax weights; load and save them with an older transformers to get safetensors",
     ".pth": "only weights in their author's own format; convert them to a transformers checkpoint first",
@@ -446,6 +448,41 @@ def open_weights(files: Files, explicit: Any = None, *, allow_pickle: bool = Fal
         f"{files.where}: no weights found, expected {SINGLE_FILE}, {INDEX_FILE} or {PICKLE_FILE};"
         f" the folder holds {', '.join(found) or 'nothing'}"
     )
+
+
+def is_adapter(files: Files) -> bool:
+    """Whether the files are those of an adapter of peft, without a model of their own."""
+    names = files.sizes()
+    return ADAPTER_CONFIG in names and not any(
+        name in names for name in (SINGLE_FILE, INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE)
+    )
+
+
+def open_adapter_weights(files: Files, *, allow_pickle: bool = False) -> Weights:
+    """Finds the weights of an adapter and checks their header.
+
+    Args:
+        files: The files of the adapter.
+        allow_pickle: Whether pickled weights may be opened; of them only tensors are read.
+
+    Raises:
+        CheckpointError: If there are none, or they are cut off, corrupt or not safe to read.
+    """
+    names = files.sizes()
+    if ADAPTER_FILE in names:
+        return _open_safetensors(files, [ADAPTER_FILE], None)
+    if ADAPTER_PICKLE_FILE not in names:
+        raise CheckpointError(
+            f"{files.where}: no weights of an adapter found, expected {ADAPTER_FILE}; it holds"
+            f" {', '.join(list(names)[:10]) or 'nothing'}"
+        )
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{files.where}: the adapter is pickled ({ADAPTER_PICKLE_FILE}), a format that can carry code; save it"
+            " again with save_pretrained to get safetensors, or where you trust its author ask for it with"
+            " --allow-pickle (`allow_pickle: true` in a recipe, allow_pickle=True in Python)"
+        )
+    return _open_pickles(files, [ADAPTER_PICKLE_FILE])
 
 
 def _open_safetensors(files: Files, shards: Sequence[str], index: str | None) -> SafetensorsWeights:

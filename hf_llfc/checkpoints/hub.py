@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-from hf_llfc.checkpoints.files import CONFIG_FILE, first_line, local_sizes
+from hf_llfc.checkpoints.files import ADAPTER_CONFIG, CONFIG_FILE, first_line, local_sizes
 from hf_llfc.checkpoints.header import LENGTH_BYTES, Header, header_length, parse_header, read_header
 from hf_llfc.errors import CheckpointError
 
@@ -107,7 +107,7 @@ class HubFiles:
 
 
 def open_hub(model: str, token: str | bool | None = None) -> HubFiles:
-    """Finds a repository on the Hub and fetches its config.
+    """Finds a repository on the Hub and fetches the config of its model or adapter.
 
     Args:
         model: `id` or `id@revision`.
@@ -119,12 +119,14 @@ def open_hub(model: str, token: str | bool | None = None) -> HubFiles:
     repo_id, _, revision = model.partition("@")
     with _explained(repo_id, model):
         commit = resolve_revision(repo_id, revision=revision or None, token=token)
-        folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=[CONFIG_FILE], token=token))
+        configs = [CONFIG_FILE, ADAPTER_CONFIG]
+        folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=configs, token=token))
     files = HubFiles(repo_id, model, folder, commit.resolved, token)
-    if not (folder / CONFIG_FILE).is_file():
+    if not any((folder / name).is_file() for name in configs):
         held = ", ".join(list(files.sizes())[:10]) or "nothing"
         raise CheckpointError(
-            f"{model}: the repository has no {CONFIG_FILE}, so it is no transformers checkpoint; it holds {held}"
+            f"{model}: the repository has no {CONFIG_FILE}, so it is no transformers checkpoint, and no"
+            f" {ADAPTER_CONFIG}; it holds {held}"
         )
     return files
 

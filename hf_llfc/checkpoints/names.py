@@ -140,8 +140,13 @@ class _Load:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Tensors in memory that together make tensors on disk, as `save_pretrained` would write them."""
+class Group:
+    """Tensors in memory that together make tensors on disk, as `save_pretrained` would write them.
+
+    Attributes:
+        memory: Names in memory.
+        disk: Names on disk.
+    """
 
     memory: tuple[str, ...]
     disk: tuple[str, ...]
@@ -183,7 +188,7 @@ class Layout:
         self._saving = _saving_transforms(self._model)
         self._all_memory = self._model.state_dict()
         self._memory = _saved_state(self._model)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._to_disk(self._memory).items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.to_disk(self._memory).items()}
 
     @property
     def parameters(self) -> int:
@@ -194,6 +199,24 @@ class Layout:
     def names_in_memory(self) -> tuple[str, ...]:
         """The names of the state dict, tied weights under every name."""
         return tuple(self._all_memory)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All tensors, in groups that are written together."""
+        return tuple(self._groups_to_make({}))
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Name in memory of a weight that is tied to another → the name of that other."""
+        return tied_weights(self._model)
+
+    def empty_model(self) -> PreTrainedModel:
+        """A new model, without memory for its weights."""
+        return deepcopy(self._model)
+
+    def to_disk(self, memory: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors in memory, whole groups of them, as they are written."""
+        return _to_disk(self._model, memory, self._saving)
 
     def plan(self, infos: Mapping[str, TensorInfo], heading: str) -> Plan:
         """Finds out how the tensors of a file make the tensors on disk.
@@ -211,7 +234,7 @@ class Layout:
 
         tensors = {name: infos[name] for name in self.shapes if name in infos}
         used = set(tensors) | {copy for copies in ties.values() for copy in copies}
-        maker_of: dict[str, _Group] = {}
+        maker_of: dict[str, Group] = {}
         missing: dict[str, tuple[str, ...]] = {}  # in memory → on disk
         problems: list[str] = []
         for group in groups:
@@ -229,7 +252,7 @@ class Layout:
                 problems.append(f"tensor {which} has shape {found}, but the config makes it {expected}")
             used.update(name for names in sources.values() for name in names)
             if not wrong:
-                made_on_disk = self._to_disk(made)
+                made_on_disk = self.to_disk(made)
                 tensors |= {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in made_on_disk.items()}
                 maker_of |= dict.fromkeys(made_on_disk, group)
 
@@ -245,7 +268,7 @@ class Layout:
         raise_all(problems, CheckpointError, heading)
 
         def make(name: str, read: Read) -> dict[str, torch.Tensor]:
-            return self._to_disk(self._make_memory(maker_of[name], loads, read))
+            return self.to_disk(self._make_memory(maker_of[name], loads, read))
 
         return Plan(
             {name: tensors[name] for name in self.shapes if name in tensors},
@@ -335,7 +358,7 @@ class Layout:
                 ties[first] = copies
         return ties
 
-    def _groups_to_make(self, infos: Mapping[str, TensorInfo]) -> list[_Group]:
+    def _groups_to_make(self, infos: Mapping[str, TensorInfo]) -> list[Group]:
         """The groups of which a tensor on disk is not in the file under its name."""
         if all(name in infos for name in self.shapes):
             return []
@@ -348,12 +371,12 @@ class Layout:
             members.setdefault(target, []).append(name)
         groups = []
         for memory in members.values():
-            disk = self._to_disk({name: self._memory[name] for name in memory})
+            disk = self.to_disk({name: self._memory[name] for name in memory})
             if not all(name in infos for name in disk):
-                groups.append(_Group(tuple(memory), tuple(disk)))
+                groups.append(Group(tuple(memory), tuple(disk)))
         return groups
 
-    def _make_memory(self, group: _Group, loads: Mapping[str, _Load], read: Read) -> dict[str, torch.Tensor]:
+    def _make_memory(self, group: Group, loads: Mapping[str, _Load], read: Read) -> dict[str, torch.Tensor]:
         """Makes the tensors in memory of a group."""
         made: dict[str, torch.Tensor] = {}
         for name in group.memory:
@@ -372,9 +395,6 @@ class Layout:
             converter.add_tensor(load.target, name, pattern, read(name))
         made = converter.convert(load.target, model=self._model, config=self._model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
-
-    def _to_disk(self, memory: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return _to_disk(self._model, memory, self._saving)
 
     def _without_exceptions(self, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[set[str], set[str]]:
         """Names in memory that are missing or unexpected and that the model class does not make an exception for."""

@@ -24,15 +24,16 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from hf_llfc.checkpoints.companions import code_names, companion_names
 from hf_llfc.checkpoints.configs import find_config_class, known_model_types, natural_order
 from hf_llfc.checkpoints.files import (
+    ADAPTER_CONFIG,
     CONFIG_FILE,
     GENERATION_FILE,
-    MERGE_ADAPTER,
     Files,
     FileSpan,
     LocalFiles,
     Stamp,
     TensorWeights,
     Weights,
+    is_adapter,
     open_weights,
     read_json,
     refuse_quantised,
@@ -49,6 +50,26 @@ if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is load
 logger = logging.getLogger(__name__)
 
 _NAMES_IN_A_MESSAGE = 5
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[^\s+]+)?")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter of peft that is folded into a checkpoint.
+
+    Attributes:
+        id: Its repository on the Hub, or the folder as the user named it.
+        revision: The commit on the Hub, or None.
+        folder: Where its files lie on this machine.
+        kind: Of peft: `LORA`, `IA3`, …
+        base: What it is folded into.
+    """
+
+    id: str
+    revision: str | None
+    folder: Path
+    kind: str
+    base: Checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +77,11 @@ class Checkpoint:
     """A model's config and weights, wherever they lie, with the weights read one tensor at a time.
 
     Attributes:
-        id: The repository on the Hub, the folder as the user named it, or for a model in memory where it came from.
+        id: The repository on the Hub, the folder as the user named it, or for a model in memory where it came from; of
+            a base with an adapter both, as `base+adapter`.
         label: What messages call it: the id, with the revision if the user named one.
-        revision: The commit on the Hub, or None.
-        folder: Where its files lie on this machine, or None for a model in memory.
+        revision: The commit on the Hub, or None; of a base with an adapter both commits, as `commit+commit`, or None.
+        folder: Where its files lie on this machine, its tokenizer among them, or None for a model in memory.
         config: The config of the model.
         architecture: The name of the model class, or None if the config does not say.
         model_class: The model class, or None if it is not known here; then tensors have the names in the files.
@@ -67,6 +89,7 @@ class Checkpoint:
         companion_files: Tokenizer, processor, generation config, chat templates and custom code.
         generation_config: How the model generates, also where an old config or a model in memory says so.
         unused: Names of tensors in the files that the model class has no use for.
+        adapter: What is folded into its tensors; None of an ordinary checkpoint.
     """
 
     id: str
@@ -81,6 +104,7 @@ class Checkpoint:
     generation_config: GenerationConfig | None
     unused: tuple[str, ...]
     _weights: Weights = field(repr=False)
+    adapter: Adapter | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
@@ -98,6 +122,15 @@ class Checkpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{self.label}: there is no tensor {name}{suggest(name, self.tensors)}")
         return self._weights.read(name)
+
+    def read_unrounded(self, name: str) -> torch.Tensor:
+        """Reads one tensor as `read` does, but a tensor into which an adapter is folded before it is rounded."""
+        if self.adapter is None:
+            return self.read(name)
+        from hf_llfc.checkpoints.adapted import AdaptedWeights
+
+        assert isinstance(self._weights, AdaptedWeights)
+        return self._weights.read_unrounded(name)
 
     def span(self, name: str) -> FileSpan | None:
         """Where the bytes of one tensor lie in a file, to be read in parts.
@@ -123,6 +156,20 @@ class Checkpoint:
         """The size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def pinned(self) -> str:
+        """How to name this checkpoint, for what was read to be found again: with its commits where it has any."""
+        if self.adapter is not None:
+            own = self.adapter
+            return f"{own.base.pinned}+{own.id}@{own.revision}" if own.revision else f"{own.base.pinned}+{own.id}"
+        return f"{self.id}@{self.revision}" if self.revision else self.id
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders that it is read from."""
+        beside = (self.adapter.folder, *self.adapter.base.folders) if self.adapter is not None else ()
+        return (*([self.folder] if self.folder is not None else []), *beside)
+
     def identity(self) -> dict[str, Any]:
         """What tells this checkpoint from another without reading all its weights, as JSON values.
 
@@ -132,6 +179,7 @@ class Checkpoint:
         """
         found: dict[str, Any] = {"id": self.id, "revision": self.revision}
         found["config"] = hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+        found |= {"model": self.pinned} if self.adapter is not None else {}
         files = self._weights.identity()
         if not files:
             return {**found, "sha256": self.fingerprint()}
@@ -186,7 +234,8 @@ def open_checkpoint(
     """Opens a checkpoint and checks it as far as that is possible without reading tensors.
 
     Args:
-        model: A Hub id, `id@revision`, a local folder, or a loaded model.
+        model: A Hub id, `id@revision`, a local folder, or a loaded model; `base+adapter` for a base with an adapter of
+            peft folded in, each an id or a folder; or the adapter alone, whose config names its base.
         trust_remote_code: Whether code that comes with the checkpoint may be run.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened; only tensors are read of them.
         as_stored: Whether to leave the model class alone, which takes seconds to load: tensors have the names in the
@@ -198,7 +247,11 @@ def open_checkpoint(
             tensors are not those of its model class.
     """
     if isinstance(model, str | Path):
-        return _open_files(_find(model, token), trust_remote_code, allow_pickle, as_stored)
+        base, adapter = split_adapter(str(model))
+        files = _find(model if adapter is None else adapter, token)
+        if adapter is None and not is_adapter(files):
+            return _open_files(files, trust_remote_code, allow_pickle, as_stored)
+        return _open_adapted(base if adapter is not None else None, files, trust_remote_code, allow_pickle, token)
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
@@ -209,10 +262,61 @@ def open_checkpoint(
     )
 
 
+def split_adapter(model: str) -> tuple[str, str | None]:
+    """The two parts of `base+adapter`; a folder whose name holds a plus stays whole.
+
+    Args:
+        model: As a user names it.
+
+    Returns:
+        The base and the adapter; the whole and None where it is not two names.
+    """
+    if "+" not in model or Path(model).expanduser().exists():
+        return model, None
+
+    def may_be_a_model(name: str) -> bool:
+        return Path(name).expanduser().exists() or _HUB_NAME.fullmatch(name) is not None
+
+    pluses = [place for place, letter in enumerate(model) if letter == "+"]
+    pairs = [(model[:place], model[place + 1 :]) for place in pluses]
+    fitting = [pair for pair in pairs if all(may_be_a_model(name) for name in pair)]
+    if not fitting and len(pairs) == 1:
+        return pairs[0]  # one of the two is not there, which is said of it
+    return fitting[0] if fitting else (model, None)
+
+
+def _open_adapted(
+    base: str | None, files: Files, trust_remote_code: bool, allow_pickle: bool, token: str | bool | None
+) -> Checkpoint:
+    from hf_llfc.checkpoints.adapted import fold
+    from hf_llfc.checkpoints.folding import base_of, read_config
+
+    if not is_adapter(files) and ADAPTER_CONFIG not in files.sizes():
+        raise CheckpointError(
+            f"{files.where}: there is no {ADAPTER_CONFIG}, so it is no adapter of peft; what stands behind the plus of"
+            " `base+adapter` must be one"
+        )
+    files.fetch([ADAPTER_CONFIG])
+    config = read_config(files)
+    named = base if base is not None else base_of(config)
+    if named is None:
+        raise CheckpointError(f"{files.where}: {ADAPTER_CONFIG} names no base; write BASE+{files.where}")
+    opening = "" if base is not None else f"; {files.where} names it as its base, another is named by BASE+ADAPTER"
+    try:
+        opened = open_checkpoint(named, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, token=token)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{opening}") from error
+    if opened.adapter is not None:
+        raise CheckpointError(
+            f"{named}: an adapter can be folded into a model, not into another adapter; save it first"
+        )
+    return fold(opened, files, config, allow_pickle=allow_pickle)
+
+
 def _find(model: str | Path, token: str | bool | None) -> Files:
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / CONFIG_FILE).is_file():
+        if not any((path / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)):
             _refuse_without_config(str(model), path)
         return LocalFiles(str(model), path)
     if path.is_file():
@@ -231,8 +335,6 @@ def _refuse_without_config(where: str, folder: Path) -> None:
         raise CheckpointError(
             f"{where}: found only GGUF files, which are quantised; use the checkpoint that they were made from"
         )
-    if "adapter_config.json" in found:
-        raise CheckpointError(f"{where}: this is an adapter, not a model; {MERGE_ADAPTER}")
     checkpoints = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
     hint = f"; did you mean {folder / checkpoints[-1]}?" if checkpoints else ""
     raise CheckpointError(

@@ -472,7 +472,7 @@ def test_a_folder_without_weights_is_refused(save):
     ("name", "expected"),
     [
         ("model-q4.gguf", "GGUF files, which are quantised"),
-        ("adapter_model.safetensors", "an adapter, not a model; load it with its base model"),
+        ("adapter_model.safetensors", "an adapter without its adapter_config.json, not a model"),
         ("tf_model.h5", "TensorFlow"),
         ("flax_model.msgpack", "Flax"),
         ("consolidated.00.pth", "author's own format"),
@@ -485,12 +485,10 @@ def test_weights_of_another_kind_are_refused_with_what_to_do(save, name, expecte
     refused(folder, expected)
 
 
-def test_gguf_and_adapters_without_config_are_recognised(tmp_path):
+def test_gguf_without_config_is_recognised(tmp_path):
     (tmp_path / "model.gguf").touch()
     refused(tmp_path, "GGUF", "quantised")
     refused(tmp_path / "model.gguf", "GGUF is quantised")
-    (tmp_path / "model.gguf").rename(tmp_path / "adapter_config.json")
-    refused(tmp_path, "an adapter, not a model")
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
