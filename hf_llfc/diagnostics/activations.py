@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.blocks import behind_a_router, find_blocks
+from hf_llfc.diagnostics.hooks import hooked
 from hf_llfc.diagnostics.trial import Call, Layer, Trial, first_tensor, label, of_another_length, token_axes, two_copies
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
 
@@ -276,28 +277,8 @@ def watching(
 ) -> Iterator[Watch]:
     """Watches the activation functions of a model that runs once inside; see `Watch`."""
     watch = Watch(receive, copied)
-    handles = []
-
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            watch.enter(name, module, args, kwargs)
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            watch.leave(name, module, output)
-
-        return before, after
-
-    try:
-        for name, module in model.named_modules():
-            if name:
-                before, after = hooks(name)
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after))
-        with watch:
-            yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, before=watch.enter, after=watch.leave), watch:
+        yield watch
 
 
 def find_activations(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tuple[Activation, ...]:
@@ -390,7 +371,6 @@ def _trial(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[_S
     found: dict[tuple[str, str, int], _Seen] = {}
     sources: dict[int, tuple[torch.Tensor, tuple[str, int, str]]] = {}
     calls: Counter[str] = Counter()
-    handles = []
 
     def receive(event: Event) -> None:
         if event.factor is None:
@@ -402,23 +382,15 @@ def _trial(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[_S
             seen.event = event
             seen.versions.append(event.factor._version)
 
-    def hook(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            number, calls[name] = calls[name], calls[name] + 1
-            tensor = first_tensor(output)
-            if tensor is not None:
-                # The tensor is kept, so that no other takes its place in memory and with it its id.
-                sources[id(tensor)] = tensor, (name, number, "output")
+    def after(name: str, module: nn.Module, output: Any) -> None:
+        number, calls[name] = calls[name], calls[name] + 1
+        tensor = first_tensor(output)
+        if tensor is not None:
+            # The tensor is kept, so that no other takes its place in memory and with it its id.
+            sources[id(tensor)] = tensor, (name, number, "output")
 
-        return after
-
-    try:
-        handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-        with evaluation_mode(model), watching(model, receive):
-            forward_logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, after=after), evaluation_mode(model), watching(model, receive):
+        forward_logits(model, batch)
     return list(found.values())
 
 

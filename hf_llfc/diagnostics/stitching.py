@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_llfc.diagnostics.hooks import hooked
 from hf_llfc.diagnostics.layers import sample_vectors, select_layers
 from hf_llfc.diagnostics.rows import StitchingPoint
 from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_finite
@@ -150,27 +151,15 @@ def recorded(
     """
     boundaries: dict[int, Boundary] = {}
     recorder = _Recorder(layers, overwritten, boundaries.__setitem__)
-    handles = []
 
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            recorder.enter(name, [args, kwargs])
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        recorder.enter(name, [args, kwargs])
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            recorder.leave(name, output)
+    def after(name: str, module: nn.Module, output: Any) -> None:
+        recorder.leave(name, output)
 
-        return before, after
-
-    try:
-        for name, module in model.named_modules():
-            if name:
-                before, after = hooks(name)
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after))
+    with hooked(model, before=before, after=after):
         forward_logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return boundaries
 
 
@@ -313,23 +302,14 @@ def changed_in_place(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) 
     """The calls whose output the model changes in place afterwards, found in a trial run."""
     given: list[tuple[str, int, torch.Tensor, int]] = []
     seen: Counter[str] = Counter()
-    handles = []
 
-    def hook(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            call = seen[name]
-            seen[name] += 1
-            given.extend((name, call, tensor, tensor._version) for tensor in _tensors(output))
+    def after(name: str, module: nn.Module, output: Any) -> None:
+        call = seen[name]
+        seen[name] += 1
+        given.extend((name, call, tensor, tensor._version) for tensor in _tensors(output))
 
-        return after
-
-    try:
-        handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
-        with evaluation_mode(model):
-            forward_logits(model, two_copies(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, after=after), evaluation_mode(model):
+        forward_logits(model, two_copies(batch))
     return frozenset((name, call) for name, call, tensor, version in given if tensor._version != version)
 
 

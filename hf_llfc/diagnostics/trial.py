@@ -6,8 +6,8 @@ two copies of a sample, and for copies of another length.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_llfc.diagnostics.hooks import hooked
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
 
@@ -215,35 +216,21 @@ def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tuple[lis
     """Runs the model once and notes what floating-point tensors every module takes and gives."""
     calls: list[Call] = []
     seen: Counter[str] = Counter()
-    handles = []
+    pending: defaultdict[str, list[int]] = defaultdict(list)
 
-    def hook(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        pending: list[int] = []
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        pending[name].append(seen[name])
+        seen[name] += 1
+        tensor = first_tensor([args, kwargs])
+        if tensor is not None and tensor.is_floating_point():
+            calls.append(Call(name, pending[name][-1], "input", tensor, tensor._version))
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            pending.append(seen[name])
-            seen[name] += 1
-            tensor = first_tensor([args, kwargs])
-            if tensor is not None and tensor.is_floating_point():
-                calls.append(Call(name, pending[-1], "input", tensor, tensor._version))
+    def after(name: str, module: nn.Module, output: Any) -> None:
+        number = pending[name].pop()
+        tensor = first_tensor(output)
+        if tensor is not None and tensor.is_floating_point():
+            calls.append(Call(name, number, "output", tensor, tensor._version))
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            number = pending.pop()
-            tensor = first_tensor(output)
-            if tensor is not None and tensor.is_floating_point():
-                calls.append(Call(name, number, "output", tensor, tensor._version))
-
-        return before, after
-
-    try:
-        for name, module in model.named_modules():
-            if name:
-                before, after = hook(name)
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after))
-        with evaluation_mode(model):
-            logits = forward_logits(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model, before=before, after=after), evaluation_mode(model):
+        logits = forward_logits(model, batch)
     return calls, logits
