@@ -73,43 +73,41 @@ def merge_streamed(
             dtype, or cannot be read.
     """
     parts = [part for name in (merge.infos if names is None else names) for part in _parts(merge, name)]
-    _work(parts, _Merging(merge, sink, _Budget(memory)), workers, on_bytes)
+    total = sum(part.cost for part in parts) // workers.ranks
+    done = 0
+    lock = threading.Lock()
+    make = _Merging(merge, sink, _Budget(memory))
+
+    def work(part: Part) -> None:
+        nonlocal done
+        make(part)
+        if on_bytes is not None:
+            with lock:
+                done = min(total, done + part.cost)
+                on_bytes(done, total)
+
+    workers.map(work, parts, costs=[float(part.cost) for part in parts])
 
 
 def _parts(merge: Merge, name: str) -> Iterator[Part]:
     info = merge.infos[name]
     everyone = merge.everyone
     spans = [source.span(name) for source in everyone]
-    # What is read as a whole is moved or made, which takes the tensor twice.
-    whole = sum(2 * info.nbytes for span in spans if span is None)
     per_element = (1 + len(everyone)) * info.dtype.itemsize
-    if whole or not merge.is_sum(name) or merge.is_copy(name):
-        yield Part(name, 0, info.elements, per_element * info.elements, whole)
+    if all(span is not None for span in spans) and (merge.is_sum(name) or _is_taken_over(merge, name)):
+        for start in range(0, info.elements, PART):
+            stop = min(start + PART, info.elements)
+            yield Part(name, start, stop, per_element * (stop - start), 0)
         return
-    for start in range(0, info.elements, PART):
-        stop = min(start + PART, info.elements)
-        yield Part(name, start, stop, per_element * (stop - start), 0)
+    # What is read as a whole is moved or made, which takes the tensor twice.
+    whole = sum(2 * info.nbytes for span in spans if span is None or not merge.is_sum(name))
+    yield Part(name, 0, info.elements, per_element * info.elements, whole)
 
 
-def _work(
-    parts: Sequence[Part],
-    work: Callable[[Part], None],
-    workers: Workers,
-    on_bytes: Callable[[int, int], None] | None,
-) -> None:
-    total = sum(part.cost for part in parts) // workers.ranks
-    done = 0
-    lock = threading.Lock()
-
-    def counted(part: Part) -> None:
-        nonlocal done
-        work(part)
-        if on_bytes is not None:
-            with lock:
-                done = min(total, done + part.cost)
-                on_bytes(done, total)
-
-    workers.map(counted, parts, costs=[float(part.cost) for part in parts])
+def _is_taken_over(merge: Merge, name: str) -> bool:
+    """Whether a tensor's bytes are those that lie in the file of the only model."""
+    info, span = merge.infos[name], merge.sources[0].span(name)
+    return merge.is_copy(name) and span is not None and (span.dtype, span.nbytes) == (info.dtype, info.nbytes)
 
 
 class _Budget:
@@ -146,10 +144,19 @@ class _Merging(threading.local):
 
     def __call__(self, part: Part) -> None:
         with self._budget.taken(part.whole):
-            if self._merge.is_sum(part.name) and not self._merge.is_copy(part.name):
+            if self._merge.is_sum(part.name):
                 self._sum(part)
+            elif _is_taken_over(self._merge, part.name):
+                self._copy(part)
             else:
                 self._sink.write(part.name, 0, tensor_bytes(self._merge.tensor(part.name)))
+
+    def _copy(self, part: Part) -> None:
+        span = self._merge.sources[0].span(part.name)
+        assert span is not None, "what is taken over lies in a file"
+        for start in range(part.start, part.stop, PART):
+            data = self._rooms[0].filled(span, start, min(start + PART, part.stop))
+            self._sink.write(part.name, start * data.itemsize, tensor_bytes(data))
 
     def _sum(self, part: Part) -> None:
         everyone = self._merge.everyone

@@ -120,7 +120,9 @@ class Merge:
             yield name, self.tensor(name)
 
     def is_sum(self, name: str) -> bool:
-        """Whether a tensor is a sum of its elements and nothing else, so that parts of it can be made alone."""
+        """Whether a tensor is a sum of several, element by element and nothing else."""
+        if self.is_copy(name):
+            return False
         return not (name.endswith(COUNTER) or name.endswith(VARIANCE) or _is_kept(name, self.infos[name].dtype))
 
     def is_copy(self, name: str) -> bool:

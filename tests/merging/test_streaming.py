@@ -98,6 +98,17 @@ def test_one_model_is_copied_bit_for_bit(generator, tmp_path):
         assert found[name].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
 
 
+def test_a_copy_from_a_file_is_never_in_memory_as_a_whole(generator, tmp_path):
+    state = network(generator)
+    source = from_file(state, tmp_path / "a")
+
+    def refuse(name):
+        raise AssertionError(f"{name} was read as a whole")
+
+    merge = Merge.copy(Source("file", refuse, source.span), infos_of(state))
+    assert_same(written(merge, tmp_path / "out"), state)
+
+
 def test_processes_write_every_byte_once(generator, tmp_path):
     states = [network(generator), network(generator)]
     sources = [from_file(state, tmp_path / letter) for state, letter in zip(states, "ab", strict=True)]
