@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 HUB_TIMEOUT = 10.0
+PARTS = "parts"
+"""Under which the metadata of two cards lie, of a base and of the adapter that is folded into it."""
 LARGEST_CARD = 5_000_000
 """In bytes; a larger one is not read."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -42,11 +44,12 @@ class ParentInfo:
     """One parent, as the card names it.
 
     Args:
-        id: Hub id, or the path of a local folder as the user gave it.
+        id: Hub id, or the path of a local folder as the user gave it; `base@commit+adapter@commit` for a base with an
+            adapter folded in.
         revision: The commit, for a parent on the Hub.
         weight: Its share in the merge.
         is_base: Whether it is the base of task arithmetic and not itself a parent.
-        card: The metadata of its own card.
+        card: The metadata of its own card, as `read_parent_card` gives it.
     """
 
     id: str
@@ -56,18 +59,34 @@ class ParentInfo:
     card: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def parts(self) -> tuple[ParentInfo, ...]:
+        """Itself; or a base and the adapter that is folded into it."""
+        names = parts_of(self.id)
+        if len(names) == 1:
+            return (self,)
+        cards = self.card.get(PARTS) or [{}] * len(names)
+        return tuple(ParentInfo(*split_revision(name), card=card) for name, card in zip(names, cards, strict=True))
+
+    @property
     def is_on_hub(self) -> bool:
         """Whether others can find it by its id."""
+        if len(self.parts) > 1:
+            return all(part.is_on_hub for part in self.parts)
         return self.revision is not None or is_hub_id(self.id)
 
     @property
     def name(self) -> str:
         """The Hub id, or the last part of a path: a card tells nobody how a disk is laid out."""
+        if len(self.parts) > 1:
+            return " + ".join(part.name for part in self.parts)
         return self.id if self.is_on_hub else PurePath(self.id).name or self.id
 
     @property
     def license(self) -> str | None:
-        """The licence's identifier; its own name where the Hub knows it only as `other`."""
+        """The licence's identifier; its own name where the Hub knows it only as `other`. Of two parts both."""
+        if len(self.parts) > 1:
+            stated = dict.fromkeys(part.license for part in self.parts)
+            return None if None in stated else " and ".join(str(license) for license in stated)
         value = self.card.get("license")
         if isinstance(value, list):
             value = value[0] if len(value) == 1 else None
@@ -96,6 +115,16 @@ def split_revision(model: str) -> tuple[str, str | None]:
     return (model_id, revision) if at and revision and HUB_ID.fullmatch(model_id) else (model, None)
 
 
+def parts_of(model: str) -> list[str]:
+    """A model as a recipe names it: one name, or of `base+adapter` the two."""
+    if "+" not in model or Path(model).exists():
+        return [model]
+    from hf_llfc.checkpoints.reader import split_adapter
+
+    base, adapter = split_adapter(model)
+    return [base] if adapter is None else [base, adapter]
+
+
 def is_hub_id(model: str) -> bool:
     """Whether a model is named by its id on the Hub and not by a folder that exists here."""
     return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
@@ -107,11 +136,15 @@ def read_parent_card(
     """The metadata of a parent's own card; empty if it has none, or if the Hub cannot be asked.
 
     Args:
-        model: Hub id or local folder.
+        model: Hub id or local folder; of `base+adapter` the cards of both are under the key `PARTS`.
         revision: For a model on the Hub.
         token: For a private or gated one.
         endpoint: Of the Hub, where it is not the usual one.
     """
+    names = parts_of(model)
+    if len(names) > 1:
+        parts = [split_revision(name) for name in names]
+        return {PARTS: [read_parent_card(*part, token=token, endpoint=endpoint) for part in parts]}
     from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
     path = Path(model) / CARD_FILE
@@ -145,6 +178,7 @@ def combined_license(parents: Sequence[ParentInfo], chosen: str | None = None) -
     Returns:
         The metadata, and what a reader must be told where the parents disagree or say nothing.
     """
+    parents = [part for parent in parents for part in parent.parts]
     stated = {parent.name: parent.license for parent in parents}
     known = list(dict.fromkeys(license for license in stated.values() if license is not None))
     silent = [name for name, license in stated.items() if license is None]
@@ -181,8 +215,8 @@ def union(parents: Sequence[ParentInfo], key: str) -> list[str]:
     """What any parent's card lists under `language` or `datasets`, without what the Hub would refuse."""
     pattern = {"language": _LANGUAGE, "datasets": _DATASET}[key]
     found: list[str] = []
-    for parent in parents:
-        values = parent.card.get(key)
+    for part in (part for parent in parents for part in parent.parts):
+        values = part.card.get(key)
         for value in values if isinstance(values, list) else [values]:
             if isinstance(value, str) and pattern.fullmatch(value):
                 found.append(value)
