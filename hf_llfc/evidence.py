@@ -27,15 +27,25 @@ LLFC_FOLDER = "llfc"
 REPORT_FILE = "llfc_report.json"
 
 
-def resolved(recipe: Recipe, parents: Sequence[Checkpoint]) -> Recipe:
+def resolved(recipe: Recipe, opened: Models) -> Recipe:
     """The recipe with every revision as the commit it stood for."""
     entries = [
-        replace(entry, model=each.pinned if each.revision or each.adapter else entry.model)
-        for entry, each in zip(recipe.models, parents, strict=True)
+        replace(entry, model=_pinned(entry.model, each))
+        for entry, each in zip(recipe.models, opened.parents, strict=True)
     ]
     reference = recipe.align.reference
     align = recipe.align if isinstance(reference, int) else replace(recipe.align, reference=recipe.reference_index)
-    return replace(recipe, models=tuple(entries), align=align)
+    base, source = recipe.base_model, recipe.tokenizer_source
+    if base is not None and opened.base is not None:
+        base = _pinned(base, opened.base)
+    if isinstance(source, str) and source != "base":
+        source = _pinned(source, opened.tokenizer_source)
+    return replace(recipe, models=tuple(entries), align=align, base_model=base, tokenizer_source=source)
+
+
+def _pinned(name: str, checkpoint: Checkpoint) -> str:
+    """A model at its commits; as the user named it where it has none, as loaded models have."""
+    return checkpoint.pinned if checkpoint.revision or checkpoint.adapter else name
 
 
 def write_evidence(
@@ -52,7 +62,7 @@ def write_evidence(
     refuse_changed(opened.all)
     ours = journal.folder / LLFC_FOLDER
     ours.mkdir(exist_ok=True)
-    as_run = resolved(recipe, opened.parents)
+    as_run = resolved(recipe, opened)
     (ours / "recipe.yaml").write_text(dump_recipe(as_run), encoding="utf-8")
     write_card(
         journal.folder,

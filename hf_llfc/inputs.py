@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from hf_llfc.checkpoints import (
     OutputFolder,
     open_checkpoint,
 )
-from hf_llfc.errors import CheckpointError, RecipeError
+from hf_llfc.errors import CheckpointError, RecipeError, raise_all
 from hf_llfc.recipe import Recipe
 from hf_llfc.specs import open_weights
 from hf_llfc.stages import open_data, refuse_incompatible
@@ -74,14 +74,34 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
     base = opening(recipe.base_model) if recipe.base_model is not None else None
     opened = Models(parents, base, parents[0])
     refuse_incompatible(opened.all)
+    return replace(opened, tokenizer_source=tokenizer_source(recipe, opened, opening))
+
+
+def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Checkpoint]) -> Checkpoint:
+    """The checkpoint whose tokenizer and processor files are carried over.
+
+    Args:
+        recipe: Says which.
+        opened: The models; one that is among them is not opened again.
+        opening: Opens a checkpoint.
+
+    Raises:
+        CheckpointError: It cannot be opened, or its vocabulary is not that of the merged weights.
+    """
     source = recipe.tokenizer_source
-    if source is None:
-        return opened
+    if source is None or isinstance(source, int):
+        return opened.parents[source or 0]
     if source == "base":
-        assert base is not None
-        return replace(opened, tokenizer_source=base)
-    named = [each for each, entry in zip(parents, recipe.models, strict=True) if entry.model == source]
-    return replace(opened, tokenizer_source=named[0] if named else opening(source))
+        assert opened.base is not None
+        return opened.base
+    named = {entry.model: each for each, entry in zip(opened.parents, recipe.models, strict=True)}
+    if source in named:
+        return named[source]
+    from hf_llfc.checkpoints.comparison import tokenizer_problems
+
+    found = opening(source)
+    raise_all(tokenizer_problems(opened.all, found), CheckpointError, "tokenizer_source does not fit the models")
+    return found
 
 
 def runs_models(recipe: Recipe) -> bool:

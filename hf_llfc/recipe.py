@@ -220,8 +220,8 @@ class Recipe:
         dtype: Dtype of the result unless `out_dtype` is given; arithmetic is always exact to one rounding. That of
             the first model where None.
         out_dtype: Dtype of the result.
-        tokenizer_source: `base`, or the model whose tokenizer and processor files are carried over; the first where
-            None.
+        tokenizer_source: Whose tokenizer and processor files are carried over: the index of a model, or a model, which
+            need not be one that is merged, or `base`; the first where None.
         align: How the models are aligned; `method: none` where the recipe has no such section.
         diagnose: What is measured; nothing where None.
         keep_where_broken: Where the weights of one model stay; nowhere where None.
@@ -241,7 +241,7 @@ class Recipe:
     parameters: MergeParameters = field(default_factory=MergeParameters)
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | None = None
+    tokenizer_source: int | str | None = None
     align: AlignSection = field(default_factory=lambda: AlignSection(method="none"))
     diagnose: DiagnoseSection | None = None
     keep_where_broken: KeepSection | None = None
@@ -693,6 +693,10 @@ class _Reader:
             self.problems.append("tokenizer_source: `union` is not supported; models must share their vocabulary")
         elif recipe.tokenizer_source == "base" and recipe.base_model is None:
             self.problems.append("tokenizer_source: `base` needs a base_model")
+        elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(names):
+            self.problems.append(
+                f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0"
+            )
 
 
 def _join(path: str, key: str) -> str:

@@ -54,6 +54,30 @@ def body_tensors(checkpoint: Checkpoint, other: Checkpoint) -> frozenset[str]:
     return frozenset(name for name in other.tensors if name.startswith(prefix) and name in checkpoint.tensors)
 
 
+def tokenizer_problems(models: Sequence[Checkpoint], source: Checkpoint) -> list[str]:
+    """Finds what forbids to give models the tokenizer of another.
+
+    Args:
+        models: What the tokenizer is to serve; at least one.
+        source: Whose tokenizer it is.
+
+    Returns:
+        The problem with the first model that has one; none if every id stands for the token that it stands for there.
+    """
+    vocabulary = _vocabulary(source)
+    if vocabulary is None:
+        return [f"{source.label}: has no tokenizer that can be read; name a model with one"]
+    problems = [problem for each in models for problem in _vocabulary_problems(each, source)]
+    largest, token = max((index, token) for token, index in vocabulary.items())
+    rows = models[0].config.get_text_config().to_dict().get("vocab_size")
+    if not problems and isinstance(rows, int) and largest >= rows:
+        problems.append(
+            f"{source.label}: its tokenizer gives {token!r} the id {largest}, but the embeddings of {models[0].label} "
+            f"have {rows} rows"
+        )
+    return problems[:1]
+
+
 def _compare_bodies(first: Checkpoint, other: Checkpoint) -> list[str]:
     type_1, type_2 = first.config.model_type, other.config.model_type
     if type_1 != type_2:

@@ -77,7 +77,8 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="hf-llfc",
         description="Align, merge and diagnose fine-tuned Hugging Face checkpoints, layer by layer.",
-        epilog="A model is a Hub id, id@revision, or a local folder. More: README.md and docs/.",
+        epilog="A model is a Hub id, id@revision, or a local folder; model+adapter with an adapter of peft (LoRA, …). "
+        "More: README.md and docs/.",
     )
     parser.add_argument("--version", action="version", version=f"hf-llfc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -160,6 +161,11 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merge-method", default="linear", help="linear or task_arithmetic")
     parser.add_argument("--base-model", metavar="MODEL", help="the base of task arithmetic")
     parser.add_argument("--dtype", help="of the result; that of the first model without it")
+    parser.add_argument(
+        "--tokenizer-source",
+        metavar="MODEL",
+        help="whose tokenizer and processor go with the result: a model, its place, or base (default: 0, the first)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true")
     _add_restart(parser)
@@ -210,16 +216,25 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("repo_id", metavar="REPO_ID")
-    parser.add_argument("--private", action="store_true", default=None)
-    parser.add_argument("--create-pr", action="store_true")
-    parser.add_argument("--revision", help="branch to push to")
-    parser.add_argument("--force", action="store_true", help="push although the verdict or the sanity check says no")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request on an existing repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where it is missing")
+    parser.add_argument("--tag", help="name the commit; a tag that names another one is refused")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="push although verdict, sanity check or a parent's terms say no, or over weights of others",
+    )
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder to write (default: demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
+
+
+def _add_nothing(parser: argparse.ArgumentParser) -> None:
+    pass
 
 
 def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
@@ -265,5 +280,6 @@ COMMANDS = {
     "run": (_add_run, "a recipe, from parents to card"),
     "push": (_add_push, "an output folder to the Hub, with its card"),
     "demo": (_add_demo, "the main job on data and models that need no network"),
+    "register-extension": (_add_nothing, "let the Hub's own command find this one as `hf llfc`"),
 }
 """Name → what adds its options, and its summary. The module of that name in this package executes it."""

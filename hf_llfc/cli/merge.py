@@ -35,6 +35,9 @@ def execute(options: argparse.Namespace) -> int:
         recipe["base_model"] = options.base_model
     if options.dtype:
         recipe["dtype"] = options.dtype
+    if options.tokenizer_source is not None:
+        source = options.tokenizer_source
+        recipe["tokenizer_source"] = int(source) if source.isdigit() else source
     if options.normalize is not None:
         recipe["parameters"] = {"normalize": options.normalize}
     return run_recipe(load_recipe(recipe), options)
