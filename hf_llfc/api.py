@@ -221,11 +221,12 @@ def merge(
     Args:
         models: One or more models; the first is the reference of the alignment. Of a loaded model the recipe beside
             the result says where it was loaded from.
-        weights: One weight a model; equal weights where None.
+        weights: One weight a model; equal weights where None, and none for a method that mergekit computes.
         out: The folder to write.
         align: Alignment method, or the whole `align` section of a recipe.
-        merge_method: `linear` or `task_arithmetic`.
-        base_model: The base of task arithmetic.
+        merge_method: `linear` or `task_arithmetic`, or one of `hf_llfc.methods.MERGEKIT_METHODS`, whose parameters are
+            given as in a recipe: `parameters={"density": 0.5}`.
+        base_model: The base of task arithmetic, or of a method that mergekit computes.
         restart: Whether to discard what an interrupted merge into the same folder had finished.
         progress: Shown meanwhile.
         settings: Any other key of a recipe (`dtype`, `diagnose`, `overwrite`, …).
@@ -236,15 +237,18 @@ def merge(
     Raises:
         LLFCError: The recipe is not valid or a stage fails; nothing is written then.
     """
+    from hf_llfc.methods import MERGEKIT_METHODS
     from hf_llfc.pipeline import run
     from hf_llfc.recipe import load_recipe
 
-    shares = list(weights) if weights is not None else [1 / len(models) for _ in models]
+    shares: list[float] | list[None] = list(weights) if weights is not None else [1 / len(models) for _ in models]
+    if weights is None and merge_method in MERGEKIT_METHODS:
+        shares = [None for _ in models]
     if len(shares) != len(models):
         raise RecipeError(f"{len(shares)} weights for {len(models)} models; give one weight a model")
     recipe: dict[str, Any] = {
         "models": [
-            {"model": _named(model), "parameters": {"weight": share}}
+            {"model": _named(model), **({"parameters": {"weight": share}} if share is not None else {})}
             for model, share in zip(models, shares, strict=True)
         ],
         "merge_method": merge_method,

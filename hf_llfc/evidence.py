@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,9 @@ LLFC_FOLDER = "llfc"
 """Where everything that is ours lies in an output folder: some runtimes load every safetensors file beside a model."""
 
 REPORT_FILE = "llfc_report.json"
+
+METHOD_FILE = "method.json"
+"""What another program was asked for that computed the weights."""
 
 
 def resolved(recipe: Recipe, opened: Models) -> Recipe:
@@ -74,6 +78,13 @@ def write_evidence(
         license=recipe.publish.licence if recipe.publish is not None else None,
         hardware=f"{platform.machine()}, {platform.system()}",
     )
+
+
+def write_method(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes which program computed the weights, and how, where it lies in an output."""
+    path = folder / LLFC_FOLDER / METHOD_FILE
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> tuple[list[str | None], list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,15 @@ from hf_llfc.checkpoints import (
 from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, checksum
 from hf_llfc.errors import PublishingError, RecipeError
-from hf_llfc.evidence import LLFC_FOLDER, load_alignments, load_report, save_alignments, save_report, write_evidence
+from hf_llfc.evidence import (
+    LLFC_FOLDER,
+    load_alignments,
+    load_report,
+    save_alignments,
+    save_report,
+    write_evidence,
+    write_method,
+)
 from hf_llfc.identity import identity_of_run
 from hf_llfc.inputs import Models, open_models, open_recipe_data, refuse_replacing_inputs
 from hf_llfc.merging import Merge, Rule, WeightSchedule, merge_streamed, merged_infos
@@ -32,6 +41,8 @@ from hf_llfc.merging.streaming import MEMORY
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import check_access, publish
+from hf_llfc.publishing.folder import refuse_too_large_for_the_hub
+from hf_llfc.publishing.preflight import parents_in
 from hf_llfc.recipe import ModelEntry, Recipe, WeightRule, load_recipe
 from hf_llfc.resources import peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.stages import (
@@ -122,13 +133,13 @@ def _run(
     output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
     processes.on_main(output.check)
     if recipe.publish is not None:
-        target = recipe.publish
-        processes.on_main(lambda: check_access(target.repo_id, private=target.private, create_pr=target.create_pr))
+        processes.on_main(lambda: check_target(recipe))
+    programs = processes.on_main(lambda: versions_of_programs(recipe))
     opened = processes.main_first(lambda: open_models(recipe, models))
     refuse_replacing_inputs(output, opened.all)
     data, calibration = open_recipe_data(recipe, opened)
     processes.on_main(lambda: refuse_too_large(output, recipe, opened))
-    processes.on_main(lambda: output.made_from(identity_of_run(recipe, opened.everything)))
+    processes.on_main(lambda: output.made_from(identity_of_run(recipe, opened.everything, programs)))
 
     with processes.output(output) as folder:
         alignments = align_parents(output, processes, opened, recipe, progress)
@@ -143,14 +154,32 @@ def _run(
     return Result(output.path, report, summaries, table, url, processes.is_main)
 
 
+def versions_of_programs(recipe: Recipe) -> dict[str, str]:
+    """Other programs that a run needs, with their versions.
+
+    Raises:
+        CheckpointError: One is not there.
+    """
+    if recipe.mergekit_method is None:
+        return {}
+    from hf_llfc.mergekit import mergekit_version
+
+    return {"mergekit": mergekit_version()}
+
+
 def refuse_too_large(output: OutputFolder, recipe: Recipe, opened: Models) -> None:
-    """Refuses a run for which there is not enough room on the disk or in memory, before it begins.
+    """Refuses a run for which there is not enough room on the disk, in memory or on the Hub, before it begins.
 
     Raises:
         CheckpointError: There is not.
+        PublishingError: The Hub would not take what is to be pushed.
     """
     infos = merge_infos(opened.parents[0], recipe)
-    refuse_without_room(output, infos)
+    if recipe.publish is not None:
+        refuse_too_large_for_the_hub(infos, recipe.max_shard_size)
+    # mergekit's own output, and a copy of every parent that it cannot read where it lies: of all of them at most.
+    copies = 1 + len(opened.all) if recipe.mergekit_method is not None else 0
+    refuse_without_room(output, infos, copies=copies)
     refuse_without_memory(peak_memory(recipe, opened.all, infos))
 
 
@@ -261,7 +290,10 @@ def write_merge(
     if processes.on_main(lambda: output.journal.is_complete):
         return
     first = opened.parents[0]
-    merge = plan_merge(parents, opened, recipe, broken)
+    if recipe.mergekit_method is None:
+        merge = plan_merge(parents, opened, recipe, broken)
+    else:
+        merge = merge_elsewhere(output, processes, folder, parents, opened, recipe, progress)
     write_shared(
         output,
         processes,
@@ -275,6 +307,31 @@ def write_merge(
         on_bytes=partial(progress, "merging"),
     )
     processes.on_main(lambda: refuse_changed(opened.all))
+
+
+def merge_elsewhere(
+    output: OutputFolder,
+    processes: Processes,
+    folder: Path,
+    parents: Sequence[Parent],
+    opened: Models,
+    recipe: Recipe,
+    progress: Progress,
+) -> Merge:
+    """Lets mergekit merge, on the main process, and copies what it wrote into the result."""
+    from hf_llfc.mergekit import describe, merge_by_mergekit
+
+    infos = merge_infos(opened.parents[0], recipe)
+    base = Parent(opened.base) if opened.base is not None else None
+
+    def compute() -> str:
+        progress("mergekit", 0, 1)
+        merged = merge_by_mergekit(recipe, parents, base, output.work, infos)
+        write_method(folder, describe(recipe))
+        progress("mergekit", 1, 1)
+        return str(merged)
+
+    return Merge.copy(Parent(open_checkpoint(processes.on_main(compute))).source, infos)
 
 
 def write_shared(
@@ -388,7 +445,9 @@ def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
 
 
 def shares(recipe: Recipe, parents: Sequence[Checkpoint]) -> list[float] | None:
-    """The weight of every parent in the merge; None where a parent's weight differs among tensors."""
+    """The weight of every parent in the merge; None where one differs among tensors, or the merge is no sum."""
+    if recipe.mergekit_method is not None:
+        return None
     schedules = [
         schedule(entry, len(parents), Parent(each)) for entry, each in zip(recipe.models, parents, strict=True)
     ]
@@ -416,13 +475,17 @@ def measure(
     from hf_llfc.diagnosis import diagnose_checkpoints
 
     section = recipe.diagnose
+    base = Parent(opened.base) if opened.base is not None else None
+    if recipe.mergekit_method is not None and base is not None:
+        # What mergekit makes is no sum of task vectors: the models are compared with each other, one with its base.
+        parents, base = ([base, *parents] if len(parents) == 1 else parents), None
 
     def find() -> ConnectivityReport:
         report = diagnose_checkpoints(
             parents,
             data,
             section,
-            base=Parent(opened.base) if opened.base is not None else None,
+            base=base,
             weights=shares(recipe, opened.parents),
             calibration=calibration,
             processes=processes,
@@ -484,6 +547,24 @@ def shared_stage(
     return processes.on_main(keep)
 
 
+def check_target(recipe: Recipe) -> None:
+    """Refuses a run whose result could not be pushed where the recipe says, before it begins.
+
+    Raises:
+        PublishingError: What is wrong with the account, the repository or the parents.
+    """
+    assert recipe.publish is not None
+    target = recipe.publish
+    check_access(
+        target.repo_id,
+        private=target.private,
+        create_pr=target.create_pr,
+        revision=target.revision,
+        tag=target.tag,
+        parents=parents_in(recipe.to_dict()),
+    )
+
+
 def push(recipe: Recipe) -> str:
     """Pushes the output folder as the recipe says.
 
@@ -493,9 +574,20 @@ def push(recipe: Recipe) -> str:
     assert recipe.publish is not None
     target = recipe.publish
     try:
-        return publish(recipe.output_dir, target.repo_id, private=target.private, create_pr=target.create_pr)
+        return publish(
+            recipe.output_dir,
+            target.repo_id,
+            private=target.private,
+            create_pr=target.create_pr,
+            revision=target.revision,
+            tag=target.tag,
+        )
     except PublishingError as error:
+        words = ["hf-llfc", "push", str(recipe.output_dir), target.repo_id]
+        words += ["--private"] if target.private else []
+        words += ["--create-pr"] if target.create_pr else []
+        words += ["--revision", target.revision] if target.revision is not None else []
+        words += ["--tag", target.tag] if target.tag is not None else []
         raise PublishingError(
-            f"{error}\nThe merge is complete in {recipe.output_dir}: `hf-llfc push {recipe.output_dir} "
-            f"{target.repo_id}` tries again"
+            f"{error}\nThe merge is complete in {recipe.output_dir}: `{shlex.join(words)}` tries again"
         ) from error

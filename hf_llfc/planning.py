@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.inputs import Models, open_models, refuse_replacing_inputs
-from hf_llfc.pipeline import plan_merge, shares
+from hf_llfc.pipeline import merge_infos, plan_merge, shares, versions_of_programs
 from hf_llfc.recipe import Recipe
 from hf_llfc.resources import peak_memory
 from hf_llfc.stages import Parent, alignment_spec, bind, matching_cost
@@ -32,7 +32,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     opened = open_models(recipe)
     refuse_replacing_inputs(output, opened.all)
     first = opened.parents[0]
-    infos = plan_merge([Parent(each) for each in opened.parents], opened, recipe).infos
+    if recipe.mergekit_method is None:
+        infos = plan_merge([Parent(each) for each in opened.parents], opened, recipe).infos
+    else:
+        versions_of_programs(recipe)
+        infos = merge_infos(first, recipe)
     written = sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
@@ -42,7 +46,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         onto = opened.reference(recipe).id
         steps.append({"step": "align", "what": f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"})
     steps.append(
-        {"step": "merge", "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"}
+        {
+            "step": "merge",
+            "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"
+            + (", by mergekit" if recipe.mergekit_method is not None else ""),
+        }
     )
     if recipe.diagnose is not None:
         data = recipe.diagnose.data
@@ -62,7 +70,10 @@ def _points(recipe: Recipe, opened: Models) -> int:
     from hf_llfc.diagnosis import region_of
 
     assert recipe.diagnose is not None
-    weights = shares(recipe, opened.parents) or [1 / len(opened.parents)] * len(opened.parents)
+    is_mergekit = recipe.mergekit_method is not None
+    count = 2 if is_mergekit and opened.base is not None and len(opened.parents) == 1 else len(opened.parents)
+    weights = shares(recipe, opened.parents) or [1 / count] * count
     if len(weights) < 2 and opened.base is None:
         return 1
-    return len(region_of(weights, recipe.diagnose, arithmetic_over_base=opened.base is not None).points)
+    over_base = opened.base is not None and not is_mergekit
+    return len(region_of(weights, recipe.diagnose, arithmetic_over_base=over_base).points)

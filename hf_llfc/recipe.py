@@ -25,8 +25,9 @@ from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, SOLVERS, STARTS, SUGGES
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 from hf_llfc.limited_yaml import parse_yaml, read_yaml
+from hf_llfc.methods import MERGEKIT_METHODS, SHARES, SWITCHES, MergekitMethod
 
-MERGE_METHODS = ("linear", "task_arithmetic")
+MERGE_METHODS = ("linear", "task_arithmetic", *MERGEKIT_METHODS)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Keys of other tools that people paste in, and what to write instead.
@@ -43,13 +44,16 @@ FOREIGN_PARAMETERS = {
     "int8_mask": "nothing is masked here; remove it",
     **dict.fromkeys(
         ("density", "epsilon", "gamma", "rescale", "t"),
-        "belongs to a merge method that is not supported (supported: linear, task_arithmetic)",
+        "belongs to other merge methods than linear and task_arithmetic (docs/parents.md lists them)",
     ),
 }
 
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Weight = float | tuple[float, ...]
+
+Setting = bool | float | list[Any] | dict[str, Any]
+"""A value of mergekit's, a gradient of values over the layers, or values with filters, as its YAML."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,11 @@ class ModelParameters:
 
     Attributes:
         weight: One number, a gradient over the layers, or rules of which the first that matches counts.
+        settings: Of a method that mergekit computes all parameters, the weight among them, as in its YAML.
     """
 
     weight: Weight | tuple[WeightRule | float, ...] = 1.0
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,12 @@ class MergeParameters:
         normalize: True divides the weights by their sum; False allows weights that do not sum to one. Without it a
             linear merge whose weights do not sum to one is an error.
         scale: Key `lambda`; task arithmetic: factor on every model's weight.
+        settings: Of a method that mergekit computes all parameters, as in its YAML.
     """
 
     normalize: bool | None = None
     scale: float = 1.0
+    settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -214,8 +222,8 @@ class Recipe:
     Attributes:
         models: The parents; the first one's config and names are those of the result.
         output_dir: The folder to write.
-        merge_method: One of `MERGE_METHODS`.
-        base_model: θ₀ of task arithmetic.
+        merge_method: One of `MERGE_METHODS`; `linear` and `task_arithmetic` are computed here, the others by mergekit.
+        base_model: θ₀ of task arithmetic, or the base of a method that mergekit computes.
         parameters: Of the merge.
         dtype: Dtype of the result unless `out_dtype` is given; arithmetic is always exact to one rounding. That of
             the first model where None.
@@ -251,6 +259,11 @@ class Recipe:
     allow_pickle: bool = False
     max_shard_size: int = 5_000_000_000
     max_memory: int = 1 << 28
+
+    @property
+    def mergekit_method(self) -> MergekitMethod | None:
+        """What mergekit computes; None of a method that is computed here."""
+        return MERGEKIT_METHODS.get(self.merge_method)
 
     @property
     def reference_index(self) -> int:
@@ -352,9 +365,11 @@ class _Reader:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.seed = 0
+        self.mergekit: MergekitMethod | None = None
         self.problems: list[str] = []
 
     def recipe(self, content: Mapping[str, Any]) -> Recipe | None:
+        self.mergekit = MERGEKIT_METHODS.get(str(content.get("merge_method")))
         content = self._without_foreign(content, FOREIGN_KEYS, "")
         for key in ("max_shard_size", "max_memory"):
             if isinstance(content.get(key), str):
@@ -413,8 +428,12 @@ class _Reader:
         """Recipes of other tools also list the base of task arithmetic among the models, without a weight."""
         models, align = values["models"], values["align"]
         place = next((i for i, each in enumerate(models) if each.model == values["base_model"]), None)
-        if place is None or models[place].parameters is not None or len(models) == 1:
+        if place is None or len(models) == 1:
             return
+        if models[place].parameters is not None and self.mergekit is None:
+            return
+        if models[place].parameters is not None and models[place].parameters.settings:
+            self.problems.append(f"models.{place}.parameters: this is the base_model, which has no parameters")
         values["models"] = models[:place] + models[place + 1 :]
         if isinstance(align.reference, int) and align.reference > place:
             values["align"] = dataclasses.replace(align, reference=align.reference - 1)
@@ -456,8 +475,10 @@ class _Reader:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            self.problems.append(f"{path}: a mapping with `weight` is expected, found {value!r}")
+            self.problems.append(f"{path}: a mapping of parameters is expected, found {value!r}")
             return None
+        if self.mergekit is not None:
+            return ModelParameters(settings=self._settings(value, path, self.mergekit.of_model))
         value = self._without_foreign(value, FOREIGN_PARAMETERS, path)
         self._known(value, ["weight"], path)
         return ModelParameters(self._weight(value.get("weight", 1.0), f"{path}.weight"))
@@ -487,11 +508,26 @@ class _Reader:
         return tuple(rules)
 
     def _merge_parameters(self, value: Mapping[str, Any], path: str) -> MergeParameters | None:
+        if self.mergekit is not None:
+            return MergeParameters(settings=self._settings(value, path, self.mergekit.parameters))
         advice = "give each entry of `models` its own `parameters: {weight: …}`"
         value = self._without_foreign(value, {**FOREIGN_PARAMETERS, "weight": advice}, path)
         renamed = {("scale" if key == "lambda" else key): each for key, each in value.items() if key != "scale"}
         self._known(value, ["normalize", "lambda"], path)
         return self._build(MergeParameters, {k: v for k, v in renamed.items() if k in ("normalize", "scale")}, path)
+
+    def _settings(self, value: Mapping[str, Any], path: str, names: Sequence[str]) -> dict[str, Setting]:
+        """Parameters of a method that mergekit computes, which are given to it as they are."""
+        assert self.mergekit is not None
+        misplaced = [key for key in value if key in self.mergekit.of_merge and key not in names]
+        self.problems += [
+            f"{_join(path, key)}: is one of the whole merge; write it under `parameters`" for key in misplaced
+        ]
+        self._known({key: each for key, each in value.items() if key not in misplaced}, names, path)
+        for key, each in value.items():
+            if key in names and (problem := _setting_problem(key, each)):
+                self.problems.append(f"{_join(path, key)}: {problem}, found {each!r}")
+        return dict(value)
 
     def _align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:
         calibration = self._data(value.get("calibration"), f"{path}.calibration")
@@ -647,8 +683,10 @@ class _Reader:
                 )
             if recipe.parameters.scale != 1.0:
                 self.problems.append("parameters.lambda: has no meaning for a linear merge")
+        if recipe.mergekit_method is not None:
+            self._agree_with_mergekit(recipe, recipe.mergekit_method)
         given = [entry.parameters is not None for entry in recipe.models]
-        if any(given) and not all(given):
+        if any(given) and not all(given) and recipe.mergekit_method is None:
             missing = [f"models.{place}" for place, has in enumerate(given) if not has]
             self.problems.append(
                 f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none"
@@ -697,6 +735,48 @@ class _Reader:
             self.problems.append(
                 f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0"
             )
+
+    def _agree_with_mergekit(self, recipe: Recipe, method: MergekitMethod) -> None:
+        name = recipe.merge_method
+        if method.base == "required" and recipe.base_model is None:
+            self.problems.append(f"base_model: {name} needs one")
+        if method.base == "none" and recipe.base_model is not None:
+            self.problems.append(f"base_model: has no meaning for {name}; list it under `models` or remove it")
+        count = len(recipe.models) + (recipe.base_model is not None)
+        least, most = method.inputs
+        if count < least or (most is not None and count > most):
+            wanted = str(least) if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+            self.problems.append(f"models: {name} takes {wanted} models, the base included; there are {count}")
+        for key in method.required:
+            lacking = [
+                place
+                for place, entry in enumerate(recipe.models)
+                if entry.parameters is None or key not in entry.parameters.settings
+            ]
+            if key in recipe.parameters.settings or not lacking:
+                continue
+            where = f"models.{lacking[0]}.parameters.{key}" if key in method.of_model else f"parameters.{key}"
+            also = "; give every model one, or one for all under `parameters`" if key in method.of_model else ""
+            self.problems.append(f"{where}: missing, and {name} has no default for it{also}")
+
+
+def _setting_problem(key: str, value: Any) -> str | None:
+    """What is wrong with a parameter of mergekit: a value, a gradient of values, or values with filters."""
+    rules = [value] if isinstance(value, Mapping) else value
+    if isinstance(rules, list) and rules and all(isinstance(rule, Mapping) for rule in rules):
+        if not all(rule.keys() <= {"filter", "value"} and "value" in rule for rule in rules):
+            return "pairs of `filter` and `value` are expected"
+        if not all(isinstance(rule.get("filter"), str | None) for rule in rules):
+            return "a filter is text"
+        return next(filter(None, (_setting_problem(key, rule["value"]) for rule in rules)), None)
+    values = value if isinstance(value, list) and value else [value]
+    if key in SWITCHES:
+        return None if all(isinstance(each, bool) for each in values) else "true or false is expected"
+    if not all(map(_is_number, values)):
+        return "a finite number, a list of numbers or of filter/value pairs is expected"
+    if key in SHARES and not all(0 <= each <= 1 for each in values):
+        return "a number from 0 to 1 is expected"
+    return None
 
 
 def _join(path: str, key: str) -> str:
@@ -779,8 +859,12 @@ def _plain(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value)
         return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+    if isinstance(value, ModelParameters | MergeParameters) and value.settings:
+        return _copied(value.settings)
     plain: dict[str, Any] = {}
     for each in dataclasses.fields(value):
+        if each.name == "settings":
+            continue
         entry = vars(value)[each.name]
         default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
         # A section that is there says what it does, even where that is the default.

@@ -365,7 +365,7 @@ class TestProblems:
             "models.0.modle: unknown key; did you mean 'model'?",
             "models.0.model: missing",
             "models.1.parameters.weight: a finite number, a list of numbers or of filter/value pairs is expected",
-            "models.1.parameters.density: belongs to a merge method that is not supported",
+            "models.1.parameters.density: belongs to other merge methods than linear and task_arithmetic",
             "models.2.parameters.weight.0.filter: text is expected, found 3",
             "models.2.parameters.weight.1.value: a finite number or a list of numbers is expected, found None",
             "models.3: `model: …` is expected, found 'd'",

@@ -23,12 +23,13 @@ logger = logging.getLogger(__name__)
 OWN_FOLDER = "llfc"
 
 # What the folder `.NAME.partial` beside an output holds: the output as far as it is made, what of it is finished, the
-# lock of the run that makes it, and while the one takes the other's place the earlier output.
+# lock of the run that makes it, what it needs on the way, and while the one takes the other's place the earlier output.
 OUTPUT = "output"
 EARLIER = "earlier"
+WORK = "work"
 JOURNAL = "journal.json"
 LOCK = "lock"
-_KNOWN = {OUTPUT, EARLIER, JOURNAL, "journal.draft", LOCK}
+_KNOWN = {OUTPUT, EARLIER, WORK, JOURNAL, "journal.draft", LOCK}
 
 # The lock dies with its process, but a worker that the process forked may live on for a moment.
 _LOCK_SECONDS = 2.0
@@ -71,6 +72,11 @@ class OutputFolder:
         """What is finished; between entering and leaving."""
         assert self._journal is not None, "nothing is being made"
         return self._journal
+
+    @property
+    def work(self) -> Path:
+        """A folder on the same disk for what is needed on the way; whoever makes it need not remove it."""
+        return self._partial / WORK
 
     def made_from(self, identity: Mapping[str, Any]) -> None:
         """Says what the output is made from, before it is entered: what of it another run had finished is taken up.
@@ -218,7 +224,8 @@ class OutputFolder:
     def _fresh(self) -> Journal:
         folder = self._partial / OUTPUT
         with storing(self._partial):
-            shutil.rmtree(self._partial / EARLIER, ignore_errors=True)
+            for name in (EARLIER, WORK):
+                shutil.rmtree(self._partial / name, ignore_errors=True)
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir()
@@ -288,9 +295,9 @@ class OutputFolder:
 
     def _discard(self) -> None:
         """Removes what was being made; the journal last, for who stops here leaves what the next run understands."""
-        for name in (OUTPUT, EARLIER):
+        for name in (OUTPUT, EARLIER, WORK):
             shutil.rmtree(self._partial / name, ignore_errors=True)
-        for name in sorted(_KNOWN - {OUTPUT, EARLIER, JOURNAL}):
+        for name in sorted(_KNOWN - {OUTPUT, EARLIER, WORK, JOURNAL}):
             with suppress(PermissionError):  # where an open file cannot be removed, _release does it
                 (self._partial / name).unlink(missing_ok=True)
         (self._partial / JOURNAL).unlink(missing_ok=True)

@@ -158,8 +158,18 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="divide the weights by their sum, or take them although their sum is not one",
     )
-    parser.add_argument("--merge-method", default="linear", help="linear or task_arithmetic")
-    parser.add_argument("--base-model", metavar="MODEL", help="the base of task arithmetic")
+    parser.add_argument(
+        "--merge-method", default="linear", help="linear, task_arithmetic, or of mergekit ties, slerp, …"
+    )
+    parser.add_argument(
+        "--parameter",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the merge, for a method of mergekit (density=0.5)",
+    )
+    parser.add_argument("--base-model", metavar="MODEL", help="the base of task arithmetic, or of mergekit's methods")
     parser.add_argument("--dtype", help="of the result; that of the first model without it")
     parser.add_argument(
         "--tokenizer-source",

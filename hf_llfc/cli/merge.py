@@ -9,6 +9,7 @@ from hf_llfc.cli.arguments import MATCHING_OPTIONS
 from hf_llfc.cli.run import run_recipe
 from hf_llfc.cli.settings import matching_section, refuse_given, refuse_unused_data
 from hf_llfc.errors import RecipeError
+from hf_llfc.methods import MERGEKIT_METHODS
 from hf_llfc.recipe import load_recipe
 
 
@@ -17,12 +18,13 @@ def execute(options: argparse.Namespace) -> int:
     if options.method == "none":
         refuse_given(options, (*MATCHING_OPTIONS, "seed"), "without --align")
     refuse_unused_data(options)
-    weights = options.weights or [1 / len(options.models)] * len(options.models)
+    equal = None if options.merge_method in MERGEKIT_METHODS else 1 / len(options.models)
+    weights = options.weights or [equal] * len(options.models)
     if len(weights) != len(options.models):
         raise RecipeError(f"{len(weights)} weights for {len(options.models)} models; give one weight a model")
     recipe: dict[str, Any] = {
         "models": [
-            {"model": model, "parameters": {"weight": weight}}
+            {"model": model, **({"parameters": {"weight": weight}} if weight is not None else {})}
             for model, weight in zip(options.models, weights, strict=True)
         ],
         "merge_method": options.merge_method,
@@ -40,4 +42,4 @@ def execute(options: argparse.Namespace) -> int:
         recipe["tokenizer_source"] = int(source) if source.isdigit() else source
     if options.normalize is not None:
         recipe["parameters"] = {"normalize": options.normalize}
-    return run_recipe(load_recipe(recipe), options)
+    return run_recipe(load_recipe(recipe, [f"parameters.{each}" for each in options.parameters]), options)
