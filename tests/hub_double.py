@@ -145,9 +145,12 @@ class User:
     name: str
     role: str
     organizations: tuple[str, ...]
+    writable: tuple[str, ...] = ()
 
     def may_write_to(self, namespace: str) -> bool:
-        return self.role == "write" and namespace in (self.name, *self.organizations)
+        if self.role == "fineGrained" and namespace not in self.writable:
+            return False
+        return self.role in ("write", "fineGrained") and namespace in (self.name, *self.organizations)
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,8 @@ class HubDouble:
         env: The environment for a child process that is to talk to this double.
         requests: Every request since the start.
         page_size: Entries on one page of a listing.
+        storage_limit: Bytes of large files that one namespace may hold; no limit where None.
+        file_limit: Bytes of one large file.
     """
 
     def __init__(self, home: Path) -> None:
@@ -218,6 +223,9 @@ class HubDouble:
         self.users: dict[str, User] = {}
         self.requests: list[Request] = []
         self.page_size = 1000
+        self.storage_limit: int | None = None
+        self.file_limit: int | None = None
+        self.expired: set[str] = set()
         self.lock = threading.RLock()
         self._faults: list[Fault] = []
         self._clock = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -304,19 +312,22 @@ class HubDouble:
 
     # -- filling and reading without HTTP
 
-    def add_user(self, name: str, *, role: str = "write", organizations: tuple[str, ...] = ()) -> str:
+    def add_user(
+        self, name: str, *, role: str = "write", organizations: tuple[str, ...] = (), writable: tuple[str, ...] = ()
+    ) -> str:
         """Registers a user, or another token of one.
 
         Args:
             name: The user's namespace.
-            role: What the token allows, "write" or "read".
+            role: What the token allows, "write", "read" or "fineGrained".
             organizations: Further namespaces that the user may write to.
+            writable: To which namespaces a fine-grained token may write.
 
         Returns:
             The token.
         """
-        token = "hf_" + hashlib.sha256(f"{name}/{role}/{organizations}".encode()).hexdigest()[:34]
-        self.users[token] = User(name, role, organizations)
+        token = "hf_" + hashlib.sha256(f"{name}/{role}/{organizations}/{writable}".encode()).hexdigest()[:34]
+        self.users[token] = User(name, role, organizations, writable)
         return token
 
     def add_repo(
@@ -440,9 +451,11 @@ class HubDouble:
             self._faults.append(fault)
 
     def heal(self) -> None:
-        """Takes all failures back."""
+        """Takes all failures and limits back."""
         with self.lock:
             self._faults.clear()
+            self.expired.clear()
+            self.storage_limit = self.file_limit = None
 
     # -- what the handlers use
 
@@ -579,6 +592,8 @@ class _Handler(BaseHTTPRequestHandler):
     is_storage: bool
     protocol_version = "HTTP/1.1"
     timeout = 60
+    # Headers and body are written apart; a body that waits for the headers' receipt waits 40 ms.
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
@@ -646,9 +661,12 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers.get("Authorization")
         if authorization is None or self.is_storage:
             return None
-        user = self.hub.users.get(authorization.removeprefix("Bearer "))
+        token = authorization.removeprefix("Bearer ")
+        user = self.hub.users.get(token)
         if user is None:
             raise Refusal(401, None, "Invalid credentials in Authorization header")
+        if token in self.hub.expired:
+            raise Refusal(401, None, 'User Access Token "test" is expired')
         return user
 
     def _send(self, answer: Answer) -> None:
@@ -718,7 +736,12 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise Refusal(401, None, "Invalid username or password.")
         organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in user.organizations]
-        token = {"displayName": "test", "role": user.role}
+        token: dict[str, Any] = {"displayName": "test", "role": user.role}
+        if user.role == "fineGrained":
+            scopes = [
+                {"entity": {"type": "user", "name": name}, "permissions": ["repo.write"]} for name in user.writable
+            ]
+            token["fineGrained"] = {"global": ["discussion.write"], "scoped": scopes}
         auth = {"type": "access_token", "accessToken": token}
         return Answer.of({"type": "user", "name": user.name, "orgs": organizations, "auth": auth})
 
@@ -931,11 +954,19 @@ class _Handler(BaseHTTPRequestHandler):
             if content is None or len(content) != wanted["size"]:
                 raise Refusal(404, None, "the object was not uploaded, or not whole")
             return Answer.of({})
+        asked = sum(item["size"] for item in wanted["objects"])
+        if self.hub.storage_limit is not None and asked > self.hub.storage_limit:
+            message = (
+                "Private repository storage limit reached, please upgrade your plan to increase your private storage"
+            )
+            raise Refusal(403, None, message)
         objects = []
         page = f"{self.hub.endpoint}/{repository.repo_id}.git/info/lfs/objects"
         for item in wanted["objects"]:
             entry = {"oid": item["oid"], "size": item["size"]}
-            if item["oid"] not in self.hub.blobs:
+            if self.hub.file_limit is not None and item["size"] > self.hub.file_limit:
+                entry["error"] = {"code": 413, "message": "the file is larger than the maximum, it is too large"}
+            elif item["oid"] not in self.hub.blobs:
                 upload = {"href": f"{self.hub.storage_endpoint}/{item['oid']}?signature=valid"}
                 entry["actions"] = {"upload": upload, "verify": {"href": f"{page}/verify"}}
             objects.append(entry)

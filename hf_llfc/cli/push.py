@@ -16,6 +16,7 @@ def execute(options: argparse.Namespace) -> int:
         private=options.private,
         create_pr=options.create_pr,
         revision=options.revision,
+        tag=options.tag,
         force=options.force,
     )
     if options.format == "json":

@@ -1,11 +1,10 @@
 """A push is checked before, whole or not at all, and compared afterwards: over real HTTP, whatever goes wrong."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +13,25 @@ import pytest
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors.numpy import save_file
 
-from hf_llfc.errors import PublishingError
 from hf_llfc.publishing import publish
 from tests.hub_double import HubDouble, validate_card
+from tests.publishing.pushing import (
+    REPO,
+    SECRET,
+    contents,
+    history,
+    no_token_is_ever_printed,
+    no_waiting,
+    refused,
+)
 from tests.publishing.samples import RECIPE, layer, make_folder, make_report
 
-REPO = "me/merged"
+__all__ = ["no_token_is_ever_printed", "no_waiting"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "merged", report=make_report())
-
-
-@pytest.fixture(autouse=True)
-def no_token_is_ever_printed(
-    hub: HubDouble, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> Iterator[None]:
-    caplog.set_level(logging.DEBUG)
-    yield
-    out, err = capfd.readouterr()
-    for token in [*hub.users, "hf_secretsecretsecret"]:
-        assert token not in caplog.text + out + err
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client waits seconds between its own retries."""
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def history(hub: HubDouble, repo_id: str = REPO, revision: str = "main") -> list[str]:
-    """Commits above the first one, which every repository has."""
-    return [commit.message for commit in hub.commits(repo_id, revision)][:-1]
-
-
-def refused(folder: Path, repo_id: str = REPO, **options: Any) -> str:
-    with pytest.raises(PublishingError) as error:
-        publish(folder, repo_id, **options)
-    # What a user sees: no chain of other errors, no token, one or a few lines.
-    assert error.value.__cause__ is None
-    message = str(error.value)
-    assert "hf_" not in message.replace("hf_llfc", "").replace("hf_home", "")
-    return message
 
 
 # -- what a push does
@@ -165,6 +136,42 @@ def test_a_pull_request_is_opened_once(hub: HubDouble, folder: Path) -> None:
     assert publish(folder, "grace/merged", create_pr=True).endswith("/discussions/2")
 
 
+def test_a_tag_names_the_commit_and_does_not_move(hub: HubDouble, folder: Path) -> None:
+    assert publish(folder, REPO, tag="v1") == f"{hub.endpoint}/me/merged/tree/v1"
+    assert hub.files(REPO, "v1") == contents(folder)
+    before = len(hub.commits(REPO))
+    publish(folder, REPO, tag="v1")  # it names these files already
+    publish(folder, REPO, tag="v1.0")
+    assert hub.files(REPO, "v1.0") == contents(folder)
+    assert len(hub.commits(REPO)) == before
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMore.\n")
+    sha = hub.commits(REPO)[0].sha
+    said = f"the tag 'v1' of me/merged names another commit ({sha[:7]}), and tags do not move: take another"
+    assert refused(folder, tag="v1") == said
+    assert hub.commits(REPO)[0].sha == sha
+    publish(folder, REPO, tag="v2", revision="next")
+    assert hub.files(REPO, "v2") == hub.files(REPO, "next") == contents(folder) != hub.files(REPO, "v1")
+
+
+def test_a_tag_whose_making_failed_is_made_by_the_next_push(hub: HubDouble, folder: Path) -> None:
+    hub.fail("POST", "/tag/", status=500, times=-1)
+    assert "the files are pushed, but tagging them 'v1' failed" in refused(folder, tag="v1")
+    assert hub.files(REPO) == contents(folder)
+    hub.heal()
+    publish(folder, REPO, tag="v1")
+    assert hub.files(REPO, "v1") == contents(folder)
+    assert len(history(hub)) == 1
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-x", "a..b", "x.lock", "/a", "a/", "a/.b", "refs/heads/x", "0" * 40, "@"])
+@pytest.mark.parametrize("what", ["revision", "tag"])
+def test_a_branch_or_tag_that_git_would_refuse_is_refused_here(
+    hub: HubDouble, folder: Path, what: str, name: str
+) -> None:
+    assert f"{name!r} is no name of a {'branch' if what == 'revision' else 'tag'}" in refused(folder, **{what: name})
+    assert not hub.requests
+
+
 def test_the_command_line_of_a_child_process_pushes_as_well(hub: HubDouble, folder: Path) -> None:
     program = f"from hf_llfc.publishing import publish; print(publish({str(folder)!r}, 'me/merged', private=True))"
     done = subprocess.run([sys.executable, "-c", program], env=hub.env, capture_output=True, text=True, check=True)
@@ -257,6 +264,43 @@ def test_a_merge_that_is_a_little_worse_or_not_diagnosed_may_go(hub: HubDouble, 
     assert hub.files(REPO) == contents(folder)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_seen_without_a_diagnosis(hub: HubDouble, folder: Path, value: float) -> None:
+    (folder / "llfc" / "llfc_report.json").unlink()
+    for name in folder.glob("model*"):
+        name.unlink()
+    weights = {"a": np.ones((4, 4), np.float16), "b": np.array([1, value], np.float16), "c": np.arange(3)}
+    save_file(weights, folder / "model.safetensors")
+    assert "is not fit to be published: not every weight is finite: b. To push it all the same" in refused(folder)
+    assert not hub.requests
+    publish(folder, REPO, force=True)
+
+
+def test_what_the_hub_would_not_take_is_refused_before_it_is_asked(
+    hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_llfc.publishing.folder.LARGEST_FILE", 100)
+    monkeypatch.setattr("hf_llfc.publishing.folder.MOST_ENTRIES", 3)
+    message = refused(folder)
+    assert "model-00001-of-00002.safetensors has" in message and "smaller max_shard_size" in message
+    assert "the folder . has" in message and "more than the 3 that the Hub takes" in message
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(("private", "said"), [(True, True), (None, False)])
+def test_private_storage_that_ends_is_warned_of(
+    hub: HubDouble,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    private: bool | None,
+    said: bool,
+) -> None:
+    monkeypatch.setattr("hf_llfc.publishing.preflight.FREE_PRIVATE_STORAGE", 100)
+    publish(folder, REPO, private=private)
+    assert ("the Hub may refuse them" in caplog.text) is said
+
+
 @pytest.mark.parametrize("name", ["a/b/c", "me/..", "me/-x", "me/a b", ""])
 def test_a_name_that_is_none_is_refused(hub: HubDouble, folder: Path, name: str) -> None:
     assert "is no name of a repository" in refused(folder, name)
@@ -265,6 +309,7 @@ def test_a_name_that_is_none_is_refused(hub: HubDouble, folder: Path, name: str)
 
 def test_a_pull_request_has_no_branch(hub: HubDouble, folder: Path) -> None:
     assert "either create_pr or a revision" in refused(folder, create_pr=True, revision="x")
+    assert "either create_pr or a tag" in refused(folder, create_pr=True, tag="x")
 
 
 def test_offline_is_said_and_not_waited_for(hub: HubDouble, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,12 +329,20 @@ def test_without_a_token_one_is_told_to_log_in(hub: HubDouble, folder: Path, mon
 
 
 def test_a_wrong_token_is_refused_and_not_shown(hub: HubDouble, folder: Path) -> None:
-    assert "does not accept your token" in refused(folder, token="hf_secretsecretsecret")
+    assert "does not accept your token" in refused(folder, token=SECRET)
 
 
 def test_a_token_that_may_only_read_is_refused(hub: HubDouble, folder: Path) -> None:
     assert "your token may only read" in refused(folder, token=hub.add_user("me", role="read"))
     assert not hub.repositories
+
+
+def test_a_fine_grained_token_writes_only_where_it_may(hub: HubDouble, folder: Path) -> None:
+    elsewhere = hub.add_user("me", role="fineGrained", organizations=("lab",), writable=("lab",))
+    assert "your token has no right to write to the repositories of 'me'" in refused(folder, token=elsewhere)
+    assert not hub.repositories
+    publish(folder, "lab/merged", token=elsewhere)
+    assert hub.files("lab/merged") == contents(folder)
 
 
 def test_a_namespace_of_others_is_refused(hub: HubDouble, folder: Path) -> None:
@@ -354,62 +407,35 @@ def test_the_terms_of_a_gated_parent_are_remembered(
     assert "the parent grace/bert-films is gated" in caplog.text
 
 
+@pytest.mark.parametrize("license", ["cc-by-nd-4.0", "cc-by-nc-nd-3.0"])
+def test_a_licence_that_forbids_derivatives_keeps_the_merge_private(hub: HubDouble, folder: Path, license: str) -> None:
+    hub.add_repo("grace/bert-films", {"README.md": f"---\nlicense: {license}\n---\n"})
+    assert f"the licence of grace/bert-films ({license}) forbids to share derivatives" in refused(folder)
+    assert ("model", REPO) not in hub.repositories
+    publish(folder, REPO, private=True)
+    assert hub.repositories["model", REPO].private
+    publish(folder, "me/public", force=True)
+
+
+def test_licences_that_differ_are_warned_of(hub: HubDouble, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hub.add_repo("ada/bert-tweets", {"README.md": "---\nlicense: mit\n---\n"})
+    hub.add_repo("grace/bert-films", {"README.md": "---\nlicense: gpl-3.0\n---\n"})
+    publish(folder, REPO)
+    assert "different licences (ada/bert-tweets: mit, grace/bert-films: gpl-3.0)" in caplog.text
+
+
 # -- what goes wrong on the way
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "message"),
-    [
-        (401, {}, "the Hub does not accept your token"),
-        (403, {}, "you have no right to"),
-        (429, {"Retry-After": "7"}, "too many requests; push again in 7 seconds"),
-        (429, {"ratelimit": '"api";r=0;t=55'}, "too many requests; push again in 55 seconds"),
-        (429, {}, "too many requests; push again later"),
-        (500, {}, "the Hub has a problem (500)"),
-        (503, {}, "the Hub has a problem (503)"),
-    ],
+    "token", ["hf_" + "a1B2" * 8, "hf_oauth_eyJhbGciOi.eyJzdWIiOiI-x.c2ln_bmF0dXJl", "api_org_abcdefghij"]
 )
-@pytest.mark.parametrize(
-    ("method", "path", "doing"),
-    [
-        ("GET", "/api/whoami-v2", "logging in"),
-        ("POST", "/api/validate-yaml", "validating the card"),
-        ("POST", "/api/repos/create", "creating me/merged"),
-        ("POST", "/preupload/", "uploading to me/merged"),
-        ("POST", "/objects/batch", "uploading to me/merged"),
-        ("PUT", "", "uploading to me/merged"),
-        ("POST", "/objects/verify", "uploading to me/merged"),
-        ("POST", "/commit/", "uploading to me/merged"),
-    ],
-)
-def test_every_failure_is_one_message_and_a_rerun_completes(
-    hub: HubDouble, folder: Path, method: str, path: str, doing: str, status: int, headers: dict[str, str], message: str
-) -> None:
-    hub.fail(method, path, status=status, headers=headers, times=-1)
-    said = refused(folder)
-    assert said.startswith(doing)
-    assert message in said
-    assert "\n" not in said
-    if ("model", REPO) in hub.repositories:
-        assert hub.files(REPO) == {}
-        assert history(hub) == []
-    hub.heal()
-    publish(folder, REPO)
-    assert hub.files(REPO) == contents(folder)
-    assert len(history(hub)) == 1
-
-
-@pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/whoami"), ("PUT", ""), ("POST", "/commit/"), ("POST", "/batch")]
-)
-def test_a_connection_that_breaks_leaves_nothing_half(hub: HubDouble, folder: Path, method: str, path: str) -> None:
-    hub.fail(method, path, drop=True, times=-1)
-    assert "the connection broke" in refused(folder)
-    assert ("model", REPO) not in hub.repositories or hub.files(REPO) == {}
-    hub.heal()
-    publish(folder, REPO)
-    assert hub.files(REPO) == contents(folder)
-    assert len(history(hub)) == 1
+def test_a_token_that_the_hub_repeats_is_left_out(hub: HubDouble, folder: Path, token: str) -> None:
+    hub.fail("POST", "/commit/", status=403, message=f"the token {token} may not; see hf_llfc.publishing", times=-1)
+    message = refused(folder)
+    assert "you have no right to (the token … may not; see hf_llfc.publishing)" in message
+    hub.fail("GET", "/whoami", status=500, message=f"Authorization: Bearer {token}", times=-1)
+    assert token not in refused(folder)
 
 
 def test_what_was_uploaded_before_the_cut_is_not_sent_again(hub: HubDouble, folder: Path) -> None:
