@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _stop_as_interrupted()
     try:
         _import_modules(options.imports)
-        return int(import_module(f"hf_llfc.cli.{options.command}").execute(options))
+        return int(import_module(f"hf_llfc.cli.{options.command.replace('-', '_')}").execute(options))
     except ProcessError as error:
         # Where the main process is the one that is gone, the next one speaks.
         speaks = is_main_process() or (error.rank == 0 and os.environ.get("RANK") == "1")
