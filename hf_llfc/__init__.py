@@ -18,11 +18,13 @@ if TYPE_CHECKING:  # as in hf_llfc.lazy
     from hf_llfc.publishing import publish
     from hf_llfc.recipe import load_recipe
     from hf_llfc.symmetry import Alignment, PermutationSpec
+    from hf_llfc.trainer import MergeCallback
 
 __all__ = [
     "Alignment",
     "ConnectivityReport",
     "LLFCError",
+    "MergeCallback",
     "PermutationSpec",
     "__version__",
     "align",
@@ -42,6 +44,7 @@ __getattr__ = lazy_names(
         "Alignment": ".symmetry",
         "ConnectivityReport": ".diagnostics",
         "LLFCError": ".errors",
+        "MergeCallback": ".trainer",
         "PermutationSpec": ".symmetry",
         "align": ".api",
         "check": ".api",
