@@ -20,6 +20,7 @@ from hf_llfc.pipeline import shared_stage, write_shared
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
 from hf_llfc.publishing import save_plots
+from hf_llfc.publishing.page import write_page
 from hf_llfc.recipe import AlignSection, DiagnoseSection
 from hf_llfc.resources import refuse_without_memory, refuse_without_room
 from hf_llfc.stages import (
@@ -157,7 +158,7 @@ def write_diagnosis(
     allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> ConnectivityReport:
-    """Diagnoses models as they would be merged and, given a folder, writes report and plots.
+    """Diagnoses models as they would be merged and, given a folder, writes report, plots and the interactive report.
 
     Args:
         models: Two or more; the first is the reference, and on a line has weight α. One is enough with a base model.
@@ -214,6 +215,7 @@ def write_diagnosis(
             report.save(folder / LLFC_FOLDER / "llfc_report.json")
             save_plots(report, folder / LLFC_FOLDER)
             save_alignments(alignments, folder / LLFC_FOLDER)
+            write_page(report, folder / LLFC_FOLDER)
 
         if output is not None:
             with processes.output(output) as folder:

@@ -91,6 +91,7 @@ def test_diagnose_prints_path_layers_and_verdict(shelf, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "report" / "llfc").iterdir()} >= {
         "llfc_report.json",
         "path.png",
+        "report.html",
         "layers.png",
     }
 

@@ -71,6 +71,7 @@ def test_the_output_is_an_ordinary_checkpoint_with_its_evidence_beside_it(plante
         "llfc/layers.png",
         "llfc/llfc_report.json",
         "llfc/path.png",
+        "llfc/report.html",
         "llfc/recipe.yaml",
     }
     report = json.loads((out / "llfc" / "llfc_report.json").read_text())

@@ -21,18 +21,18 @@ from hf_llfc.publishing.facts import (
     merge_point,
     metric_style,
     model_points,
-    not_finite,
     number_text,
-    point_name,
     read_report,
     shown_layers,
 )
+from hf_llfc.publishing.page import PAGE_FILE, write_page
 from hf_llfc.publishing.parents import (
     CARD_FILE,
     License,
     ParentInfo,
     combined_license,
     is_hub_id,
+    parts_of,
     read_parent_card,
     split_revision,
     union,
@@ -40,6 +40,15 @@ from hf_llfc.publishing.parents import (
 from hf_llfc.publishing.plots import PLOT_FILES, save_plots
 from hf_llfc.publishing.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.usage import task_of, usage_snippet
+from hf_llfc.publishing.words import (
+    alignment_words,
+    barrier_words,
+    display_name,
+    file_name,
+    headline,
+    layer_summary,
+    measured_on,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -49,6 +58,7 @@ logger = logging.getLogger(__name__)
 LLFC_FOLDER = "llfc"
 REPORT_FILE = "llfc_report.json"
 RECIPE_FILE = "recipe.yaml"
+METHOD_FILE = "method.json"
 TAGS = ("merge", "hf-llfc")
 LIBRARIES = ("hf-llfc", "torch", "transformers", "safetensors", "huggingface-hub")
 MORE_PLOTS = {
@@ -83,10 +93,10 @@ def write_card(
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """Writes the card and its plots into an output folder.
+    """Writes the card, its plots and the interactive report into an output folder.
 
     Args:
-        folder: The merged checkpoint; the card becomes its README.md, the plots go to llfc/.
+        folder: The merged checkpoint; the card becomes its README.md, plots and report go to llfc/.
         recipe: As run; llfc/recipe.yaml without it.
         report: The diagnosis; llfc/llfc_report.json without it, if that is there.
         models: As for `render_card`; those of the recipe without it. The parents' own cards are read, where they can
@@ -122,10 +132,12 @@ def write_card(
         else model
         for model in given
     ]
-    for plot in PLOT_FILES.values():
-        (ours / plot).unlink(missing_ok=True)
+    for earlier in (*PLOT_FILES.values(), PAGE_FILE):
+        (ours / earlier).unlink(missing_ok=True)
     if report is not None:
         save_plots(report, ours)
+        title = name or folder.resolve().name
+        write_page(report, ours, title=title, hardware=hardware, links={f"../{CARD_FILE}": "the model card"})
     text = render_card(
         folder,
         recipe=recipe,
@@ -198,15 +210,16 @@ def render_card(
     context = {
         "name": name.rsplit("/", 1)[-1],
         "architecture": (config.get("architectures") or [config.get("model_type") or "model"])[0],
-        "headline": _headline(measured, diagnosis_problem, len([p for p in parents if not p.is_base])),
+        "headline": headline(measured, diagnosis_problem, len([p for p in parents if not p.is_base])),
         "parents": _parent_rows(parents),
         "count": _count(len([parent for parent in parents if not parent.is_base])),
-        "method": _method(recipe, parents),
+        "method": _method(recipe, parents, computed_by(folder)),
         "has_base": any(parent.is_base for parent in parents),
         "license_problem": license_found.problem,
-        "data": _data(data),
+        "data": measured_on(data),
         "results": _result_table(rows),
-        "barrier": _barrier(measured),
+        "barrier": barrier_words(measured),
+        "page": PAGE_FILE if (folder / LLFC_FOLDER / PAGE_FILE).is_file() else None,
         "on_line": measured is None or measured.region == "line",
         "plots": plots,
         "more_plots": [
@@ -216,8 +229,8 @@ def render_card(
         ],
         "layers": _layer_table(measured),
         "layers_are_many": measured is not None and len(shown_layers(measured)) > LONG_TABLE,
-        "layer_summary": _layer_summary(measured),
-        "alignments": [_alignment(entry) for entry in alignments if entry],
+        "layer_summary": layer_summary(measured),
+        "alignments": [alignment_words(entry) for entry in alignments if entry],
         "snippet": usage_snippet(folder, config, task, name, of_bytes=data.get("tokenizer") == "bytes"),
         "recipe": _recipe_text(recipe),
         "versions": versions or (measured.versions if measured is not None else {}) or _installed_versions(),
@@ -286,7 +299,7 @@ def _metadata(
 ) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    on_hub = list(dict.fromkeys(parent.id for parent in parents if parent.is_on_hub))
+    on_hub = list(dict.fromkeys(part.id for parent in parents for part in parent.parts if part.is_on_hub))
     results = _eval_results(name, task, data, rows)
     return ModelCardData(
         base_model=on_hub or None,
@@ -315,7 +328,7 @@ def _eval_results(
         return []
     dataset, revision = split_revision(str(data["dataset"]))
     if not is_hub_id(dataset):
-        dataset = _file_name(dataset)
+        dataset = file_name(dataset)
     values = {"loss": merged["loss"], **merged["metrics"]}
     return [
         EvalResult(
@@ -337,37 +350,9 @@ def _eval_results(
 # -- the body, each part as plain values for the template
 
 
-def _headline(report: ConnectivityReport | None, problem: str | None, parents: int) -> dict[str, str]:
-    """The verdict in one sentence."""
-    if report is None:
-        if problem is not None:
-            return {"lead": "The diagnosis failed.", "text": _sentence(problem)}
-        text = "Neither the loss nor the features of this merge were compared with those of its parents."
-        return {"lead": "Not diagnosed.", "text": text}
-    broken = not_finite(report)
-    if broken:
-        listed = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        return {"lead": "The diagnosis failed.", "text": f"Not every number is finite: {listed}."}
-    leads = {
-        "merge": "Verdict: merge.",
-        "align": "Warning. Verdict: align first.",
-        "do not merge": "Warning. Verdict: do not merge.",
-    }
-    lead = leads.get(report.verdict.answer, f"Verdict: {report.verdict.answer}.")
-    of_pair = "Of the first two parents: " if parents > 2 and report.region == "line" else ""
-    because = report.verdict.because if of_pair else report.verdict.because[:1].upper() + report.verdict.because[1:]
-    return {"lead": lead, "text": of_pair + _sentence(because, keep_case=True)}
-
-
 def _count(number: int) -> str:
     words = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
     return words[number] if number < len(words) else str(number)
-
-
-def _sentence(text: str, *, keep_case: bool = False) -> str:
-    text = text.strip()
-    text = text if keep_case else text[:1].upper() + text[1:]
-    return text if text.endswith((".", "!", "?")) else text + "."
 
 
 def _letters(parents: Sequence[ParentInfo]) -> list[str]:
@@ -380,10 +365,10 @@ def _parent_rows(parents: Sequence[ParentInfo]) -> list[dict[str, Any]]:
     return [
         {
             "letter": letter,
-            "name": parent.name,
-            "is_on_hub": parent.is_on_hub,
-            "id": parent.id,
-            "revision": parent.revision,
+            "parts": [
+                {"name": part.name, "is_on_hub": part.is_on_hub, "id": part.id, "revision": part.revision}
+                for part in parent.parts
+            ],
             "weight": None if parent.weight is None else f"{parent.weight:.4g}",
             "license": parent.license,
         }
@@ -391,8 +376,18 @@ def _parent_rows(parents: Sequence[ParentInfo]) -> list[dict[str, Any]]:
     ]
 
 
-def _method(recipe: Mapping[str, Any], parents: Sequence[ParentInfo]) -> str:
+def computed_by(folder: Path) -> dict[str, Any] | None:
+    """What another program was asked for that computed the weights; None where they were computed here."""
+    path = folder / LLFC_FOLDER / METHOD_FILE
+    return _read_json(path) if path.is_file() else None
+
+
+def _method(recipe: Mapping[str, Any], parents: Sequence[ParentInfo], elsewhere: Mapping[str, Any] | None) -> str:
     """How the parents were combined, as a formula where it is short."""
+    if elsewhere is not None:
+        settings = ", ".join(f"{key} {value}" for key, value in (elsewhere.get("parameters") or {}).items())
+        computed = f"{elsewhere.get('title')}, computed by mergekit {elsewhere.get('mergekit')}"
+        return f"{computed} with {settings} and seed {elsewhere.get('seed')}" if settings else computed
     tensors = [(letter, p.weight) for letter, p in zip(_letters(parents), parents, strict=True) if not p.is_base]
     is_short = len(tensors) <= 4 and all(weight is not None for _, weight in tensors)
     if recipe.get("merge_method") == "task_arithmetic":
@@ -402,23 +397,6 @@ def _method(recipe: Mapping[str, Any], parents: Sequence[ParentInfo]) -> str:
         return f"task arithmetic, θ₀ + {terms}"
     terms = " + ".join(f"{weight:.4g}·{letter}" for letter, weight in tensors) if is_short else "Σ wᵢ·θᵢ"
     return f"weighted average, {terms}"
-
-
-def _data(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """On what it was measured."""
-    if not data.get("dataset"):
-        return None
-    dataset = str(data["dataset"])
-    dataset_id, _ = split_revision(dataset)
-    is_on_hub = is_hub_id(dataset_id)
-    parts = [str(data["name"])] if data.get("name") else []
-    if data.get("split"):
-        parts.append(f"split {data['split']}")
-    if data.get("samples"):
-        parts.append(f"{data['samples']} samples")
-    name = dataset if is_on_hub else _file_name(dataset)
-    link = f"https://huggingface.co/datasets/{dataset_id}" if is_on_hub else None
-    return {"name": name, "link": link, "parts": parts}
 
 
 def _result_rows(
@@ -466,19 +444,9 @@ def _result_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     for row in rows:
         values = [number_text(row["loss"], LOSS)] if has_loss else []
         values += [number_text(row["metrics"].get(metric), style) for metric, style in styles]
-        name = "this merge" if row["is_merge"] else _display_name(str(row["id"]))
+        name = "this merge" if row["is_merge"] else display_name(str(row["id"]))
         cells.append({"name": name, "is_merge": row["is_merge"], "values": values})
     return {"heads": heads, "rows": cells}
-
-
-def _barrier(report: ConnectivityReport | None) -> str | None:
-    """Both barriers in words."""
-    if report is None or report.barrier.loss is None:
-        return None
-    parts = [f"{report.barrier.loss:.3f} nats of loss"]
-    if report.barrier.error is not None:
-        parts.append(f"{100 * report.barrier.error:.2f} points of error")
-    return " and ".join(parts)
 
 
 def _layer_table(report: ConnectivityReport | None) -> list[dict[str, str]]:
@@ -502,47 +470,6 @@ def _small(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def _layer_summary(report: ConnectivityReport | None) -> str | None:
-    """What the layers say, in one sentence."""
-    if report is None or not (rows := shown_layers(report)):
-        return None
-    ratios = [(row.ratio, row.layer) for row in rows if row.ratio is not None]
-    sizes = [(row.coefficient.mean, row.layer) for row in rows if row.coefficient.mean is not None]
-    parts = []
-    if ratios:
-        ratio, layer = max(ratios)
-        parts.append(f"the merged features are at most {ratio:.2g} times as far from the blend as the parents are "
-                     f"from each other (in {layer})")  # fmt: skip
-    if sizes:
-        size, layer = max(sizes, key=lambda pair: abs(math.log(pair[0])) if pair[0] > 0 else math.inf)
-        parts.append(f"the coefficient is {size:.2f} where it is farthest from 1 (in {layer})")
-    point = point_name(report, rows[0])
-    where = f"At {point} " if report.region == "line" else f"At the point {point} "
-    return where + ", and ".join(parts) + "." if parts else None
-
-
-def _alignment(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One alignment as text."""
-    axes = [axis for axis in entry.get("axes") or [] if axis.get("units")]
-    moved, units = sum(axis["moved"] for axis in axes), sum(axis["units"] for axis in axes)
-    changes = []
-    for title, key in (("objective", "objective"), ("cosine of the weights", "cosine")):
-        before, after = entry.get(f"{key}_before"), entry.get(f"{key}_after")
-        if before is not None and after is not None:
-            changes.append(f"{title} {before:.4g} → {after:.4g}")
-    names = [_display_name(str(entry[key])) for key in ("model", "reference") if entry.get(key)]
-    return {
-        "method": str(entry.get("method", "alignment")).replace("_", " "),
-        "model": names[0] if len(names) == 2 else None,
-        "reference": names[1] if len(names) == 2 else None,
-        "moved": moved,
-        "units": units,
-        "axes": [f"{axis['moved']} of {axis['units']} {axis['axis']}" for axis in axes],
-        "changes": changes,
-        "converged": entry.get("converged"),
-    }
-
-
 def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
     """The recipe as YAML for others: names in place of the paths of local folders, and nothing about the upload."""
     import yaml
@@ -556,18 +483,11 @@ def _without_paths(value: Any) -> Any:
         return {str(key): _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(item) for item in value]
+    if isinstance(value, str) and len(parts := parts_of(value)) > 1:
+        return "+".join(str(_without_paths(part)) for part in parts)
     if isinstance(value, str | PurePath) and os.path.isabs(value):
         return f"./{PurePath(value).name}"
     return str(value) if isinstance(value, PurePath) else value
-
-
-def _display_name(model: str) -> str:
-    model_id, revision = split_revision(model)
-    return ParentInfo(model_id, revision).name
-
-
-def _file_name(path: str) -> str:
-    return PurePath(path).name or path
 
 
 def _installed_versions() -> dict[str, str]:
@@ -602,9 +522,9 @@ def _limits(report: ConnectivityReport | None, data: Mapping[str, Any], parents:
     local = [parent.name for parent in parents if not parent.is_on_hub]
     if local:
         limits.append(f"Not on the Hub, so that others cannot repeat the merge: {', '.join(local)}.")
-    measured_on = _data(data) if report is not None else None
-    if measured_on is not None and measured_on["link"] is None:
-        limits.append(f"Not on the Hub, so that others cannot repeat the measurement: {measured_on['name']}.")
+    source = measured_on(data) if report is not None else None
+    if source is not None and source["link"] is None:
+        limits.append(f"Not on the Hub, so that others cannot repeat the measurement: {source['name']}.")
     return limits
 
 

@@ -106,7 +106,7 @@ def _path(report: ConnectivityReport) -> list[Row]:
     for point, blend in zip(report.path, blend_of_models(report.path, losses), strict=True):
         place = {"alpha": f"{point.alpha:.3g}"} if report.region == "line" else {"point": point_name(report, point)}
         values = {name: number_text(point.metrics.get(name), metric_style(name)) for name in metric_names(report)}
-        loss = {"loss": number_text(point.loss, LOSS), "blend": _plain(blend, ".4f")} if labelled else {}
+        loss = {"loss": number_text(point.loss, LOSS), "blend": decimal_text(blend, ".4f")} if labelled else {}
         rows.append({**place, **loss, **values})
     return rows if labelled or metric_names(report) else []
 
@@ -124,19 +124,19 @@ def _layer(row: LayerRow) -> Row:
     return {
         "layer": row.layer,
         **_statistic("LLFC", row.llfc),
-        "baseline": _distance(row.baseline.mean),
-        "ratio": _distance(row.ratio),
-        "coef": _plain(row.coefficient.mean, ".3f"),
-        "±": _plain(row.coefficient.std, ".3f"),
+        "baseline": distance_text(row.baseline.mean),
+        "ratio": distance_text(row.ratio),
+        "coef": decimal_text(row.coefficient.mean, ".3f"),
+        "±": decimal_text(row.coefficient.std, ".3f"),
     }
 
 
 def _statistic(name: str, found: Statistic) -> Row:
     """A mean with its interval, or without one with its standard deviation."""
     if found.interval is None:
-        return {name: _distance(found.mean), "± std": _distance(found.std)}
+        return {name: distance_text(found.mean), "± std": distance_text(found.std)}
     low, high = found.interval
-    return {name: _distance(found.mean), "95 % interval": f"{_distance(low)} to {_distance(high)}"}
+    return {name: distance_text(found.mean), "95 % interval": f"{distance_text(low)} to {distance_text(high)}"}
 
 
 def _additivity_title(report: ConnectivityReport) -> str:
@@ -149,8 +149,8 @@ def _additivity(row: AdditivityRow) -> Row:
     return {
         "activation": row.layer + (" (gated)" if row.gated else ""),
         **_statistic("distance", row.distance),
-        "baseline": _distance(row.baseline.mean),
-        "ratio": _distance(ratio),
+        "baseline": distance_text(row.baseline.mean),
+        "ratio": distance_text(ratio),
     }
 
 
@@ -158,9 +158,9 @@ def _commutativity(report: ConnectivityReport) -> list[Row]:
     return [
         {
             "map": row.layer,
-            "Dist_com": _distance(row.com),
-            "Dist_W": _distance(row.weights),
-            "Dist_H": _distance(row.features),
+            "Dist_com": distance_text(row.com),
+            "Dist_W": distance_text(row.weights),
+            "Dist_H": distance_text(row.features),
         }
         for row in report.commutativity
     ]
@@ -225,17 +225,18 @@ def _barrier(report: ConnectivityReport) -> list[Row]:
         return []
     error = report.barrier.error
     return [
-        {"of": "loss", "height": f"{_plain(report.barrier.loss, '.4f')} nats"},
+        {"of": "loss", "height": f"{decimal_text(report.barrier.loss, '.4f')} nats"},
         {"of": "error", "height": "–" if error is None else f"{100 * error:.2f} points"},
     ]
 
 
-def _distance(value: float | None) -> str:
+def distance_text(value: float | None) -> str:
     """Three digits, as powers of ten where there would be zeros in front."""
     if value is None or not math.isfinite(value):
         return "–"
     return "0" if value == 0 else f"{value:#.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
 
 
-def _plain(value: float | None, form: str) -> str:
+def decimal_text(value: float | None, form: str) -> str:
+    """A number in a form of its own, a dash where there is none."""
     return "–" if value is None or not math.isfinite(value) else format(value, form)

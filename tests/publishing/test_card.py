@@ -429,7 +429,7 @@ def test_the_card_of_a_folder_is_written_from_what_lies_in_it(hub: HubDouble, tm
     assert card.data.datasets == ["ada/tweets"]
     page = Page(card.text)
     pictures = ["llfc/path.png", "llfc/layers.png", "llfc/heatmap.png"]
-    assert [link for link in page.links if link.startswith("llfc/")] == pictures
+    assert [link for link in page.links if link.startswith("llfc/")] == ["llfc/report.html", *pictures]
     assert all(f"{parent.split('@')[1][:7]}" in page.text for parent in parents)
     assert 'pipeline("text-classification", model="merged")' in page.text
     again = path.read_bytes()
