@@ -148,7 +148,7 @@ def unchecked(run):
         import hf_llfc.pipeline
 
         for module in (hf_llfc.commands, hf_llfc.pipeline):
-            module.refuse_without_room = lambda output, infos: None
+            module.refuse_without_room = lambda output, infos, copies=0: None
         shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
         return run()
 
