@@ -115,6 +115,13 @@ def _add_restart(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """What every command has that reads checkpoints and writes a folder."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    _add_restart(parser)
+    _add_pickle(parser)
+
+
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--verify", action="store_true", help="check on the real weights that the symmetries hold")
@@ -143,9 +150,7 @@ def _add_align(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="A", help="the reference, which stays")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--use", metavar="FILE", help="apply this alignment file instead of matching")
-    parser.add_argument("--overwrite", action="store_true")
-    _add_restart(parser)
-    _add_pickle(parser)
+    _add_output(parser)
     _add_matching(parser, default="weight_matching")
     _add_data(parser, purpose="calibration data for activation matching")
 
@@ -177,9 +182,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         help="whose tokenizer and processor go with the result: a model, its place, or base (default: 0, the first)",
     )
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--overwrite", action="store_true")
-    _add_restart(parser)
-    _add_pickle(parser)
+    _add_output(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
     _add_matching(parser, default="none")
     _add_data(parser, purpose="calibration data for activation matching")
@@ -207,9 +210,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
         "--offload", action="store_true", help="read weights when a module runs, for models larger than memory"
     )
     parser.add_argument("--out", metavar="DIR", help="folder for report and plots")
-    parser.add_argument("--overwrite", action="store_true")
-    _add_restart(parser)
-    _add_pickle(parser)
+    _add_output(parser)
     _add_matching(parser, default="none")
     _add_data(parser, purpose="data to measure on")
 
