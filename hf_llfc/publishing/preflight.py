@@ -146,15 +146,15 @@ def check_parents(target: Target, parents: Sequence[str], *, private: bool | Non
         name, revision = split_revision(model)
         if not is_hub_id(name):
             card = read_parent_card(name)
-        elif (parent := _look_up_parent(target, name)) is None:
+        elif (hosted := _look_up_parent(target, name)) is None:
             continue
         else:
-            card = parent.card_data.to_dict() if parent.card_data is not None else {}
-            if parent.private and is_public:
+            card = hosted.card_data.to_dict() if hosted.card_data is not None else {}
+            if hosted.private and is_public:
                 raise PublishingError(
                     f"the parent {name} is private, the merge would be public: push it privately, or force it"
                 )
-            if parent.gated:
+            if hosted.gated:
                 logger.warning("the parent %s is gated: its terms hold for the merge too", name)
         found.append(ParentInfo(name, revision, card=card))
         license = found[-1].license
