@@ -26,6 +26,8 @@ def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
     Raises:
         SpecError: The architecture has no adapter and no spec can be derived, or the adapter refuses the config.
     """
+    if checkpoint.canonical is not None:
+        return checkpoint.canonical
     try:
         return spec_for(checkpoint.config)
     except SpecError as error:

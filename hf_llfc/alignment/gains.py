@@ -10,7 +10,10 @@ where B' is B moved along every other axis. An axis is matched together with the
 `[i, a, j, b]`; `hf_llfc.alignment.groups` says what is then solved exactly.
 
 Axes that are not determined yet are averaged over in B' and summed over in A: the expectation under a uniformly
-random permutation.
+random permutation. The expectation under a group of matrices is zero, so that a tensor that holds an undetermined axis
+of that kind says nothing. The best matrix of such an axis, with its gain, is in closed form what the assignment is for
+a permutation: Σ_ij gain[i, j] M[i, j] is largest for the nearest matrix of the group
+(`hf_llfc.symmetry.matrix_groups`).
 
 Gains live on the device of A's tensors. Shape suffixes: i, j an entry of the group's axis in A and B; a, b an entry of
 a child; k everything else.
@@ -34,6 +37,9 @@ from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import Atom, AxisUse, atoms_of_pieces
+from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
+from hf_llfc.symmetry.orthogonal import Orthogonal
+from hf_llfc.symmetry.spec import PERMUTATION
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
 from hf_llfc.workers import ALONE, Workers
@@ -222,7 +228,9 @@ class Gains:
                     gain_ij = _add(gain_ij, _gain(a, b, [place], dtype))
             return gain_ij
 
-        keys = self.keys(group.axes)
+        keys = self._telling(self.keys(group.axes), undetermined - group.axes)
+        if group.axis in group.matrices and not own_is_known:
+            keys = [key for key in keys if key not in quadratic]
         if quadratic or self.operations(group) < SHARED_FROM:
             gain_ij = gain_of(keys)
         else:
@@ -233,8 +241,7 @@ class Gains:
                 gain_ij = gain if gain_ij is None or gain is None else gain_ij.add_(gain)
         if gain_ij is None:
             return Solution({group.axis: present}, 0.0)
-        perm, gap = assign_with_gap(gain_ij, solver=self.solver)
-        proposal = Permutation(perm)
+        proposal, gap = self._best(group, gain_ij)
         before_i, after_i = _along(gain_ij, present), _along(gain_ij, proposal)
         change = float((after_i - before_i).sum())
         noise = NOISE[dtype] * float((after_i.abs() + before_i.abs())[after_i != before_i].sum())
@@ -246,6 +253,13 @@ class Gains:
             before, after = _moved(pair.b, places, present), _moved(pair.b, places, proposal)
             change += _inner(pair.a, after) - _inner(pair.a, before)
         return Solution({group.axis: proposal}, change if change > noise else 0.0, gap=gap)
+
+    def _best(self, group: Group, gain_ij: Tensor) -> tuple[Transform, float]:
+        """The best transform of a root by its gains, and by how much another could be better at most."""
+        if group.axis in group.matrices:
+            return Orthogonal(MATRIX_GROUPS[group.matrices[group.axis]].nearest(gain_ij.cpu().double())), 0.0
+        perm, gap = assign_with_gap(gain_ij, solver=self.solver)
+        return Permutation(perm), gap
 
     def _shares(self, keys: list[Key], undetermined: Set[str]) -> list[list[Key]]:
         """Tensors in at most `PARTS` parts of about the same size; those that are averaged together stay together."""
@@ -269,7 +283,7 @@ class Gains:
         The objective is quadratic in an axis that a tensor holds twice (mixed heads, `heads heads`, or a recurrence
         inside each head). Such tensors take no part in the choice; they decide whether it is an improvement.
         """
-        keys, quadratic = self.keys(group.axes), self._quadratic(group)
+        keys, quadratic = self._telling(self.keys(group.axes), undetermined), self._quadratic(group)
         linear = [key for key in keys if key not in quadratic]
         solution = solve_group(group, self._pair_gains(linear, group, held, undetermined), present)
         if not quadratic or not solution.gain:
@@ -279,6 +293,15 @@ class Gains:
             for transforms in (present, solution.transforms)
         )
         return replace(solution, gain=max(0.0, solution.gain + after - before))
+
+    def _telling(self, keys: list[Key], undetermined: Set[str]) -> list[Key]:
+        """The tensors that do not vanish on average over the axes that are not determined."""
+        silent = {axis for axis in undetermined if self.spec.axes[axis].group != PERMUTATION}
+        return [
+            key
+            for key in keys
+            if silent.isdisjoint(use.axis for use in self.a.binding.tensors[self.a.keys[key]].spec.axes)
+        ]
 
     def _quadratic(self, group: Group) -> list[Key]:
         """The tensors that hold an axis of the group twice."""

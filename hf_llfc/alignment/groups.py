@@ -14,12 +14,16 @@ query heads in a group every choice of theirs is tried, with the best value chan
 Beyond that it is alternation: each child is assigned exactly with the others held, until nothing improves, from the
 present transforms and, once for every child, from that child assigned with the others averaged over. The best is kept,
 so that the value never falls.
+
+A child that is not permuted but transformed by a group of matrices is the same with the nearest matrix (Procrustes) in
+place of the assignment: `Σ_{a,b} gain[a, b] M[a, b]`, in closed form. A *choice* for a child is therefore an index
+array `[n]` or a matrix `[n, n]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations, product
 from math import factorial, prod
 
@@ -27,7 +31,9 @@ import torch
 from torch import Tensor
 
 from hf_llfc.alignment.assignment import assign
-from hf_llfc.symmetry.spec import Binding
+from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
+from hf_llfc.symmetry.orthogonal import Orthogonal
+from hf_llfc.symmetry.spec import PERMUTATION, Binding
 from hf_llfc.symmetry.transforms import Permutation, Transform
 
 # A rise of the objective below this fraction of the terms that change is float noise.
@@ -49,12 +55,14 @@ class Group:
         size: Its number of entries.
         moves: Whether the root itself is symmetric (else only its children move).
         children: Symmetric axes that depend on it → their size.
+        matrices: Axis → group of matrices, for those of its axes that are not permuted.
     """
 
     axis: str
     size: int
     moves: bool
     children: Mapping[str, int]
+    matrices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def axes(self) -> frozenset[str]:
@@ -82,7 +90,8 @@ def groups_of(binding: Binding) -> list[Group]:
     for name, children in roots.items():
         size = spec.axes[name].size
         assert size is not None
-        groups.append(Group(name, size, spec.axes[name].symmetric, children))
+        matrices = {axis: spec.axes[axis].group for axis in (name, *children) if spec.axes[axis].group != PERMUTATION}
+        groups.append(Group(name, size, spec.axes[name].symmetric, children, matrices))
     return groups
 
 
@@ -119,21 +128,28 @@ def solve_group(
     size = group.size
     value_ij = torch.zeros(size, size, dtype=torch.float64)
     before_i = torch.zeros(size, dtype=torch.float64)
-    perms = {child: torch.zeros(size, size, width, dtype=torch.int32) for child, width in group.children.items()}
+    choices = {
+        child: torch.zeros(size, size, width, width, dtype=torch.float64)
+        if child in group.matrices
+        else torch.zeros(size, size, width, dtype=torch.int32)
+        for child, width in group.children.items()
+    }
     noise = NOISE[torch.float64]
     for i, j, gains in pairs:
         noise = max([noise, *(_noise(gain) for gain in gains.values())])
         is_present = not group.moves or present[group.axis].source(i) == j
-        here = {child: _indices(present[child].at(i)) for child in group.children} if is_present else None
-        best, value_ij[i, j] = best_children(group.children, gains, here)
+        here = {child: _choice_of(present[child].at(i)) for child in group.children} if is_present else None
+        best, value_ij[i, j] = best_children(group.children, gains, here, group.matrices)
         if here is not None:
             before_i[i] = value_of(gains, here)
-        for child, perm in best.items():
-            perms[child][i, j] = perm
+        for child, choice in best.items():
+            choices[child][i, j] = choice
     every = torch.arange(size)
     root = assign(value_ij) if group.moves else every
     transforms: dict[str, Transform] = {group.axis: Permutation(root)} if group.moves else {}
-    transforms |= {child: Permutation(perm[every, root].long()) for child, perm in perms.items()}
+    for child, chosen in choices.items():
+        of_root = chosen[every, root]
+        transforms[child] = Orthogonal(of_root) if child in group.matrices else Permutation(of_root.long())
     after_i = value_ij[every, root]
     rise = float((after_i - before_i).sum())
     floor = noise * float((after_i.abs() + before_i.abs())[after_i != before_i].sum())
@@ -141,80 +157,93 @@ def solve_group(
 
 
 def best_children(
-    children: Mapping[str, int], gains: PairGains, present: Mapping[str, Tensor] | None = None
+    children: Mapping[str, int],
+    gains: PairGains,
+    present: Mapping[str, Tensor] | None = None,
+    matrices: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
-    """Finds the best permutations of the children for one pair of root entries, see the module.
+    """Finds the best choices for the children of one pair of root entries, see the module.
 
     Args:
         children: Child → its size.
         gains: What each choice is worth.
-        present: Child → present permutation, from which a coupled problem starts and which stays where nothing is
-            better.
+        present: Child → present choice, from which a coupled problem starts and which stays where nothing is better.
+        matrices: Child → group of matrices, for those that are not permuted.
 
     Returns:
-        Child → indices, and what they are worth.
+        Child → choice, and what they are worth.
     """
+    matrices = matrices or {}
     coupled = [child for child in children if any(len(axes) > 1 and child in axes for axes in gains)]
     chosen: dict[str, Tensor] = {}
     for child, size in children.items():
         if child not in coupled:
-            stays = torch.arange(size) if present is None else present[child]
+            stays = _unmoved(child, size, matrices) if present is None else present[child]
             gain = gains.get((child,))
-            chosen[child] = stays if gain is None else _assigned(gain, None if present is None else stays)
+            held = None if present is None else stays
+            chosen[child] = stays if gain is None else _chosen(child, gain, held, matrices)
     if coupled:
         chosen |= _best_coupled(
             {child: children[child] for child in coupled},
             {axes: gain for axes, gain in gains.items() if any(axis in coupled for axis in axes)},
             None if present is None else {child: present[child] for child in coupled},
+            matrices,
         )
     return chosen, value_of(gains, chosen)
 
 
-def value_of(gains: PairGains, perms: Mapping[str, Tensor]) -> float:
-    """What permutations of the children are worth, in float64."""
+def value_of(gains: PairGains, choices: Mapping[str, Tensor]) -> float:
+    """What choices for the children are worth, in float64."""
     total = 0.0
     for axes, gain in gains.items():
-        index = torch.zeros(1, dtype=torch.int64)
-        for axis in axes:
-            index = (index[:, None] * perms[axis].numel() + perms[axis]).flatten()
-        total += float(gain.gather(1, index[:, None].to(gain.device)).sum(dtype=torch.float64))
+        if all(choices[axis].ndim == 1 for axis in axes):
+            index = torch.zeros(1, dtype=torch.int64)
+            for axis in axes:
+                index = (index[:, None] * choices[axis].numel() + choices[axis]).flatten()
+            total += float(gain.gather(1, index[:, None].to(gain.device)).sum(dtype=torch.float64))
+        else:
+            joint = _shaped(axes, gain, {axis: len(choices[axis]) for axis in axes}).double()
+            for left in range(len(axes), 0, -1):
+                joint = _held(joint, left - 1, left, choices[axes[left - 1]])
+            total += float(joint)
     return total
 
 
 def _best_coupled(
-    sizes: Mapping[str, int], gains: PairGains, present: Mapping[str, Tensor] | None
+    sizes: Mapping[str, int], gains: PairGains, present: Mapping[str, Tensor] | None, matrices: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """The best of what trying every choice, or alternating from several starts, comes to."""
     noise = max(_noise(gain) for gain in gains.values())
-    shaped = {
-        axes: gain.reshape(*(sizes[axis] for axis in axes), *(sizes[axis] for axis in axes))
-        for axes, gain in gains.items()
-    }
+    shaped = {axes: _shaped(axes, gain, sizes) for axes, gain in gains.items()}
 
-    def assigned(perms: Mapping[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
-        found = dict(perms)
+    def assigned(choices: Mapping[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
+        found = dict(choices)
         for child in order:
-            found[child] = assign(_slope(child, shaped, found))
+            found[child] = _best(child, _slope(child, shaped, found, matrices), matrices)
         return found
 
-    def alternate(perms: dict[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
-        value = value_of(gains, perms)
+    def alternate(choices: dict[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
+        value = value_of(gains, choices)
         while True:
-            following = assigned(perms, order)
+            following = assigned(choices, order)
             value_there = value_of(gains, following)
             if value_there - value <= noise * abs(value):
-                return perms
-            perms, value = following, value_there
+                return choices
+            choices, value = following, value_there
 
-    *tried, largest = sorted(sizes, key=sizes.__getitem__)
+    # Matrices cannot be tried one by one, and are the last to be chosen.
+    *tried, largest = sorted(sizes, key=lambda child: (child in matrices, sizes[child]))
     answers = [] if present is None else [dict(present)]
-    if prod(factorial(sizes[child]) for child in tried) <= TRIED:
+    is_small = prod(factorial(sizes[child]) for child in tried) <= TRIED
+    if is_small and not any(child in matrices for child in tried):
         for choice in product(*(permutations(range(sizes[child])) for child in tried)):
-            perms = {child: torch.tensor(perm) for child, perm in zip(tried, choice, strict=True)}
-            answers.append(assigned(perms, [largest]))
+            choices = {child: torch.tensor(perm) for child, perm in zip(tried, choice, strict=True)}
+            answers.append(assigned(choices, [largest]))
     else:
-        orders = [[first, *(child for child in sizes if child != first)] for first in sizes]
-        answers = [alternate(perms, orders[0]) for perms in answers]
+        # Averaged over a group of matrices nothing is left, so that these come first.
+        firsts = [child for child in sizes if child in matrices] or list(sizes)
+        orders = [[first, *(child for child in sizes if child != first)] for first in firsts]
+        answers = [alternate(choices, orders[0]) for choices in answers]
         answers += [alternate(assigned({}, order), order) for order in orders]
     best, value = answers[0], value_of(gains, answers[0])
     for answer in answers[1:]:
@@ -224,7 +253,22 @@ def _best_coupled(
     return best
 
 
-def _slope(child: str, gains: Mapping[tuple[str, ...], Tensor], perms: Mapping[str, Tensor]) -> Tensor:
+def _shaped(axes: Sequence[str], gain: Tensor, sizes: Mapping[str, int]) -> Tensor:
+    """Joint gains with a dimension for each child, those of A first."""
+    return gain.reshape(*(sizes[axis] for axis in axes), *(sizes[axis] for axis in axes))
+
+
+def _held(joint: Tensor, place: int, left: int, choice: Tensor) -> Tensor:
+    """Joint gains of `left` children with the one at a place held at its choice."""
+    beside = joint.movedim((place, left + place), (0, 1))
+    if choice.ndim == 1:
+        return beside[torch.arange(len(choice)), choice].sum(0)
+    return torch.tensordot(choice.to(beside), beside, 2)
+
+
+def _slope(
+    child: str, gains: Mapping[tuple[str, ...], Tensor], choices: Mapping[str, Tensor], matrices: Mapping[str, str]
+) -> Tensor:
     """The gains of one child, `[a, b]`, with the others held, or averaged over where they are unknown."""
     total: Tensor | None = None
     for axes, joint in gains.items():
@@ -235,9 +279,10 @@ def _slope(child: str, gains: Mapping[tuple[str, ...], Tensor], perms: Mapping[s
             if other == child:
                 continue
             place, size = left.index(other), joint.shape[left.index(other)]
-            if other in perms:
-                held = joint.movedim((place, len(left) + place), (0, 1))[torch.arange(size), perms[other]]
-                joint = held.sum(0)
+            if other in choices:
+                joint = _held(joint, place, len(left), choices[other])
+            elif other in matrices:
+                joint = joint.sum((place, len(left) + place)) * 0
             else:
                 joint = joint.sum((place, len(left) + place)) / size
             left.remove(other)
@@ -246,19 +291,35 @@ def _slope(child: str, gains: Mapping[tuple[str, ...], Tensor], perms: Mapping[s
     return total
 
 
-def _assigned(gain: Tensor, present: Tensor | None) -> Tensor:
-    """The best permutation, or the present one where that is as good."""
-    best = assign(gain)
+def _best(child: str, gain: Tensor, matrices: Mapping[str, str]) -> Tensor:
+    """The best choice for a child by its gains `[a, b]` alone."""
+    return MATRIX_GROUPS[matrices[child]].nearest(gain.cpu().double()) if child in matrices else assign(gain)
+
+
+def _chosen(child: str, gain: Tensor, present: Tensor | None, matrices: Mapping[str, str]) -> Tensor:
+    """The best choice, or the present one where that is as good."""
+    best = _best(child, gain, matrices)
     if present is None:
         return best
-    every = torch.arange(len(best))
-    before, after = (gain[every, perm].double() for perm in (present, best))
-    changed = best != present
+    if child in matrices:
+        before, after = ((gain.cpu().double() * choice).sum(-1) for choice in (present, best))
+        changed = before != after
+    else:
+        every = torch.arange(len(best))
+        before, after = (gain[every, choice].double() for choice in (present, best))
+        changed = best != present
     floor = _noise(gain) * float((before.abs() + after.abs())[changed].sum())
     return best if float((after - before).sum()) > floor else present
 
 
-def _indices(transform: Transform) -> Tensor:
+def _unmoved(child: str, size: int, matrices: Mapping[str, str]) -> Tensor:
+    return torch.eye(size, dtype=torch.float64) if child in matrices else torch.arange(size)
+
+
+def _choice_of(transform: Transform) -> Tensor:
+    """A transform without a parent as a choice."""
+    if isinstance(transform, Orthogonal):
+        return transform.matrix
     return transform.apply(torch.arange(transform.size), 0)
 
 

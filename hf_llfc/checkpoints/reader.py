@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is load
     from transformers import PreTrainedModel
 
     from hf_llfc.checkpoints import names
+    from hf_llfc.symmetry import PermutationSpec
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class Checkpoint:
         generation_config: How the model generates, also where an old config or a model in memory says so.
         unused: Names of tensors in the files that the model class has no use for.
         adapter: What is folded into its tensors; None of an ordinary checkpoint.
+        canonical: The permutation spec of its canonical form, if its tensors are in that; see
+            `hf_llfc.checkpoints.canonical`.
     """
 
     id: str
@@ -105,6 +108,7 @@ class Checkpoint:
     unused: tuple[str, ...]
     _weights: Weights = field(repr=False)
     adapter: Adapter | None = None
+    canonical: PermutationSpec | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
@@ -124,12 +128,13 @@ class Checkpoint:
         return self._weights.read(name)
 
     def read_unrounded(self, name: str) -> torch.Tensor:
-        """Reads one tensor as `read` does, but a tensor into which an adapter is folded before it is rounded."""
-        if self.adapter is None:
+        """Reads one tensor as `read` does, but one that is made from others before it is rounded."""
+        if self.adapter is None and self.canonical is None:
             return self.read(name)
         from hf_llfc.checkpoints.adapted import AdaptedWeights
+        from hf_llfc.checkpoints.canonical import CanonicalWeights
 
-        assert isinstance(self._weights, AdaptedWeights)
+        assert isinstance(self._weights, AdaptedWeights | CanonicalWeights)
         return self._weights.read_unrounded(name)
 
     def span(self, name: str) -> FileSpan | None:

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from hf_llfc.errors import AlignmentError, SpecError, raise_all, suggest
 from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression, axis_uses, size_of
-from hf_llfc.symmetry.spec import Binding, PermutationSpec
-from hf_llfc.symmetry.transforms import TRANSFORM_KINDS, Permutation, Transform
+from hf_llfc.symmetry.orthogonal import Orthogonal
+from hf_llfc.symmetry.spec import PERMUTATION, Binding, PermutationSpec
+from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import map_pieces
 
 FILE_FORMAT = "hf_llfc.alignment/1"
+
+TRANSFORM_KINDS = {kind.kind: kind for kind in (Permutation, Orthogonal)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +174,7 @@ class Alignment:
         identity = identity_alignment(spec).transforms
         first = {**identity, **self.transforms}
         then = {**identity, **second.transforms}
-        return Alignment(spec, {axis: first[axis].then(then[axis], second._parent_of(axis)) for axis in identity})
+        return Alignment(spec, {axis: _composed(first[axis], then[axis], second._parent_of(axis)) for axis in identity})
 
     def with_metadata(self, **metadata: Any) -> Alignment:
         """The same transforms with more metadata."""
@@ -257,7 +260,7 @@ class Alignment:
 
 def identity_alignment(spec: PermutationSpec) -> Alignment:
     """The alignment that moves nothing."""
-    return Alignment(spec, {axis: Permutation.identity(*_sizes(spec, axis)) for axis in spec.symmetric_axes})
+    return Alignment(spec, {axis: _identity(spec, axis) for axis in spec.symmetric_axes})
 
 
 def random_alignment(spec: PermutationSpec, generator: torch.Generator) -> Alignment:
@@ -269,9 +272,27 @@ def random_alignment(spec: PermutationSpec, generator: torch.Generator) -> Align
     """
     return Alignment(
         spec,
-        {axis: Permutation.random(*_sizes(spec, axis), generator=generator) for axis in spec.symmetric_axes},
+        {axis: _random(spec, axis, generator) for axis in spec.symmetric_axes},
         {"method": "random"},
     )
+
+
+def _identity(spec: PermutationSpec, axis: str) -> Transform:
+    kind = Permutation if spec.axes[axis].group == PERMUTATION else Orthogonal
+    return kind.identity(*_sizes(spec, axis))
+
+
+def _random(spec: PermutationSpec, axis: str, generator: torch.Generator) -> Transform:
+    group, sizes = spec.axes[axis].group, _sizes(spec, axis)
+    if group == PERMUTATION:
+        return Permutation.random(*sizes, generator=generator)
+    return Orthogonal.random(group, *sizes, generator=generator)
+
+
+def _composed(first: Transform, second: Transform, second_parent: Transform | None) -> Transform:
+    if first.kind != second.kind:
+        first = Orthogonal.of(first)
+    return first.then(second, second_parent)
 
 
 def _sizes(spec: PermutationSpec, name: str) -> tuple[int, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ _NAME_AXIS = re.compile(r"<([^<>]+)>")
 _CONDITION = re.compile(r"\s(?P<sense>if|unless)\s+(?P<other>\S+)$")
 _DECLARATION = re.compile(r"(?P<name>[^\s?~]+)(?P<marks>[?~]*)(?:\s+(?P<shape>.*))?")
 
+# The group of an axis whose units move as they are; `hf_llfc.symmetry.matrix_groups` has the others.
+PERMUTATION = "permutation"
+
 # A checkpoint of another architecture misses every name; a few suggestions help, thousands take minutes.
 SUGGESTIONS = 8
 
@@ -42,12 +45,14 @@ class Axis:
         size: Number of entries; None where only the checkpoint tells (number of labels, say).
         symmetric: Whether its units may be transformed without changing the function of the model.
         parent: The axis it depends on: one independent symmetry per index of the parent.
+        group: What may transform it: `permutation`, or one of `hf_llfc.symmetry.matrix_groups.MATRIX_GROUPS`.
     """
 
     name: str
     size: int | None
     symmetric: bool = False
     parent: str | None = None
+    group: str = PERMUTATION
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,7 @@ class PermutationSpec:
         layouts = tuple(self.other_layouts(self)) if self.other_layouts is not None else ()
         return {
             "model_type": self.model_type,
-            "axes": [[axis.name, axis.size, axis.symmetric, axis.parent] for axis in self.axes.values()],
+            "axes": [list(astuple(axis)) for axis in self.axes.values()],
             "tensors": [tensor.to_list() for tensor in self.declarations],
             "layouts": [tensor.to_list() for tensor in layouts],
             "prefix": self.prefix,

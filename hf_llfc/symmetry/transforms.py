@@ -5,7 +5,8 @@ per index of the parent, and is applied after the parent's: for permutations p o
 
     aligned[e, n] = original[p[e], q[e, n]].
 
-Only permutations exist today. Everything outside this package goes through the `Transform` protocol.
+Permutations are here, orthogonal maps in `hf_llfc.symmetry.orthogonal`. Everything outside this package goes through
+the `Transform` protocol.
 """
 
 from __future__ import annotations
@@ -185,6 +186,3 @@ class Permutation:
 
     def __hash__(self) -> int:
         return hash(self.perm.numpy().tobytes())
-
-
-TRANSFORM_KINDS = {Permutation.kind: Permutation}

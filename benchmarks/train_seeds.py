@@ -1,0 +1,146 @@
+"""Trains six models of each family from independent seeds: three pairs that share nothing but their data.
+
+    python benchmarks/train_seeds.py --out DIR [--only vit gpt2 llama resnet] [--threads 1]
+
+What exists in DIR/seeds is kept. `benchmarks/symmetries.py` aligns and merges the pairs (1, 2), (3, 4) and (5, 6).
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+import train_parents as parents
+import transformers
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedModel
+
+from tests import real_data
+
+SEEDS = range(1, 7)
+TRAIN_BLOCKS, TEST_BLOCKS = 4000, 400
+
+
+def vit_config() -> transformers.ViTConfig:
+    """Four layers, 64 wide, patches of 4 × 4."""
+    return transformers.ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=28,
+        patch_size=4,
+        num_channels=1,
+        num_labels=10,
+        **parents.fashion_labels(),
+    )
+
+
+def resnet_config() -> transformers.ResNetConfig:
+    """Basic blocks of 16, 32 and 64 channels."""
+    return transformers.ResNetConfig(
+        num_channels=1,
+        embedding_size=16,
+        hidden_sizes=[16, 32, 64],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        num_labels=10,
+        **parents.fashion_labels(),
+    )
+
+
+def train_fashion(out: Path, family: str) -> None:
+    """Image classifiers on all of Fashion-MNIST."""
+    group = parents.Group(out / "seeds")
+    parents.add_fashion_data(group)
+    train, test = parents.fashion_inputs("train"), parents.fashion_inputs("test")
+    training = {"vit": parents.Training(6, 64, 1e-3, 0), "resnet": parents.Training(4, 64, 3e-3, 0)}[family]
+
+    def make(seed: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        if family == "vit":
+            model: PreTrainedModel = transformers.ViTForImageClassification(vit_config())
+        else:
+            model = transformers.ResNetForImageClassification(resnet_config())
+        return parents.fit(model, train, parents.replace(training, seed=seed))
+
+    for seed in SEEDS:
+        group.add(f"{family}-{seed}", partial(make, seed), parents.fashion_processor(), {"test": test})
+
+
+def language_config(family: str, vocabulary: int) -> transformers.PreTrainedConfig:
+    """Four layers, 128 wide: a GPT-2 with a tied head, or a Llama with grouped queries and rotary positions."""
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if family == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocabulary,
+            n_embd=128,
+            n_layer=4,
+            n_head=4,
+            n_positions=parents.BLOCK_BYTES,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **special,
+        )
+    return transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=344,
+        max_position_embeddings=parents.BLOCK_BYTES,
+        tie_word_embeddings=False,
+        **special,
+    )
+
+
+def train_language(out: Path, family: str) -> None:
+    """Byte-level language models on one megabyte of the Brown corpus, twice over."""
+    group = parents.Group(out / "seeds")
+    tokenizer = parents.byte_tokenizer()
+    blocks = parents.text_blocks(real_data.brown()["text"], " ")
+    test, train = blocks[:TEST_BLOCKS], blocks[TEST_BLOCKS : TEST_BLOCKS + TRAIN_BLOCKS]
+    group.add_data("brown-test.jsonl", partial(Dataset.from_dict, {"text": test}))
+    group.add_data("brown-train.jsonl", partial(Dataset.from_dict, {"text": train}))
+
+    def inputs(texts: list[str]) -> parents.Tensors:
+        ids = tokenizer(texts, return_tensors="pt")["input_ids"]
+        assert ids.shape == (len(texts), parents.BLOCK_BYTES)
+        return {"input_ids": ids, "labels": ids}
+
+    def make(seed: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(language_config(family, len(tokenizer)))
+        return parents.fit(model, inputs(train), parents.Training(2, 8, 2e-3, seed))
+
+    for seed in SEEDS:
+        group.add(f"{family}-{seed}", partial(make, seed), tokenizer, {"brown": inputs(test)})
+
+
+FAMILIES = {
+    "vit": partial(train_fashion, family="vit"),
+    "gpt2": partial(train_language, family="gpt2"),
+    "llama": partial(train_language, family="llama"),
+    "resnet": partial(train_fashion, family="resnet"),
+}
+
+
+def main() -> None:
+    """Trains what is missing and says what each model reached."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the models go, and are kept")
+    parser.add_argument("--only", nargs="+", choices=list(FAMILIES), help="some families; all of them by default")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+    for name in arguments.only or FAMILIES:
+        FAMILIES[name](arguments.out)
+
+
+if __name__ == "__main__":
+    main()

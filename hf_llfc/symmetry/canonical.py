@@ -1,0 +1,361 @@
+"""The canonical form of a checkpoint: what is left of its symmetries afterwards is orthogonal.
+
+Transforms of a model by more than permutations are mostly not orthogonal: norms have gains, and where two linear maps
+meet every invertible matrix between them will do. Both are taken away beforehand, in the checkpoint itself, which
+stays one of the same class and computes the same function:
+
+1. **Norms are folded.** With gain g and shift b, W·(g ⊙ n + b) = (W·diag g)·n + W·b. The gain goes into the maps that
+   read the norm, the shift into their biases; gain 1 and shift 0 are left behind. Where a reader has no bias the shift
+   stays, as b / g in front of W·diag g. A tied output head gets a tensor of its own, since the gain goes into it.
+2. **The stream is centred** where it is read through LayerNorm only, which takes the mean away: what writes to it and
+   what reads it lose theirs, without effect.
+3. **Circuits are balanced.** Where L writes and R reads the same channels and nothing but linear maps lies between,
+   (M·L, M⁻ᵀ·R) is the same function for every M of a group G. Among all of these ‖L‖² + ‖R‖² has a minimum that is
+   unique up to the orthogonal matrices in G (Kempf and Ness, *The length of vectors in representation spaces*, 1979).
+   So two models that differ by an element of G differ, once balanced, by an orthogonal one. The minima, with Gram
+   matrices A = L·Lᵀ and B = R·Rᵀ:
+
+   - every invertible M (values and outputs; queries and keys without a rotary embedding): M·A·Mᵀ = M⁻ᵀ·B·M⁻¹, which
+     the square root of A^-½ (A^½ B A^½)^½ A^-½ solves, the geometric mean of A⁻¹ and B;
+   - one number per unit (neurons of ReLU, and gated ones in what the gate multiplies) or per pair of channels that a
+     rotary embedding turns: its square is the ratio of the norms of R and L.
+
+A folded tensor is made from a few others when it is read, in float64.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from hf_llfc.errors import SpecError
+from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression
+from hf_llfc.symmetry.orthogonal import multiply_along
+from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.views import map_pieces, pieces
+
+INVERTIBLE = "invertible"
+SCALES = "scales"
+PAIR_SCALES = "pair_scales"
+
+# Eigenvalues of a Gram matrix below this part of the largest count as so large: heads that do nothing stay harmless.
+SMALLEST = 1e-10
+
+# A gain below this part of the largest of its norm cannot be divided by.
+SMALLEST_GAIN = 1e-6
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm without a say in the residual stream: it is read by linear maps only.
+
+    Attributes:
+        gain: The declared name of its gain.
+        shift: Of its shift, None for RMSNorm.
+        readers: Of the weights of all linear maps that read it; those that a checkpoint lacks do not count.
+        neutral: The stored value of a gain of 1: 0 where the class adds 1 to what is stored.
+    """
+
+    gain: str
+    shift: str | None
+    readers: tuple[str, ...]
+    neutral: float = 1.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a tensor, counted as `hf_llfc.symmetry.views.pieces` yields them: of one fused projection, say."""
+
+    tensor: str
+    piece: int = 0
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Linear maps that meet in the channels of one axis.
+
+    Attributes:
+        axis: The axis between them.
+        kind: `invertible`, `scales` or `pair_scales`: which M the circuit allows.
+        left: What is multiplied by M.
+        right: What is multiplied by M⁻ᵀ.
+    """
+
+    axis: str
+    kind: str
+    left: tuple[Part, ...]
+    right: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class CanonicalForm:
+    """How checkpoints of one architecture are brought into canonical form.
+
+    Attributes:
+        spec: The permutation spec of what comes out, with the groups that its axes have then.
+        norms: The norms that are folded; none where the residual stream has to stay as it is.
+        writers: Declared names of what writes to the residual stream, and of nothing else.
+        circuits: What is balanced.
+        centred: Whether the stream is read through LayerNorm only.
+        tied: (output head, embedding): the head is a copy of the embedding where a checkpoint has no tensor for it.
+    """
+
+    spec: PermutationSpec
+    norms: tuple[Norm, ...] = ()
+    writers: frozenset[str] = frozenset()
+    circuits: tuple[Circuit, ...] = ()
+    centred: bool = False
+    tied: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """One checkpoint in canonical form.
+
+    Args:
+        form: How.
+        binding: Its tensors, by its own names, bound to a spec of the same tensors.
+        read: Gives one of its tensors by its own name.
+
+    Raises:
+        SpecError: A tensor of the residual stream has no part in the form.
+    """
+
+    form: CanonicalForm
+    binding: Binding
+    read: Callable[[str], Tensor]
+    stream: str = "residual"
+    _matrices: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _making: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.form.norms:
+            return
+        known = self.form.writers | self._readers.keys() | self._norms.keys()
+        known |= {self._bias_of(reader) for reader in self._readers}
+        unknown = [
+            name
+            for name, bound in self.binding.tensors.items()
+            if self._is_of_stream(bound.spec.name) and bound.spec.name not in known
+        ]
+        if unknown:
+            raise SpecError(
+                f"{', '.join(unknown[:3])}: what this does with the residual stream is not known, so its norms "
+                "cannot be folded; align with the groups `permutation`"
+            )
+
+    @property
+    def added(self) -> dict[str, str]:
+        """Tensors that the checkpoint does not hold by itself → what they are copies of, both by their own names."""
+        if self.form.tied is None:
+            return {}
+        head, table = self.form.tied
+        present = {bound.spec.name for bound in self.binding.tensors.values()}
+        return {head: self._own_name(table)} if head not in present else {}
+
+    @cached_property
+    def _present(self) -> dict[str, str]:
+        """Declared name → own name, also of what is added."""
+        own = {bound.spec.name: name for name, bound in self.binding.tensors.items()}
+        return own | {name: name for name in self.added}
+
+    @cached_property
+    def _norms(self) -> dict[str, Norm]:
+        """Gain or shift → its norm."""
+        return {name: norm for norm in self.form.norms for name in (norm.gain, norm.shift) if name is not None}
+
+    @cached_property
+    def _readers(self) -> dict[str, Norm]:
+        """Weight of a reader → the norm that it reads."""
+        return {reader: norm for norm in self.form.norms for reader in norm.readers}
+
+    @cached_property
+    def _circuits(self) -> dict[str, list[tuple[int, Circuit, bool]]]:
+        """Tensor → (piece, circuit, whether on its left)."""
+        found: dict[str, list[tuple[int, Circuit, bool]]] = {}
+        for circuit in self.form.circuits:
+            for parts, is_left in ((circuit.left, True), (circuit.right, False)):
+                for part in parts:
+                    found.setdefault(part.tensor, []).append((part.piece, circuit, is_left))
+        return found
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a tensor may differ from what the checkpoint holds, given the checkpoint's own name."""
+        if name in self.added:
+            return True
+        declared = self.binding.tensors[name].spec.name
+        of_norm = bool(self.form.norms) and (declared in self._norms or self._is_of_stream(declared))
+        return of_norm or declared in self._circuits or declared in {self._bias_of(each) for each in self._readers}
+
+    def canonical(self, name: str) -> Tensor:
+        """One tensor in canonical form, by the checkpoint's own name, float64; others come as they are."""
+        if not self.is_changed(name):
+            return self.read(name)
+        declared = name if name in self.added else self.binding.tensors[name].spec.name
+        tensor = self._folded(declared)
+        involved = self._circuits.get(declared, [])
+        if not involved:
+            return tensor
+        number = count()
+
+        def balanced(piece: Tensor, atoms: tuple[Atom, ...]) -> Tensor:
+            place = next(number)
+            for of_piece, circuit, is_left in involved:
+                if of_piece == place:
+                    piece = self._multiplied(piece, atoms, circuit, is_left)
+            return piece
+
+        return map_pieces(tensor, self._dimensions(declared), self._sizes, balanced)
+
+    @property
+    def _sizes(self) -> Mapping[str, int]:
+        return {**self.binding.sizes, **{name: axis.size for name, axis in self.form.spec.axes.items() if axis.size}}
+
+    def _dimensions(self, declared: str) -> tuple[Expression, ...]:
+        return self.form.spec.tensors[declared].dimensions
+
+    def _own_name(self, declared: str) -> str:
+        return self.binding.name_of(self.binding.spec.tensors[declared], ())
+
+    def _is_of_stream(self, declared: str) -> bool:
+        return any(use.axis == self.stream for use in self.binding.spec.tensors[declared].axes)
+
+    def _stream_dims(self, declared: str) -> list[int]:
+        dimensions = self.binding.spec.tensors[declared].dimensions
+        return [
+            place for place, each in enumerate(dimensions) if isinstance(each, AxisUse) and each.axis == self.stream
+        ]
+
+    def _source(self, declared: str) -> Tensor:
+        """A tensor as the checkpoint holds it, in float64."""
+        own = self._present[declared]
+        return self.read(self.added.get(own, own)).double()
+
+    @staticmethod
+    def _bias_of(weight: str) -> str:
+        return weight.removesuffix("weight") + "bias"
+
+    def _shift_goes_to_biases(self, norm: Norm) -> bool:
+        return all(self._bias_of(reader) in self._present for reader in norm.readers if reader in self._present)
+
+    def _folded(self, declared: str) -> Tensor:
+        """A tensor after its norms are folded and the stream is centred."""
+        if declared in self._norms:
+            return self._left_behind(declared, self._norms[declared])
+        tensor = self._source(declared)
+        if not self.form.norms:
+            return tensor
+        weight = declared.removesuffix("bias") + "weight"
+        if declared.endswith("bias") and weight in self._readers:
+            norm = self._readers[weight]
+            if norm.shift is not None and norm.shift in self._present and self._shift_goes_to_biases(norm):
+                (dim,) = self._stream_dims(weight)
+                tensor = tensor + torch.tensordot(self._source(weight), self._source(norm.shift), ([dim], [0]))
+        dims = self._stream_dims(declared)
+        if declared in self._readers:
+            norm = self._readers[declared]
+            gain = self._gain(norm)
+            for dim in dims:
+                tensor = tensor * gain.reshape([-1 if place == dim else 1 for place in range(tensor.ndim)])
+            # A shift that stays has a mean, which its readers must see.
+            if norm.shift in self._present and not self._shift_goes_to_biases(norm):
+                return tensor
+        if self.form.centred:
+            for dim in dims:
+                tensor = tensor - tensor.mean(dim, keepdim=True)
+        return tensor
+
+    def _gain(self, norm: Norm) -> Tensor:
+        return self._source(norm.gain) + (1 - norm.neutral)
+
+    def _left_behind(self, declared: str, norm: Norm) -> Tensor:
+        """What a folded norm is left with."""
+        stored = self._source(declared)
+        if declared == norm.gain:
+            return torch.full_like(stored, norm.neutral)
+        if self._shift_goes_to_biases(norm):
+            return torch.zeros_like(stored)
+        gain = self._gain(norm)
+        if bool((gain.abs() < SMALLEST_GAIN * gain.abs().max()).any()) and bool(stored.any()):
+            raise SpecError(
+                f"{self._present[norm.gain]}: a gain of almost 0 beside a shift that no bias can take up, so this norm "
+                "cannot be folded; align with the groups `permutation`"
+            )
+        return stored / gain
+
+    def _multiplied(self, piece: Tensor, atoms: tuple[Atom, ...], circuit: Circuit, is_left: bool) -> Tensor:
+        """A piece multiplied by the M of a circuit, or by its M⁻ᵀ."""
+        matrix = self._matrix(circuit)
+        dim, parent_dim = _places(atoms, circuit.axis)
+        if circuit.kind != INVERTIBLE:
+            shape = [1] * piece.ndim
+            shape[dim] = piece.shape[dim]
+            if parent_dim is not None:
+                shape[parent_dim] = piece.shape[parent_dim]
+                matrix = matrix if parent_dim < dim else matrix.T
+            return piece * matrix.reshape(shape) if is_left else piece / matrix.reshape(shape)
+        if not is_left:
+            matrix = torch.linalg.inv(matrix).mT
+        return multiply_along(piece, matrix, dim, parent_dim)
+
+    def _matrix(self, circuit: Circuit) -> Tensor:
+        """The M that balances a circuit: `[.., n, n]`, or its diagonal `[.., n]`, with the parent in front if any."""
+        with self._making:
+            if circuit.axis not in self._matrices:
+                left, right = self._rows(circuit.left, circuit.axis), self._rows(circuit.right, circuit.axis)
+                self._matrices[circuit.axis] = _balance(left, right, circuit.kind)
+            return self._matrices[circuit.axis]
+
+    def _rows(self, parts: tuple[Part, ...], axis: str) -> Tensor:
+        """Pieces as rows of one axis, with its parent in front if it has one, side by side."""
+        rows = []
+        for part in parts:
+            if part.tensor not in self._present:
+                continue
+            found = list(pieces(self._folded(part.tensor), self._dimensions(part.tensor), self._sizes))
+            piece, atoms = found[part.piece]
+            dim, parent_dim = _places(atoms, axis)
+            front = [dim] if parent_dim is None else [parent_dim, dim]
+            piece = piece.movedim(front, list(range(len(front))))
+            rows.append(piece.reshape(*piece.shape[: len(front)], -1))
+        return torch.cat(rows, -1)
+
+
+def _places(atoms: tuple[Atom, ...], axis: str) -> tuple[int, int | None]:
+    """Where an axis and its parent are in a piece."""
+    (found,) = ((dim, atom) for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse) and atom.axis == axis)
+    dim, use = found
+    if use.parent is None:
+        return dim, None
+    (parent,) = (place for place, atom in enumerate(atoms) if isinstance(atom, AxisUse) and atom.axis == use.parent)
+    return dim, parent
+
+
+def _balance(left: Tensor, right: Tensor, kind: str) -> Tensor:
+    """The M that makes ‖M L‖² + ‖M⁻ᵀ R‖² least, see the module; L and R are `[.., n, anything]`."""
+    if kind == INVERTIBLE:
+        root, inverse_root = _roots(left @ left.mT)
+        mean = inverse_root @ _roots(root @ (right @ right.mT) @ root)[0] @ inverse_root
+        return _roots(mean)[0]
+    squares = [side.square().sum(-1) for side in (left, right)]
+    if kind == PAIR_SCALES:
+        squares = [square.unflatten(-1, (2, -1)).sum(-2) for square in squares]
+        squares = [torch.cat([square, square], -1) for square in squares]
+    of_left, of_right = squares
+    alive = (of_left > 0) & (of_right > 0)
+    return torch.where(alive, of_right / torch.where(alive, of_left, 1), 1).pow(0.25)
+
+
+def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of a positive matrix and its inverse, small eigenvalues raised."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    largest = values.amax(-1, keepdim=True)
+    values = torch.where(largest > 0, values.clamp_min(SMALLEST * largest), 1)
+    root = values.sqrt()
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors / root[..., None, :]) @ vectors.mT
