@@ -148,6 +148,7 @@ def align(
     method: str = "weight_matching",
     axes: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    groups: str = "permutation",
     start: str = "identity",
     restarts: int = 2,
     max_sweeps: int = 50,
@@ -165,6 +166,8 @@ def align(
         method: `weight_matching` or `activation_matching`.
         axes: Patterns of the axes that may move (`neurons`, `heads.*`); all symmetric axes where empty.
         exclude: Patterns of axes that stay (`residual`).
+        groups: `permutation`, or `full`: all that the architecture allows. The alignment is then one of the canonical
+            forms of both models (`hf_llfc.checkpoints.canonical`), which `merge` and `hf-llfc align` make themselves.
         start: `identity`, or `activation_matching` as the start of weight matching.
         restarts: Starts of weight matching, the best objective wins.
         max_sweeps: Sweeps per start.
@@ -183,7 +186,7 @@ def align(
     """
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.recipe import AlignSection
-    from hf_llfc.stages import align_checkpoints, refuse_incompatible
+    from hf_llfc.stages import align_checkpoints, in_groups, refuse_incompatible
 
     reference, moving = (open_checkpoint(each, allow_pickle=allow_pickle) for each in (to, model))
     refuse_incompatible([reference, moving])
@@ -191,6 +194,7 @@ def align(
         method=method,
         axes=tuple(axes),
         exclude=tuple(exclude),
+        groups=groups,
         start=start,
         restarts=restarts,
         max_sweeps=max_sweeps,
@@ -198,6 +202,7 @@ def align(
         seed=seed,
         calibration=calibration,
     )
+    reference, moving = in_groups([reference, moving], options)
     alignment = align_checkpoints(reference, moving, options, progress=progress)
     if alignment is None:
         raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")

@@ -6,6 +6,9 @@ ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "none")
 STARTS = ("identity", "activation_matching")
 """Where weight matching starts."""
 
+GROUPS = ("permutation", "full")
+"""What an axis may be transformed by: permutations, or all that its architecture allows inside stock checkpoints."""
+
 SOLVERS = ("exact", "auction")
 """How wide axes are assigned: to the optimum, or to within a certified gap of it."""
 

@@ -28,6 +28,7 @@ from hf_llfc.stages import (
     align_checkpoints,
     alignment_spec,
     comparable,
+    in_groups,
     matching_memory,
     open_data,
     refuse_changed,
@@ -93,6 +94,7 @@ def _write_aligned(
     opening = partial(open_checkpoint, allow_pickle=allow_pickle)
     reference, moving = processes.main_first(lambda: [opening(each) for each in (to, model)])
     refuse_incompatible([reference, moving])
+    reference, moving = in_groups([reference, moving], options)
     refuse_replacing_inputs(output, [reference, moving])
     processes.on_main(lambda: refuse_without_room(output, moving.tensors))
     given = Alignment.load(file, spec_of(reference)) if file is not None else None
@@ -184,6 +186,8 @@ def write_diagnosis(
         opening = partial(open_checkpoint, allow_pickle=allow_pickle)
         checkpoints = processes.main_first(lambda: [opening(model) for model in models])
         base = processes.main_first(lambda: opening(base_model)) if base_model is not None else None
+        checkpoints = in_groups(checkpoints, align)
+        base = in_groups([base], align)[0] if base is not None else None
         everyone = [*checkpoints, *([base] if base is not None else [])]
         head = comparable(everyone, heads, aligned=align.method != "none")
         if output is not None:

@@ -16,7 +16,7 @@ from hf_llfc.checkpoints import (
 from hf_llfc.errors import CheckpointError, RecipeError, raise_all
 from hf_llfc.recipe import Recipe
 from hf_llfc.specs import open_weights
-from hf_llfc.stages import open_data, refuse_incompatible
+from hf_llfc.stages import in_groups, open_data, refuse_incompatible
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
     base = opening(recipe.base_model) if recipe.base_model is not None else None
     opened = Models(parents, base, parents[0])
     refuse_incompatible(opened.all)
+    parents = in_groups(opened.parents, recipe.align)
+    base = in_groups([opened.base], recipe.align)[0] if opened.base is not None else None
+    opened = Models(parents, base, parents[0])
     return replace(opened, tokenizer_source=tokenizer_source(recipe, opened, opening))
 
 

@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from hf_llfc.choices import ALIGNMENT_METHODS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 from hf_llfc.limited_yaml import parse_yaml, read_yaml
@@ -123,6 +123,7 @@ class AlignSection:
         reference: Index of the model that stays, or its id; task arithmetic aligns onto `base_model` instead.
         axes: Patterns of the axes that may move; all symmetric axes where empty.
         exclude: Patterns of axes that stay, for example `residual`.
+        groups: `permutation`, or `full`: all that the architecture allows, between models in canonical form.
         start: `identity`, or `activation_matching` to start weight matching from.
         solver: How wide axes are assigned, one of `SOLVERS`.
         restarts: Starts of weight matching.
@@ -135,6 +136,7 @@ class AlignSection:
     reference: int | str = 0
     axes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    groups: str = "permutation"
     start: str = "identity"
     solver: str = "exact"
     restarts: int = 2
@@ -538,6 +540,9 @@ class _Reader:
         if built is not None:
             self._choice(built.method, ALIGNMENT_METHODS, f"{path}.method")
             self._choice(built.start, STARTS, f"{path}.start")
+            self._choice(built.groups, GROUPS, f"{path}.groups")
+            if built.groups == "full" and "activation_matching" in (built.method, built.start):
+                self.problems.append(f"{path}.groups: activation matching knows permutations only; use weight_matching")
             self._choice(built.solver, SOLVERS, f"{path}.solver")
             for name in ("restarts", "max_sweeps"):
                 if vars(built)[name] < 1:
@@ -685,6 +690,11 @@ class _Reader:
                 self.problems.append("parameters.lambda: has no meaning for a linear merge")
         if recipe.mergekit_method is not None:
             self._agree_with_mergekit(recipe, recipe.mergekit_method)
+            if recipe.align.groups == "full":
+                self.problems.append(
+                    f"align.groups: what mergekit merges is aligned by permutations only; merge by {MERGE_METHODS[0]} "
+                    f"or {MERGE_METHODS[1]}"
+                )
         given = [entry.parameters is not None for entry in recipe.models]
         if any(given) and not all(given) and recipe.mergekit_method is None:
             missing = [f"models.{place}" for place, has in enumerate(given) if not has]

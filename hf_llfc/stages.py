@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint, FileSpan
-from hf_llfc.choices import ALIGNMENT_METHODS, HEADS
+from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.merging import Source
 from hf_llfc.merging.tensors import CONSTANTS
@@ -182,6 +182,34 @@ def refuse_not_finite(checkpoint: Checkpoint) -> None:
             )
 
 
+def in_groups(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[Checkpoint]:
+    """The checkpoints as they are aligned: in canonical form where more than permutations are asked for.
+
+    Raises:
+        SpecError: The architecture knows no more than permutations.
+        AlignmentError: The options ask for more than permutations from a method that knows no others.
+    """
+    if options.groups not in GROUPS:
+        raise AlignmentError(
+            f"unknown groups {options.groups!r}{suggest(options.groups, GROUPS)} (known: {', '.join(GROUPS)})"
+        )
+    if options.groups == "permutation" or options.method == "none":
+        return list(checkpoints)
+    if "activation_matching" in (options.method, options.start):
+        raise AlignmentError("activation matching knows permutations only; use weight_matching for the groups `full`")
+    from hf_llfc.adapters.canonical_forms import canonical_form
+    from hf_llfc.checkpoints.canonical import canonical_checkpoint
+
+    found = []
+    for each in checkpoints:
+        try:
+            form = canonical_form(each.config)
+        except SpecError as error:
+            raise SpecError(f"{each.label}: {error}") from None
+        found.append(canonical_checkpoint(each, form))
+    return found
+
+
 def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> PermutationSpec:
     """The spec of a checkpoint with the axes that the options leave free.
 
@@ -325,6 +353,7 @@ def align_checkpoints(
         reference={"id": reference.id, "revision": reference.revision, "sha256": fingerprints[0]},
         model={"id": model.id, "revision": model.revision, "sha256": fingerprints[1]},
         excluded=list(options.exclude),
+        groups=options.groups,
     )
 
 
@@ -430,6 +459,7 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
         key: alignment.metadata[key]
         for key in (
             "method",
+            "groups",
             "objective_before",
             "objective_after",
             "distance_before",
@@ -448,7 +478,8 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
     summary["axes"] = [{"axis": kind, "moved": moved, "units": units} for kind, (moved, units) in kinds.items()]
     moved = sum(row["moved"] for row in summary["axes"])
     units = sum(row["units"] for row in summary["axes"])
-    sentence = f"{summary['method']} moves {moved} of {units} units of {summary['model']} onto {summary['reference']}"
+    method = f"{summary['method']} (all groups)" if summary.get("groups") == "full" else summary["method"]
+    sentence = f"{method} moves {moved} of {units} units of {summary['model']} onto {summary['reference']}"
     if "cosine_after" in summary:
         sentence += (
             f"; cosine of the weights {summary['cosine_before']:.4f} before, {summary['cosine_after']:.4f} after"

@@ -227,6 +227,13 @@ def _sizes_of(spec: PermutationSpec, tensor: TensorSpec) -> list[int | None]:
     return [spec.axes[use.axis].size for use in before.axes]
 
 
+def _is_tied(config: PreTrainedConfig) -> bool:
+    """Whether the class has an output head, and that is the embedding."""
+    heads = ("LMHeadModel", "ForCausalLM", "DoubleHeadsModel")
+    has_head = any(name.endswith(heads) for name in config.architectures or heads)
+    return has_head and bool(config.to_dict().get("tie_word_embeddings"))
+
+
 def _gpt2(config: PreTrainedConfig) -> Network | None:
     if config.add_cross_attention:
         return None
@@ -252,7 +259,7 @@ def _gpt2(config: PreTrainedConfig) -> Network | None:
         "transformer.ln_f",
         ("lm_head", "score", "classifier", "qa_outputs", "multiple_choice_head.summary"),
         layer_norm=True,
-        tied=("lm_head.weight", "transformer.wte.weight") if config.tie_word_embeddings else None,
+        tied=("lm_head.weight", "transformer.wte.weight") if _is_tied(config) else None,
     )
 
 
@@ -287,7 +294,6 @@ def _vit(config: PreTrainedConfig) -> Network:
 
 
 def _llama(config: PreTrainedConfig) -> Network | None:
-    values = config.to_dict()
     blocks = []
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
@@ -317,7 +323,7 @@ def _llama(config: PreTrainedConfig) -> Network | None:
         layer_norm=False,
         neutral=0.0 if config.model_type == "gemma" else 1.0,
         rotary=True,
-        tied=("lm_head.weight", "model.embed_tokens.weight") if values.get("tie_word_embeddings") else None,
+        tied=("lm_head.weight", "model.embed_tokens.weight") if _is_tied(config) else None,
     )
 
 

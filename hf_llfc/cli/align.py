@@ -16,7 +16,9 @@ def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     refuse_unused_data(options)
     if options.use is not None:
-        names = ("method", *MATCHING_OPTIONS, "seed", *DATA_FIELDS)
+        # An alignment that was found between canonical forms is one of these only.
+        matching = [name for name in MATCHING_OPTIONS if name != "groups"]
+        names = ("method", *matching, "seed", *DATA_FIELDS)
         refuse_given(options, names, "with --use, which matches nothing")
     settings = align_section(options, calibration=evaluation_config(options, required=False))
     with progress_bars(shown=not options.quiet) as progress:

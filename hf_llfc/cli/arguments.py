@@ -6,14 +6,14 @@ import argparse
 import re
 
 from hf_llfc import __version__
-from hf_llfc.choices import ALIGNMENT_METHODS, HEADS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, HEADS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
 from hf_llfc.errors import suggest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.lazy: `--help` loads nothing that it does not need
     from collections.abc import Callable, Sequence
 
-MATCHING_OPTIONS = ("axes", "exclude", "start", "restarts", "max_sweeps", "solver")
+MATCHING_OPTIONS = ("axes", "exclude", "groups", "start", "restarts", "max_sweeps", "solver")
 
 DATA_FIELDS = (
     "task", "dataset", "name", "split", "text_column", "text_pair_column", "label_column", "image_column", "tokenizer",
@@ -254,6 +254,9 @@ def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument(flag, dest="method", choices=ALIGNMENT_METHODS, default=default, help=f"default: {default}")
     group.add_argument("--axes", nargs="+", default=[], metavar="PATTERN", help="axes that may move (all)")
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="axes that stay (residual, say)")
+    group.add_argument(
+        "--groups", choices=GROUPS, default="permutation", help="full: all that the architecture allows, by its weights"
+    )
     group.add_argument("--start", choices=STARTS, default="identity")
     group.add_argument("--restarts", type=int, default=2, help="starts of weight matching; the best wins")
     group.add_argument("--max-sweeps", type=int, default=50)

@@ -52,6 +52,7 @@ def align_section(options: argparse.Namespace, *, calibration: EvaluationConfig 
         method=options.method,
         axes=tuple(options.axes),
         exclude=tuple(options.exclude),
+        groups=options.groups,
         start=options.start,
         restarts=options.restarts,
         max_sweeps=options.max_sweeps,
@@ -66,6 +67,7 @@ def matching_section(options: argparse.Namespace) -> dict[str, Any]:
     section: dict[str, Any] = {"method": options.method}
     if options.method != "none":
         section |= {
+            "groups": options.groups,
             "start": options.start,
             "restarts": options.restarts,
             "max_sweeps": options.max_sweeps,
