@@ -1,0 +1,195 @@
+"""Alignment beyond permutations: logits stay, planted transforms are found, merges are ordinary checkpoints."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_llfc
+from hf_llfc.adapters.canonical_forms import NETWORKS, canonical_form
+from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.checkpoints import open_checkpoint
+from hf_llfc.checkpoints.canonical import canonical_checkpoint
+from hf_llfc.checkpoints.models import load_model
+from hf_llfc.errors import LLFCError
+from hf_llfc.symmetry.canonical import Canonical, CanonicalForm
+from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
+
+DECODER = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "head_dim": 4,
+    "pad_token_id": 0,
+}
+IMAGE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "num_labels": 3,
+}
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+CASES = {
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(**GPT2)),
+    "gpt2 relu": (transformers.GPT2LMHeadModel, transformers.GPT2Config(**GPT2, activation_function="relu")),
+    "gpt2 classes": (transformers.GPT2ForSequenceClassification, transformers.GPT2Config(**GPT2, pad_token_id=0)),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
+    "llama tied": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(**DECODER)),
+    "granite": (transformers.GraniteForCausalLM, transformers.GraniteConfig(**DECODER)),
+    "gemma": (transformers.GemmaForCausalLM, transformers.GemmaConfig(**DECODER)),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**DECODER)),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**DECODER)),
+    "vit": (transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE)),
+    "deit": (transformers.DeiTForImageClassification, transformers.DeiTConfig(**IMAGE)),
+}
+
+
+def test_every_family_has_a_case():
+    assert {config.model_type for _, config in CASES.values()} == set(NETWORKS)
+
+
+def made(case: str, seed: int = 0) -> PreTrainedModel:
+    """A model whose gains and shifts are not those of initialisation."""
+    model_class, config = CASES[case]
+    config = copy.deepcopy(config)
+    config.architectures = [model_class.__name__]
+    torch.manual_seed(seed)
+    model = model_class(config).double().eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.3 * torch.randn_like(value))
+    return model
+
+
+def stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Its tensors as a file holds them."""
+    return dict(open_checkpoint(model).state_dict())
+
+
+def canonical_state(form: CanonicalForm, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    canonical = Canonical(form, form.spec.bind({name: value.shape for name, value in state.items()}), state.__getitem__)
+    return {name: canonical.canonical(name) for name in (*state, *canonical.added)}
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        if model.main_input_name == "pixel_values":
+            return model(pixel_values=torch.randn(3, 1, 8, 8, generator=generator, dtype=torch.float64)).logits
+        return model(input_ids=torch.randint(1, 40, (3, 12), generator=generator)).logits
+
+
+@pytest.fixture
+def all_in_float64(monkeypatch):
+    """Some classes compute norms and rotary embeddings in float32 whatever their weights are in."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_canonical_form_and_random_transforms_keep_the_logits(case, all_in_float64):
+    model = made(case)
+    expected = logits(model)
+    form = canonical_form(model.config)
+    state = canonical_state(form, stored(model))
+    checkpoint = canonical_checkpoint(open_checkpoint(model), form)
+    random = form.spec.random_alignment(torch.Generator().manual_seed(1))
+    moved = random.apply(state)
+    assert max(float((moved[name] - state[name]).abs().max()) for name in state) > 0.1
+    for each in (state, moved):
+        again = load_model(checkpoint, state_dict=each, dtype=torch.float64).eval()
+        assert type(again) is type(model)
+        found = logits(again)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-9
+    back = random.inverse().apply(moved)
+    assert max(float((back[name] - state[name]).abs().max()) for name in state) < 1e-9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planted_transforms_are_found(case):
+    model = made(case)
+    form = canonical_form(model.config)
+    state = canonical_state(form, stored(model))
+    planted = form.spec.random_alignment(torch.Generator().manual_seed(2)).apply(state)
+    alignment = match_weights(*(Parameters.from_state_dict(form.spec, each) for each in (state, planted)), restarts=4)
+    found = alignment.apply(planted)
+    assert alignment.metadata["cosine_after"] > 1 - 1e-6
+    assert max(float((found[name] - state[name]).abs().max()) for name in state) < 1e-5
+
+
+@pytest.mark.parametrize("group", sorted(MATRIX_GROUPS))
+def test_nearest_is_in_the_group_and_best(group):
+    generator = torch.Generator().manual_seed(0)
+    nearest, random = MATRIX_GROUPS[group].nearest, MATRIX_GROUPS[group].random
+    gain = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    best = nearest(gain)
+    assert float((best @ best.T - torch.eye(8)).abs().max()) < 1e-12
+    value = float((gain * best).sum())
+    others = [random(8, generator) for _ in range(200)]
+    assert all(float((gain * other).sum()) < value for other in others)
+    # A member is the nearest to itself, so that what `random` draws and what `nearest` returns are the same group.
+    assert all(float((nearest(other) - other).abs().max()) < 1e-9 for other in others)
+
+
+def test_fixing_ones_fixes_ones():
+    group = MATRIX_GROUPS["orthogonal_fixing_ones"]
+    best = group.nearest(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    assert float((best.sum(1) - 1).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama tied"])
+def test_a_merge_is_an_ordinary_checkpoint(case, tmp_path):
+    model = made(case).float()
+    model.save_pretrained(tmp_path / "a")
+    form = canonical_form(model.config)
+    state = canonical_state(form, {name: value.double() for name, value in stored(model).items()})
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    other = type(model)(config)
+    moved = form.spec.random_alignment(torch.Generator().manual_seed(3)).apply(state)
+    other.load_state_dict({name: value.float() for name, value in moved.items()}, strict=False)
+    if case == "llama tied":  # parents have to be of one config: both untied
+        untied = type(model)(config)
+        untied.load_state_dict({name: value.float() for name, value in state.items()})
+        untied.save_pretrained(tmp_path / "a")
+    if case == "gpt2":
+        tied = type(model)(copy.deepcopy(model.config))
+        tied.load_state_dict(made(case).state_dict())
+        tied.save_pretrained(tmp_path / "b")
+    else:
+        other.save_pretrained(tmp_path / "b")
+    result = hf_llfc.merge(
+        [tmp_path / "a", tmp_path / "b"], out=tmp_path / "merged", align={"groups": "full", "restarts": 4}
+    )
+    merged = type(model).from_pretrained(result.folder, dtype=torch.float64).eval()
+    expected = logits(type(model).from_pretrained(tmp_path / "a", dtype=torch.float64).eval())
+    assert float((logits(merged) - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert "(all groups)" in result.alignments[0]["sentence"]
+
+
+def test_families_without_a_form_are_refused(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    for name in ("a", "b"):
+        transformers.BertForMaskedLM(config).save_pretrained(tmp_path / name)
+    with pytest.raises(LLFCError, match="'bert' cannot be aligned by more than permutations"):
+        hf_llfc.merge([tmp_path / "a", tmp_path / "b"], out=tmp_path / "merged", align={"groups": "full"})
+    assert not (tmp_path / "merged").exists()
+
+
+def test_activation_matching_knows_permutations_only(tmp_path):
+    with pytest.raises(LLFCError, match=r"align\.groups: activation matching knows permutations only"):
+        hf_llfc.merge(["a", "b"], out=tmp_path / "merged", align={"groups": "full", "start": "activation_matching"})
