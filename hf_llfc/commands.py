@@ -12,9 +12,10 @@ from hf_llfc.checkpoints.shards import checksum
 from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import AlignmentError
-from hf_llfc.evidence import LLFC_FOLDER, load_alignments, save_alignments
+from hf_llfc.evidence import load_alignments, save_alignments
 from hf_llfc.identity import as_settings, identity_of
 from hf_llfc.inputs import refuse_replacing_inputs
+from hf_llfc.layout import LLFC_FOLDER, REPORT_FILE
 from hf_llfc.merging import Merge
 from hf_llfc.pipeline import shared_stage, write_shared
 from hf_llfc.processes import Processes
@@ -216,7 +217,7 @@ def write_diagnosis(
 
         def save(folder: Path) -> None:
             (folder / LLFC_FOLDER).mkdir()
-            report.save(folder / LLFC_FOLDER / "llfc_report.json")
+            report.save(folder / LLFC_FOLDER / REPORT_FILE)
             save_plots(report, folder / LLFC_FOLDER)
             save_alignments(alignments, folder / LLFC_FOLDER)
             write_page(report, folder / LLFC_FOLDER)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.inputs import Models
+from hf_llfc.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
 from hf_llfc.publishing import write_card
+from hf_llfc.publishing.machine import hardware_in_words, installed_versions
+from hf_llfc.publishing.record import RunRecord
 from hf_llfc.recipe import Recipe, dump_recipe
 from hf_llfc.stages import alignment_summary, refuse_changed
 from hf_llfc.symmetry import Alignment, PermutationSpec
@@ -20,19 +22,11 @@ from hf_llfc.symmetry import Alignment, PermutationSpec
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.ranks import Ranks
 
 
-LLFC_FOLDER = "llfc"
-"""Where everything that is ours lies in an output folder: some runtimes load every safetensors file beside a model."""
-
-REPORT_FILE = "llfc_report.json"
-
-METHOD_FILE = "method.json"
-"""What another program was asked for that computed the weights."""
-
-
-def resolved(recipe: Recipe, opened: Models) -> Recipe:
-    """The recipe with every revision as the commit it stood for."""
+def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None = None) -> Recipe:
+    """The recipe with every revision as the commit it stood for, that of the data included where the report says it."""
     entries = [
         replace(entry, model=_pinned(entry.model, each))
         for entry, each in zip(recipe.models, opened.parents, strict=True)
@@ -44,7 +38,14 @@ def resolved(recipe: Recipe, opened: Models) -> Recipe:
         base = _pinned(base, opened.base)
     if isinstance(source, str) and source != "base":
         source = _pinned(source, opened.tokenizer_source)
-    return replace(recipe, models=tuple(entries), align=align, base_model=base, tokenizer_source=source)
+    section = recipe.diagnose
+    measured = dict(report.data) if report is not None else {}
+    if section is not None and str(measured.get("dataset")).startswith(f"{section.data.dataset}@"):
+        data = replace(section.data, dataset=measured["dataset"], split=measured.get("split"))
+        section = replace(section, data=data)
+    return replace(
+        recipe, models=tuple(entries), align=align, base_model=base, tokenizer_source=source, diagnose=section
+    )
 
 
 def _pinned(name: str, checkpoint: Checkpoint) -> str:
@@ -59,24 +60,29 @@ def write_evidence(
     alignments: Sequence[Alignment | None],
     report: ConnectivityReport | None,
     table: Sequence[Mapping[str, Any]],
+    ranks: Ranks,
 ) -> None:
-    """Writes what is ours beside alignments and report: recipe as run, plots and the card."""
+    """Writes what is ours beside alignments and report: recipe as run, record of the run, plots and the card."""
     if journal.is_complete:
         return
     refuse_changed(opened.all)
     ours = journal.folder / LLFC_FOLDER
     ours.mkdir(exist_ok=True)
-    as_run = resolved(recipe, opened)
-    (ours / "recipe.yaml").write_text(dump_recipe(as_run), encoding="utf-8")
+    as_run = resolved(recipe, opened, report)
+    (ours / RECIPE_FILE).write_text(dump_recipe(as_run), encoding="utf-8")
+    record = RunRecord(
+        alignments=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
+        results=[row for row in table if "loss" in row],
+        versions=installed_versions(),
+        hardware=hardware_in_words(ranks),
+    )
+    record.save(journal.folder)
     write_card(
         journal.folder,
         recipe=as_run.to_dict(),
         report=report,
-        alignment=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
-        results=[row for row in table if "loss" in row] or None,
         name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
         license=recipe.publish.licence if recipe.publish is not None else None,
-        hardware=f"{platform.machine()}, {platform.system()}",
     )
 
 

@@ -26,7 +26,6 @@ from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, checksum
 from hf_llfc.errors import PublishingError, RecipeError
 from hf_llfc.evidence import (
-    LLFC_FOLDER,
     load_alignments,
     load_report,
     save_alignments,
@@ -36,6 +35,7 @@ from hf_llfc.evidence import (
 )
 from hf_llfc.identity import identity_of_run
 from hf_llfc.inputs import Models, open_models, open_recipe_data, refuse_replacing_inputs
+from hf_llfc.layout import LLFC_FOLDER
 from hf_llfc.merging import Merge, Rule, WeightSchedule, merge_streamed, merged_infos
 from hf_llfc.merging.streaming import MEMORY
 from hf_llfc.processes import Processes
@@ -148,7 +148,7 @@ def _run(
         write_merge(output, processes, folder, parents, opened, recipe, calibration, progress, broken)
         report = measure(output, processes, parents, opened, recipe, data, calibration, broken, progress)
         table = score(output, processes, folder, parents, opened, recipe, data, progress)
-        processes.on_main(lambda: write_evidence(output.journal, recipe, opened, alignments, report, table))
+        processes.on_main(lambda: write_evidence(output.journal, recipe, opened, alignments, report, table, processes))
     summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
     url = processes.on_main(lambda: push(recipe)) if recipe.publish is not None else None
     return Result(output.path, report, summaries, table, url, processes.is_main)

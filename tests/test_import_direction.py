@@ -15,6 +15,7 @@ PACKAGE = Path(hf_llfc.errors.__file__).parent
 ORDER = (
     "lazy",
     "version",
+    "layout",
     "errors",
     "limited_yaml",
     "choices",

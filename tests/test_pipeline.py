@@ -73,6 +73,7 @@ def test_the_output_is_an_ordinary_checkpoint_with_its_evidence_beside_it(plante
         "llfc/path.png",
         "llfc/report.html",
         "llfc/recipe.yaml",
+        "llfc/run.json",
     }
     report = json.loads((out / "llfc" / "llfc_report.json").read_text())
     assert report["schema"] == "hf_llfc.report/1"

@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 from hf_llfc.checkpoints.files import CONFIG_FILE
 from hf_llfc.checkpoints.journal import Journal, flush, flush_all, listed, storing
 from hf_llfc.errors import CheckpointError, LLFCError, ProcessError, StorageError
+from hf_llfc.layout import LLFC_FOLDER
 
 logger = logging.getLogger(__name__)
 
-OWN_FOLDER = "llfc"
 
 # What the folder `.NAME.partial` beside an output holds: the output as far as it is made, what of it is finished, the
 # lock of the run that makes it, what it needs on the way, and while the one takes the other's place the earlier output.
@@ -129,7 +129,7 @@ class OutputFolder:
             raise CheckpointError(
                 f"{self._named}: the output folder is not empty (it holds {few}); choose another one, or overwrite"
             )
-        if CONFIG_FILE not in held and OWN_FOLDER not in held:
+        if CONFIG_FILE not in held and LLFC_FOLDER not in held:
             raise CheckpointError(
                 f"{self._named}: the output folder holds no checkpoint that could be overwritten, but {few}; choose"
                 " another one"

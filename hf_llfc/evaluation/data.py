@@ -31,7 +31,7 @@ from hf_llfc.evaluation.encoding import (
     mask_tokens,
 )
 from hf_llfc.evaluation.metrics import default_metrics, load_metric
-from hf_llfc.evaluation.sources import MAX_LISTED, choose_column, choose_samples, class_indices, open_dataset
+from hf_llfc.evaluation.sources import MAX_LISTED, choose_column, choose_samples, class_indices, open_dataset, pinned
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -117,6 +117,7 @@ def load_evaluation_data(
     if config.labels and config.task in CLASSIFICATION_TASKS:
         _check_single_label(model_config)
     rows = open_dataset(config)
+    config = pinned(config, rows)
     if config.task == "image-classification":
         return _image_data(config, metrics, rows, checkpoint_folder_or_processor, model_config)
     encoder = load_text_encoder(config, checkpoint_folder_or_processor, model_config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ FILE_BUILDERS = {
 """The builder of `datasets` for each kind of file."""
 
 PREFERRED_SPLITS = ("validation", "test")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_LISTED = 5
 """Faulty rows named in a message; the rest is counted."""
 
@@ -67,6 +70,27 @@ def open_dataset(config: EvaluationConfig) -> datasets.Dataset:
     if len(opened) == 0:
         raise EvaluationError(f"dataset {_title(config)} has no rows")
     return opened
+
+
+def pinned(config: EvaluationConfig, rows: datasets.Dataset) -> EvaluationConfig:
+    """The configuration with the commit and the split that a data set of the Hub was read at.
+
+    Args:
+        config: Which data set was asked for.
+        rows: What `open_dataset` gave for it.
+
+    Returns:
+        The same where the data are local, or the commit is not known.
+    """
+    if not isinstance(config.dataset, str) or Path(config.dataset).expanduser().exists():
+        return config
+    # `datasets` keeps what it prepares under the commit of the repository.
+    folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
+    commits = [name for name in folders if _COMMIT.fullmatch(name)]
+    if len(commits) != 1:
+        return config
+    split = config.split or (str(rows.split) if rows.split is not None else None)
+    return dataclasses.replace(config, dataset=f"{config.dataset.partition('@')[0]}@{commits[0]}", split=split)
 
 
 def _load(name: str, config: EvaluationConfig) -> Any:

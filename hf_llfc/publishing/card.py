@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import logging
 import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import PathPoint
 from hf_llfc.errors import PublishingError
+from hf_llfc.layout import CARD_FILE, LLFC_FOLDER, METHOD_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE
 from hf_llfc.limited_yaml import read_yaml
 from hf_llfc.publishing.facts import (
     LOSS,
+    is_far_above,
     merge_point,
     metric_style,
     model_points,
@@ -25,42 +25,30 @@ from hf_llfc.publishing.facts import (
     read_report,
     shown_layers,
 )
-from hf_llfc.publishing.page import PAGE_FILE, write_page
+from hf_llfc.publishing.machine import installed_versions
+from hf_llfc.publishing.metadata import card_metadata
+from hf_llfc.publishing.page import write_page
 from hf_llfc.publishing.parents import (
-    CARD_FILE,
-    License,
     ParentInfo,
     combined_license,
-    is_hub_id,
     parts_of,
     read_parent_card,
     split_revision,
-    union,
 )
 from hf_llfc.publishing.plots import PLOT_FILES, save_plots
+from hf_llfc.publishing.record import RunRecord
+from hf_llfc.publishing.shares import models_of, setting_in_words
 from hf_llfc.publishing.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.usage import task_of, usage_snippet
 from hf_llfc.publishing.words import (
     alignment_words,
     barrier_words,
     display_name,
-    file_name,
     headline,
     layer_summary,
     measured_on,
 )
 
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
-
-logger = logging.getLogger(__name__)
-
-LLFC_FOLDER = "llfc"
-REPORT_FILE = "llfc_report.json"
-RECIPE_FILE = "recipe.yaml"
-METHOD_FILE = "method.json"
-TAGS = ("merge", "hf-llfc")
-LIBRARIES = ("hf-llfc", "torch", "transformers", "safetensors", "huggingface-hub")
 MORE_PLOTS = {
     "heatmap": ("LLFC at every point", "1 − cosine of merged features and blend, every layer at every measured point"),
     "additivity": ("weak additivity", "Weak additivity of every activation function, against the parents' distance"),
@@ -101,13 +89,13 @@ def write_card(
         report: The diagnosis; llfc/llfc_report.json without it, if that is there.
         models: As for `render_card`; those of the recipe without it. The parents' own cards are read, where they can
             be, for licence, languages and data.
-        alignment: As for `render_card`.
-        results: As for `render_card`.
+        alignment: As for `render_card`; what llfc/run.json says without it.
+        results: As for `render_card`; what llfc/run.json says without them.
         task: Pipeline tag.
         name: What the model is called; a Hub id makes the snippets run as they are.
         license: What the user says the licence is.
         diagnosis_problem: Why there is no diagnosis, where one was asked for and failed.
-        hardware: What it was computed on, in words.
+        hardware: What it was computed on, in words; what llfc/run.json says without it.
         token: To read the cards of private parents.
         endpoint: Of the Hub, where it is not the usual one.
 
@@ -125,19 +113,25 @@ def write_card(
     if report is None and diagnosis_problem is None and (ours / REPORT_FILE).is_file():
         report = _read_json(ours / REPORT_FILE)
     report = None if report is None else read_report(report)
-    given = list(models) if models is not None else _models_of(recipe, report)
+    given = list(models) if models is not None else models_of(recipe, report)
     described = [
         {**model, "card": read_parent_card(model["id"], model.get("revision"), token=token, endpoint=endpoint)}
         if "card" not in model
         else model
         for model in given
     ]
+    record = RunRecord.load(folder)
+    alignment = record.alignments if alignment is None else alignment
+    results = (record.results or None) if results is None else results
+    hardware = hardware or record.hardware
     for earlier in (*PLOT_FILES.values(), PAGE_FILE):
         (ours / earlier).unlink(missing_ok=True)
     if report is not None:
         save_plots(report, ours)
         title = name or folder.resolve().name
-        write_page(report, ours, title=title, hardware=hardware, links={f"../{CARD_FILE}": "the model card"})
+        lead = _headline(folder, report, diagnosis_problem, described, results)
+        links = {f"../{CARD_FILE}": "the model card"}
+        write_page(report, ours, title=title, hardware=hardware, links=links, lead=lead)
     text = render_card(
         folder,
         recipe=recipe,
@@ -150,6 +144,7 @@ def write_card(
         license=license,
         diagnosis_problem=diagnosis_problem,
         hardware=hardware,
+        versions=record.versions or None,
     )
     return _write_whole(folder / CARD_FILE, text)
 
@@ -177,7 +172,7 @@ def render_card(
         recipe: As run.
         report: The diagnosis, if there is one.
         models: The parents, the first α of the path in front: `id` and, where known, `revision`, `weight`, `is_base`
-            and `card`, the metadata of its own card.
+            and `card`, the metadata of its own card; `share` says in words what is no one weight.
         alignment: Summaries of the alignments: `method`, `model`, `reference`, `axes` (mappings with `axis`, `moved`
             and `units`), and any of `objective_before`, `objective_after`, `cosine_before` and `cosine_after`.
         results: Loss and metrics of parents and merge on the same data: mappings with `id`, `loss`, `metrics` and,
@@ -205,12 +200,12 @@ def render_card(
     license_found = combined_license(parents, license)
     rows = _result_rows(measured, results, parents)
     alignments = [alignment] if isinstance(alignment, Mapping) else list(alignment or [])
-    metadata = _metadata(name, task, parents, license_found, data, rows, recipe)
+    metadata = card_metadata(name, task, parents, license_found, data, rows)
     plots = {name: (folder / LLFC_FOLDER / file).is_file() for name, file in PLOT_FILES.items()}
     context = {
         "name": name.rsplit("/", 1)[-1],
         "architecture": (config.get("architectures") or [config.get("model_type") or "model"])[0],
-        "headline": headline(measured, diagnosis_problem, len([p for p in parents if not p.is_base])),
+        "headline": _headline(folder, measured, diagnosis_problem, models, results),
         "parents": _parent_rows(parents),
         "count": _count(len([parent for parent in parents if not parent.is_base])),
         "method": _method(recipe, parents, computed_by(folder)),
@@ -233,9 +228,11 @@ def render_card(
         "alignments": [alignment_words(entry) for entry in alignments if entry],
         "snippet": usage_snippet(folder, config, task, name, of_bytes=data.get("tokenizer") == "bytes"),
         "recipe": _recipe_text(recipe),
-        "versions": versions or (measured.versions if measured is not None else {}) or _installed_versions(),
+        "seeds": _seeds(recipe),
+        "commits": [part for parent in parents for part in parent.parts if part.is_on_hub and part.revision],
+        "versions": versions or (measured.versions if measured is not None else {}) or installed_versions(),
         "hardware": hardware,
-        "limits": _limits(measured, data, parents),
+        "limits": _limits(measured, data, parents, rows),
     }
     body = environment().get_template(CARD_TEMPLATE).render(context)
     return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
@@ -249,102 +246,38 @@ def _parent(model: Mapping[str, Any]) -> ParentInfo:
         weight=model.get("weight"),
         is_base=bool(model.get("is_base", False)),
         card=model.get("card") or {},
+        share=model.get("share"),
     )
 
 
-def _models_of(recipe: Mapping[str, Any], report: ConnectivityReport | None) -> list[dict[str, Any]]:
-    """The parents as the recipe names them, else as the report does."""
-    entries = list(recipe.get("models") or [])
-    models: list[dict[str, Any]] = []
-    for entry, weight in zip(entries, _shares(recipe, entries), strict=True):
-        model_id, revision = split_revision(str(entry["model"]))
-        models.append({"id": model_id, "revision": revision, "weight": weight})
-    if not models and report is not None:
-        models = [{"id": m.id, "revision": m.revision, "weight": m.weight} for m in report.models if m.id is not None]
-    if recipe.get("base_model"):
-        model_id, revision = split_revision(str(recipe["base_model"]))
-        models.append({"id": model_id, "revision": revision, "is_base": True})
-    if not models:
-        raise PublishingError(
-            "the card must name the parents: there is neither llfc/recipe.yaml nor a report that does"
-        )
-    return models
-
-
-def _shares(recipe: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """The weight that each model has in the merge; None where it is not one number for all tensors."""
-    if not any("parameters" in entry for entry in entries):
-        return [1 / len(entries) for _ in entries]
-    given = [(entry.get("parameters") or {}).get("weight", 1.0) for entry in entries]
-    settings = recipe.get("parameters") or {}
-    weights = [float(weight) if isinstance(weight, int | float) else None for weight in given]
-    total = math.fsum(weight for weight in weights if weight is not None)
-    if settings.get("normalize") is True:
-        weights = [None if None in weights or total == 0 or weight is None else weight / total for weight in weights]
-    scale = settings.get("lambda", 1.0)
-    return [None if weight is None else weight * scale for weight in weights]
-
-
-# -- metadata
-
-
-def _metadata(
-    name: str,
-    task: str | None,
-    parents: Sequence[ParentInfo],
-    license: License,
-    data: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    recipe: Mapping[str, Any],
-) -> ModelCardData:
-    from huggingface_hub import ModelCardData
-
-    on_hub = list(dict.fromkeys(part.id for parent in parents for part in parent.parts if part.is_on_hub))
-    results = _eval_results(name, task, data, rows)
-    return ModelCardData(
-        base_model=on_hub or None,
-        base_model_relation="merge" if on_hub else None,
-        language=union(parents, "language") or None,
-        license=license.metadata.get("license"),
-        license_name=license.metadata.get("license_name"),
-        license_link=license.metadata.get("license_link"),
-        library_name="transformers",
-        pipeline_tag=task,
-        tags=list(TAGS),
-        datasets=union(parents, "datasets") or None,
-        model_name=name.rsplit("/", 1)[-1] if results else None,
-        eval_results=results or None,
+def _headline(
+    folder: Path,
+    report: ConnectivityReport | None,
+    problem: str | None,
+    models: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]] | None,
+) -> dict[str, str]:
+    """The verdict in one sentence; a merge that was evaluated and found broken is called that first."""
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for row in results or ():
+        losses[bool(row.get("is_merge"))] += [row["loss"]] if row.get("loss") is not None else []
+    own, of_parents = losses[True][:1], [loss for loss in losses[False] if math.isfinite(loss)]
+    if own and not math.isfinite(own[0]):
+        return {"lead": "The merge is broken.", "text": "Its loss is not finite."}
+    found = headline(
+        report,
+        problem,
+        len([model for model in models if not model.get("is_base")]),
+        is_on_path=computed_by(folder) is None,
     )
-
-
-def _eval_results(
-    name: str, task: str | None, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> list[EvalResult]:
-    """What was measured of the merge itself, for the model-index."""
-    from huggingface_hub import EvalResult
-
-    merged = next((row for row in rows if row["is_merge"]), None)
-    if merged is None or task is None or not data.get("dataset"):
-        return []
-    dataset, revision = split_revision(str(data["dataset"]))
-    if not is_hub_id(dataset):
-        dataset = file_name(dataset)
-    values = {"loss": merged["loss"], **merged["metrics"]}
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset,
-            dataset_name=" ".join(filter(None, [dataset, data.get("name")])),
-            dataset_config=data.get("name"),
-            dataset_split=data.get("split"),
-            dataset_revision=revision,
-            metric_type=metric,
-            metric_name=LOSS.title if metric == "loss" else metric_style(metric).title,
-            metric_value=float(f"{value:.6g}"),
-        )
-        for metric, value in values.items()
-        if value is not None and math.isfinite(value)
-    ]
+    if not own or not of_parents:
+        return found
+    values = f"loss is {own[0]:.4g}, that of its parents {' and '.join(f'{loss:.4g}' for loss in of_parents)}."
+    if is_far_above(own[0], of_parents):
+        return {"lead": "Warning. The merge is far worse than its parents.", "text": f"Its {values}"}
+    if computed_by(folder) is not None:
+        return {**found, "text": f"{found['text']} This merge is no average: its {values}"}
+    return found
 
 
 # -- the body, each part as plain values for the template
@@ -369,7 +302,7 @@ def _parent_rows(parents: Sequence[ParentInfo]) -> list[dict[str, Any]]:
                 {"name": part.name, "is_on_hub": part.is_on_hub, "id": part.id, "revision": part.revision}
                 for part in parent.parts
             ],
-            "weight": None if parent.weight is None else f"{parent.weight:.4g}",
+            "weight": "base" if parent.is_base else parent.share_in_words,
             "license": parent.license,
         }
         for letter, parent in zip(_letters(parents), parents, strict=True)
@@ -385,7 +318,9 @@ def computed_by(folder: Path) -> dict[str, Any] | None:
 def _method(recipe: Mapping[str, Any], parents: Sequence[ParentInfo], elsewhere: Mapping[str, Any] | None) -> str:
     """How the parents were combined, as a formula where it is short."""
     if elsewhere is not None:
-        settings = ", ".join(f"{key} {value}" for key, value in (elsewhere.get("parameters") or {}).items())
+        settings = ", ".join(
+            f"{key} {setting_in_words(value)}" for key, value in (elsewhere.get("parameters") or {}).items()
+        )
         computed = f"{elsewhere.get('title')}, computed by mergekit {elsewhere.get('mergekit')}"
         return f"{computed} with {settings} and seed {elsewhere.get('seed')}" if settings else computed
     tensors = [(letter, p.weight) for letter, p in zip(_letters(parents), parents, strict=True) if not p.is_base]
@@ -478,6 +413,13 @@ def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
     return yaml.safe_dump(_without_paths(shown), sort_keys=False, allow_unicode=True, width=100) if shown else None
 
 
+def _seeds(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every seed of the recipe by its key, those of sections behind their section's name."""
+    seeds = [{"key": "seed", "value": recipe["seed"]}] if "seed" in recipe else []
+    sections = {key: value for key, value in recipe.items() if isinstance(value, Mapping) and "seed" in value}
+    return seeds + [{"key": f"{key}.seed", "value": value["seed"]} for key, value in sections.items()]
+
+
 def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _without_paths(item) for key, item in value.items()}
@@ -490,19 +432,16 @@ def _without_paths(value: Any) -> Any:
     return str(value) if isinstance(value, PurePath) else value
 
 
-def _installed_versions() -> dict[str, str]:
-    versions = {}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            logger.debug("%s is not installed as a package", library)
-    return versions
-
-
-def _limits(report: ConnectivityReport | None, data: Mapping[str, Any], parents: Sequence[ParentInfo]) -> list[str]:
+def _limits(
+    report: ConnectivityReport | None,
+    data: Mapping[str, Any],
+    parents: Sequence[ParentInfo],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[str]:
     """What a reader must not conclude from this card."""
     limits = []
+    if report is None:
+        limits.append("Nothing was measured: whether this model can do what its parents can is not known.")
     ordinary = [parent for parent in parents if not parent.is_base]
     if report is not None:
         samples = f"{data['samples']} samples of one data set" if data.get("samples") else "one data set"
@@ -512,6 +451,8 @@ def _limits(report: ConnectivityReport | None, data: Mapping[str, Any], parents:
         if len(report.path) > 2:
             points = f"{len(report.path)} values of α" if report.region == "line" else f"{len(report.path)} points"
             limits.append(f"The barrier is the largest among {points}; between them it may be higher.")
+        if (error := _standard_error(data, rows)) is not None:
+            limits.append(error)
         if report.barrier.loss is None:
             limits.append("There were no labels: features were compared, loss and metric were not measured.")
         if len(ordinary) > 2 and report.region == "line":
@@ -526,6 +467,16 @@ def _limits(report: ConnectivityReport | None, data: Mapping[str, Any], parents:
     if source is not None and source["link"] is None:
         limits.append(f"Not on the Hub, so that others cannot repeat the measurement: {source['name']}.")
     return limits
+
+
+def _standard_error(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """How far chance alone moves an accuracy: √(p(1−p)/n) of a share p of n samples."""
+    merged = next((row["metrics"].get("accuracy") for row in rows if row["is_merge"]), None)
+    samples = data.get("samples")
+    if merged is None or not 0 <= merged <= 1 or not isinstance(samples, int) or samples < 1:
+        return None
+    error = 100 * math.sqrt(merged * (1 - merged) / samples)
+    return f"With {samples} samples the accuracy of this merge has a standard error of {error:.1f} points."
 
 
 # -- files

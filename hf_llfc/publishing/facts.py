@@ -14,6 +14,10 @@ from hf_llfc.errors import EvaluationError, PublishingError
 SAME_ALPHA = 1e-6
 """Two values of α closer than this are one."""
 
+FAR_ABOVE = 1.5
+"""A merge whose loss is more than this many times that of its worst parent is taken for broken."""
+FAR_ABOVE_NATS = 0.1
+
 
 @dataclass(frozen=True)
 class MetricStyle:
@@ -161,6 +165,12 @@ def not_finite(report: ConnectivityReport) -> list[str]:
         if row.llfc.mean is None or not math.isfinite(row.llfc.mean):
             found.append(f"features of {row.layer} at {point_name(report, row)}")
     return found
+
+
+def is_far_above(loss: float, parents: Sequence[float]) -> bool:
+    """Whether the loss of a merge is so far above that of its worst parent that it is taken for broken."""
+    worst = max(parents)
+    return loss > FAR_ABOVE * worst and loss > worst + FAR_ABOVE_NATS
 
 
 def blend_of_models(points: Sequence[PathPoint], values: Sequence[float]) -> list[float]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import struct
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.errors import PublishingError, raise_all
-from hf_llfc.publishing.card import LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
-from hf_llfc.publishing.facts import merge_point, model_points, not_finite, read_report
-from hf_llfc.publishing.parents import CARD_FILE
+from hf_llfc.errors import CheckpointError, PublishingError, raise_all
+from hf_llfc.layout import CARD_FILE, LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
+from hf_llfc.publishing.facts import is_far_above, merge_point, model_points, not_finite, read_report
+from hf_llfc.publishing.record import RunRecord
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-FAR_ABOVE = 1.5
-"""A merge whose loss is more than this many times that of its worst parent is taken for broken."""
-FAR_ABOVE_NATS = 0.1
 LARGEST_FILE = 50 * 10**9
 """In bytes: above it the Hub's client downloads through Xet alone (`MAX_HTTP_DOWNLOAD_SIZE`)."""
 MOST_ENTRIES = 10_000
@@ -159,6 +156,8 @@ def size_problems(sizes: Mapping[str, int]) -> list[str]:
 
 def _weight_problems(folder: Path, present: set[str]) -> list[str]:
     """What is wrong with the safetensors files: missing, cut off, or not what the index says."""
+    from hf_llfc.checkpoints.header import read_header
+
     shards = _shards(folder, present)
     if isinstance(shards, str):
         return [shards]
@@ -168,11 +167,11 @@ def _weight_problems(folder: Path, present: set[str]) -> list[str]:
             problems.append(f"{shard} is missing, which {WEIGHTS_INDEX} names")
             continue
         try:
-            found = _tensor_names(folder / shard)
-        except ValueError as error:
-            problems.append(f"{shard} {error}")
+            found = read_header(folder / shard, shard).spans
+        except CheckpointError as error:
+            problems.append(str(error))
             continue
-        if missing := sorted(expected - found):
+        if missing := sorted(expected - found.keys()):
             problems.append(
                 f"{shard} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             )
@@ -195,29 +194,6 @@ def _shards(folder: Path, present: set[str]) -> dict[str, set[str]] | str:
     return f"there are no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}"
 
 
-def _tensor_names(path: Path) -> set[str]:
-    """The tensors that a safetensors file holds in full, from its header and its length.
-
-    Raises:
-        ValueError: The file is cut off or is not one.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
-            raise ValueError(f"is cut off or no safetensors file: {size} bytes")
-        try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError("has no valid header") from None
-    expected = 8 + length + max(tensors.values(), default=0)
-    if size != expected:
-        raise ValueError(f"is {size} bytes long, its header says {expected}: merge again")
-    return set(tensors)
-
-
 def check_sanity(folder: Path) -> None:
     """Refuses a merge that is broken: by its diagnosis, or where there is none by its weights.
 
@@ -229,6 +205,7 @@ def check_sanity(folder: Path) -> None:
     """
     path = folder / LLFC_FOLDER / REPORT_FILE
     reasons = _diagnosed_reasons(path) if path.is_file() else _weight_reasons(folder)
+    reasons = reasons or _evaluated_reasons(folder)
     if reasons:
         raise PublishingError(
             f"{folder} is not fit to be published: {'; '.join(reasons)}. To push it all the same, force it"
@@ -245,13 +222,25 @@ def _diagnosed_reasons(path: Path) -> list[str]:
         reasons.append("not every number is finite: " + ", ".join(broken[:3]))
     merged = merge_point(report)
     losses = [point.loss for point in model_points(report) if point is not None and point.loss is not None]
-    if merged is not None and merged.loss is not None and losses:
-        worst = max(losses)
-        if merged.loss > FAR_ABOVE * worst and merged.loss > worst + FAR_ABOVE_NATS:
-            reasons.append(f"the loss of the merge is {merged.loss:.4g}, that of its worst parent {worst:.4g}")
+    if merged is not None and merged.loss is not None and losses and is_far_above(merged.loss, losses):
+        reasons.append(_far_above(merged.loss, losses))
     if report.verdict.answer == "do not merge":
         reasons.append(f"the verdict is not to merge: {report.verdict.because}")
     return reasons
+
+
+def _evaluated_reasons(folder: Path) -> list[str]:
+    """What the evaluation of the merge itself says, which need not lie on the path that was diagnosed."""
+    rows = RunRecord.load(folder).results
+    own = [row["loss"] for row in rows if row.get("is_merge")]
+    parents = [row["loss"] for row in rows if not row.get("is_merge") and math.isfinite(row["loss"])]
+    if not all(map(math.isfinite, own)):
+        return ["the loss of the merge is not finite"]
+    return [_far_above(loss, parents) for loss in own if parents and is_far_above(loss, parents)]
+
+
+def _far_above(loss: float, parents: Sequence[float]) -> str:
+    return f"the loss of the merge is {loss:.4g}, that of its worst parent {max(parents):.4g}"
 
 
 def _weight_reasons(folder: Path) -> list[str]:

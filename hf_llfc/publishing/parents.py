@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from hf_llfc.layout import CARD_FILE
+
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 HUB_TIMEOUT = 10.0
 PARTS = "parts"
 """Under which the metadata of two cards lie, of a base and of the adapter that is folded into it."""
@@ -50,6 +51,7 @@ class ParentInfo:
         weight: Its share in the merge.
         is_base: Whether it is the base of task arithmetic and not itself a parent.
         card: The metadata of its own card, as `read_parent_card` gives it.
+        share: In words what it was given in the merge, where that is no one weight.
     """
 
     id: str
@@ -57,6 +59,12 @@ class ParentInfo:
     weight: float | None = None
     is_base: bool = False
     card: Mapping[str, Any] = field(default_factory=dict)
+    share: str | None = None
+
+    @property
+    def share_in_words(self) -> str:
+        """Its weight, or what it was given in its place."""
+        return self.share or ("by layer" if self.weight is None else f"{self.weight:.4g}")
 
     @property
     def parts(self) -> tuple[ParentInfo, ...]:
@@ -187,6 +195,11 @@ def combined_license(parents: Sequence[ParentInfo], chosen: str | None = None) -
         listed = ", ".join(f"{name}: {license or 'not stated'}" for name, license in stated.items())
         problem = (
             f"The parents carry different licences ({listed}). A merge is bound by all of them at once: read them."
+        )
+    elif chosen is not None and known and chosen != known[0]:
+        problem = (
+            f"It is published under {chosen}, while what it was made from carries {known[0]}: read both before you use "
+            "or redistribute this model."
         )
     elif silent and len(parents) > 0:
         problem = f"No licence is stated by {', '.join(silent)}: ask before you use or redistribute this model."

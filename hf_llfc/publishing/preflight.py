@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import PublishingError
+from hf_llfc.layout import LLFC_FOLDER, RECIPE_FILE
 from hf_llfc.limited_yaml import read_yaml
-from hf_llfc.publishing.card import LLFC_FOLDER, RECIPE_FILE
 from hf_llfc.publishing.hub_errors import explained
 from hf_llfc.publishing.parents import (
     ParentInfo,

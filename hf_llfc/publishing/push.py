@@ -6,8 +6,8 @@ import logging
 import re
 from pathlib import Path
 
+from hf_llfc.layout import CARD_FILE
 from hf_llfc.publishing.folder import check_folder, check_sanity
-from hf_llfc.publishing.parents import CARD_FILE
 from hf_llfc.publishing.preflight import (
     check_names,
     check_parents,

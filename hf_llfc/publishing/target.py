@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import PublishingError
-from hf_llfc.publishing.card import LLFC_FOLDER, RECIPE_FILE
+from hf_llfc.layout import LLFC_FOLDER, RECIPE_FILE
 from hf_llfc.publishing.folder import LocalFile
 from hf_llfc.publishing.hub_errors import UnansweredError, explained
 

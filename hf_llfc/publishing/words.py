@@ -12,13 +12,16 @@ from hf_llfc.publishing.facts import not_finite, point_name, shown_layers
 from hf_llfc.publishing.parents import ParentInfo, is_hub_id, split_revision
 
 
-def headline(report: ConnectivityReport | None, problem: str | None, parents: int) -> dict[str, str]:
+def headline(
+    report: ConnectivityReport | None, problem: str | None, parents: int, *, is_on_path: bool = True
+) -> dict[str, str]:
     """The verdict in one sentence.
 
     Args:
         report: The diagnosis, if there is one.
         problem: Why there is none, where one was asked for.
         parents: Of the merge, without a base.
+        is_on_path: Whether the merge is a sum of its parents; the verdict of any other is about its parents alone.
 
     Returns:
         `lead`, the answer, and `text`, because of what.
@@ -38,6 +41,8 @@ def headline(report: ConnectivityReport | None, problem: str | None, parents: in
         "do not merge": "Warning. Verdict: do not merge.",
     }
     lead = leads.get(report.verdict.answer, f"Verdict: {report.verdict.answer}.")
+    if not is_on_path:
+        lead = lead.replace("Verdict", "Verdict on an average of the parents")
     of_pair = "Of the first two parents: " if parents > 2 and report.region == "line" else ""
     because = report.verdict.because if of_pair else report.verdict.because[:1].upper() + report.verdict.because[1:]
     return {"lead": lead, "text": of_pair + sentence(because, keep_case=True)}

@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.config import EvaluationConfig
-from hf_llfc.evaluation.sources import choose_column, choose_samples, class_indices, open_dataset
+from hf_llfc.evaluation.sources import choose_column, choose_samples, class_indices, open_dataset, pinned
 
 ROWS = {"text": ["a b", "c", "d e f"], "label": [0, 1, 0]}
 
@@ -72,6 +72,25 @@ def test_the_split_is_validation_then_test_then_asked_for():
     splits["other"] = rows
     with pytest.raises(EvaluationError, match=r"several splits \(train, other\); set split"):
         open_dataset(config_for(splits))
+
+
+def test_data_of_the_hub_are_named_with_their_commit_and_split(tmp_path):
+    commit, fingerprint = "0123456789abcdef" * 2 + "01234567", "0123456789abcdef"
+    rows = {}
+    for folder in (commit, fingerprint):
+        prepared = tmp_path / "ada___reviews" / "default" / "0.0.0" / folder
+        datasets.Dataset.from_dict(ROWS).save_to_disk(prepared)
+        rows[folder] = datasets.Dataset.from_file(
+            str(prepared / "data-00000-of-00001.arrow"), split=datasets.Split.VALIDATION
+        )
+    config = config_for("ada/reviews@main")
+    found = pinned(config, rows[commit])
+    assert (found.dataset, found.split) == (f"ada/reviews@{commit}", "validation")
+    assert pinned(config_for("ada/reviews", split="test[:2]"), rows[commit]).split == "test[:2]"
+    assert pinned(config, rows[fingerprint]) == config
+    assert pinned(config, datasets.Dataset.from_dict(ROWS)) == config
+    local = config_for(str(tmp_path))
+    assert pinned(local, rows[commit]) == local
 
 
 def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The card says what the report says, drops what is not there, and shows strangers' words as they are."""
 
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -14,9 +15,13 @@ from markdown_it import MarkdownIt
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.publishing import render_card, write_card
+from hf_llfc.publishing.record import RunRecord
+from hf_llfc.publishing.shares import models_of
 from tests.hub_double import HubDouble, validate_card
 from tests.publishing.samples import (
+    A_REVISION,
     ALIGNMENT,
+    B_REVISION,
     MODELS,
     RECIPE,
     VERSIONS,
@@ -41,6 +46,34 @@ def render(folder: Path, **changes: Any) -> str:
         "versions": VERSIONS,
     }
     return render_card(folder, **{**arguments, **changes})
+
+
+MERGEKIT_RECIPE = {
+    **RECIPE,
+    "merge_method": "ties",
+    "base_model": f"google/bert@{'9' * 40}",
+    "models": [
+        {**RECIPE["models"][0], "parameters": {"weight": 0.5, "density": 0.25}},
+        {**RECIPE["models"][1], "parameters": {"density": [0.25, 0.75], "weight": [{"filter": "mlp", "value": 1}]}},
+    ],
+    "seed": 7,
+}
+
+
+def by_mergekit(folder: Path) -> None:
+    """Says that mergekit computed the weights of a folder."""
+    settings = {"normalize": True, "lambda": 0.5}
+    method = {"method": "ties", "title": "TIES", "mergekit": "0.1.5", "parameters": settings, "seed": 7}
+    (folder / "llfc" / "method.json").write_text(json.dumps(method))
+
+
+def evaluated(loss: float) -> list[dict[str, Any]]:
+    """Loss and accuracy of both parents, and of a merge with this loss."""
+    parents = [
+        {"id": model["id"], "loss": own, "metrics": {"accuracy": 0.75}}
+        for model, own in zip(MODELS, (0.25, 0.5), strict=True)
+    ]
+    return [*parents, {"id": "merged", "is_merge": True, "loss": loss, "metrics": {"accuracy": 0.5}}]
 
 
 def body_of(card: str) -> str:
@@ -102,7 +135,9 @@ ALL_HEADINGS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["merge", "align_first", "not_diagnosed"])
+@pytest.mark.parametrize(
+    "name", ["merge", "align_first", "not_diagnosed", "diagnosis_failed", "not_finite", "far_worse", "by_mergekit"]
+)
 def test_cards_are_as_they_were_approved(tmp_path: Path, name: str) -> None:
     """Set HF_LLFC_UPDATE_GOLDEN=1 to write the files again, then read what changed."""
     folder = make_folder(tmp_path)
@@ -115,6 +150,19 @@ def test_cards_are_as_they_were_approved(tmp_path: Path, name: str) -> None:
         }
     if name == "not_diagnosed":
         changes = {"report": None, "alignment": None, "hardware": None}
+    if name == "diagnosis_failed":
+        changes = {"report": None, "diagnosis_problem": "the data set ada/reviews is gone"}
+    if name == "not_finite":
+        path = [{"alpha": alpha, "loss": alpha, "metrics": {"accuracy": 0.5}} for alpha in (0, 0.5, 1)]
+        path[1] |= {"loss": None, "metrics": {"accuracy": None}}
+        changes = {"report": make_report(path=path, barrier={"loss": None, "error": None})}
+    if name in ("far_worse", "by_mergekit"):
+        changes = {"results": evaluated(2.0 if name == "far_worse" else 0.375)}
+    if name == "by_mergekit":
+        by_mergekit(folder)
+        recipe, report = MERGEKIT_RECIPE, make_report()
+        report["models"] = [{**model, "weight": None} for model in report["models"]]
+        changes |= {"recipe": recipe, "models": models_of(recipe, None), "report": report}
     card = render(folder, **changes)
     golden = GOLDEN / f"{name}.md"
     if os.environ.get("HF_LLFC_UPDATE_GOLDEN"):
@@ -127,6 +175,7 @@ def test_the_metadata_is_what_the_hub_shows(tmp_path: Path) -> None:
     data = ModelCard(card).data
     assert data.base_model == ["ada/bert-tweets", "grace/bert-films"]
     assert data.base_model_relation == "merge"
+    assert data.to_dict()["base_model_revisions"] == [f"{model['id']}@{model['revision']}" for model in MODELS]
     assert data.tags == ["merge", "hf-llfc"]
     assert data.license == "mit"
     assert data.language == ["en", "fr"]
@@ -140,6 +189,7 @@ def test_the_metadata_is_what_the_hub_shows(tmp_path: Path) -> None:
     assert (accuracy.dataset_type, accuracy.dataset_revision) == ("ada/reviews", "abc123")
     assert (accuracy.dataset_config, accuracy.dataset_split) == ("plain", "test[:512]")
     assert accuracy.task_type == "text-classification"
+    assert accuracy.dataset_args == {"samples": 512}
     assert validate_card(card) == ([], [])
 
 
@@ -152,7 +202,7 @@ def test_the_hub_accepts_the_metadata(hub: HubDouble, tmp_path: Path) -> None:
 def test_every_number_of_the_report_is_in_its_place(tmp_path: Path) -> None:
     page = Page(body_of(render(make_folder(tmp_path))))
     assert page.headings == ALL_HEADINGS
-    parents, results, layers = page.tables
+    parents, results, layers, made = page.tables
     assert parents[1:] == [
         ["A", "ada/bert-tweets", "0123456", "0.5", "mit"],
         ["B", "grace/bert-films", "fedcba9", "0.5", "mit"],
@@ -176,6 +226,16 @@ def test_every_number_of_the_report_is_in_its_place(tmp_path: Path) -> None:
     assert "objective 812.5 → 1000, cosine of the weights 0.8125 → 1" in page.text
     assert "weighted average, 0.5·A + 0.5·B" in page.text
     assert "Measured on ada/reviews@abc123, plain, split test[:512], 512 samples." in page.text
+    assert made[1:] == [
+        ["ada/bert-tweets", f"commit {A_REVISION}"],
+        ["grace/bert-films", f"commit {B_REVISION}"],
+        ["data", "ada/reviews@abc123, plain, split test[:512], 512 samples"],
+        ["seed", "align.seed 0"],
+        ["versions", "python 3.11.7, hf-llfc 0.1.0, torch 2.13.0, transformers 5.23.0"],
+        ["hardware", "two CPU cores"],
+    ]
+    # √(0.75·0.25/512)
+    assert "With 512 samples the accuracy of this merge has a standard error of 1.9 points." in page.text
 
 
 def test_the_verdict_comes_first(tmp_path: Path) -> None:
@@ -196,6 +256,11 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
     broken["path"][5] = {"alpha": 0.5, "loss": 1.0, "metrics": {"accuracy": None}}
     expected = "> **The diagnosis failed.** Not every number is finite: accuracy at α = 0.5."
     assert opening(report=broken) == expected
+    assert opening(results=evaluated(0.7)).startswith("> **Verdict: merge.** ")
+    expected = "> **Warning. The merge is far worse than its parents.** Its loss is 0.8, "
+    assert opening(results=evaluated(0.8)).startswith(expected)
+    assert opening(results=evaluated(math.nan)) == "> **The merge is broken.** Its loss is not finite."
+    assert opening(results=evaluated(math.nan), report=None).startswith("> **The merge is broken.**")
 
 
 def without(report: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -263,7 +328,7 @@ def test_measured_results_take_precedence_over_the_path(tmp_path: Path) -> None:
         {"id": "/home/me/merged", "is_merge": True, "loss": 0.2, "metrics": {"accuracy": 0.9}},
     ]
     card = render(make_folder(tmp_path), results=results)
-    _, table, _ = Page(body_of(card)).tables
+    _, table, _, _ = Page(body_of(card)).tables
     assert [row[0] for row in table[1:]] == ["ada/bert-tweets", "films", "this merge"]
     assert [row[2] for row in table[1:]] == ["80.00 %", "70.00 %", "90.00 %"]
     assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results} == {"loss": 0.2, "accuracy": 0.9}
@@ -301,7 +366,7 @@ HOSTILE = [
 def test_what_parents_say_is_shown_and_never_obeyed(tmp_path: Path, hostile: str) -> None:
     """Names, licences, languages and data of strangers neither become markup nor reach the metadata."""
     models = [
-        {"id": f"/data/{hostile}", "weight": 0.5, "card": {"license": "other", "license_name": hostile}},
+        {"id": f"/data/{hostile}", "share": hostile, "card": {"license": "other", "license_name": hostile}},
         {
             **MODELS[1],
             "card": {"license": hostile, "license_link": hostile, "language": [hostile, "de"], "datasets": [hostile]},
@@ -314,7 +379,7 @@ def test_what_parents_say_is_shown_and_never_obeyed(tmp_path: Path, hostile: str
         verdict={"answer": "merge", "because": hostile},
     )
     alignment = {**ALIGNMENT, "method": hostile, "model": hostile, "axes": [{"axis": hostile, "moved": 1, "units": 2}]}
-    recipe = {"models": [{"model": hostile}], "note": hostile}
+    recipe = {"models": [{"model": hostile}], "note": hostile, "seed": hostile, hostile: {"seed": 1}}
     card = render(
         make_folder(tmp_path),
         models=models,
@@ -356,6 +421,8 @@ def test_what_parents_say_is_shown_and_never_obeyed(tmp_path: Path, hostile: str
         (["mit", None], None, {}, "grace/bert-films"),
         ([None, None], None, {}, "ada/bert-tweets, grace/bert-films"),
         ([None, None], "mit", {"license": "mit"}, "No licence is stated"),
+        (["gpl-3.0", "gpl-3.0"], "mit", {"license": "mit"}, "published under mit"),
+        (["mit", "mit"], "mit", {"license": "mit"}, None),
         (["unknown", "mit"], None, {}, "ada/bert-tweets"),
         ([["mit"], "mit"], None, {"license": "mit"}, None),
         (["made-up-1.0", "made-up-1.0"], None, {"license": "other", "license_name": "made-up-1.0"}, None),
@@ -369,7 +436,7 @@ def test_the_licence_is_that_of_the_parents(
     data = ModelCard(card).data.to_dict()
     assert {key: value for key, value in data.items() if key.startswith("license")} == metadata
     text = Page(body_of(card)).text
-    assert ("Licence." in text) == (told is not None)
+    assert ("Licence: read this first." in text) == (told is not None)
     assert told is None or told in text
 
 
@@ -385,7 +452,7 @@ def test_many_layers_are_folded_away(tmp_path: Path) -> None:
     body = body_of(render(make_folder(tmp_path), report=make_report(layers=rows)))
     assert body.count("<details>") == body.count("</details>") == 1
     assert "All 40 layers as a table" in body
-    _, _, table = Page(body).tables
+    _, _, table, _ = Page(body).tables
     assert len(table) == 41
 
 
@@ -438,6 +505,32 @@ def test_the_card_of_a_folder_is_written_from_what_lies_in_it(hub: HubDouble, tm
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_card_is_written_again_from_the_record_of_its_run(tmp_path: Path) -> None:
+    models = [{**model, "card": {}} for model in MODELS]
+    paths = [{**row, "id": f"/home/ada/secret/{row['id']}"} for row in evaluated(0.375)]
+    aligned = {**ALIGNMENT, "model": "/home/ada/secret/films", "reference": "/home/ada/secret/tweets"}
+    record = RunRecord([aligned], paths, VERSIONS, "two CPU cores")
+    cards = []
+    for folder in (make_folder(tmp_path / name / "merged", report=make_report()) for name in "ab"):
+        given = {"alignment": [aligned], "results": paths, "hardware": "two CPU cores"} if not cards else {}
+        file = record.save(folder)
+        assert "secret" not in file.read_text()
+        assert RunRecord.load(folder).versions == VERSIONS
+        cards.append(write_card(folder, models=models, **given).read_text())
+    assert cards[0] == cards[1]
+    assert all(text in cards[1] for text in ("0.3750", "two CPU cores", "moved 30 of 36 units"))
+    assert "secret" not in cards[1]
+
+
+def test_a_loss_that_is_not_finite_survives_its_record(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, report=make_report())
+    assert "NaN" not in RunRecord(results=evaluated(math.nan)).save(folder).read_text()
+    assert math.isnan(RunRecord.load(folder).results[-1]["loss"])
+    assert "**The merge is broken.**" in write_card(folder, models=[{**m, "card": {}} for m in MODELS]).read_text()
+    (folder / "llfc" / "run.json").unlink()
+    assert RunRecord.load(folder) == RunRecord()
+
+
 def test_a_parent_without_a_card_or_a_hub_is_no_problem(hub: HubDouble, tmp_path: Path) -> None:
     hub.add_repo("ada/bert-tweets", {"README.md": "---\na: b: c\n---\n"})
     hub.fail("GET", "bert-films", status=500, times=-1)
@@ -469,13 +562,26 @@ def test_local_parents_are_read_without_a_network(monkeypatch: pytest.MonkeyPatc
         ([{"parameters": {}}, {"parameters": {}}], {"lambda": 0.3}, ["0.3", "0.3"]),
         ([{"parameters": {"weight": [0, 1]}}, {"parameters": {"weight": 0.5}}], {}, ["by layer", "0.5"]),
         ([{"parameters": {"weight": [0, 1]}}, {"parameters": {}}], {"normalize": True}, ["by layer", "by layer"]),
+        (
+            [{"parameters": {"weight": 0.5, "density": 0.25}}, {"parameters": {"density": [0.25, 1], "weight": 2}}],
+            {"method": "ties", "normalize": True},
+            ["0.5, density 0.25", "2, density 0.25 … 1 by layer"],
+        ),
+        ([{}, {}], {"method": "slerp", "t": 0.5}, ["–", "–"]),
+        (
+            [{"parameters": {"weight": [{"value": 1}], "int8_mask": True}}, {"parameters": {"weight": 1}}],
+            {"method": "dare_ties"},
+            ["by tensor, int8_mask yes", "1"],
+        ),
     ],
 )
 def test_the_weights_are_those_that_the_recipe_means(
     tmp_path: Path, models: list[dict[str, Any]], settings: dict[str, Any], shares: list[str]
 ) -> None:
     entries = [{"model": str(tmp_path / name), **model} for name, model in zip("ab", models, strict=True)]
-    folder = make_folder(tmp_path / "merged", recipe={"models": entries, "parameters": settings})
+    method = settings.pop("method", "linear")
+    recipe = {"models": entries, "merge_method": method, "parameters": settings}
+    folder = make_folder(tmp_path / "merged", recipe=recipe)
     table = Page(ModelCard.load(write_card(folder)).text).tables[0]
     assert [row[3] for row in table[1:]] == shares
 
@@ -515,6 +621,11 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
     assert "llfc/path.png" not in (folder / "README.md").read_text()
 
 
+def spoiled_record(**changes: Any) -> str:
+    empty = {"schema": "hf_llfc.run/1", "alignments": [], "results": [], "versions": {}, "hardware": None}
+    return json.dumps({**empty, **changes})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -524,6 +635,19 @@ def test_plots_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
         (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("- 1"), "holds no recipe"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").unlink(), "must name the parents"),
         (lambda folder: (folder / "llfc" / "llfc_report.json").write_text("[]"), "holds no JSON object"),
+        (lambda folder: (folder / "llfc" / "run.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "llfc" / "run.json").write_text("{}"), "no record of a run"),
+        (lambda folder: (folder / "llfc" / "run.json").write_text(spoiled_record(results=[1])), "no record of a run"),
+        (
+            lambda folder: (folder / "llfc" / "run.json").write_text(
+                spoiled_record(results=[{"loss": "1", "metrics": {}}])
+            ),
+            "no record of a run",
+        ),
+        (
+            lambda folder: (folder / "llfc" / "run.json").write_text(spoiled_record(alignments=[{"axes": [{}]}])),
+            "no record of a run",
+        ),
         (lambda folder: (folder / "llfc" / "llfc_report.json").write_text(json.dumps({"schema": 1})), "schema"),
     ],
 )

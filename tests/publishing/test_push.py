@@ -1,6 +1,7 @@
 """A push is checked before, whole or not at all, and compared afterwards: over real HTTP, whatever goes wrong."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from safetensors.numpy import save_file
 
 from hf_llfc.publishing import publish
+from hf_llfc.publishing.record import RunRecord
 from tests.hub_double import HubDouble, validate_card
 from tests.publishing.pushing import (
     REPO,
@@ -202,10 +204,16 @@ def unlist(folder: Path) -> None:
         (lambda f: (f / "README.md").unlink(), "README.md is missing"),
         (lambda f: (f / "llfc" / "recipe.yaml").unlink(), "llfc/recipe.yaml is missing"),
         (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors is missing"),
-        (lambda f: truncate(f / "model-00001-of-00002.safetensors"), "bytes long, its header says"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"\xff" * 20), "is cut off or no safetensors"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b""), "is cut off or no safetensors"),
-        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"[]"), "no valid header"),
+        (
+            lambda f: truncate(f / "model-00001-of-00002.safetensors"),
+            "the file is cut off: tensor layer.1.weight needs",
+        ),
+        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"\xff" * 20), "not a safetensors file"),
+        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b""), "not a safetensors file"),
+        (
+            lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"\2" + b"\0" * 7 + b"[]"),
+            "its header does not start with",
+        ),
         (unlist, "lacks absent.weight"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is not an index of shards"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "there are no weights"),
@@ -254,6 +262,20 @@ def test_a_merge_that_its_diagnosis_calls_broken_is_pushed_only_by_force(
     assert not hub.requests
     publish(folder, REPO, force=True)
     assert hub.files(REPO) == contents(folder)
+
+
+@pytest.mark.parametrize(("loss", "message"), [(0.7, "the loss of the merge is 0.7"), (math.nan, "not finite")])
+@pytest.mark.parametrize("diagnosed", [True, False])
+def test_a_merge_off_the_path_is_judged_by_its_own_evaluation(
+    hub: HubDouble, folder: Path, loss: float, message: str, diagnosed: bool
+) -> None:
+    if diagnosed:
+        (folder / "llfc" / "llfc_report.json").write_text(json.dumps(make_report(models=[{}, {}])))
+    rows = [{"id": name, "loss": 0.4, "metrics": {}} for name in "ab"]
+    RunRecord(results=[*rows, {"id": "merged", "is_merge": True, "loss": loss, "metrics": {}}]).save(folder)
+    assert message in refused(folder)
+    RunRecord(results=[*rows, {"id": "merged", "is_merge": True, "loss": 0.5, "metrics": {}}]).save(folder)
+    publish(folder, REPO)
 
 
 @pytest.mark.parametrize("report", [make_report(path=bad_path(0.55)), make_report(path=bad_path(0.45)), None])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.layout import PAGE_FILE, RECIPE_FILE, REPORT_FILE
 from hf_llfc.publishing.facts import merge_point, read_report
 from hf_llfc.publishing.page.charts import path_charts
 from hf_llfc.publishing.page.facts import key_facts, meaning, provenance
@@ -21,13 +22,10 @@ if TYPE_CHECKING:
     import jinja2
     from markupsafe import Markup
 
-PAGE_FILE = "report.html"
-"""The page's name in llfc/."""
-
 _FOLDER = Path(__file__).resolve().parent
 _COMPANIONS = {
-    "llfc_report.json": "all numbers, as JSON",
-    "recipe.yaml": "the recipe as run",
+    REPORT_FILE: "all numbers, as JSON",
+    RECIPE_FILE: "the recipe as run",
     "alignment.safetensors": "the alignment",
 }
 _SAFE_JSON = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
@@ -40,6 +38,7 @@ def write_page(
     title: str | None = None,
     hardware: str | None = None,
     links: Mapping[str, str] | None = None,
+    lead: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the interactive report beside the files it links to.
 
@@ -49,6 +48,7 @@ def write_page(
         title: What the merge is called; the names of its parents without it.
         hardware: What it was computed on, in words.
         links: Further files, and what they hold.
+        lead: What stands on top as `headline` gives it; the report's verdict without it.
 
     Returns:
         The path of the page.
@@ -59,7 +59,7 @@ def write_page(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     beside = {name: says for name, says in _COMPANIONS.items() if (folder / name).is_file()}
-    text = render_page(report, title=title, hardware=hardware, links={**beside, **(links or {})})
+    text = render_page(report, title=title, hardware=hardware, links={**beside, **(links or {})}, lead=lead)
     (folder / PAGE_FILE).write_text(text, encoding="utf-8", newline="\n")
     return folder / PAGE_FILE
 
@@ -70,6 +70,7 @@ def render_page(
     title: str | None = None,
     hardware: str | None = None,
     links: Mapping[str, str] | None = None,
+    lead: Mapping[str, str] | None = None,
 ) -> str:
     """The interactive report as HTML: whole without its script, which only sorts, filters and points.
 
@@ -78,6 +79,7 @@ def render_page(
         title: What the merge is called; the names of its parents without it.
         hardware: What it was computed on, in words.
         links: Files beside the page, and what they hold.
+        lead: What stands on top as `headline` gives it; the report's verdict without it.
 
     Raises:
         PublishingError: The mapping is not a connectivity report.
@@ -98,7 +100,7 @@ def render_page(
             script=script,
             data=_safe_json(layers.data if layers is not None else {}),
             answer=report.verdict.answer,
-            headline=headline(report, None, parents),
+            headline=lead or headline(report, None, parents),
             meaning=meaning(report),
             facts=key_facts(report),
             charts=path_charts(report),

@@ -1,0 +1,20 @@
+"""Where what is ours lies in an output folder."""
+
+LLFC_FOLDER = "llfc"
+"""Holds everything that is ours but the card: some runtimes load every safetensors file beside a model."""
+
+CARD_FILE = "README.md"
+
+RECIPE_FILE = "recipe.yaml"
+"""The recipe as run, revisions as commits."""
+
+REPORT_FILE = "llfc_report.json"
+
+METHOD_FILE = "method.json"
+"""What another program was asked for that computed the weights."""
+
+RUN_FILE = "run.json"
+"""What neither recipe nor report says of a run; see `record`."""
+
+PAGE_FILE = "report.html"
+"""The interactive report."""
