@@ -39,11 +39,13 @@ class MatrixGroup:
     Attributes:
         name: What specs call it.
         nearest: gain `[.., n, n]` → the matrix M of the group that maximises ⟨gain, M⟩, in closed form.
+        tangent: any matrix `[.., n, n]` → the nearest one of the group's Lie algebra, an antisymmetric matrix.
         random: (n, generator) → a uniformly random matrix `[n, n]`, float64.
     """
 
     name: str
     nearest: Callable[[Tensor], Tensor]
+    tangent: Callable[[Tensor], Tensor]
     random: Callable[[int, torch.Generator], Tensor]
 
 
@@ -81,6 +83,31 @@ def rotations(angles: Tensor) -> Tensor:
     return torch.cat([torch.cat([cosine, -sine], -1), torch.cat([sine, cosine], -1)], -2)
 
 
+def cayley(tangent: Tensor) -> Tensor:
+    """(1 − S)⁻¹ (1 + S) of antisymmetric S `[.., n, n]`: orthogonal, in the group in whose Lie algebra S lies.
+
+    For an orthogonal map that fixes 1, S·1 = 0, and for phases S commutes with the quarter turn of every pair.
+    """
+    one = torch.eye(tangent.shape[-1], dtype=tangent.dtype, device=tangent.device)
+    return torch.linalg.solve(one - tangent, one + tangent)
+
+
+def _antisymmetric(matrix: Tensor) -> Tensor:
+    return (matrix - matrix.mT) / 2
+
+
+def _antisymmetric_against_ones(matrix: Tensor) -> Tensor:
+    centred = matrix - matrix.mean(-1, keepdim=True)
+    return _antisymmetric(centred - centred.mean(-2, keepdim=True))
+
+
+def _pair_rates(matrix: Tensor) -> Tensor:
+    half = matrix.shape[-1] // 2
+    rates = torch.diagonal(_antisymmetric(matrix), half, -1, -2)
+    block, nothing = torch.diag_embed(rates), torch.zeros_like(matrix[..., :half, :half])
+    return torch.cat([torch.cat([nothing, -block], -1), torch.cat([block, nothing], -1)], -2)
+
+
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """Uniform over all orthogonal matrices (Mezzadri, *How to generate random matrices*, 2007)."""
     factor, triangle = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
@@ -99,8 +126,8 @@ def _random_phases(size: int, generator: torch.Generator) -> Tensor:
 MATRIX_GROUPS = {
     group.name: group
     for group in (
-        MatrixGroup(ORTHOGONAL, _procrustes, _random_orthogonal),
-        MatrixGroup(ORTHOGONAL_FIXING_ONES, _procrustes_fixing_ones, _random_fixing_ones),
-        MatrixGroup(PHASES, _best_phases, _random_phases),
+        MatrixGroup(ORTHOGONAL, _procrustes, _antisymmetric, _random_orthogonal),
+        MatrixGroup(ORTHOGONAL_FIXING_ONES, _procrustes_fixing_ones, _antisymmetric_against_ones, _random_fixing_ones),
+        MatrixGroup(PHASES, _best_phases, _pair_rates, _random_phases),
     )
 }
