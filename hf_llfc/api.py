@@ -154,6 +154,8 @@ def align(
     max_sweeps: int = 50,
     solver: str = "exact",
     seed: int = 0,
+    steps: int | None = None,
+    learning_rate: float | None = None,
     calibration: EvaluationConfig | None = None,
     allow_pickle: bool = False,
     progress: Progress = silent,
@@ -163,7 +165,7 @@ def align(
     Args:
         model: The model that moves.
         to: The reference, which stays.
-        method: `weight_matching` or `activation_matching`.
+        method: `weight_matching`, `activation_matching`, or `learned_matching`, which starts from weight matching.
         axes: Patterns of the axes that may move (`neurons`, `heads.*`); all symmetric axes where empty.
         exclude: Patterns of axes that stay (`residual`).
         groups: `permutation`, or `full`: all that the architecture allows. The alignment is then one of the canonical
@@ -173,7 +175,10 @@ def align(
         max_sweeps: Sweeps per start.
         solver: `exact`, or `auction` for very wide axes: to within a certified gap of the optimum.
         seed: Seed.
-        calibration: Data for activation matching.
+        steps: Of learned matching; 500 where None.
+        learning_rate: Of learned matching; 0.02 where None.
+        calibration: Data for activation matching and learned matching; with labels, what is learned has a low loss at
+            the midpoint, without a small LLFC gap.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         progress: Shown meanwhile.
 
@@ -200,12 +205,16 @@ def align(
         max_sweeps=max_sweeps,
         solver=solver,
         seed=seed,
+        steps=steps,
+        learning_rate=learning_rate,
         calibration=calibration,
     )
     reference, moving = in_groups([reference, moving], options)
     alignment = align_checkpoints(reference, moving, options, progress=progress)
     if alignment is None:
-        raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
+        raise AlignmentError(
+            "the method `none` aligns nothing; use weight_matching, activation_matching or learned_matching"
+        )
     return alignment
 
 

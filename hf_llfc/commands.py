@@ -74,7 +74,9 @@ def write_aligned(
         LLFCError: The models do not fit each other, an option or the alignment file.
     """
     if file is None and options.method == "none":
-        raise AlignmentError("the method `none` aligns nothing; use weight_matching or activation_matching")
+        raise AlignmentError(
+            "the method `none` aligns nothing; use weight_matching, activation_matching or learned_matching"
+        )
     output = OutputFolder(out, overwrite, restart)
     with Processes() as processes:
         progress = progress if processes.is_main else silent
@@ -111,7 +113,9 @@ def _write_aligned(
     def find() -> Alignment:
         if given is not None:
             return given
-        found = align_checkpoints(reference, moving, options, workers=processes.workers(), progress=progress)
+        found = align_checkpoints(
+            reference, moving, options, workers=processes.workers(), device=processes.device, progress=progress
+        )
         assert found is not None
         refuse_changed([reference, moving])
         return found
@@ -198,7 +202,9 @@ def write_diagnosis(
         alignments = [
             None
             if each is reference
-            else align_checkpoints(reference, each, align, workers=processes.workers(), progress=progress)
+            else align_checkpoints(
+                reference, each, align, workers=processes.workers(), device=processes.device, progress=progress
+            )
             for each in checkpoints
         ]
         report = diagnose_checkpoints(

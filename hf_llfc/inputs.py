@@ -109,7 +109,7 @@ def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Ch
 
 def runs_models(recipe: Recipe) -> bool:
     """Whether a recipe needs more than the weights of its models."""
-    return recipe.diagnose is not None or "activation_matching" in (recipe.align.method, recipe.align.start)
+    return recipe.diagnose is not None or recipe.align.uses_data
 
 
 def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:

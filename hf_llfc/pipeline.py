@@ -198,7 +198,9 @@ def align_parents(
         found = [
             None
             if each is reference
-            else align_checkpoints(reference, each, recipe.align, workers=processes.workers(), progress=progress)
+            else align_checkpoints(
+                reference, each, recipe.align, workers=processes.workers(), device=processes.device, progress=progress
+            )
             for each in opened.parents
         ]
         refuse_changed(opened.all)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from time import perf_counter
@@ -294,6 +294,7 @@ def align_checkpoints(
     options: AlignSection,
     *,
     workers: Workers | None = None,
+    device: torch.device | None = None,
     progress: Progress = silent,
 ) -> Alignment | None:
     """Finds the transforms that bring a model into the coordinates of a reference.
@@ -303,6 +304,7 @@ def align_checkpoints(
         model: The model that moves.
         options: How.
         workers: Threads and processes that share the work; as many threads as torch has where None.
+        device: Where models run that matching looks at or learns from; the CPU where None.
         progress: Shown meanwhile.
 
     Returns:
@@ -332,7 +334,7 @@ def align_checkpoints(
         # Both models are in memory for it, which is enough in one process.
         found = _match_activations(reference, model, spec, options) if workers.rank == 0 else None
         from_activations = workers.gather(found)[0]
-    if options.method == "weight_matching":
+    if options.method in ("weight_matching", "learned_matching"):
         alignment = match_weights(
             *parameters,
             restarts=options.restarts,
@@ -346,6 +348,8 @@ def align_checkpoints(
     else:
         assert from_activations is not None
         alignment = from_activations
+    if options.method == "learned_matching":
+        alignment = _learn(reference, model, alignment, options, workers, device, progress)
     # The first process knows them already, from what tells this run from another.
     own = [each.fingerprint() for each in (reference, model)] if workers.rank == 0 else None
     fingerprints = workers.gather(own)[0]
@@ -355,6 +359,62 @@ def align_checkpoints(
         excluded=list(options.exclude),
         groups=options.groups,
     )
+
+
+def _learn(
+    reference: Checkpoint,
+    model: Checkpoint,
+    start: Alignment,
+    options: AlignSection,
+    workers: Workers,
+    device: torch.device | None,
+    progress: Progress,
+) -> Alignment:
+    """Learned matching from a start; processes share each step's samples."""
+    if options.calibration is None:
+        raise AlignmentError("learned matching needs data: give `align.calibration` in a recipe, or --dataset")
+    from hf_llfc.alignment.learned_matching import LEARNING_RATE, STEPS, Learning, learn_matching
+    from hf_llfc.diagnostics.layers import select_layers
+    from hf_llfc.diagnostics.objectives import LLFCGap, TaskLoss
+
+    models = [Parent(checkpoint).load().to(device or "cpu") for checkpoint in (reference, model)]  # type: ignore[arg-type]
+    data = open_data(options.calibration, reference)
+    share = (workers.rank, workers.ranks) if len(data.sample_ids) >= workers.ranks else (0, 1)
+    batches = [batch for batch, _ in data.batches(*share)]
+    objective = (
+        TaskLoss(models[0], data.task) if data.labelled else LLFCGap(models[0], select_layers(models[0], batches[0]))
+    )
+    learned = learn_matching(
+        models[0],
+        models[1],
+        _in_random_order(batches, options.seed),
+        start.spec,
+        start,
+        objective,
+        learning=Learning(
+            steps=options.steps or STEPS, learning_rate=options.learning_rate or LEARNING_RATE, seed=options.seed
+        ),
+        average=_mean_over_processes if workers.ranks > 1 else None,
+        progress=progress,
+    )
+    return workers.gather(learned if workers.rank == 0 else None)[0]
+
+
+def _in_random_order(batches: Sequence[Mapping[str, Tensor]], seed: int) -> Iterator[Mapping[str, Tensor]]:
+    """The batches without end, in another order each time."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[place]
+
+
+def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replaces gradients by their mean over the processes of a launcher."""
+    from accelerate.utils import reduce
+
+    flat: Tensor = reduce(torch.cat([tensor.flatten() for tensor in tensors]), reduction="mean")
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def _match_activations(

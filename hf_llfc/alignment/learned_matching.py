@@ -9,33 +9,52 @@ gap itself: how far the features of the merge are from the blend of its parents'
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hf_llfc.alignment.relaxations import Multiplied, relaxation
 from hf_llfc.errors import AlignmentError
 from hf_llfc.progress import Progress, silent
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.transforms import Transform
 
 logger = logging.getLogger(__name__)
 
 LAMBDAS = (0.4, 0.6)
 """Range of λ, the share of B in the merge."""
 
+STEPS = 500
 LEARNING_RATE = 0.02
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises; it falls to zero along a cosine afterwards."""
 
-# What a model answers to a batch, from its outputs or those of its modules.
 Batch = Mapping[str, Tensor]
-TaskLoss = Callable[[Any, Batch], Tensor]
+Weights = Mapping[str, Tensor]
+
+
+class Objective(Protocol):
+    """What is minimised; `hf_llfc.diagnostics.objectives` has the loss of the task and the LLFC gap."""
+
+    def __call__(self, of_a: Weights, of_b: Weights, merged: Weights, share: float, batch: Batch) -> Tensor:
+        """The loss of one step.
+
+        Args:
+            of_a: The parameters of A, by the names of its class.
+            of_b: Of B, in the coordinates of A, in the graph of the transforms.
+            merged: (1 − λ)·A + λ·B.
+            share: λ.
+            batch: Inputs, and labels where there are some.
+
+        Returns:
+            A scalar with a gradient.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,7 @@ class Learning:
         seed: Of λ.
     """
 
-    steps: int = 500
+    steps: int = STEPS
     learning_rate: float = LEARNING_RATE
     temperature: float | None = None
     seed: int = 0
@@ -62,138 +81,88 @@ def learn_matching(
     batches: Iterator[Batch],
     spec: PermutationSpec,
     start: Alignment,
+    objective: Objective,
     *,
-    task_loss: TaskLoss | None,
-    features: Sequence[str] = (),
-    learning: Learning = Learning(),  # noqa: B008
+    learning: Learning = Learning(),
     average: Callable[[Sequence[Tensor]], None] | None = None,
     progress: Progress = silent,
 ) -> Alignment:
     """Finds transforms of `model` for which its merge with `reference` has a low loss.
 
     Args:
-        reference: The model that stays, A, in evaluation mode.
-        model: The model that moves, B, of the same class.
-        batches: Inputs of the forward pass, with whatever `task_loss` needs besides; without end.
+        reference: The model that stays, A.
+        model: The model that moves, B, of the same class and on the same device.
+        batches: What the objective is measured on; without end.
         spec: Of both.
-        start: Where to begin, from weight matching say.
-        task_loss: (output, batch) → the loss of the merge; None to minimise the LLFC gap instead.
-        features: Names of the modules whose outputs the LLFC gap compares.
+        start: Where to begin, from weight matching say. Axes whose entries are separate tensors stay as they are there.
+        objective: What is minimised.
         learning: Steps and rates.
         average: Replaces tensors by their mean over processes, in place; None for one process.
         progress: Told the steps done and all steps.
 
     Returns:
-        The alignment; its metadata hold `losses`, the mean loss of each twentieth of the steps.
+        The alignment; its metadata hold `learning_steps` and `losses`, the mean loss of each twentieth of the steps.
 
     Raises:
-        AlignmentError: An axis whose entries are separate tensors is to move otherwise than the start says, or the loss
-            is not finite.
+        AlignmentError: The options are out of range, or the loss is not finite.
     """
-    if learning.steps < 1:
-        raise AlignmentError(f"steps ({learning.steps}) must be at least 1")
-    weights_a, weights_b = _weights(reference), _weights(model)
-    binding = spec.bind({name: value.shape for name, value in weights_b.items()})
-    device = next(iter(weights_a.values())).device
-    moved = _moved_axes(binding)
-    relaxed = nn.ModuleDict(
-        {_key(axis): relaxation(spec, axis, start.transforms[axis], learning.temperature) for axis in moved}
-    ).to(device)
-    optimiser = torch.optim.Adam(relaxed.parameters(), learning.learning_rate)
+    if learning.steps < 1 or not 0 < learning.learning_rate < math.inf:
+        raise AlignmentError(
+            f"steps ({learning.steps}) must be at least 1, the learning rate ({learning.learning_rate:g}) above 0"
+        )
+    of_a, of_b = _weights(reference), _weights(model)
+    binding = spec.bind({name: value.shape for name, value in model.state_dict().items()})
+    learned = _learned_axes(binding)
+    relaxed = {axis: relaxation(spec, axis, start.transforms[axis], learning.temperature) for axis in learned}
+    together = nn.ModuleList(relaxed.values()).to(next(iter(of_a.values())).device)
+    optimiser = torch.optim.Adam(together.parameters(), learning.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, learning.steps))
     generator = torch.Generator().manual_seed(learning.seed)
     losses: list[float] = []
     for step in range(learning.steps):
         low, high = LAMBDAS
         share = low + (high - low) * float(torch.rand((), generator=generator))
-        transforms = {**start.transforms, **{axis: Multiplied(relaxed[_key(axis)]()) for axis in moved}}
-        present = Alignment(spec, transforms)  # type: ignore[arg-type]  # Multiplied is what tensors need of a transform
-        aligned = {name: present.read_aligned(name, binding, weights_b.__getitem__) for name in weights_b}
-        merged = {name: torch.lerp(value, aligned[name], share) for name, value in weights_a.items()}
-        batch = next(batches)
-        if task_loss is not None:
-            loss = task_loss(functional_call(reference, merged, kwargs=_inputs(reference, batch)), batch)
-        else:
-            seen = [_features(reference, weights, batch, features) for weights in (weights_a, aligned, merged)]
-            loss = llfc_gap(*seen, share)
+        # What tensors need of a transform is all that these stand-ins have.
+        soft = cast("dict[str, Transform]", {axis: Multiplied(each()) for axis, each in relaxed.items()})
+        present = Alignment(spec, {**start.transforms, **soft})
+        moved = {name: present.read_aligned(name, binding, of_b.__getitem__) for name in of_b}
+        merged = {name: torch.lerp(value, moved[name], share) for name, value in of_a.items()}
+        loss = objective(of_a, moved, merged, share, next(batches))
         if not bool(loss.isfinite()):
             raise AlignmentError(f"the loss of the merge is not finite in step {step + 1}; lower the learning rate")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         if average is not None:
-            average([parameter.grad for parameter in relaxed.parameters() if parameter.grad is not None])
+            average([parameter.grad for parameter in together.parameters() if parameter.grad is not None])
         optimiser.step()
         schedule.step()
         losses.append(loss.item())
         progress("learned matching", step + 1, learning.steps)
-    found = {**start.transforms, **{axis: relaxed[_key(axis)].transform() for axis in moved}}
-    every = max(1, learning.steps // 20)
+    found = {**start.transforms, **{axis: each.transform() for axis, each in relaxed.items()}}
+    every = math.ceil(learning.steps / 20)
     means = [sum(part) / len(part) for part in (losses[i : i + every] for i in range(0, len(losses), every))]
     logger.info("learned matching: loss %.4g in the first steps, %.4g in the last", means[0], means[-1])
-    return Alignment(spec, found, {**start.metadata, "method": "learned_matching", "losses": means})
-
-
-def llfc_gap(of_a: Sequence[Tensor], of_b: Sequence[Tensor], of_merge: Sequence[Tensor], share: float) -> Tensor:
-    """Mean over layers of ‖h_merge − (1 − λ)·h_A − λ·h_B‖² / (½‖h_A‖² + ½‖h_B‖²) (Zhou et al. 2023, LLFC).
-
-    Args:
-        of_a: Features of A, one tensor a layer.
-        of_b: Of B, in the coordinates of A.
-        of_merge: Of the merge.
-        share: λ.
-    """
-    gaps = []
-    for a, b, merge in zip(of_a, of_b, of_merge, strict=True):
-        gaps.append(2 * (merge - torch.lerp(a, b, share)).square().sum() / (a.square().sum() + b.square().sum()))
-    return torch.stack(gaps).mean()
-
-
-def _key(axis: str) -> str:
-    """An axis as the name of a module, which may hold no dot."""
-    return axis.replace(".", "/")
+    metadata = {**start.metadata, "method": "learned_matching", "learning_steps": learning.steps, "losses": means}
+    return Alignment(spec, found, metadata)
 
 
 def _rate(step: int, steps: int) -> float:
+    """The learning rate of a step as a part of the highest."""
     warm_up = max(1, round(WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up
-    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warm_up) / max(1, steps - warm_up)))))
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters, tied ones once, without a graph."""
-    return {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    """The parameters, tied ones once, without a graph, in float32 or better."""
+    return {
+        name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+        for name, parameter in model.named_parameters()
+    }
 
 
-def _moved_axes(binding: Binding) -> list[str]:
-    """The axes that are learned: all but those whose entries are separate tensors, which have no gradient."""
+def _learned_axes(binding: Binding) -> list[str]:
+    """All symmetric axes but those whose entries are separate tensors, which have no gradient."""
     separate = {axis for bound in binding.tensors.values() for axis in bound.spec.name_axes}
     return [axis for axis in binding.symmetric_axes if axis not in separate]
-
-
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-def _features(model: nn.Module, weights: Mapping[str, Tensor], batch: Batch, names: Sequence[str]) -> list[Tensor]:
-    with _outputs(model, names) as seen:
-        output = functional_call(model, dict(weights), kwargs=_inputs(model, batch))
-    return [*(seen[name] for name in names), output.logits]
-
-
-@contextmanager
-def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects what modules give out."""
-    seen: dict[str, Tensor] = {}
-    hooks = []
-    for name in names:
-
-        def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        hooks.append(model.get_submodule(name).register_forward_hook(keep))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()

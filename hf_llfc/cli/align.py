@@ -6,7 +6,13 @@ import argparse
 
 from hf_llfc.cli import is_main_process
 from hf_llfc.cli.arguments import DATA_FIELDS, MATCHING_OPTIONS
-from hf_llfc.cli.settings import align_section, evaluation_config, refuse_given, refuse_unused_data
+from hf_llfc.cli.settings import (
+    align_section,
+    evaluation_config,
+    refuse_given,
+    refuse_unused_data,
+    refuse_unused_learning,
+)
 from hf_llfc.commands import write_aligned
 from hf_llfc.console import print_json, print_table, progress_bars
 from hf_llfc.stages import alignment_summary
@@ -15,6 +21,7 @@ from hf_llfc.stages import alignment_summary
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     refuse_unused_data(options)
+    refuse_unused_learning(options)
     if options.use is not None:
         # An alignment that was found between canonical forms is one of these only.
         matching = [name for name in MATCHING_OPTIONS if name != "groups"]

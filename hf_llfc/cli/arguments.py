@@ -152,7 +152,7 @@ def _add_align(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--use", metavar="FILE", help="apply this alignment file instead of matching")
     _add_output(parser)
     _add_matching(parser, default="weight_matching")
-    _add_data(parser, purpose="calibration data for activation matching")
+    _add_data(parser, purpose="calibration data for activation matching and learned matching")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +185,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_output(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
     _add_matching(parser, default="none")
-    _add_data(parser, purpose="calibration data for activation matching")
+    _add_data(parser, purpose="calibration data for activation matching and learned matching")
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
@@ -263,6 +263,8 @@ def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument(
         "--solver", choices=SOLVERS, default="exact", help="auction: to within 1e-4 of the optimum, for very wide axes"
     )
+    group.add_argument("--steps", type=int, help="of learned matching (500)")
+    group.add_argument("--learning-rate", type=float, help="of learned matching (0.02)")
     group.add_argument("--seed", type=int, default=0)
 
 

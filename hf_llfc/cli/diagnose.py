@@ -7,7 +7,7 @@ import argparse
 from hf_llfc.cli import is_main_process
 from hf_llfc.cli.answers import show_report
 from hf_llfc.cli.arguments import MATCHING_OPTIONS
-from hf_llfc.cli.settings import align_section, evaluation_config, refuse_given
+from hf_llfc.cli.settings import align_section, evaluation_config, refuse_given, refuse_unused_learning
 from hf_llfc.commands import write_diagnosis
 from hf_llfc.console import progress_bars
 from hf_llfc.errors import EvaluationError
@@ -18,6 +18,7 @@ def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     if options.method == "none":
         refuse_given(options, MATCHING_OPTIONS, "without --align")
+    refuse_unused_learning(options)
     data = evaluation_config(options, required=True)
     assert data is not None
     settings = align_section(options, calibration=data)

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_llfc.cli.arguments import MATCHING_OPTIONS
 from hf_llfc.cli.run import run_recipe
-from hf_llfc.cli.settings import matching_section, refuse_given, refuse_unused_data
+from hf_llfc.cli.settings import matching_section, refuse_given, refuse_unused_data, refuse_unused_learning
 from hf_llfc.errors import RecipeError
 from hf_llfc.methods import MERGEKIT_METHODS
 from hf_llfc.recipe import load_recipe
@@ -18,6 +18,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.method == "none":
         refuse_given(options, (*MATCHING_OPTIONS, "seed"), "without --align")
     refuse_unused_data(options)
+    refuse_unused_learning(options)
     equal = None if options.merge_method in MERGEKIT_METHODS else 1 / len(options.models)
     weights = options.weights or [equal] * len(options.models)
     if len(weights) != len(options.models):

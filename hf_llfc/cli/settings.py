@@ -41,9 +41,15 @@ def refuse_given(options: argparse.Namespace, names: Sequence[str], because: str
 
 
 def refuse_unused_data(options: argparse.Namespace) -> None:
-    """Data are for activations."""
-    if "activation_matching" not in (options.method, options.start):
-        refuse_given(options, DATA_FIELDS, "without activation matching, which alone looks at data")
+    """Data are for activations and for learning."""
+    if not AlignSection(options.method, start=options.start).uses_data:
+        refuse_given(options, DATA_FIELDS, "without activation matching or learned matching, which alone look at data")
+
+
+def refuse_unused_learning(options: argparse.Namespace) -> None:
+    """Steps are of learned matching."""
+    if options.method != "learned_matching":
+        refuse_given(options, ("steps", "learning_rate"), "without learned matching")
 
 
 def align_section(options: argparse.Namespace, *, calibration: EvaluationConfig | None) -> AlignSection:
@@ -58,6 +64,8 @@ def align_section(options: argparse.Namespace, *, calibration: EvaluationConfig 
         max_sweeps=options.max_sweeps,
         solver=options.solver,
         seed=options.seed,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
         calibration=calibration,
     )
 
@@ -74,7 +82,8 @@ def matching_section(options: argparse.Namespace) -> dict[str, Any]:
             "solver": options.solver,
             "seed": options.seed,
         }
-        section |= {name: vars(options)[name] for name in ("axes", "exclude") if vars(options)[name]}
+        chosen = ("axes", "exclude", "steps", "learning_rate")
+        section |= {name: vars(options)[name] for name in chosen if vars(options)[name]}
         if data := data_settings(options):
             section["calibration"] = data
     return section

@@ -85,6 +85,25 @@ def score_samples(task: str, logits: torch.Tensor, labels: torch.Tensor) -> Samp
     return SampleScores(loss_sums, counts, correct, torch.cat(predicted), labels[:, 0])
 
 
+def task_loss(task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean loss of a batch with its gradient, for what is learned; `score_samples` is what is reported.
+
+    Args:
+        task: A value of `TASKS`.
+        logits: As for `score_samples`.
+        labels: As for `score_samples`.
+
+    Returns:
+        Mean cross-entropy per prediction, in nats; a scalar in float32 or better.
+    """
+    if task == "text-generation":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(
+        wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="mean"
+    )
+
+
 @dataclass
 class ScoreSums:
     """Sums of scores; what is needed for every metric and grows neither with samples nor with batches.
