@@ -12,15 +12,17 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from huggingface_hub import ModelCardData
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel
 
@@ -35,6 +37,15 @@ FASHION_MEAN, FASHION_STD = 0.2860, 0.3530
 SENTENCES, HELD_OUT, SENTENCE_TOKENS = 2000, 900, 64
 BLOCK_BYTES = 256
 END_OF_TEXT = "<|endoftext|>"
+
+# What models of these data say of themselves: tests/real_data.py says where the data come from.
+FASHION_CARD = {"license": "mit", "datasets": ["zalando-datasets/fashion_mnist"]}
+PYTHON_CARD = {
+    "license": "other",
+    "license_name": "psf-2.0",
+    "license_link": "https://docs.python.org/3/license.html",
+    "language": ["en", "code"],
+}
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,9 @@ def measure(model: PreTrainedModel, inputs: Tensors, batch_size: int = 200) -> d
 class Group:
     """The parents of one group: a folder of checkpoints, their data, and parents.json with what each reached."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, card: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
+        self.card = dict(card or {})
         self.summary = folder / "parents.json"
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -124,10 +136,13 @@ class Group:
         make: Callable[[], PreTrainedModel],
         companion: transformers.PreTrainedTokenizerBase | transformers.BaseImageProcessor,
         held_out: dict[str, Tensors],
+        card: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Makes, measures and saves a parent, or keeps the one that exists."""
+        """Makes, measures and saves a parent, or keeps the one that exists; its card adds to that of the group."""
         target = self.folder / name
+        metadata = {**self.card, **(card or {})}
         if (target / "config.json").is_file():
+            write_card(target, metadata)
             print(f"{target}: kept", flush=True)
             return target
         start = time.perf_counter()
@@ -138,6 +153,7 @@ class Group:
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)
         companion.save_pretrained(unfinished)
+        write_card(unfinished, metadata)
         unfinished.rename(target)
         known = json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.is_file() else {}
         known[name] = {"seconds": seconds, "held_out": scores}
@@ -158,6 +174,15 @@ class Group:
         else:
             dataset.to_json(str(unfinished), force_ascii=False)
         unfinished.rename(path)
+
+
+def write_card(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """What a parent says of its licence, languages and data, from which the card of a merge takes its own."""
+    if metadata:
+        text = ModelCardData(**metadata).to_yaml()
+        (folder / "README.md").write_text(
+            f"---\n{text}\n---\n\nMade by benchmarks/train_parents.py.\n", encoding="utf-8"
+        )
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -199,7 +224,7 @@ def add_fashion_data(group: Group) -> None:
 
 def train_mlp(out: Path) -> None:
     """Four independent pairs of 784-512-512-512-10: seeds 0 to 3 by Adam, 4 to 7 by SGD."""
-    group = Group(out / "mlp")
+    group = Group(out / "mlp", FASHION_CARD)
     add_fashion_data(group)
     train, test = fashion_inputs("train"), fashion_inputs("test")
 
@@ -216,7 +241,7 @@ def train_mlp(out: Path) -> None:
 
 def train_fashion(out: Path) -> None:
     """For a ResNet and a ViT: a trunk with two branches of different data order, and two independent models."""
-    group = Group(out / "fashion")
+    group = Group(out / "fashion", FASHION_CARD)
     add_fashion_data(group)
     train, test = fashion_inputs("train"), fashion_inputs("test")
     resnet = transformers.ResNetConfig(
@@ -278,7 +303,7 @@ def add_fashion_family(
 
 def train_minilm(out: Path) -> None:
     """all-MiniLM-L6-v2 with one random head, fine-tuned on 2000 sentences of each of four domains."""
-    group = Group(out / "minilm")
+    group = Group(out / "minilm", {"license": "apache-2.0", "language": "en"})
     tokenizer = transformers.AutoTokenizer.from_pretrained(real_data.minilm())
 
     def inputs(dataset: Dataset) -> Tensors:
@@ -344,6 +369,7 @@ def train_lm(out: Path) -> None:
     """A byte-level Llama and GPT-2: a base on both domains, and two branches, on the Brown corpus and on Python."""
     group = Group(out / "lm")
     tokenizer = byte_tokenizer()
+    cards = {"brown": {"license": "mit", "language": "en"}, "python": PYTHON_CARD}
     blocks = {
         "brown": text_blocks(real_data.brown()["text"], " "),
         "python": text_blocks(real_data.python_source()["text"], "\n"),
@@ -399,9 +425,9 @@ def train_lm(out: Path) -> None:
         return fit(load(trunk), inputs(branch[domain]), Training(1, 16, 1e-3, seed))
 
     for family in configs:
-        trunk = group.add(f"{family}-base", partial(fresh, family), tokenizer, held_out)
+        trunk = group.add(f"{family}-base", partial(fresh, family), tokenizer, held_out, PYTHON_CARD)
         for seed, domain in enumerate(blocks, start=1):
-            group.add(f"{family}-{domain}", partial(branched, trunk, domain, seed), tokenizer, held_out)
+            group.add(f"{family}-{domain}", partial(branched, trunk, domain, seed), tokenizer, held_out, cards[domain])
 
 
 GROUPS: dict[str, Callable[[Path], None]] = {

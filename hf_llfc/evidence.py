@@ -13,8 +13,10 @@ from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.inputs import Models
 from hf_llfc.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
 from hf_llfc.publishing import write_card
+from hf_llfc.publishing.card import parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
 from hf_llfc.publishing.record import RunRecord
+from hf_llfc.publishing.shares import models_of
 from hf_llfc.recipe import Recipe, dump_recipe
 from hf_llfc.stages import alignment_summary, refuse_changed
 from hf_llfc.symmetry import Alignment, PermutationSpec
@@ -70,17 +72,21 @@ def write_evidence(
     ours.mkdir(exist_ok=True)
     as_run = resolved(recipe, opened, report)
     (ours / RECIPE_FILE).write_text(dump_recipe(as_run), encoding="utf-8")
+    models = models_of(as_run.to_dict(), report)
+    models = [{**model, "card": parent_card(model)} for model in models]
     record = RunRecord(
         alignments=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
         results=[row for row in table if "loss" in row],
-        versions=installed_versions(),
+        versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.all) else [])),
         hardware=hardware_in_words(ranks),
+        cards=[model["card"] for model in models],
     )
     record.save(journal.folder)
     write_card(
         journal.folder,
         recipe=as_run.to_dict(),
         report=report,
+        models=models,
         name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
         license=recipe.publish.licence if recipe.publish is not None else None,
     )

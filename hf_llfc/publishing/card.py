@@ -87,8 +87,8 @@ def write_card(
         folder: The merged checkpoint; the card becomes its README.md, plots and report go to llfc/.
         recipe: As run; llfc/recipe.yaml without it.
         report: The diagnosis; llfc/llfc_report.json without it, if that is there.
-        models: As for `render_card`; those of the recipe without it. The parents' own cards are read, where they can
-            be, for licence, languages and data.
+        models: As for `render_card`; those of the recipe without it. The parents' own cards are read for licence,
+            languages and data; where they cannot be, what llfc/run.json says of them counts.
         alignment: As for `render_card`; what llfc/run.json says without it.
         results: As for `render_card`; what llfc/run.json says without them.
         task: Pipeline tag.
@@ -113,14 +113,13 @@ def write_card(
     if report is None and diagnosis_problem is None and (ours / REPORT_FILE).is_file():
         report = _read_json(ours / REPORT_FILE)
     report = None if report is None else read_report(report)
-    given = list(models) if models is not None else models_of(recipe, report)
-    described = [
-        {**model, "card": read_parent_card(model["id"], model.get("revision"), token=token, endpoint=endpoint)}
-        if "card" not in model
-        else model
-        for model in given
-    ]
     record = RunRecord.load(folder)
+    given = list(models) if models is not None else models_of(recipe, report)
+    recorded = record.cards if models is None and len(record.cards) == len(given) else [{}] * len(given)
+    described = [
+        model if "card" in model else {**model, "card": parent_card(model, token=token, endpoint=endpoint) or earlier}
+        for model, earlier in zip(given, recorded, strict=True)
+    ]
     alignment = record.alignments if alignment is None else alignment
     results = (record.results or None) if results is None else results
     hardware = hardware or record.hardware
@@ -236,6 +235,13 @@ def render_card(
     }
     body = environment().get_template(CARD_TEMPLATE).render(context)
     return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
+
+
+def parent_card(
+    model: Mapping[str, Any], *, token: str | bool | None = None, endpoint: str | None = None
+) -> dict[str, Any]:
+    """The metadata of the card of one of `models_of`; empty if it has none, or cannot be read."""
+    return read_parent_card(model["id"], model.get("revision"), token=token, endpoint=endpoint)
 
 
 def _parent(model: Mapping[str, Any]) -> ParentInfo:
@@ -392,7 +398,7 @@ def _layer_table(report: ConnectivityReport | None) -> list[dict[str, str]]:
             "layer": row.layer,
             "llfc": _small(row.llfc.mean),
             "baseline": _small(row.baseline.mean),
-            "ratio": "–" if row.ratio is None else f"{row.ratio:.2g}",
+            "ratio": _small(row.ratio),
             "coefficient": "–" if row.coefficient.mean is None else f"{row.coefficient.mean:.3f}",
         }
         for row in shown_layers(report)
@@ -402,7 +408,12 @@ def _layer_table(report: ConnectivityReport | None) -> list[dict[str, str]]:
 def _small(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
-    return "0" if value == 0 else f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.1e}"
+    return "0" if value == 0 else _two_digits(value) if abs(value) >= 1e-3 else f"{value:.1e}"
+
+
+def _two_digits(value: float) -> str:
+    """Two digits that count, also where the second is a zero."""
+    return f"{value:#.2g}".rstrip(".") if abs(value) < 100 else f"{value:.0f}"
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str | None:

@@ -18,17 +18,20 @@ logger = logging.getLogger(__name__)
 
 LIBRARIES = (
     "torch", "transformers", "safetensors", "huggingface-hub", "numpy", "scipy", "accelerate", "datasets", "evaluate",
-    "peft", "mergekit",
 )  # fmt: skip
-"""Those that may take part in a run."""
+"""Those that take part in every run."""
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def installed_versions() -> dict[str, str]:
-    """The version of Python, of this package and of every library that is installed."""
+def installed_versions(*more: str) -> dict[str, str]:
+    """The version of Python, of this package and of every library that is installed.
+
+    Args:
+        more: Libraries that took part beside those of every run.
+    """
     versions = {"python": platform.python_version(), "hf-llfc": __version__}
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *more):
         try:
             versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:

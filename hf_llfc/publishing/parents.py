@@ -19,6 +19,7 @@ PARTS = "parts"
 LARGEST_CARD = 5_000_000
 """In bytes; a larger one is not read."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_RELEVANT = ("license", "license_name", "license_link", "language", "datasets")
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 _DATASET = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
@@ -72,7 +73,8 @@ class ParentInfo:
         names = parts_of(self.id)
         if len(names) == 1:
             return (self,)
-        cards = self.card.get(PARTS) or [{}] * len(names)
+        cards = self.card.get(PARTS)
+        cards = cards if isinstance(cards, list) and len(cards) == len(names) else [{}] * len(names)
         return tuple(ParentInfo(*split_revision(name), card=card) for name, card in zip(names, cards, strict=True))
 
     @property
@@ -174,6 +176,15 @@ def read_parent_card(
     except Exception as error:  # a stranger's card may hold anything
         logger.warning("%s: the metadata of its card is not valid (%s)", model, type(error).__name__)
         return {}
+
+
+def relevant(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parent's card that of a merge depends on."""
+    kept = {
+        key: card[key] for key in ("license", "license_name", "license_link", "language", "datasets") if key in card
+    }
+    parts = card.get(PARTS)
+    return {**kept, PARTS: [relevant(part) for part in parts]} if isinstance(parts, list) else kept
 
 
 def combined_license(parents: Sequence[ParentInfo], chosen: str | None = None) -> License:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.layout import LLFC_FOLDER, RUN_FILE
+from hf_llfc.publishing.parents import relevant
 from hf_llfc.publishing.words import display_name
 
 SCHEMA = "hf_llfc.run/1"
@@ -26,12 +27,14 @@ class RunRecord:
             `metrics` and, for the merge, `is_merge`.
         versions: Of the libraries.
         hardware: In words.
+        cards: Of every parent, in the order of `shares.models_of`, what of its own card that of the merge depends on.
     """
 
     alignments: Sequence[Mapping[str, Any]] = ()
     results: Sequence[Mapping[str, Any]] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str | None = None
+    cards: Sequence[Mapping[str, Any]] = ()
 
     def save(self, folder: Path) -> Path:
         """Writes it into an output folder, without the paths of a disk."""
@@ -41,6 +44,7 @@ class RunRecord:
             **asdict(self),
             "alignments": [_named(entry, "model", "reference") for entry in self.alignments],
             "results": [_named(row, "id") for row in self.results],
+            "cards": [relevant(card) for card in self.cards],
         }
         text = json.dumps(_without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
         path.parent.mkdir(exist_ok=True)
@@ -68,6 +72,7 @@ class RunRecord:
             results=[{**row, "loss": math.nan if row["loss"] is None else row["loss"]} for row in values["results"]],
             versions=values["versions"],
             hardware=values["hardware"],
+            cards=values["cards"],
         )
 
 
@@ -75,13 +80,15 @@ def _is_record(values: Any) -> bool:
     """Whether the parts that are read are there and of the right kind."""
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         return False
-    alignments, results, versions = (values.get(key) for key in ("alignments", "results", "versions"))
+    alignments, results, versions, cards = (values.get(key) for key in ("alignments", "results", "versions", "cards"))
     return (
         isinstance(alignments, list)
         and all(isinstance(entry, dict) and _are_axes(entry.get("axes", [])) for entry in alignments)
         and isinstance(results, list)
         and all(map(_is_result, results))
         and isinstance(versions, dict)
+        and isinstance(cards, list)
+        and all(isinstance(card, dict) for card in cards)
         and isinstance(values.get("hardware"), str | None)
     )
 
@@ -100,7 +107,8 @@ def _is_result(row: Any) -> bool:
 
 
 def _named(entry: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """The entry with Hub ids as they are and folders by their name."""
+    """The entry with Hub ids as they are and folders by their name, without the sentence that says the same."""
+    entry = {key: value for key, value in entry.items() if key != "sentence"}
     return {**entry, **{key: display_name(str(entry[key])) for key in keys if entry.get(key)}}
 
 

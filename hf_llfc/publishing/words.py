@@ -11,6 +11,15 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.facts import not_finite, point_name, shown_layers
 from hf_llfc.publishing.parents import ParentInfo, is_hub_id, split_revision
 
+_AXES = {
+    "head_dim": "channels of queries and keys",
+    "value_dim": "channels of values",
+    "residual": "channels of the residual stream",
+    "pooled": "channels of the pooler",
+    "channels": "channels of convolutions",
+}
+"""What a reader calls a kind of axis, where that is not its own name."""
+
 
 def headline(
     report: ConnectivityReport | None, problem: str | None, parents: int, *, is_on_path: bool = True
@@ -109,7 +118,9 @@ def alignment_words(entry: Mapping[str, Any]) -> dict[str, Any]:
     for title, key in (("objective", "objective"), ("cosine of the weights", "cosine")):
         before, after = entry.get(f"{key}_before"), entry.get(f"{key}_after")
         if before is not None and after is not None:
-            changes.append(f"{title} {before:.4g} → {after:.4g}")
+            changes.append(f"{title} {before:.4g}" if moved == 0 else f"{title} {before:.4g} → {after:.4g}")
+    # The objective says how far a search came; of what it was for, the cosine says more.
+    changes = changes[-1:]
     names = [display_name(str(entry[key])) for key in ("model", "reference") if entry.get(key)]
     return {
         "method": str(entry.get("method", "alignment")).replace("_", " "),
@@ -117,7 +128,7 @@ def alignment_words(entry: Mapping[str, Any]) -> dict[str, Any]:
         "reference": names[1] if len(names) == 2 else None,
         "moved": moved,
         "units": units,
-        "axes": [f"{axis['moved']} of {axis['units']} {axis['axis']}" for axis in axes],
+        "axes": [f"{axis['moved']} of {axis['units']} {_AXES.get(axis['axis'], axis['axis'])}" for axis in axes],
         "changes": changes,
         "converged": entry.get("converged"),
     }
