@@ -178,6 +178,7 @@ def _report(
             barrier if merge.convex else Barrier(None, None),
             [row for row in rows if row.weights == merge.weights],
             aligned=how_aligned.get("method") not in (None, "none"),
+            convex=merge.convex,
         ),
         region=region.kind,
         data=described,

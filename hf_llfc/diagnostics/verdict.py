@@ -84,7 +84,12 @@ class Criterion:
 
 
 def judge(
-    barrier: Barrier, layers: Sequence[LayerRow], *, aligned: bool, outputs: OutputAgreement | None = None
+    barrier: Barrier,
+    layers: Sequence[LayerRow],
+    *,
+    aligned: bool,
+    outputs: OutputAgreement | None = None,
+    convex: bool = True,
 ) -> Verdict:
     """What to do with a pair, and the numbers that say so.
 
@@ -93,6 +98,7 @@ def judge(
         layers: All rows; those at the α inside the path that is nearest to 0.5 are looked at.
         aligned: Whether the second model was aligned before, so that aligning cannot be the advice again.
         outputs: How predictions agree at the midpoint; counts only where there are no labels.
+        convex: Whether the merge lies between the models; a sum of task vectors need not, and has then no barrier.
 
     Returns:
         ``merge``, ``align`` or ``do not merge`` with its reason.
@@ -106,7 +112,7 @@ def judge(
         connected = features_agree
         if outputs is not None:
             evidence += f", and {_agreement(outputs)}"
-        evidence = f"without labels, {evidence}"
+        evidence = f"without labels, {evidence}" if convex else f"outside the models there is no barrier; {evidence}"
     else:
         low = barrier.error <= ERROR_BARRIER_TOLERANCE and barrier.loss <= LOSS_BARRIER_TOLERANCE
         # A low barrier between models that know nothing is no evidence, so features must agree. After alignment

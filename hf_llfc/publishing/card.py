@@ -212,6 +212,7 @@ def render_card(
         "license_problem": license_found.problem,
         "data": measured_on(data),
         "results": _result_table(rows),
+        "comparison": _comparison(rows),
         "barrier": barrier_words(measured),
         "page": PAGE_FILE if (folder / LLFC_FOLDER / PAGE_FILE).is_file() else None,
         "on_line": measured is None or measured.region == "line",
@@ -280,7 +281,7 @@ def _headline(
         return found
     values = f"loss is {own[0]:.4g}, that of its parents {' and '.join(f'{loss:.4g}' for loss in of_parents)}."
     if is_far_above(own[0], of_parents):
-        return {"lead": "Warning. The merge is far worse than its parents.", "text": f"Its {values}"}
+        return {"lead": "Warning. The merge is far worse than its parents.", "text": f"Its {values} {found['text']}"}
     if computed_by(folder) is not None:
         return {**found, "text": f"{found['text']} This merge is no average: its {values}"}
     return found
@@ -390,6 +391,19 @@ def _result_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"heads": heads, "rows": cells}
 
 
+def _comparison(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Whether a parent alone has the lower loss, in one sentence."""
+    losses = {display_name(str(row["id"])): row["loss"] for row in rows if not row["is_merge"]}
+    losses = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    own = next((row["loss"] for row in rows if row["is_merge"]), None)
+    if own is None or not math.isfinite(own) or not losses:
+        return None
+    best = min(losses, key=lambda name: losses[name])
+    if own < losses[best]:
+        return "On these data the merge has a lower loss than every one of its parents."
+    return f"On these data {best} alone does as well or better, by loss."
+
+
 def _layer_table(report: ConnectivityReport | None) -> list[dict[str, str]]:
     if report is None:
         return []
@@ -421,7 +435,12 @@ def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
     import yaml
 
     shown = {key: value for key, value in recipe.items() if key != "publish"}
-    return yaml.safe_dump(_without_paths(shown), sort_keys=False, allow_unicode=True, width=100) if shown else None
+    if not shown:
+        return None
+    # Lists of numbers go into one line.
+    return yaml.safe_dump(
+        _without_paths(shown), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+    )
 
 
 def _seeds(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def layer_summary(report: ConnectivityReport | None) -> str | None:
         size, layer = max(sizes, key=lambda pair: abs(math.log(pair[0])) if pair[0] > 0 else math.inf)
         parts.append(f"the coefficient is {size:.2f} where it is farthest from 1 (in {layer})")
     point = point_name(report, rows[0])
-    where = f"At {point} " if report.region == "line" else f"At the point {point} "
+    where = f"At {point} " if report.region == "line" else "In the merge " if point == "merge" else f"At the {point} "
     return where + ", and ".join(parts) + "." if parts else None
 
 

@@ -220,6 +220,7 @@ def test_every_number_of_the_report_is_in_its_place(tmp_path: Path) -> None:
         ["logits", "0.040", "0.32", "0.12", "0.910"],
     ]
     assert "Barrier: 0.125 nats of loss and 6.25 points of error." in page.text
+    assert "On these data ada/bert-tweets alone does as well or better, by loss." in page.text
     assert "at most 0.12 times as far" in page.text
     assert "the coefficient is 0.91 where it is farthest from 1 (in logits)" in page.text
     assert "moved 30 of 36 units (30 of 32 neurons, 0 of 4 heads)" in page.text
@@ -618,7 +619,7 @@ def test_a_merge_of_many_shows_them_all_and_the_merge(tmp_path: Path) -> None:
     assert [row[0] for row in table[1:]] == ["ada/bert-1", "ada/bert-2", "ada/bert-3", "this merge"]
     assert [row[1] for row in table[1:]] == [f"{loss:.4f}" for loss in losses]
     assert "worse than the blend of its parents' values" in page.text
-    assert "At the point centre the merged features" in page.text
+    assert "At the centre the merged features" in page.text
     assert "The barrier is the largest among 7 points" in page.text
     assert "two of the 3 parents" not in page.text and "Of the first two parents" not in page.text
 
