@@ -82,7 +82,7 @@ class ParentInfo:
         """Whether others can find it by its id."""
         if len(self.parts) > 1:
             return all(part.is_on_hub for part in self.parts)
-        return self.revision is not None or is_hub_id(self.id)
+        return is_hub_id(self.id) or (self.revision is not None and HUB_ID.fullmatch(self.id) is not None)
 
     @property
     def name(self) -> str:

@@ -369,6 +369,7 @@ def test_what_parents_say_is_shown_and_never_obeyed(tmp_path: Path, hostile: str
     """Names, licences, languages and data of strangers neither become markup nor reach the metadata."""
     models = [
         {"id": f"/data/{hostile}", "share": hostile, "card": {"license": "other", "license_name": hostile}},
+        {"id": f"x/{hostile}", "revision": hostile, "weight": 0.5},
         {
             **MODELS[1],
             "card": {"license": hostile, "license_link": hostile, "language": [hostile, "de"], "datasets": [hostile]},
