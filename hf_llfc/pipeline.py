@@ -23,7 +23,7 @@ from hf_llfc.checkpoints import (
     write_share,
 )
 from hf_llfc.checkpoints.journal import Journal
-from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, checksum
+from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, ShardLayout
 from hf_llfc.errors import PublishingError, RecipeError
 from hf_llfc.evidence import (
     load_alignments,
@@ -388,14 +388,14 @@ def write_shared(
     else:
         names = processes.gather(None)[0]  # the main process has made the files by now
         write_share(folder, merge.infos, partial(fill, names=names), max_shard_size=max_shard_size)
-    processes.on_main(lambda: note_shards(output.journal))
+    processes.on_main(lambda: note_shards(output.journal, ShardLayout.of(merge.infos, max_shard_size)))
 
 
-def note_shards(journal: Journal) -> None:
+def note_shards(journal: Journal, layout: ShardLayout) -> None:
     """Notes the weight files that several processes wrote, of which none alone knows when they are complete."""
-    for path in sorted(journal.folder.glob("*.safetensors")):
-        if path.name not in journal.shards:
-            journal.finish_shard(path.name, checksum(path))
+    for filename, shard in layout.shards.items():
+        if filename not in journal.shards:
+            journal.finish_shard(filename, shard.checksum(journal.folder / filename))
 
 
 def with_batch_norm(merge: Merge, first: Checkpoint, calibration: EvaluationData) -> Iterator[tuple[str, Tensor]]:

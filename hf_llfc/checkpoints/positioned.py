@@ -2,6 +2,7 @@
 
 import os
 import threading
+from pathlib import Path
 
 _SEEKING = threading.Lock()
 """Held where the system can only read and write where a file stands."""
@@ -56,3 +57,20 @@ def write_at(descriptor: int, data: memoryview, place: int) -> None:
                 os.lseek(descriptor, place, os.SEEK_SET)
                 count = os.write(descriptor, data)
         data, place = data[count:], place + count
+
+
+def open_direct(path: Path) -> int | None:
+    """Opens a file to be written in whole blocks, past the system's page cache.
+
+    Args:
+        path: Of a file that is there.
+
+    Returns:
+        The descriptor; None where the system or the disk's format has no such way.
+    """
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        return None

@@ -2,30 +2,48 @@
 
 Where every byte goes is known from dtypes and shapes. So the files get their headers and their final size at once, and
 threads and processes write the tensors to their places, whole or in parts.
+
+Large files are written past the system's page cache where the system can (O_DIRECT). Nothing here reads them again,
+taking pages for them costs more processor time than a merge does, and they would push the parents out of the cache.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+import numpy as np
 import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from hf_llfc.checkpoints.files import SINGLE_FILE
 from hf_llfc.checkpoints.header import TensorInfo, build_header
-from hf_llfc.checkpoints.positioned import write_at
+from hf_llfc.checkpoints.positioned import open_direct, read_at, write_at
 from hf_llfc.errors import StorageError
 
 MAX_SHARD_SIZE = 5 * 10**9
 _FILENAME_PATTERN = SINGLE_FILE.replace(".safetensors", "{suffix}.safetensors")
 _READ_AT_ONCE = 1 << 20
+
+PIECE = 1 << 20
+"""Bytes of a tensor that are hashed at a time, counted from its first, while they are in the processor's cache."""
+
+DIRECT = 1 << 26
+"""Bytes of a file from which on it is written past the page cache; smaller ones may well be read again at once."""
+
+# What is written past the page cache are whole blocks, of the file and of memory.
+_BLOCK = 4096
+_LEAST_DIRECT = 1 << 18
+_DIRECT_AT_ONCE = 1 << 22
 
 
 class Sink(Protocol):
@@ -42,13 +60,48 @@ class Shard:
 
     Attributes:
         header: Its first bytes.
-        places: Tensor → where its bytes begin in the file.
+        places: Tensor → where its bytes begin in the file, in the order of the file.
         size: Of the whole file, in bytes.
     """
 
     header: bytes
     places: Mapping[str, int]
     size: int
+
+    @cached_property
+    def ends(self) -> Mapping[str, int]:
+        """Tensor → where its bytes end in the file, in the order of the file."""
+        in_order = list(self.places)
+        return dict(zip(in_order, [*(self.places[name] for name in in_order[1:]), self.size], strict=True))
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Where every piece that is hashed by itself begins and ends in the file, in the order of the file."""
+        for name, end in self.ends.items():
+            for begin in range(self.places[name], end, PIECE):
+                yield begin, min(begin + PIECE, end)
+
+    def checksum(self, path: Path, known: Mapping[int, bytes] | None = None) -> str:
+        """A checksum of the file (XXH3, 128 bits), made of those of its pieces: against damage, not against intent.
+
+        Args:
+            path: Where it lies.
+            known: The checksums of pieces that need not be read, by where they begin.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        known = known or {}
+        with path.open("rb", buffering=0) as file:
+            digest = xxhash.xxh3_128(str(os.fstat(file.fileno()).st_size).encode())
+            digest.update(file.read(len(self.header)))
+            room = memoryview(bytearray(PIECE))
+            for begin, end in self.pieces():
+                if begin in known:
+                    digest.update(known[begin])
+                else:
+                    count = read_at(file.fileno(), room[: end - begin], begin)
+                    digest.update(xxhash.xxh3_128_digest(room[:count]))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -80,7 +133,8 @@ class ShardLayout:
         shards = {}
         for filename, names in split.filename_to_tensors.items():
             header, spans = build_header({name: infos[name] for name in names})
-            places = {name: len(header) + span.begin for name, span in spans.items()}
+            in_order = sorted(spans, key=lambda name: (spans[name].begin, spans[name].end))
+            places = {name: len(header) + spans[name].begin for name in in_order}
             shards[filename] = Shard(header, places, len(header) + sum(infos[name].nbytes for name in names))
         return cls(shards, split.metadata if split.is_sharded else None)
 
@@ -97,7 +151,7 @@ class ShardFiles:
         folder: Where they lie.
         layout: What is in them.
         finished: Files that are complete already and not opened.
-        on_shard: Told the name of a file that is complete, by the thread that wrote its last bytes.
+        on_shard: Told name and checksum of a file that is complete, by the thread that wrote its last bytes.
     """
 
     def __init__(
@@ -106,13 +160,16 @@ class ShardFiles:
         layout: ShardLayout,
         *,
         finished: Collection[str] = (),
-        on_shard: Callable[[str], None] | None = None,
+        on_shard: Callable[[str, str], None] | None = None,
     ) -> None:
         self._folder = folder
         self._layout = layout
         self._finished = finished
         self._on_shard = on_shard
         self._files: dict[str, int] = {}
+        self._direct: dict[str, int] = {}
+        self._rooms = _Rooms()
+        self._checksums: dict[str, dict[int, bytes]] = {filename: {} for filename in layout.shards}
         self._places: dict[str, tuple[str, int]] = {}
         self._missing = {
             filename: shard.size - len(shard.header)
@@ -154,6 +211,9 @@ class ShardFiles:
         for filename, shard in self._layout.shards.items():
             if filename not in self._finished:
                 self._files[filename] = os.open(self._folder / filename, os.O_RDWR)
+                direct = open_direct(self._folder / filename) if shard.size >= DIRECT else None
+                if direct is not None:
+                    self._direct[filename] = direct
                 self._places |= {name: (filename, place) for name, place in shard.places.items()}
         for filename, missing in list(self._missing.items()):
             if missing == 0:
@@ -163,9 +223,10 @@ class ShardFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for descriptor in self._files.values():
+        for descriptor in (*self._files.values(), *self._direct.values()):
             os.close(descriptor)
         self._files.clear()
+        self._direct.clear()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Writes bytes of a tensor, from a place in it on; from any thread.
@@ -174,16 +235,62 @@ class ShardFiles:
             OSError: The disk is full or cannot be written.
         """
         filename, place = self._places[name]
-        write_at(self._files[filename], data, place + start)
+        begin, end = place + start, place + start + len(data)
+        # Part of what is written, if any, are whole blocks.
+        first, last = -(-begin // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
+        if filename in self._direct and last - first >= _LEAST_DIRECT:
+            self._write_cached(filename, data[: first - begin], begin)
+            self._write_blocks(filename, data[first - begin : last - begin], first)
+            self._write_cached(filename, data[last - begin :], last)
+        else:
+            self._write_cached(filename, data, begin)
+        known = self._known(filename, name, begin, data)
         with self._lock:
+            self._checksums[filename] |= known
             self._missing[filename] -= len(data)
             is_complete = self._missing[filename] == 0
         if is_complete:
             self._complete(filename)
 
+    def _write_cached(self, filename: str, data: memoryview, place: int) -> None:
+        write_at(self._files[filename], data, place)
+
+    def _write_blocks(self, filename: str, data: memoryview, place: int) -> None:
+        """Writes whole blocks past the page cache, or through it where the system refuses that after all."""
+        room = self._rooms.blocks
+        for start in range(0, len(data), len(room)):
+            part = data[start : start + len(room)]
+            np.copyto(room[: len(part)], np.frombuffer(part, dtype=np.uint8))  # other threads go on meanwhile
+            try:
+                write_at(self._direct[filename], room[: len(part)].data, place + start)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._write_cached(filename, part, place + start)
+
+    def _known(self, filename: str, name: str, begin: int, data: memoryview) -> dict[int, bytes]:
+        """The checksums of the pieces that lie within what is written, by where they begin."""
+        shard = self._layout.shards[filename]
+        skipped = -(begin - shard.places[name]) % PIECE
+        return {
+            begin + start: xxhash.xxh3_128_digest(data[start : start + PIECE])
+            for start in range(skipped, len(data), PIECE)
+            if start + PIECE <= len(data) or begin + len(data) == shard.ends[name]
+        }
+
     def _complete(self, filename: str) -> None:
         if self._on_shard is not None:
-            self._on_shard(filename)
+            known = self._checksums.pop(filename)
+            self._on_shard(filename, self._layout.shards[filename].checksum(self._folder / filename, known))
+
+
+class _Rooms(threading.local):
+    """What every thread has of its own."""
+
+    @cached_property
+    def blocks(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """Memory that begins with a block, to be written from past the page cache."""
+        return np.frombuffer(mmap.mmap(-1, _DIRECT_AT_ONCE), dtype=np.uint8)
 
 
 def checksum(path: Path) -> str:

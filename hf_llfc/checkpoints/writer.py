@@ -8,7 +8,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from hf_llfc.checkpoints.companions import TEMPLATES_FOLDER
 from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.reader import tensor_bytes
-from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, ShardFiles, ShardLayout, checksum
+from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, ShardFiles, ShardLayout
 from hf_llfc.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -60,8 +59,7 @@ def write_checkpoint(
     layout = ShardLayout.of(infos, max_shard_size)
     try:
         kept = _still_whole(folder, layout, finished or {})
-        told = None if on_shard is None else partial(_tell, folder, on_shard)
-        with ShardFiles(folder, layout, finished=kept, on_shard=told).create() as files:
+        with ShardFiles(folder, layout, finished=kept, on_shard=on_shard).create() as files:
             if callable(tensors):
                 tensors(files)
             else:
@@ -103,12 +101,10 @@ def _still_whole(folder: Path, layout: ShardLayout, finished: Mapping[str, str])
     return [
         filename
         for filename, known in finished.items()
-        if filename in layout.shards and (folder / filename).is_file() and checksum(folder / filename) == known
+        if (shard := layout.shards.get(filename)) is not None
+        and (folder / filename).is_file()
+        and shard.checksum(folder / filename) == known
     ]
-
-
-def _tell(folder: Path, on_shard: Callable[[str, str], None], filename: str) -> None:
-    on_shard(filename, checksum(folder / filename))
 
 
 def _write_each(
