@@ -214,6 +214,7 @@ def render_card(
         "results": _result_table(rows),
         "comparison": _comparison(rows),
         "barrier": barrier_words(measured),
+        "is_average": computed_by(folder) is None,
         "page": PAGE_FILE if (folder / LLFC_FOLDER / PAGE_FILE).is_file() else None,
         "on_line": measured is None or measured.region == "line",
         "plots": plots,
@@ -279,7 +280,8 @@ def _headline(
     )
     if not own or not of_parents:
         return found
-    values = f"loss is {own[0]:.4g}, that of its parents {' and '.join(f'{loss:.4g}' for loss in of_parents)}."
+    listed = " and ".join(number_text(loss, LOSS) for loss in of_parents)
+    values = f"loss is {number_text(own[0], LOSS)}, that of its parents {listed}."
     if is_far_above(own[0], of_parents):
         return {"lead": "Warning. The merge is far worse than its parents.", "text": f"Its {values} {found['text']}"}
     if computed_by(folder) is not None:

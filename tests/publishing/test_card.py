@@ -259,7 +259,7 @@ def test_the_verdict_comes_first(tmp_path: Path) -> None:
     expected = "> **The diagnosis failed.** Not every number is finite: accuracy at α = 0.5."
     assert opening(report=broken) == expected
     assert opening(results=evaluated(0.7)).startswith("> **Verdict: merge.** ")
-    expected = "> **Warning. The merge is far worse than its parents.** Its loss is 0.8, "
+    expected = "> **Warning. The merge is far worse than its parents.** Its loss is 0.8000, "
     assert opening(results=evaluated(0.8)).startswith(expected)
     assert opening(results=evaluated(math.nan)) == "> **The merge is broken.** Its loss is not finite."
     assert opening(results=evaluated(math.nan), report=None).startswith("> **The merge is broken.**")
