@@ -112,7 +112,11 @@ def judge(
         connected = features_agree
         if outputs is not None:
             evidence += f", and {_agreement(outputs)}"
-        evidence = f"without labels, {evidence}" if convex else f"outside the models there is no barrier; {evidence}"
+        evidence = (
+            f"without labels, {evidence}"
+            if convex
+            else f"the merge lies outside the models, where no barrier is defined; {evidence}"
+        )
     else:
         low = barrier.error <= ERROR_BARRIER_TOLERANCE and barrier.loss <= LOSS_BARRIER_TOLERANCE
         # A low barrier between models that know nothing is no evidence, so features must agree. After alignment

@@ -619,7 +619,7 @@ def test_a_merge_of_many_shows_them_all_and_the_merge(tmp_path: Path) -> None:
     losses = [*(point["loss"] for point in report["path"][:3]), report["path"][-1]["loss"]]
     assert [row[0] for row in table[1:]] == ["ada/bert-1", "ada/bert-2", "ada/bert-3", "this merge"]
     assert [row[1] for row in table[1:]] == [f"{loss:.4f}" for loss in losses]
-    assert "worse than the blend of its parents' values" in page.text
+    assert "worse than the blend of their values" in page.text
     assert "At the centre the merged features" in page.text
     assert "The barrier is the largest among 7 points" in page.text
     assert "two of the 3 parents" not in page.text and "Of the first two parents" not in page.text
