@@ -1,0 +1,58 @@
+"""The site of docs/: it builds without a warning, and its pages fit their windows, light and dark, wide and narrow."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("index", "first_merge", "weights", "independent", "report", "publish", "adapter", "large_models", "trainer")
+PUBLIC = ("align", "check", "diagnose", "inspect", "merge", "run", "publish", "register_adapter", "PermutationSpec")
+# Boxes that stand out of the window to the right and are not inside one that scrolls.
+TOO_WIDE = """() => [...document.querySelectorAll("article *")].filter(box => {
+    for (let outer = box.parentElement; outer; outer = outer.parentElement)
+        if (["auto", "scroll", "hidden"].includes(getComputedStyle(outer).overflowX) && outer !== document.body) return false;
+    return box.getBoundingClientRect().right > window.innerWidth + 1;
+}).map(box => box.tagName + " " + box.textContent.slice(0, 60))"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built once."""
+    pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
+    pytest.importorskip("furo", reason="the extra `docs` is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(folder)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0 and built.stderr == "", built.stderr
+    return folder
+
+
+def test_the_api_page_has_every_public_name(site: Path) -> None:
+    import hf_llfc
+
+    page = (site / "api.html").read_text(encoding="utf-8")
+    missing = [name for name in hf_llfc.__all__ if name != "__version__" and name not in page]
+    assert missing == []
+    assert all(f'id="hf_llfc.{name}"' in page for name in PUBLIC)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_pages_fit_their_window(site: Path, browse, dark: bool) -> None:
+    for width in (1280, 380):
+        for name in (*PAGES, "api", "recipe"):
+            page = browse(f"file://{site}/{name}.html", width=width, dark=dark)
+            assert page.evaluate(TOO_WIDE) == [], f"{name} at {width}"
+            assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)"), name
+            page.close()
+
+
+@pytest.mark.browser
+def test_every_page_is_reached_from_the_first(site: Path, browse) -> None:
+    page = browse(f"file://{site}/index.html")
+    reached = set(page.evaluate("[...document.querySelectorAll('.sidebar-tree a')].map(a => a.href.split('/').pop())"))
+    assert {path.name for path in site.glob("*.html")} - reached <= {
+        "index.html", "search.html", "genindex.html", "py-modindex.html",
+    }  # fmt: skip
