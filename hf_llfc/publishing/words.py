@@ -65,11 +65,11 @@ def sentence(text: str, *, keep_case: bool = False) -> str:
 
 
 def measured_on(data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """On what it was measured."""
+    """On what it was measured: `name` with the whole revision, `short` with seven signs of it, `link` and `parts`."""
     if not data.get("dataset"):
         return None
     dataset = str(data["dataset"])
-    dataset_id, _ = split_revision(dataset)
+    dataset_id, revision = split_revision(dataset)
     is_on_hub = is_hub_id(dataset_id)
     parts = [str(data["name"])] if data.get("name") else []
     if data.get("split"):
@@ -78,7 +78,8 @@ def measured_on(data: Mapping[str, Any]) -> dict[str, Any] | None:
         parts.append(f"{data['samples']} samples")
     name = dataset if is_on_hub else file_name(dataset)
     link = f"https://huggingface.co/datasets/{dataset_id}" if is_on_hub else None
-    return {"name": name, "link": link, "parts": parts}
+    short = f"{dataset_id}@{revision[:7]}" if is_on_hub and revision is not None else name
+    return {"name": name, "short": short, "link": link, "revision": revision if is_on_hub else None, "parts": parts}
 
 
 def barrier_words(report: ConnectivityReport | None) -> str | None:
