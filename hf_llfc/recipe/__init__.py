@@ -1,0 +1,42 @@
+"""A recipe: the YAML of a run as typed, strict data.
+
+A superset of what the merging community writes (`models`, `merge_method`, `base_model`, `parameters`, `dtype`,
+`out_dtype`, `tokenizer_source`), plus `align`, `diagnose`, `publish` and `output_dir`. Everything that is wrong is
+collected and raised once; an unknown key names its path and the nearest key.
+
+A relative path of a model, tokenizer or dataset is looked up beside the recipe file first, then in the working
+directory; what is in neither place is a Hub id. `output_dir` is relative to the working directory.
+"""
+
+from hf_llfc.recipe.reading import dump_recipe, load_recipe
+from hf_llfc.recipe.sections import (
+    DTYPES,
+    MERGE_METHODS,
+    AlignSection,
+    BatchNormSection,
+    DiagnoseSection,
+    KeepSection,
+    MergeParameters,
+    ModelEntry,
+    ModelParameters,
+    PublishSection,
+    Recipe,
+    WeightRule,
+)
+
+__all__ = [
+    "DTYPES",
+    "MERGE_METHODS",
+    "AlignSection",
+    "BatchNormSection",
+    "DiagnoseSection",
+    "KeepSection",
+    "MergeParameters",
+    "ModelEntry",
+    "ModelParameters",
+    "PublishSection",
+    "Recipe",
+    "WeightRule",
+    "dump_recipe",
+    "load_recipe",
+]

@@ -1,0 +1,115 @@
+"""What the keys of a recipe say together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_llfc.choices import METHODS_WITH_DATA
+from hf_llfc.errors import suggest
+from hf_llfc.methods import MergekitMethod
+from hf_llfc.recipe.sections import MERGE_METHODS, Recipe, Weight
+
+
+def disagreements(recipe: Recipe) -> list[str]:
+    """What no single key can tell: keys that contradict or lack each other, one line each, as `key: what`."""
+    problems: list[str] = []
+    if recipe.merge_method == "task_arithmetic" and recipe.base_model is None:
+        problems.append("base_model: task_arithmetic needs one")
+    if recipe.merge_method == "linear":
+        if recipe.base_model is not None:
+            problems.append("base_model: has no meaning for a linear merge; list it under `models` or remove it")
+        if recipe.parameters.scale != 1.0:
+            problems.append("parameters.lambda: has no meaning for a linear merge")
+    if recipe.mergekit_method is not None:
+        problems += _disagreements_with_mergekit(recipe, recipe.mergekit_method)
+        if recipe.align.groups == "full":
+            problems.append(
+                f"align.groups: what mergekit merges is aligned by permutations only; merge by {MERGE_METHODS[0]} "
+                f"or {MERGE_METHODS[1]}"
+            )
+    given = [entry.parameters is not None for entry in recipe.models]
+    if any(given) and not all(given) and recipe.mergekit_method is None:
+        missing = [f"models.{place}" for place, has in enumerate(given) if not has]
+        problems.append(f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none")
+    weights = [entry.parameters.weight for entry in recipe.models if entry.parameters is not None]
+    plain = [weight for weight in weights if isinstance(weight, float) or isinstance(weight[0], float)]
+    is_checked = recipe.merge_method == "linear" and recipe.parameters.normalize is None
+    if is_checked and len(plain) == len(given):
+        wrong = [total for total in _sums(plain) if abs(total - 1) > 1e-6]  # type: ignore[arg-type]
+        if wrong:
+            problems.append(
+                f"models: the weights sum to {wrong[0]:g}, not to 1; write `parameters: {{normalize: true}}` to "
+                "divide them by their sum, or `normalize: false` if this is meant"
+            )
+    names = [entry.model for entry in recipe.models]
+    reference = recipe.align.reference
+    if isinstance(reference, int) and not 0 <= reference < len(names):
+        problems.append(f"align.reference: there is no model {reference}; models are counted from 0")
+    if isinstance(reference, str) and reference not in names:
+        problems.append(f"align.reference: {reference!r} is not one of the models{suggest(reference, names)}")
+    keep = recipe.keep_where_broken
+    if keep is not None:
+        if recipe.diagnose is None:
+            problems.append("keep_where_broken: needs `diagnose` with the data to measure on")
+        if recipe.merge_method != "linear" or len(names) < 2:
+            problems.append("keep_where_broken: has a meaning for a linear merge of two models or more only")
+        if not 0 <= keep.model < len(names):
+            problems.append(f"keep_where_broken.model: there is no model {keep.model}; models are counted from 0")
+        if keep.ratio <= 0:
+            problems.append(f"keep_where_broken.ratio: a number above 0 is expected, found {keep.ratio:g}")
+    if recipe.align.uses_data and recipe.align.calibration is None:
+        method = recipe.align.method if recipe.align.method in METHODS_WITH_DATA else recipe.align.start
+        problems.append(f"align.calibration: {method.replace('_', ' ')} needs calibration data")
+    if recipe.align.calibration is not None and not recipe.align.uses_data:
+        problems.append(
+            f"align.calibration: has no meaning for the method {recipe.align.method}; remove it, or write "
+            "a method that looks at data (activation_matching, commutativity_matching, learned_matching), or "
+            "`start: activation_matching`"
+        )
+    if recipe.tokenizer_source == "union":
+        problems.append("tokenizer_source: `union` is not supported; models must share their vocabulary")
+    elif recipe.tokenizer_source == "base" and recipe.base_model is None:
+        problems.append("tokenizer_source: `base` needs a base_model")
+    elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(names):
+        problems.append(f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0")
+    return problems
+
+
+def _disagreements_with_mergekit(recipe: Recipe, method: MergekitMethod) -> list[str]:
+    problems = []
+    name = recipe.merge_method
+    if method.base == "required" and recipe.base_model is None:
+        problems.append(f"base_model: {name} needs one")
+    if method.base == "none" and recipe.base_model is not None:
+        problems.append(f"base_model: has no meaning for {name}; list it under `models` or remove it")
+    count = len(recipe.models) + (recipe.base_model is not None)
+    least, most = method.inputs
+    if count < least or (most is not None and count > most):
+        wanted = str(least) if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+        problems.append(f"models: {name} takes {wanted} models, the base included; there are {count}")
+    for key in method.required:
+        lacking = [
+            place
+            for place, entry in enumerate(recipe.models)
+            if entry.parameters is None or key not in entry.parameters.settings
+        ]
+        if key in recipe.parameters.settings or not lacking:
+            continue
+        where = f"models.{lacking[0]}.parameters.{key}" if key in method.of_model else f"parameters.{key}"
+        also = "; give every model one, or one for all under `parameters`" if key in method.of_model else ""
+        problems.append(f"{where}: missing, and {name} has no default for it{also}")
+    return problems
+
+
+def _sums(weights: Sequence[Weight]) -> list[float]:
+    """The sums of numbers and gradients at every depth where one of the gradients bends."""
+    gradients = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
+    depths = {place / max(len(values) - 1, 1) for values in gradients for place in range(len(values))}
+
+    def at(values: tuple[float, ...], depth: float) -> float:
+        place = depth * (len(values) - 1)
+        below = min(int(place), max(len(values) - 2, 0))
+        above = min(below + 1, len(values) - 1)
+        return values[below] + (values[above] - values[below]) * (place - below)
+
+    return [sum(at(values, depth) for values in gradients) for depth in sorted(depths)]

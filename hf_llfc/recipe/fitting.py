@@ -1,0 +1,86 @@
+"""Whether plain values of YAML fit the types of a recipe."""
+
+from __future__ import annotations
+
+import collections.abc
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from hf_llfc.methods import SHARES, SWITCHES
+from hf_llfc.recipe.sections import Weight
+
+
+def fit(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Whether a plain value fits a type, and the value in that type."""
+    if get_origin(hint) in (Union, UnionType):
+        for option in get_args(hint):
+            fits, converted = fit(value, option)
+            if fits:
+                return True, converted
+        return False, None
+    if get_origin(hint) is collections.abc.Mapping:
+        fits = isinstance(value, Mapping) and all(fit(each, get_args(hint)[1])[0] for each in value.values())
+        return fits, dict(value) if fits else None
+    if get_origin(hint) in (tuple, collections.abc.Sequence):
+        entries = [value] if isinstance(value, str) else value
+        if not isinstance(entries, list | tuple):
+            return False, None
+        fitted = [fit(each, get_args(hint)[0]) for each in entries]
+        return all(fits for fits, _ in fitted), tuple(converted for _, converted in fitted)
+    if hint is type(None):
+        return value is None, None
+    if hint is float:
+        return is_number(value), float(value) if is_number(value) else None
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    if hint is str:
+        # `output_dir: 2024` is a folder name all the same.
+        return isinstance(value, str) or is_number(value), str(value)
+    return isinstance(value, hint), value
+
+
+def describe(hint: Any) -> str:
+    """What a type expects, in the words of an error."""
+    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "nothing"}
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(describe(option) for option in get_args(hint))
+    if get_origin(hint) in (tuple, collections.abc.Sequence):
+        return f"a list of {describe(get_args(hint)[0])}"
+    if get_origin(hint) is collections.abc.Mapping:
+        return f"a mapping to {describe(get_args(hint)[1])}"
+    return words.get(hint, str(hint))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def is_weight(value: Any) -> bool:
+    """Whether a value is a number or a gradient of numbers."""
+    return is_number(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_number, value)))
+
+
+def as_weight(value: Any) -> Weight:
+    """What `is_weight` in its type."""
+    return tuple(float(each) for each in value) if isinstance(value, list) else float(value)
+
+
+def setting_problem(key: str, value: Any) -> str | None:
+    """What is wrong with a parameter of mergekit: a value, a gradient of values, or values with filters."""
+    rules = [value] if isinstance(value, Mapping) else value
+    if isinstance(rules, list) and rules and all(isinstance(rule, Mapping) for rule in rules):
+        if not all(rule.keys() <= {"filter", "value"} and "value" in rule for rule in rules):
+            return "pairs of `filter` and `value` are expected"
+        if not all(isinstance(rule.get("filter"), str | None) for rule in rules):
+            return "a filter is text"
+        return next(filter(None, (setting_problem(key, rule["value"]) for rule in rules)), None)
+    values = value if isinstance(value, list) and value else [value]
+    if key in SWITCHES:
+        return None if all(isinstance(each, bool) for each in values) else "true or false is expected"
+    if not all(map(is_number, values)):
+        return "a finite number, a list of numbers or of filter/value pairs is expected"
+    if key in SHARES and not all(0 <= each <= 1 for each in values):
+        return "a number from 0 to 1 is expected"
+    return None
