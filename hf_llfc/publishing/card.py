@@ -199,6 +199,7 @@ def render_card(
     license_found = combined_license(parents, license)
     rows = _result_rows(measured, results, parents)
     alignments = [alignment] if isinstance(alignment, Mapping) else list(alignment or [])
+    aligned = [alignment_words(entry) for entry in alignments if entry]
     metadata = card_metadata(name, task, parents, license_found, data, rows)
     plots = {name: (folder / LLFC_FOLDER / file).is_file() for name, file in PLOT_FILES.items()}
     context = {
@@ -226,7 +227,8 @@ def render_card(
         "layers": _layer_table(measured),
         "layers_are_many": measured is not None and len(shown_layers(measured)) > LONG_TABLE,
         "layer_summary": layer_summary(measured),
-        "alignments": [alignment_words(entry) for entry in alignments if entry],
+        "alignments": aligned,
+        "nothing_moved": bool(aligned) and all(entry["units"] and not entry["moved"] for entry in aligned),
         "snippet": usage_snippet(folder, config, task, name, of_bytes=data.get("tokenizer") == "bytes"),
         "recipe": _recipe_text(recipe),
         "seeds": _seeds(recipe),

@@ -351,6 +351,14 @@ def test_task_arithmetic_is_written_with_its_base(tmp_path: Path) -> None:
     assert ModelCard(card).data.base_model == ["ada/bert-tweets", "grace/bert-films", "google/bert"]
 
 
+def test_that_nothing_moved_is_said_once(tmp_path: Path) -> None:
+    still = {**ALIGNMENT, "axes": [{"axis": "neurons", "moved": 0, "units": 32}], "cosine_after": 0.8125}
+    for alignments, times in (([still], 1), ([still, still], 1), ([still, ALIGNMENT], 0)):
+        text = Page(body_of(render(make_folder(tmp_path), alignment=alignments))).text
+        assert text.count("moved none of 32 units; cosine of the weights 0.8125.") == len(alignments) - (times == 0)
+        assert text.count("That nothing moved is a result") == times
+
+
 HOSTILE = [
     "x\n---\n# Owned\n",
     "</td></tr></table><script>alert(1)</script>",
