@@ -1,18 +1,34 @@
 """The site of docs/: it builds without a warning, and its pages fit their windows, light and dark, wide and narrow."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.browser import browse, chromium  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
-PAGES = ("index", "first_merge", "weights", "independent", "report", "publish", "adapter", "large_models", "trainer")
+PAGES = (
+    "index",
+    "first_merge",
+    "weights",
+    "independent",
+    "report",
+    "publish",
+    "adapter",
+    "large_models",
+    "trainer",
+    "api",
+    "recipe",
+)
 PUBLIC = ("align", "check", "diagnose", "inspect", "merge", "run", "publish", "register_adapter", "PermutationSpec")
 # Boxes that stand out of the window to the right and are not inside one that scrolls.
 TOO_WIDE = """() => [...document.querySelectorAll("article *")].filter(box => {
     for (let outer = box.parentElement; outer; outer = outer.parentElement)
-        if (["auto", "scroll", "hidden"].includes(getComputedStyle(outer).overflowX) && outer !== document.body) return false;
+        if (outer !== document.body && ["auto", "scroll", "hidden"].includes(getComputedStyle(outer).overflowX))
+            return false;
     return box.getBoundingClientRect().right > window.innerWidth + 1;
 }).map(box => box.tagName + " " + box.textContent.slice(0, 60))"""
 
@@ -39,18 +55,25 @@ def test_the_api_page_has_every_public_name(site: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_pages_fit_their_window(site: Path, browse, dark: bool) -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_its_window(site: Path, browse, name: str) -> None:  # noqa: F811
+    page = browse(f"file://{site}/{name}.html")
     for width in (1280, 380):
-        for name in (*PAGES, "api", "recipe"):
-            page = browse(f"file://{site}/{name}.html", width=width, dark=dark)
-            assert page.evaluate(TOO_WIDE) == [], f"{name} at {width}"
-            assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)"), name
-            page.close()
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate(TOO_WIDE) == [], f"at {width}"
+    assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
 
 
 @pytest.mark.browser
-def test_every_page_is_reached_from_the_first(site: Path, browse) -> None:
+def test_dark_pages_are_dark_and_their_pictures_are_not(site: Path, browse) -> None:  # noqa: F811
+    page = browse(f"file://{site}/report.html", dark=True)
+    background = "box => getComputedStyle(box).backgroundColor"
+    assert max(map(int, re.findall(r"\d+", page.eval_on_selector("body", background))[:3])) < 60
+    assert page.eval_on_selector("article img", background) == "rgb(255, 255, 255)"
+
+
+@pytest.mark.browser
+def test_every_page_is_reached_from_the_first(site: Path, browse) -> None:  # noqa: F811
     page = browse(f"file://{site}/index.html")
     reached = set(page.evaluate("[...document.querySelectorAll('.sidebar-tree a')].map(a => a.href.split('/').pop())"))
     assert {path.name for path in site.glob("*.html")} - reached <= {
