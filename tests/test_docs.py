@@ -77,9 +77,7 @@ def commands_in_tables(page: str) -> Iterator[list[str]]:
 ALL = [block for page in PAGES for block in blocks_of(page)]
 COMMANDS = [(block.page, command) for block in ALL if block.language == "bash" for command in commands_of(block)]
 COMMANDS += [(page, command) for page in PAGES for command in commands_in_tables(page)]
-WITH_CODE = [
-    page for page in PAGES if page != "CONTRIBUTING.md" and any(block.language in ("python", "bash") for block in blocks_of(page))
-]  # fmt: skip
+WITH_CODE = sorted({block.page for block in ALL if block.language in ("python", "bash")} - {"CONTRIBUTING.md"})
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,9 @@ from tests.browser import browse, chromium  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
+    "index", "first_merge", "weights", "independent", "report", "publish", "adapter", "large_models", "trainer", "api",
+    "recipe",
+)  # fmt: skip
     "index",
     "first_merge",
     "weights",
