@@ -351,7 +351,7 @@ def test_task_vectors_are_added_and_taken_away(independent, tmp_path):
         diagnose=data,
     )
     assert outside.report.path[-1].weights == (1.5, -0.5)
-    assert outside.report.verdict.because.startswith("without labels")
+    assert outside.report.verdict.because.startswith("the merge lies outside the models")
 
 
 def test_suggested_weights_of_layers_fit_a_recipe(independent, tmp_path, monkeypatch):
