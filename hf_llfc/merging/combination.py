@@ -30,7 +30,7 @@ CHUNK = 1 << 17
 """Elements combined at a time: enough that calls do not count, few enough for the processor's cache."""
 
 # The bits of a float64 beyond the 24 significant ones of a float32.
-_EXCESS = (1 << 29) - 1
+_EXCESS = np.int64((1 << 29) - 1)
 
 # The smallest bfloat16 with all its bits, as an integer.
 _SMALLEST_NORMAL = 0x0080
@@ -140,6 +140,8 @@ class Scratch:
         """
         self._sum = np.empty(size)
         self._value = np.empty(size)
+        self._of_sum = torch.from_numpy(self._sum)
+        self._of_value = torch.from_numpy(self._value)
         self._base: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
         self._magnitude = np.empty(size, dtype=np.int64)
         self.size = size
@@ -160,14 +162,16 @@ class Scratch:
             self._accumulate(combination, columns, n)
         if result_c.element_size() == 2:
             self._round_to_odd(n)
-        result_c.copy_(torch.from_numpy(self._sum[:n]))
+        result_c.copy_(self._of_sum[:n])
         bits = _BITS[result_c.dtype]
         magnitude = self._magnitude.view(bits.unsigned)[:n]
         np.bitwise_and(result_c.view(bits.signed).numpy().view(bits.unsigned), bits.all_but_sign, out=magnitude)
         if magnitude.max(initial=0) >= bits.infinity:
             return False
         if result_c.dtype == torch.bfloat16 and magnitude.min(initial=bits.infinity) <= _SMALLEST_NORMAL:
-            self._round_tiny(combination, columns, result_c, np.flatnonzero(magnitude <= _SMALLEST_NORMAL))
+            tiny_k = np.flatnonzero(magnitude <= _SMALLEST_NORMAL)
+            if self._sum[tiny_k].any():  # a zero is one however it is rounded
+                self._round_tiny(combination, columns, result_c, tiny_k)
         return True
 
     def greatest(self, combination: Combination, columns: Sequence[Tensor]) -> float:
@@ -177,9 +181,9 @@ class Scratch:
 
     def _accumulate(self, combination: Combination, columns: Sequence[Tensor], n: int) -> None:
         sum_c, value_c = self._sum[:n], self._value[:n]
-        of_value = torch.from_numpy(value_c)
+        of_sum, of_value = self._of_sum[:n], self._of_value[:n]
         if not combination.over_base:
-            torch.from_numpy(sum_c).copy_(columns[0])
+            of_sum.copy_(columns[0])
             np.multiply(sum_c, combination.weights[0], out=sum_c)
             for column_c, weight in zip(columns[1:], combination.weights[1:], strict=True):
                 # Not in one step, which would fuse product and sum on some processors and not on others.

@@ -184,12 +184,8 @@ class _Merging(threading.local):
 
     def _combine(self, combination: Combination, columns: Sequence[Tensor], result_p: Tensor) -> bool:
         """Combines a part chunk by chunk; whether all of it is finite."""
-        return all(
-            self._scratch.combine(
-                combination, [column[start : start + CHUNK] for column in columns], result_p[start : start + CHUNK]
-            )
-            for start in range(0, len(result_p), CHUNK)
-        )
+        chunks = zip(*(column.split(CHUNK) for column in (result_p, *columns)), strict=True)
+        return all(self._scratch.combine(combination, of_columns, result_c) for result_c, *of_columns in chunks)
 
 
 class _Room:
