@@ -10,14 +10,26 @@ import pytest
 from tests.browser import browse, chromium  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
-PAGES = """
-index first_merge weights independent check report publish parents adapter large_models trainer api recipe
-""".split()
+PAGES = [
+    "index",
+    "first_merge",
+    "weights",
+    "independent",
+    "check",
+    "report",
+    "publish",
+    "parents",
+    "adapter",
+    "large_models",
+    "trainer",
+    "api",
+    "recipe",
+]
 PUBLIC = ("align", "check", "diagnose", "inspect", "merge", "run", "publish", "register_adapter", "PermutationSpec")
 # Boxes that stand out of the window to the right and are not inside one that scrolls.
 TOO_WIDE = """() => [...document.querySelectorAll("article *")].filter(box => {
-    for (let outer = box.parentElement; outer; outer = outer.parentElement)
-        if (outer !== document.body && ["auto", "scroll", "hidden"].includes(getComputedStyle(outer).overflowX))
+    for (let outer = box.parentElement; outer.tagName !== "ARTICLE"; outer = outer.parentElement)
+        if (["auto", "scroll", "hidden"].includes(getComputedStyle(outer).overflowX))
             return false;
     return box.getBoundingClientRect().right > window.innerWidth + 1;
 }).map(box => box.tagName + " " + box.textContent.slice(0, 60))"""
