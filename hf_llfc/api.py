@@ -176,7 +176,7 @@ def align(
         solver: `exact`, or `auction` for very wide axes: to within a certified gap of the optimum.
         seed: Seed.
         steps: Of learned matching; 500 where None.
-        learning_rate: Of learned matching; 0.02 where None.
+        learning_rate: Of learned matching; 0.01 where None.
         calibration: Data for activation matching and learned matching; with labels, what is learned has a low loss at
             the midpoint, without a small LLFC gap.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.

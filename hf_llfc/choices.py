@@ -1,9 +1,15 @@
 """The words that recipes and the command line may choose from; loads nothing, so that `--help` is quick."""
 
-ALIGNMENT_METHODS = ("weight_matching", "activation_matching", "learned_matching", "none")
+ALIGNMENT_METHODS = (
+    "weight_matching",
+    "activation_matching",
+    "commutativity_matching",
+    "learned_matching",
+    "none",
+)
 """How one model is brought into the coordinates of another."""
 
-METHODS_WITH_DATA = ("activation_matching", "learned_matching")
+METHODS_WITH_DATA = ("activation_matching", "commutativity_matching", "learned_matching")
 """Those that look at calibration data."""
 
 STARTS = ("identity", "activation_matching")

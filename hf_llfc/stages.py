@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from time import perf_counter
@@ -195,8 +196,6 @@ def in_groups(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[
         )
     if options.groups == "permutation" or options.method == "none":
         return list(checkpoints)
-    if "activation_matching" in (options.method, options.start):
-        raise AlignmentError("activation matching knows permutations only; use weight_matching for the groups `full`")
     from hf_llfc.adapters.canonical_forms import canonical_form
     from hf_llfc.checkpoints.canonical import canonical_checkpoint
 
@@ -334,7 +333,7 @@ def align_checkpoints(
         # Both models are in memory for it, which is enough in one process.
         found = _match_activations(reference, model, spec, options) if workers.rank == 0 else None
         from_activations = workers.gather(found)[0]
-    if options.method in ("weight_matching", "learned_matching"):
+    if options.method != "activation_matching":
         alignment = match_weights(
             *parameters,
             restarts=options.restarts,
@@ -348,6 +347,9 @@ def align_checkpoints(
     else:
         assert from_activations is not None
         alignment = from_activations
+    if options.method == "commutativity_matching":
+        found = _match_commutativity(reference, model, alignment, options, progress) if workers.rank == 0 else None
+        alignment = workers.gather(found)[0]
     if options.method == "learned_matching":
         alignment = _learn(reference, model, alignment, options, workers, device, progress)
     # The first process knows them already, from what tells this run from another.
@@ -359,6 +361,30 @@ def align_checkpoints(
         excluded=list(options.exclude),
         groups=options.groups,
     )
+
+
+@contextmanager
+def _running(
+    reference: Checkpoint, model: Checkpoint, calibration: EvaluationConfig
+) -> Iterator[tuple[list[PreTrainedModel], Iterator[dict[str, Tensor]]]]:
+    """Both models in evaluation mode, and the inputs of calibration data."""
+    from hf_llfc.evaluation.models import evaluation_mode, model_inputs
+
+    models = [Parent(checkpoint).load() for checkpoint in (reference, model)]
+    data = open_data(calibration, reference)
+    with evaluation_mode(*models):
+        yield models, (model_inputs(batch, models[0]) for batch, _ in data.batches())
+
+
+def _match_commutativity(
+    reference: Checkpoint, model: Checkpoint, start: Alignment, options: AlignSection, progress: Progress
+) -> Alignment:
+    if options.calibration is None:
+        raise AlignmentError("commutativity matching needs data: give `align.calibration` in a recipe, or --dataset")
+    from hf_llfc.alignment.commutativity_matching import match_commutativity
+
+    with _running(reference, model, options.calibration) as (models, batches):
+        return match_commutativity(models[0], models[1], batches, start.spec, start, progress=progress)
 
 
 def _learn(
@@ -425,12 +451,8 @@ def _match_activations(
             "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
         )
     from hf_llfc.alignment import Parameters, match_activations, match_weights
-    from hf_llfc.evaluation.models import evaluation_mode, model_inputs
 
-    models = [Parent(checkpoint).load() for checkpoint in (reference, model)]
-    data = open_data(options.calibration, reference)
-    with evaluation_mode(*models):
-        batches = ({**model_inputs(batch, models[0])} for batch, _ in data.batches())
+    with _running(reference, model, options.calibration) as (models, batches):
         alignment = match_activations(models[0], models[1], batches, spec)
     if alignment.metadata["unmatched"]:
         # What no linear map shows (experts fused into one tensor) is matched by its weights, the rest held.

@@ -30,6 +30,8 @@ from hf_llfc.alignment.groups import Group, groups_of, solve_group
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, axis_uses
+from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
+from hf_llfc.symmetry.orthogonal import Orthogonal
 from hf_llfc.symmetry.spec import Binding, PermutationSpec
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
@@ -47,12 +49,14 @@ class Site:
         at_input: Whether its input is looked at, else its output.
         channels: The axis expression of the channels.
         channel_dim: Where the channels lie in the activation: −1, or 1 for convolutions.
+        transposed: Whether the weight of the map is `[into, out]`.
     """
 
     module: str
     at_input: bool
     channels: Expression
     channel_dim: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,16 @@ class _Moments:
         b_mean, b_scale = self._mean_and_inverse_std(self.b_sum, self.b_square)
         covariance = self.cross / self.count - torch.einsum("ic,jc->cij", a_mean, b_mean)
         return torch.einsum("cij,ic,jc->ij", covariance, a_scale, b_scale)
+
+    def cosine(self) -> Tensor:
+        """Uncentred cross-moments `[entries of A, entries of B]`, scaled to a mean square of 1 in either model.
+
+        For what is transformed by matrices: single units have no meaning there, and their norms must not be changed.
+        """
+        cross = torch.as_tensor(self.cross).sum(0)
+        sizes = [float(torch.as_tensor(each).sum()) for each in (self.a_square, self.b_square)]
+        scale = (sizes[0] * sizes[1]) ** 0.5
+        return cross * (len(cross) / scale if scale > 0 else 0.0)
 
     def _mean_and_inverse_std(self, total: Tensor | float, squares: Tensor | float) -> tuple[Tensor, Tensor]:
         """Mean and 1/std of each unit; a unit whose variance is float noise is dead, and its 1/std counts as zero."""
@@ -139,7 +153,7 @@ def match_activations(
     moments: dict[str, _GroupMoments] = {}
     for batch in batches:
         mask = batch.get("attention_mask")
-        with torch.no_grad(), _captured(reference, sights) as of_a, _captured(model, sights) as of_b:
+        with torch.no_grad(), captured(reference, sights) as of_a, captured(model, sights) as of_b:
             reference(**batch)
             model(**batch)
         looked_at: set[tuple[int, int, Expression]] = set()
@@ -151,7 +165,7 @@ def match_activations(
                 continue  # queries, keys and values read one and the same tensor
             looked_at.add(activations)
             a_flat, b_flat = (
-                _samples(captured[site], site, mask, role) for captured, role in zip((of_a, of_b), ROLES, strict=True)
+                samples(captured[site], site, mask, role) for captured, role in zip((of_a, of_b), ROLES, strict=True)
             )
             for sight in seen_here:
                 _update(moments.setdefault(sight.group.axis, {}), site, sight, a_flat, b_flat, binding.sizes)
@@ -186,19 +200,7 @@ def _sights(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[Sit
 
     A group is left out unless all its axes can be seen.
     """
-    inputs: list[Site] = []
-    outputs: list[Site] = []
-    for name, module in model.named_modules():
-        bound = binding.tensors.get(f"{name}.weight")
-        if bound is None or len(bound.spec.dimensions) < 2 or isinstance(module, nn.Embedding):
-            continue
-        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        transposed = isinstance(module, Conv1D)
-        if not (convolution or transposed or isinstance(module, nn.Linear)):
-            continue
-        out, into = bound.spec.dimensions[:2] if not transposed else bound.spec.dimensions[1::-1]
-        inputs.append(Site(name, True, into, 1 if convolution else -1))
-        outputs.append(Site(name, False, out, 1 if convolution else -1))
+    inputs, outputs = _sites(model, binding)
     sights: dict[Site, list[Sight]] = {}
     for group in groups:
         axes_at: dict[Site, list[str]] = {}
@@ -217,6 +219,29 @@ def _sights(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[Sit
     return sights
 
 
+def input_sites(model: nn.Module, binding: Binding) -> list[Site]:
+    """The inputs of all linear maps and convolutions."""
+    return _sites(model, binding)[0]
+
+
+def _sites(model: nn.Module, binding: Binding) -> tuple[list[Site], list[Site]]:
+    """Inputs and outputs of all linear maps and convolutions."""
+    inputs: list[Site] = []
+    outputs: list[Site] = []
+    for name, module in model.named_modules():
+        bound = binding.tensors.get(f"{name}.weight")
+        if bound is None or len(bound.spec.dimensions) < 2 or isinstance(module, nn.Embedding):
+            continue
+        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        transposed = isinstance(module, Conv1D)
+        if not (convolution or transposed or isinstance(module, nn.Linear)):
+            continue
+        out, into = bound.spec.dimensions[:2] if not transposed else bound.spec.dimensions[1::-1]
+        inputs.append(Site(name, True, into, 1 if convolution else -1, transposed))
+        outputs.append(Site(name, False, out, 1 if convolution else -1, transposed))
+    return inputs, outputs
+
+
 def _carries(channels: Expression, *axes: str) -> bool:
     """Whether a part of the channels holds all of the axes."""
     if isinstance(channels, Concatenation):
@@ -226,7 +251,7 @@ def _carries(channels: Expression, *axes: str) -> bool:
 
 
 @contextmanager
-def _captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
+def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
     """Collects the activations of one forward pass."""
     captured: dict[Site, Tensor] = {}
     modules = dict(model.named_modules())
@@ -245,7 +270,7 @@ def _captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Te
             handle.remove()
 
 
-def _samples(activation: Tensor, site: Site, mask: Tensor | None, role: str) -> Tensor:
+def samples(activation: Tensor, site: Site, mask: Tensor | None, role: str) -> Tensor:
     """The activation as `[samples, channels]` in float64, masked positions left out.
 
     Activations of every position are `[rows, positions, channels]`, or flattened to `[rows · positions, channels]`;
@@ -308,11 +333,14 @@ def _solve(
     """The best transforms of a group, with the correlation summed over its units before and after."""
     correlations: dict[tuple[str, ...], Tensor] = {}
     for (_, _, children), moment in moments.items():
-        correlation = moment.correlation()
+        correlation = moment.cosine() if group.matrices else moment.correlation()
         correlations[children] = correlations[children] + correlation if children in correlations else correlation
     entries = range(group.size)
     if not group.children:
         (gain_ij,) = (correlation.cpu() for correlation in correlations.values())
+        if group.axis in group.matrices:
+            matrix = MATRIX_GROUPS[group.matrices[group.axis]].nearest(gain_ij)
+            return {group.axis: Orthogonal(matrix)}, float(gain_ij.trace()), float((gain_ij * matrix).sum())
         perm = assign(gain_ij)
         return {group.axis: Permutation(perm)}, float(gain_ij.trace()), float(gain_ij[entries, perm].sum())
     gain_iajb = {

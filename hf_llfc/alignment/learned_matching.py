@@ -30,7 +30,7 @@ LAMBDAS = (0.4, 0.6)
 """Range of λ, the share of B in the merge."""
 
 STEPS = 500
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.01
 WARM_UP = 0.05
 """Share of the steps in which the learning rate rises; it falls to zero along a cosine afterwards."""
 

@@ -264,7 +264,7 @@ def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
         "--solver", choices=SOLVERS, default="exact", help="auction: to within 1e-4 of the optimum, for very wide axes"
     )
     group.add_argument("--steps", type=int, help="of learned matching (500)")
-    group.add_argument("--learning-rate", type=float, help="of learned matching (0.02)")
+    group.add_argument("--learning-rate", type=float, help="of learned matching (0.01)")
     group.add_argument("--seed", type=int, default=0)
 
 

@@ -95,7 +95,7 @@ class AlignSection:
         max_sweeps: Sweeps per start.
         seed: Seed of visit orders and random starts; that of the recipe if left out.
         steps: Of learned matching; 500 where None.
-        learning_rate: Of learned matching; 0.02 where None.
+        learning_rate: Of learned matching; 0.01 where None.
         calibration: Data for activation, commutativity and learned matching. With labels, what is learned has a low
             loss at the merge; without, a small LLFC gap.
     """

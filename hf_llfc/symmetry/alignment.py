@@ -104,6 +104,16 @@ class Alignment:
         used = {use.axis for use in binding.tensors[name].spec.axes}
         return not all(self.transforms[axis].is_identity for axis in used if axis in self.transforms)
 
+    def move(self, tensor: Tensor, dimensions: tuple[Expression, ...], sizes: Mapping[str, int]) -> Tensor:
+        """Moves a tensor that is no weight of a checkpoint: activations, say, or their moments.
+
+        Args:
+            tensor: Whatever has the axes.
+            dimensions: Its axis expressions; an axis occurs once.
+            sizes: Size of every named axis.
+        """
+        return map_pieces(tensor, dimensions, sizes, lambda piece, atoms: self._transform_piece(piece, atoms, {}))
+
     def _is_self_contained(self, dimension: Expression, index_along: Mapping[str, int]) -> bool:
         """Whether a dimension moves by whole entries, independently of the other dimensions."""
         names = {use.axis for use in axis_uses(dimension)} | set(index_along)

@@ -188,8 +188,3 @@ def test_families_without_a_form_are_refused(tmp_path):
     with pytest.raises(LLFCError, match="'bert' cannot be aligned by more than permutations"):
         hf_llfc.merge([tmp_path / "a", tmp_path / "b"], out=tmp_path / "merged", align={"groups": "full"})
     assert not (tmp_path / "merged").exists()
-
-
-def test_activation_matching_knows_permutations_only(tmp_path):
-    with pytest.raises(LLFCError, match=r"align\.groups: activation matching knows permutations only"):
-        hf_llfc.merge(["a", "b"], out=tmp_path / "merged", align={"groups": "full", "start": "activation_matching"})
