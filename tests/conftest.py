@@ -24,6 +24,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.browser import browse, chromium  # noqa: F401  # one browser a session, for every folder of tests
+
 torch.set_num_threads(1)
 
 # The same examples every time, no clock, no folder left behind.

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import browse, chromium  # noqa: F401
-
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "index",
@@ -58,7 +56,7 @@ def test_the_api_page_has_every_public_name(site: Path) -> None:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_fits_its_window(site: Path, browse, name: str) -> None:  # noqa: F811
+def test_a_page_fits_its_window(site: Path, browse, name: str) -> None:
     page = browse(f"file://{site}/{name}.html")
     for width in (1280, 380):
         page.set_viewport_size({"width": width, "height": 900})
@@ -67,7 +65,7 @@ def test_a_page_fits_its_window(site: Path, browse, name: str) -> None:  # noqa:
 
 
 @pytest.mark.browser
-def test_dark_pages_are_dark_and_their_pictures_are_not(site: Path, browse) -> None:  # noqa: F811
+def test_dark_pages_are_dark_and_their_pictures_are_not(site: Path, browse) -> None:
     page = browse(f"file://{site}/report.html", dark=True)
     background = "box => getComputedStyle(box).backgroundColor"
     assert max(map(int, re.findall(r"\d+", page.eval_on_selector("body", background))[:3])) < 60
@@ -75,7 +73,7 @@ def test_dark_pages_are_dark_and_their_pictures_are_not(site: Path, browse) -> N
 
 
 @pytest.mark.browser
-def test_every_page_is_reached_from_the_first(site: Path, browse) -> None:  # noqa: F811
+def test_every_page_is_reached_from_the_first(site: Path, browse) -> None:
     page = browse(f"file://{site}/index.html")
     reached = set(page.evaluate("[...document.querySelectorAll('.sidebar-tree a')].map(a => a.href.split('/').pop())"))
     assert {path.name for path in site.glob("*.html")} - reached <= {
