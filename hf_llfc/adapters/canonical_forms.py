@@ -13,7 +13,7 @@ What an axis may be transformed by follows from the blocks:
 | query and key channels, no rotary embedding | the same as value channels |
 | query and key channels, rotary embedding | a phase for each pair of channels, balanced over its scale |
 | the same under a norm of queries and keys | none: the norm's gain sits on them |
-| gated neurons | permutations, balanced over the scale of what the gate multiplies |
+| gated neurons | permutations, and a sign of what the gate multiplies, balanced over its scale |
 | neurons of ReLU | permutations, balanced over their scale |
 """
 
@@ -52,6 +52,7 @@ class Block:
         up: The map whose output is the neurons or, of gated ones, what the gate multiplies.
         down: The map that reads the neurons.
         scales: Whether the scale of a neuron is free.
+        signs: Whether its sign is, too: σ(g)·(−u)·(−w) = σ(g)·u·w where a gate stands beside what is multiplied.
         attention_norms: Whether a norm of queries and keys forbids to transform their channels.
     """
 
@@ -63,6 +64,7 @@ class Block:
     up: str
     down: str
     scales: bool
+    signs: bool = False
     attention_norms: bool = False
 
 
@@ -117,6 +119,8 @@ def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
     circuits: list[Circuit] = []
     groups: dict[str, str] = {}
     channels: dict[str, str] = {}  # tensor → the axis of its phases
+    signs: dict[str, str] = {}  # neurons → the axis of their signs
+    signed: set[str] = set()  # tensors that follow these
     for place, block in enumerate(network.blocks):
         values = _last_axis(spec, block.values)
         circuits.append(Circuit(values, INVERTIBLE, _parts(spec, *block.values), (Part(f"{block.output}.weight"),)))
@@ -136,6 +140,9 @@ def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
         if block.scales:
             neurons = _last_axis(spec, (block.up, 0))
             circuits.append(Circuit(neurons, SCALES, _parts(spec, block.up, 0), (Part(f"{block.down}.weight"),)))
+            if block.signs:
+                signs[neurons] = f"signs.{place}"
+                signed |= {*(f"{block.up}.{kind}" for kind in KINDS), f"{block.down}.weight"}
     norms: list[Norm] = []
     writers: set[str] = set()
     if spec.axes[STREAM].symmetric:
@@ -158,8 +165,11 @@ def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
         _with_gain(each) if each.name in gains else _with_phases(each, channels.get(each.name))
         for each in spec.declarations
     )
+    axes = _axes(spec, declarations, groups)
+    axes |= {name: Axis(name, 1, True, neurons, ORTHOGONAL) for neurons, name in signs.items()}
+    declarations = tuple(_with_signs(each, signs) if each.name in signed else each for each in declarations)
     return CanonicalForm(
-        replace(spec, declarations=declarations, axes=_axes(spec, declarations, groups)),
+        replace(spec, declarations=declarations, axes=axes),
         tuple(norms),
         frozenset(writers),
         tuple(circuits),
@@ -207,6 +217,17 @@ def _with_phases(tensor: TensorSpec, phases: str | None) -> TensorSpec:
         return dimension
 
     return replace(tensor, dimensions=tuple(turned(each) for each in tensor.dimensions))
+
+
+def _with_signs(tensor: TensorSpec, signs: Mapping[str, str]) -> TensorSpec:
+    """A map whose neurons have signs of their own: a dependent axis of one entry."""
+
+    def signed(dimension: Expression) -> Expression:
+        if isinstance(dimension, AxisUse) and dimension.axis in signs:
+            return Product((dimension, AxisUse(signs[dimension.axis], dimension.axis)))
+        return dimension
+
+    return replace(tensor, dimensions=tuple(signed(each) for each in tensor.dimensions))
 
 
 def _axes(spec: PermutationSpec, declarations: Iterable[TensorSpec], groups: Mapping[str, str]) -> dict[str, Axis]:
@@ -312,6 +333,7 @@ def _llama(config: PreTrainedConfig) -> Network | None:
                 up,
                 down,
                 scales=True,
+                signs=True,
                 attention_norms=config.model_type in WITH_ATTENTION_NORMS,
             )
         )

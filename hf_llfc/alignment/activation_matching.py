@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_llfc.alignment.assignment import assign
 from hf_llfc.alignment.gains import ROLES
-from hf_llfc.alignment.groups import Group, groups_of, solve_group
+from hf_llfc.alignment.groups import Group, groups_of, signs_of, solve_group, solve_signed
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, axis_uses
@@ -347,6 +347,10 @@ def _solve(
         children: correlation.cpu().unflatten(1, (group.size, -1)).unflatten(0, (group.size, -1))
         for children, correlation in correlations.items()
     }
+    if signs_of(group) is not None:
+        of_children = {len(children): gain[:, 0, :, 0] for children, gain in gain_iajb.items()}
+        solution = solve_signed(group, of_children.get(0), of_children.get(1), present)
+        return solution.transforms if solution.gain else present, solution.value, solution.value + solution.gain
     solution = solve_group(
         group,
         (

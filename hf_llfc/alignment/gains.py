@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.alignment.assignment import assign_with_gap
-from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, solve_group
+from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, signs_of, solve_group, solve_signed
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.symmetry.alignment import Alignment
@@ -285,6 +285,8 @@ class Gains:
         """
         keys, quadratic = self._telling(self.keys(group.axes), undetermined), self._quadratic(group)
         linear = [key for key in keys if key not in quadratic]
+        if signs_of(group) is not None and not quadratic:
+            return self._solve_signed(linear, group, held, present, undetermined)
         solution = solve_group(group, self._pair_gains(linear, group, held, undetermined), present)
         if not quadratic or not solution.gain:
             return solution
@@ -293,6 +295,19 @@ class Gains:
             for transforms in (present, solution.transforms)
         )
         return replace(solution, gain=max(0.0, solution.gain + after - before))
+
+    def _solve_signed(
+        self, keys: list[Key], group: Group, held: Alignment, present: Mapping[str, Transform], undetermined: Set[str]
+    ) -> Solution:
+        """The best transforms of a root whose only child is a sign."""
+        gains: dict[bool, Tensor] = {}
+        for rows, columns, of_block in self._blocks(keys, group, held, undetermined):
+            for children, gain in of_block.items():
+                whole = gains.setdefault(
+                    bool(children), torch.zeros(group.size, group.size, dtype=gain.dtype, device=gain.device)
+                )
+                whole[rows.start : rows.stop, columns.start : columns.stop] += gain[:, 0, :, 0]
+        return solve_signed(group, gains.get(False), gains.get(True), present, self.solver)
 
     def _telling(self, keys: list[Key], undetermined: Set[str]) -> list[Key]:
         """The tensors that do not vanish on average over the axes that are not determined."""
@@ -320,6 +335,16 @@ class Gains:
         self, keys: list[Key], group: Group, held: Alignment, undetermined: Set[str]
     ) -> Iterator[tuple[int, int, PairGains]]:
         """The gains of every pair of entries of the root, or of each entry with itself where the root does not move."""
+        for rows, columns, gain_iajb in self._blocks(keys, group, held, undetermined):
+            if len(rows) > 1:  # many small assignments, which are solved on the CPU
+                gain_iajb = {axes: gain.cpu() for axes, gain in gain_iajb.items()}
+            for (row, i), (column, j) in product(enumerate(rows), enumerate(columns)):
+                yield i, j, {axes: gain[row, :, column] for axes, gain in gain_iajb.items()}
+
+    def _blocks(
+        self, keys: list[Key], group: Group, held: Alignment, undetermined: Set[str]
+    ) -> Iterator[tuple[range, range, dict[tuple[str, ...], Tensor]]]:
+        """Gains `[i, a, j, b]` of a block of root entries of A with one of B, or of single entries with themselves."""
         in_names = self._by_root(keys, group.axis)
         named = {key for of_root in in_names for key in of_root.values()}
         in_shapes = [
@@ -341,10 +366,7 @@ class Gains:
                 gain = _gain(pair.a, pair.b, [0, *places], _accumulator(group.size * width))
                 gain = gain.reshape(len(rows), width, len(columns), width)
                 gain_iajb[children] = _add(gain_iajb.get(children), gain)
-            if len(rows) > 1:  # many small assignments, which are solved on the CPU
-                gain_iajb = {axes: gain.cpu() for axes, gain in gain_iajb.items()}
-            for (row, i), (column, j) in product(enumerate(rows), enumerate(columns)):
-                yield i, j, {axes: gain[row, :, column] for axes, gain in gain_iajb.items()}
+            yield rows, columns, gain_iajb
 
     def _by_root(self, keys: Iterable[Key], root: str) -> list[dict[int, Key]]:
         """The tensors whose name carries the index along a root, each with its kin: index → tensor."""

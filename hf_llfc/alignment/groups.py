@@ -18,6 +18,9 @@ so that the value never falls.
 A child that is not permuted but transformed by a group of matrices is the same with the nearest matrix (Procrustes) in
 place of the assignment: `Σ_{a,b} gain[a, b] M[a, b]`, in closed form. A *choice* for a child is therefore an index
 array `[n]` or a matrix `[n, n]`.
+
+Where the only child is a sign (of gated neurons, whose gate does not follow it), value[i, j] is gain_()[i, j] +
+|gain_sign[i, j]|, and all pairs are solved at once.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from math import factorial, prod
 import torch
 from torch import Tensor
 
-from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.assignment import assign, assign_with_gap
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
 from hf_llfc.symmetry.orthogonal import Orthogonal
 from hf_llfc.symmetry.spec import PERMUTATION, Binding
@@ -154,6 +157,52 @@ def solve_group(
     rise = float((after_i - before_i).sum())
     floor = noise * float((after_i.abs() + before_i.abs())[after_i != before_i].sum())
     return Solution(transforms, rise if rise > floor else 0.0, float(before_i.sum()))
+
+
+def signs_of(group: Group) -> str | None:
+    """The only child of a group that is permuted, if that child is a sign: an axis of one entry and a matrix."""
+    if not group.moves or group.axis in group.matrices or list(group.children.values()) != [1]:
+        return None
+    (child,) = group.children
+    return child if child in group.matrices else None
+
+
+def solve_signed(
+    group: Group,
+    plain_ij: Tensor | None,
+    signed_ij: Tensor | None,
+    present: Mapping[str, Transform],
+    solver: str = "exact",
+) -> Solution:
+    """Finds the best transforms of a group whose only child is a sign, see the module.
+
+    Args:
+        group: What to match.
+        plain_ij: `[n, n]`, what root entry i of A matched with j of B is worth whatever the sign; None for nothing.
+        signed_ij: What else it is worth with the sign +1.
+        present: The present transforms of root and child.
+        solver: One of `SOLVERS`.
+
+    Returns:
+        The transforms, and by how much the value rises.
+    """
+    child = signs_of(group)
+    known = [gain for gain in (plain_ij, signed_ij) if gain is not None]
+    if child is None or not known:
+        return Solution(present, 0.0)
+    nothing = torch.zeros_like(known[0])
+    plain_ij, signed_ij = (nothing if gain is None else gain for gain in (plain_ij, signed_ij))
+    root, gap = assign_with_gap(plain_ij + signed_ij.abs(), solver=solver)
+    root = root.cpu()
+    every = torch.arange(group.size)
+    held, signs = present[group.axis].apply(every, 0), Orthogonal.of(present[child]).matrix.flatten()
+    before_i = plain_ij[every, held].cpu().double() + signs * signed_ij[every, held].cpu().double()
+    chosen = torch.where(signed_ij[every, root].cpu() < 0, -1.0, 1.0).double()
+    after_i = plain_ij[every, root].cpu().double() + chosen * signed_ij[every, root].cpu().double()
+    rise = float((after_i - before_i).sum())
+    floor = _noise(known[0]) * float((after_i.abs() + before_i.abs())[after_i != before_i].sum())
+    transforms: dict[str, Transform] = {group.axis: Permutation(root), child: Orthogonal(chosen[:, None, None])}
+    return Solution(transforms, rise if rise > floor else 0.0, float(before_i.sum()), gap)
 
 
 def best_children(

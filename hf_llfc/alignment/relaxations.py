@@ -64,6 +64,26 @@ class RelaxedMatrix(nn.Module):
             return Orthogonal(self._group.nearest(self().double().cpu()))
 
 
+class RelaxedSigns(nn.Module):
+    """Signs, the orthogonal matrices of one entry, which no path joins: of scores, with a straight-through gradient."""
+
+    def __init__(self, start: Orthogonal) -> None:
+        """Begins at `start`."""
+        super().__init__()
+        self.scores = nn.Parameter(start.matrix.float())
+
+    def forward(self) -> Tensor:
+        """`[.., 1, 1]`."""
+        return self._signs() + self.scores - self.scores.detach()
+
+    def transform(self) -> Orthogonal:
+        """The present signs."""
+        return Orthogonal(self._signs().double().cpu())
+
+    def _signs(self) -> Tensor:
+        return torch.where(self.scores.detach() < 0, -1.0, 1.0)
+
+
 class RelaxedPermutation(nn.Module):
     """A permutation as the best assignment of scores."""
 
@@ -105,10 +125,11 @@ def sinkhorn(scores: Tensor) -> Tensor:
 
 def relaxation(
     spec: PermutationSpec, axis: str, start: Transform, temperature: float | None
-) -> RelaxedMatrix | RelaxedPermutation:
+) -> RelaxedMatrix | RelaxedSigns | RelaxedPermutation:
     """The stand-in for the transform of one axis."""
     group = spec.axes[axis].group
     if group != PERMUTATION:
-        return RelaxedMatrix(Orthogonal.of(start), group)
+        matrix = Orthogonal.of(start)
+        return RelaxedSigns(matrix) if matrix.size == 1 else RelaxedMatrix(matrix, group)
     assert isinstance(start, Permutation)
     return RelaxedPermutation(start, temperature)

@@ -8,6 +8,7 @@ is not orthogonal in M is taken away beforehand (`hf_llfc.symmetry.canonical`). 
 - `orthogonal`, Q Qᵀ = 1: channels between two linear maps (values, and queries and keys without a rotary embedding),
   and a residual stream that is read through RMSNorm without gain only: RMSNorm(Qx) = Q RMSNorm(x), since Q keeps the
   norm of x.
+  Of one channel it is a sign: of what a gate multiplies, in each neuron.
 - `orthogonal_fixing_ones`, besides Q·1 = 1: a residual stream that is read through LayerNorm without gain and shift
   only. LayerNorm takes away the part of x along 1 and normalises the rest. Q maps both parts to themselves, so that
   LayerNorm(Qx) = Q LayerNorm(x); no other orthogonal map does so for every x.
