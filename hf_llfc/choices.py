@@ -32,3 +32,6 @@ SUGGESTIONS = ("weights", "layers")
 
 HEADS = ("own", "first")
 """Under which head models are compared: each its own, or all that of the first, for models of different tasks."""
+
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""What a run may be logged to: the trackers of accelerate."""

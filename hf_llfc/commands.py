@@ -38,6 +38,7 @@ from hf_llfc.stages import (
     spec_of,
 )
 from hf_llfc.symmetry import Alignment
+from hf_llfc.trackers import refuse_missing_trackers, tracking
 
 
 def write_aligned(
@@ -163,6 +164,8 @@ def write_diagnosis(
     overwrite: bool = False,
     restart: bool = False,
     allow_pickle: bool = False,
+    log_with: Sequence[str] = (),
+    logging_dir: str | Path = "runs",
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Diagnoses models as they would be merged and, given a folder, writes report, plots and the interactive report.
@@ -178,12 +181,15 @@ def write_diagnosis(
         overwrite: Whether an earlier output may be replaced.
         restart: Whether to discard what an interrupted run into the same folder had finished.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
+        log_with: Trackers of accelerate that it is logged to; see `hf_llfc.trackers`.
+        logging_dir: Where trackers write that write files.
         progress: Shown meanwhile.
 
     Raises:
         LLFCError: The models do not fit each other or the data.
     """
     with Processes() as processes:
+        processes.on_main(lambda: refuse_missing_trackers(log_with))
         progress = progress if processes.is_main else silent
         output = OutputFolder(out, overwrite, restart) if out is not None else None
         if output is not None:
@@ -220,6 +226,14 @@ def write_diagnosis(
             processes=processes,
             progress=progress,
         )
+
+        asked = {"models": [str(model) for model in models], "align": as_settings(align)}
+        name = output.path.name if output is not None else "diagnosis"
+        with tracking(
+            log_with, logging_dir=logging_dir, name=name, config=asked, is_main=processes.is_main
+        ) as trackers:
+            trackers.alignments(alignments)
+            trackers.report(report)
 
         def save(folder: Path) -> None:
             (folder / LLFC_FOLDER).mkdir()

@@ -54,6 +54,7 @@ from hf_llfc.stages import (
     refuse_changed,
 )
 from hf_llfc.symmetry import Alignment
+from hf_llfc.trackers import refuse_missing_trackers, tracking
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def _run(
     processes.on_main(output.check)
     if recipe.publish is not None:
         processes.on_main(lambda: check_target(recipe))
+    processes.on_main(lambda: refuse_missing_trackers(recipe.log_with))
     programs = processes.on_main(lambda: versions_of_programs(recipe))
     opened = processes.main_first(lambda: open_models(recipe, models))
     refuse_replacing_inputs(output, opened.all)
@@ -141,13 +143,23 @@ def _run(
     processes.on_main(lambda: refuse_too_large(output, recipe, opened))
     processes.on_main(lambda: output.made_from(identity_of_run(recipe, opened.everything, programs)))
 
-    with processes.output(output) as folder:
+    logged = tracking(
+        recipe.log_with,
+        logging_dir=recipe.logging_dir,
+        name=output.path.name,
+        config=recipe.to_dict(),
+        is_main=processes.is_main,
+    )
+    with processes.output(output) as folder, logged as trackers:
         alignments = align_parents(output, processes, opened, recipe, progress)
+        trackers.alignments(alignments)
         parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
         broken = find_broken(output, processes, parents, recipe, data, calibration, progress)
         write_merge(output, processes, folder, parents, opened, recipe, calibration, progress, broken)
         report = measure(output, processes, parents, opened, recipe, data, calibration, broken, progress)
+        trackers.report(report)
         table = score(output, processes, folder, parents, opened, recipe, data, progress)
+        trackers.table(table)
         processes.on_main(lambda: write_evidence(output.journal, recipe, opened, alignments, report, table, processes))
     summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
     url = processes.on_main(lambda: push(recipe)) if recipe.publish is not None else None

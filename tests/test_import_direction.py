@@ -37,6 +37,7 @@ ORDER = (
     "specs",
     "stages",
     "diagnosis",
+    "trackers",
     "identity",
     "resources",
     "inputs",

@@ -6,7 +6,7 @@ import argparse
 import re
 
 from hf_llfc import __version__
-from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, HEADS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, HEADS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, TRACKERS, UNITS
 from hf_llfc.errors import suggest
 
 TYPE_CHECKING = False
@@ -109,6 +109,15 @@ def _add_pickle(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_trackers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-with", nargs="+", default=[], choices=TRACKERS, help="trackers of accelerate to log to as well"
+    )
+    parser.add_argument(
+        "--logging-dir", default="runs", metavar="DIR", help="where trackers write that write files (default: runs)"
+    )
+
+
 def _add_restart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="discard what an interrupted run into the same folder had finished"
@@ -183,6 +192,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR")
     _add_output(parser)
+    _add_trackers(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
     _add_matching(parser, default="none")
     _add_data(parser, purpose="calibration data for activation matching and learned matching")
@@ -211,6 +221,7 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="folder for report and plots")
     _add_output(parser)
+    _add_trackers(parser)
     _add_matching(parser, default="none")
     _add_data(parser, purpose="data to measure on")
 

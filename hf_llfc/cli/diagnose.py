@@ -47,6 +47,8 @@ def execute(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             restart=options.restart,
             allow_pickle=options.allow_pickle,
+            log_with=options.log_with,
+            logging_dir=options.logging_dir,
             progress=progress,
         )
     if is_main_process():

@@ -33,6 +33,8 @@ def execute(options: argparse.Namespace) -> int:
         "output_dir": options.out,
         "overwrite": options.overwrite,
         "allow_pickle": options.allow_pickle,
+        "log_with": options.log_with,
+        "logging_dir": options.logging_dir,
     }
     if options.base_model:
         recipe["base_model"] = options.base_model

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, TRACKERS, UNITS
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 from hf_llfc.limited_yaml import read_yaml
@@ -139,6 +139,8 @@ class _Reader:
         for key in ("dtype", "out_dtype"):
             if values.get(key) is not None:
                 self._choice(values[key], DTYPES, key)
+        for place, name in enumerate(values.get("log_with", ())):
+            self._choice(name, TRACKERS, f"log_with[{place}]")
         if self.problems:
             return None
         if values.get("base_model") is not None:
