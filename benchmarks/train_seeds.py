@@ -1,11 +1,12 @@
 """Trains six models of each family from independent seeds: three pairs that share nothing but their data.
 
-    python benchmarks/train_seeds.py --out DIR [--only vit gpt2 llama resnet] [--threads 1]
+    python benchmarks/train_seeds.py --out DIR [--only FAMILY …] [--seeds 1 2] [--threads 1]
 
 What exists in DIR/seeds is kept. `benchmarks/symmetries.py` aligns and merges the pairs (1, 2), (3, 4) and (5, 6).
 """
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,15 +22,19 @@ SEEDS = range(1, 7)
 TRAIN_BLOCKS, TEST_BLOCKS = 4000, 400
 
 
-def vit_config() -> transformers.ViTConfig:
-    """Four layers, 64 wide, patches of 4 × 4."""
+# Width and side of the patches of each ViT.
+VITS = {"vit": (64, 4), "vit-64": (64, 7), "vit-128": (128, 7), "vit-256": (256, 7)}
+
+
+def vit_config(width: int, patch: int) -> transformers.ViTConfig:
+    """Four layers of four heads, with twice as many neurons as channels."""
     return transformers.ViTConfig(
-        hidden_size=64,
+        hidden_size=width,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=128,
+        intermediate_size=2 * width,
         image_size=28,
-        patch_size=4,
+        patch_size=patch,
         num_channels=1,
         num_labels=10,
         **parents.fashion_labels(),
@@ -49,22 +54,22 @@ def resnet_config() -> transformers.ResNetConfig:
     )
 
 
-def train_fashion(out: Path, family: str) -> None:
+def train_fashion(out: Path, seeds: Sequence[int], family: str) -> None:
     """Image classifiers on all of Fashion-MNIST."""
     group = parents.Group(out / "seeds")
     parents.add_fashion_data(group)
     train, test = parents.fashion_inputs("train"), parents.fashion_inputs("test")
-    training = {"vit": parents.Training(6, 64, 1e-3, 0), "resnet": parents.Training(4, 64, 3e-3, 0)}[family]
+    training = parents.Training(6, 64, 1e-3, 0) if family in VITS else parents.Training(4, 64, 3e-3, 0)
 
     def make(seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
-        if family == "vit":
-            model: PreTrainedModel = transformers.ViTForImageClassification(vit_config())
+        if family in VITS:
+            model: PreTrainedModel = transformers.ViTForImageClassification(vit_config(*VITS[family]))
         else:
             model = transformers.ResNetForImageClassification(resnet_config())
         return parents.fit(model, train, parents.replace(training, seed=seed))
 
-    for seed in SEEDS:
+    for seed in seeds:
         group.add(f"{family}-{seed}", partial(make, seed), parents.fashion_processor(), {"test": test})
 
 
@@ -96,7 +101,7 @@ def language_config(family: str, vocabulary: int) -> transformers.PreTrainedConf
     )
 
 
-def train_language(out: Path, family: str) -> None:
+def train_language(out: Path, seeds: Sequence[int], family: str) -> None:
     """Byte-level language models on one megabyte of the Brown corpus, twice over."""
     group = parents.Group(out / "seeds")
     tokenizer = parents.byte_tokenizer()
@@ -115,7 +120,7 @@ def train_language(out: Path, family: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(language_config(family, len(tokenizer)))
         return parents.fit(model, inputs(train), parents.Training(2, 8, 2e-3, seed))
 
-    for seed in SEEDS:
+    for seed in seeds:
         group.add(f"{family}-{seed}", partial(make, seed), tokenizer, {"brown": inputs(test)})
 
 
@@ -124,6 +129,7 @@ FAMILIES = {
     "gpt2": partial(train_language, family="gpt2"),
     "llama": partial(train_language, family="llama"),
     "resnet": partial(train_fashion, family="resnet"),
+    **{name: partial(train_fashion, family=name) for name in VITS if name != "vit"},
 }
 
 
@@ -132,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the models go, and are kept")
     parser.add_argument("--only", nargs="+", choices=list(FAMILIES), help="some families; all of them by default")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="some of the six")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -139,7 +146,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
     for name in arguments.only or FAMILIES:
-        FAMILIES[name](arguments.out)
+        FAMILIES[name](arguments.out, arguments.seeds)
 
 
 if __name__ == "__main__":

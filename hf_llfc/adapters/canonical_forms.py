@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.adapters.registry import spec_for
 from hf_llfc.errors import SpecError
-from hf_llfc.symmetry.canonical import INVERTIBLE, PAIR_SCALES, SCALES, CanonicalForm, Circuit, Norm, Part
+from hf_llfc.symmetry.canonical import (
+    INVERTIBLE,
+    PAIR_SCALES,
+    SCALES,
+    CanonicalForm,
+    Circuit,
+    HiddenBiases,
+    Norm,
+    Part,
+)
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Product, axis_uses
 from hf_llfc.symmetry.matrix_groups import ORTHOGONAL, ORTHOGONAL_FIXING_ONES, PHASES
 from hf_llfc.symmetry.spec import Axis, PermutationSpec, TensorSpec
@@ -117,6 +126,7 @@ def canonical_form(config: PreTrainedConfig) -> CanonicalForm:
 
 def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
     circuits: list[Circuit] = []
+    hidden: list[HiddenBiases] = []
     groups: dict[str, str] = {}
     channels: dict[str, str] = {}  # tensor → the axis of its phases
     signs: dict[str, str] = {}  # neurons → the axis of their signs
@@ -126,6 +136,13 @@ def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
         circuits.append(Circuit(values, INVERTIBLE, _parts(spec, *block.values), (Part(f"{block.output}.weight"),)))
         groups[values] = ORTHOGONAL
         sides = _parts(spec, *block.queries), _parts(spec, *block.keys)
+        keys_are_seen = network.rotary or block.attention_norms
+        biases = [
+            None if seen or f"{name}.bias" not in spec.tensors else Part(f"{name}.bias", piece)
+            for (name, piece), seen in ((block.keys, keys_are_seen), (block.values, False))
+        ]
+        if biases[1] is not None:
+            hidden.append(HiddenBiases(biases[0], biases[1], f"{block.output}.weight", f"{block.output}.bias"))
         queries = _last_axis(spec, block.queries)
         if block.attention_norms:
             pass
@@ -172,6 +189,7 @@ def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
         replace(spec, declarations=declarations, axes=axes),
         tuple(norms),
         frozenset(writers),
+        tuple(hidden),
         tuple(circuits),
         centred=network.layer_norm and bool(norms),
         tied=network.tied if norms else None,

@@ -60,7 +60,7 @@ class CanonicalWeights:
     def identity(self) -> Mapping[str, Any]:
         """Of the files that it is made from; empty in memory."""
         files = self._checkpoint.identity().get("files", {})
-        return {**files, "canonical": 1} if files else {}
+        return {**files, "canonical": 2} if files else {}
 
     def refuse_changed(self) -> None:
         """Refuses files that were written to since they were opened."""

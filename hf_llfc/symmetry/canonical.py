@@ -9,7 +9,11 @@ stays one of the same class and computes the same function:
    stays, as b / g in front of W·diag g. A tied output head gets a tensor of its own, since the gain goes into it.
 2. **The stream is centred** where it is read through LayerNorm only, which takes the mean away: what writes to it and
    what reads it lose theirs, without effect.
-3. **Circuits are balanced.** Where L writes and R reads the same channels and nothing but linear maps lies between,
+3. **Biases that attention hides are taken away.** Its weights sum to 1, so that a bias b of the values adds W·b to what
+   the output map W gives, whatever the input: it goes into the bias of that map. A bias of the keys adds the same to
+   all scores of a query, which the softmax takes away again: it goes, unless a rotary embedding or a norm stands
+   between.
+4. **Circuits are balanced.** Where L writes and R reads the same channels and nothing but linear maps lies between,
    (M·L, M⁻ᵀ·R) is the same function for every M of a group G. Among all of these ‖L‖² + ‖R‖² has a minimum that is
    unique up to the orthogonal matrices in G (Kempf and Ness, *The length of vectors in representation spaces*, 1979).
    So two models that differ by an element of G differ, once balanced, by an orthogonal one. The minima, with Gram
@@ -26,7 +30,7 @@ A folded tensor is made from a few others when it is read, in float64.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -94,6 +98,23 @@ class Circuit:
 
 
 @dataclass(frozen=True)
+class HiddenBiases:
+    """Biases that an attention hides, see the module; tensors that a checkpoint lacks do not count.
+
+    Attributes:
+        keys: The bias of the keys; None where it is not hidden.
+        values: The bias of the values.
+        weight: The declared name of the weight of the output map.
+        bias: Of its bias. Without it the bias of the values stays.
+    """
+
+    keys: Part | None
+    values: Part
+    weight: str
+    bias: str
+
+
+@dataclass(frozen=True)
 class CanonicalForm:
     """How checkpoints of one architecture are brought into canonical form.
 
@@ -101,6 +122,7 @@ class CanonicalForm:
         spec: The permutation spec of what comes out, with the groups that its axes have then.
         norms: The norms that are folded; none where the residual stream has to stay as it is.
         writers: Declared names of what writes to the residual stream, and of nothing else.
+        hidden: Biases that are taken away.
         circuits: What is balanced.
         centred: Whether the stream is read through LayerNorm only.
         tied: (output head, embedding): the head is a copy of the embedding where a checkpoint has no tensor for it.
@@ -109,6 +131,7 @@ class CanonicalForm:
     spec: PermutationSpec
     norms: tuple[Norm, ...] = ()
     writers: frozenset[str] = frozenset()
+    hidden: tuple[HiddenBiases, ...] = ()
     circuits: tuple[Circuit, ...] = ()
     centred: bool = False
     tied: tuple[str, str] | None = None
@@ -185,13 +208,34 @@ class Canonical:
                     found.setdefault(part.tensor, []).append((part.piece, circuit, is_left))
         return found
 
+    @cached_property
+    def _taken(self) -> dict[str, set[int]]:
+        """Bias → its pieces that are taken away."""
+        found: dict[str, set[int]] = {}
+        for each in self.form.hidden:
+            moved = each.values if each.bias in self._present else None
+            for part in (each.keys, moved):
+                if part is not None:
+                    found.setdefault(part.tensor, set()).add(part.piece)
+        return found
+
+    @cached_property
+    def _given(self) -> dict[str, HiddenBiases]:
+        """Bias of an output map → what it takes up."""
+        return {
+            each.bias: each
+            for each in self.form.hidden
+            if each.bias in self._present and each.values.tensor in self._present
+        }
+
     def is_changed(self, name: str) -> bool:
         """Whether a tensor may differ from what the checkpoint holds, given the checkpoint's own name."""
         if name in self.added:
             return True
         declared = self.binding.tensors[name].spec.name
         of_norm = bool(self.form.norms) and (declared in self._norms or self._is_of_stream(declared))
-        return of_norm or declared in self._circuits or declared in {self._bias_of(each) for each in self._readers}
+        biases = {self._bias_of(each) for each in self._readers} | self._taken.keys() | self._given.keys()
+        return of_norm or declared in self._circuits or declared in biases
 
     def canonical(self, name: str) -> Tensor:
         """One tensor in canonical form, by the checkpoint's own name, float64; others come as they are."""
@@ -245,6 +289,34 @@ class Canonical:
         return all(self._bias_of(reader) in self._present for reader in norm.readers if reader in self._present)
 
     def _folded(self, declared: str) -> Tensor:
+        """A tensor with norms and hidden biases folded and the stream centred."""
+        tensor = self._norms_folded(declared)
+        if declared in self._given:
+            tensor = tensor + self._output_of_values(self._given[declared])
+        if declared not in self._taken:
+            return tensor
+        number = count()
+
+        def left(piece: Tensor, atoms: tuple[Atom, ...]) -> Tensor:
+            return torch.zeros_like(piece) if next(number) in self._taken[declared] else piece
+
+        return map_pieces(tensor, self._dimensions(declared), self._sizes, left)
+
+    def _output_of_values(self, hidden: HiddenBiases) -> Tensor:
+        """What an output map makes of the bias of the values."""
+        of_bias = list(self._pieces(hidden.values.tensor))
+        bias, of_values = of_bias[hidden.values.piece]
+        ((weight, atoms),) = self._pieces(hidden.weight)
+        letters = {atom: chr(ord("a") + place) for place, atom in enumerate(atoms)}
+        stream = next(atom for atom in atoms if isinstance(atom, AxisUse) and atom.axis == self.stream)
+        left, right = ("".join(letters[atom] for atom in each) for each in (atoms, of_values))
+        return torch.einsum(f"{left},{right}->{letters[stream]}", weight, bias)
+
+    def _pieces(self, declared: str) -> Iterator[tuple[Tensor, tuple[Atom, ...]]]:
+        """Of a tensor with its norms folded."""
+        return pieces(self._norms_folded(declared), self._dimensions(declared), self._sizes)
+
+    def _norms_folded(self, declared: str) -> Tensor:
         """A tensor after its norms are folded and the stream is centred."""
         if declared in self._norms:
             return self._left_behind(declared, self._norms[declared])

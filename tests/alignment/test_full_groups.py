@@ -46,6 +46,7 @@ CASES = {
     "gpt2 classes": (transformers.GPT2ForSequenceClassification, transformers.GPT2Config(**GPT2, pad_token_id=0)),
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
     "llama tied": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER, tie_word_embeddings=True)),
+    "llama biases": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER, attention_bias=True)),
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(**DECODER)),
     "granite": (transformers.GraniteForCausalLM, transformers.GraniteConfig(**DECODER)),
     "gemma": (transformers.GemmaForCausalLM, transformers.GemmaConfig(**DECODER)),
@@ -127,6 +128,48 @@ def test_planted_transforms_are_found(case):
     found = alignment.apply(planted)
     assert alignment.metadata["cosine_after"] > 1 - 1e-6
     assert max(float((found[name] - state[name]).abs().max()) for name in state) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "keys", "values", "output"),
+    [
+        (
+            "gpt2",
+            ("transformer.h.0.attn.c_attn.bias", slice(16, 32)),
+            ("transformer.h.0.attn.c_attn.bias", slice(32, 48)),
+            "transformer.h.0.attn.c_proj",
+        ),
+        (
+            "vit",
+            ("vit.encoder.layer.0.attention.attention.key.bias", slice(None)),
+            ("vit.encoder.layer.0.attention.attention.value.bias", slice(None)),
+            "vit.encoder.layer.0.attention.output.dense",
+        ),
+        (
+            "llama biases",
+            None,
+            ("model.layers.0.self_attn.v_proj.bias", slice(None)),
+            "model.layers.0.self_attn.o_proj",
+        ),
+    ],
+)
+def test_biases_that_attention_hides_are_taken_away(case, keys, values, output):
+    model = made(case)
+    form = canonical_form(model.config)
+    state = stored(model)
+    changed = {name: value.clone() for name, value in state.items()}
+    shift = torch.randn(
+        changed[values[0]][values[1]].shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    changed[values[0]][values[1]] += shift
+    weight = changed[f"{output}.weight"]
+    of_heads = shift.view(-1, 4).repeat_interleave(weight.shape[1] // len(shift), 0).flatten()
+    changed[f"{output}.bias"] -= of_heads @ weight if case == "gpt2" else weight @ of_heads
+    if keys is not None:
+        changed[keys[0]][keys[1]] += 1.0
+    before, after = (canonical_state(form, each) for each in (state, changed))
+    assert max(float((before[name] - after[name]).abs().max()) for name in state) < 1e-9
+    assert not bool(after[values[0]][values[1]].any())
 
 
 @pytest.mark.parametrize("group", sorted(MATRIX_GROUPS))
