@@ -33,5 +33,8 @@ SUGGESTIONS = ("weights", "layers")
 HEADS = ("own", "first")
 """Under which head models are compared: each its own, or all that of the first, for models of different tasks."""
 
+UNION = "union"
+"""Value of `tokenizer_source` for the union of the models' vocabularies."""
+
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """What a run may be logged to: the trackers of accelerate."""

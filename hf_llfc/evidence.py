@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.journal import Journal
+from hf_llfc.choices import UNION
 from hf_llfc.inputs import Models
 from hf_llfc.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
 from hf_llfc.publishing import write_card
@@ -38,7 +39,7 @@ def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None =
     base, source = recipe.base_model, recipe.tokenizer_source
     if base is not None and opened.base is not None:
         base = _pinned(base, opened.base)
-    if isinstance(source, str) and source != "base":
+    if isinstance(source, str) and source not in ("base", UNION):
         source = _pinned(source, opened.tokenizer_source)
     section = recipe.diagnose
     measured = dict(report.data) if report is not None else {}

@@ -13,15 +13,18 @@ from hf_llfc.checkpoints import (
     OutputFolder,
     open_checkpoint,
 )
+from hf_llfc.choices import UNION
 from hf_llfc.errors import CheckpointError, RecipeError, raise_all
 from hf_llfc.recipe import Recipe
 from hf_llfc.specs import open_weights
-from hf_llfc.stages import in_groups, open_data, refuse_incompatible
+from hf_llfc.stages import Parent, in_groups, open_data, refuse_incompatible
+from hf_llfc.symmetry import Alignment
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_llfc.checkpoints.union import Union
     from hf_llfc.evaluation import EvaluationData
 
 
@@ -33,16 +36,19 @@ class Models:
         parents: One a model, the first gives config and names.
         base: θ₀ of task arithmetic.
         tokenizer_source: Whose tokenizer and processor files are carried over.
+        union: Of their vocabularies, where the recipe asks for it; `tokenizer_source` is then the first parent with it.
     """
 
     parents: Sequence[Checkpoint]
     base: Checkpoint | None
     tokenizer_source: Checkpoint
+    union: Union | None = None
 
     @property
     def everything(self) -> list[Checkpoint]:
         """All that a run reads: also whose tokenizer is carried over."""
-        return [*self.all, *([self.tokenizer_source] if self.tokenizer_source not in self.all else [])]
+        is_one_of_them = self.union is not None or self.tokenizer_source in self.all
+        return [*self.all, *([] if is_one_of_them else [self.tokenizer_source])]
 
     @property
     def all(self) -> list[Checkpoint]:
@@ -52,6 +58,17 @@ class Models:
     def reference(self, recipe: Recipe) -> Checkpoint:
         """The one that stays in alignment: the base of task arithmetic, or what the recipe says."""
         return self.base if self.base is not None else self.parents[recipe.reference_index]
+
+    def moved(self, alignments: Sequence[Alignment | None]) -> tuple[list[Parent], Parent | None]:
+        """The parents and the base in the coordinates of the reference.
+
+        Args:
+            alignments: One a parent; the base stays.
+        """
+        moved = [Parent(each, alignment) for each, alignment in zip(self.parents, alignments, strict=True)]
+        moved += [Parent(self.base)] if self.base is not None else []
+        everyone = [replace(each, lenders=moved) for each in moved] if self.union is not None else moved
+        return everyone[: len(self.parents)], everyone[-1] if self.base is not None else None
 
 
 def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] | None = None) -> Models:
@@ -64,7 +81,7 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
     if len(given) != len(recipe.models):
         raise RecipeError(f"{len(given)} models are given in place of the {len(recipe.models)} of the recipe")
     opening = partial(
-        open_checkpoint if runs_models(recipe) else open_weights,
+        open_checkpoint if runs_models(recipe) or recipe.tokenizer_source == UNION else open_weights,
         allow_pickle=recipe.allow_pickle,
     )
     parents = [
@@ -73,11 +90,33 @@ def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] |
     ]
     base = opening(recipe.base_model) if recipe.base_model is not None else None
     opened = Models(parents, base, parents[0])
+    if recipe.tokenizer_source == UNION:
+        opened = united(opened)
     refuse_incompatible(opened.all)
     parents = in_groups(opened.parents, recipe.align)
     base = in_groups([opened.base], recipe.align)[0] if opened.base is not None else None
-    opened = Models(parents, base, parents[0])
+    opened = replace(opened, parents=parents, base=base)
     return replace(opened, tokenizer_source=tokenizer_source(recipe, opened, opening))
+
+
+def united(opened: Models) -> Models:
+    """The same models over the union of their vocabularies, each with its own rows alone; see `Models.moved`.
+
+    Models that share their vocabulary already come back as they are.
+
+    Raises:
+        CheckpointError: Their tokenizers, or the rows of one, cannot be united.
+    """
+    from hf_llfc.checkpoints.reindexed import reindexed
+    from hf_llfc.checkpoints.union import Union
+
+    union = Union(opened.all, base=len(opened.parents) if opened.base is not None else None)
+    if union.is_of_each:
+        return opened
+    everyone = [reindexed(each, union, place) for place, each in enumerate(opened.all)]
+    parents = everyone[: len(opened.parents)]
+    source = replace(parents[0], folder=union.folder, companion_files=union.companions)
+    return Models(parents, everyone[-1] if opened.base is not None else None, source, union)
 
 
 def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Checkpoint]) -> Checkpoint:
@@ -91,7 +130,9 @@ def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Ch
     Raises:
         CheckpointError: It cannot be opened, or its vocabulary is not that of the merged weights.
     """
-    source = recipe.tokenizer_source
+    if opened.union is not None:
+        return opened.tokenizer_source
+    source = recipe.tokenizer_source if recipe.tokenizer_source != UNION else None
     if source is None or isinstance(source, int):
         return opened.parents[source or 0]
     if source == "base":

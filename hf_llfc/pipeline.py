@@ -153,10 +153,10 @@ def _run(
     with processes.output(output) as folder, logged as trackers:
         alignments = align_parents(output, processes, opened, recipe, progress)
         trackers.alignments(alignments)
-        parents = [Parent(each, alignment) for each, alignment in zip(opened.parents, alignments, strict=True)]
+        parents, base = opened.moved(alignments)
         broken = find_broken(output, processes, parents, recipe, data, calibration, progress)
-        write_merge(output, processes, folder, parents, opened, recipe, calibration, progress, broken)
-        report = measure(output, processes, parents, opened, recipe, data, calibration, broken, progress)
+        write_merge(output, processes, folder, parents, base, opened, recipe, calibration, progress, broken)
+        report = measure(output, processes, parents, base, opened, recipe, data, calibration, broken, progress)
         trackers.report(report)
         table = score(output, processes, folder, parents, opened, recipe, data, progress)
         trackers.table(table)
@@ -291,6 +291,7 @@ def write_merge(
     processes: Processes,
     folder: Path,
     parents: Sequence[Parent],
+    base: Parent | None,
     opened: Models,
     recipe: Recipe,
     calibration: EvaluationData | None,
@@ -305,9 +306,9 @@ def write_merge(
         return
     first = opened.parents[0]
     if recipe.mergekit_method is None:
-        merge = plan_merge(parents, opened, recipe, broken)
+        merge = plan_merge(parents, base, recipe, broken)
     else:
-        merge = merge_elsewhere(output, processes, folder, parents, opened, recipe, progress)
+        merge = merge_elsewhere(output, processes, folder, parents, base, recipe, progress)
     write_shared(
         output,
         processes,
@@ -328,15 +329,14 @@ def merge_elsewhere(
     processes: Processes,
     folder: Path,
     parents: Sequence[Parent],
-    opened: Models,
+    base: Parent | None,
     recipe: Recipe,
     progress: Progress,
 ) -> Merge:
     """Lets mergekit merge, on the main process, and copies what it wrote into the result."""
     from hf_llfc.mergekit import describe, merge_by_mergekit
 
-    infos = merge_infos(opened.parents[0], recipe)
-    base = Parent(opened.base) if opened.base is not None else None
+    infos = merge_infos(parents[0].checkpoint, recipe)
 
     def compute() -> str:
         progress("mergekit", 0, 1)
@@ -427,13 +427,12 @@ def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
     return merged_infos(first.tensors, getattr(torch, recipe.result_dtype) if recipe.result_dtype else None)
 
 
-def plan_merge(parents: Sequence[Parent], opened: Models, recipe: Recipe, broken: Broken | None = None) -> Merge:
+def plan_merge(parents: Sequence[Parent], base: Parent | None, recipe: Recipe, broken: Broken | None = None) -> Merge:
     """What becomes of every tensor; weights that do not fit are refused before anything is read."""
     keeper = recipe.keep_where_broken.model if recipe.keep_where_broken is not None else 0
-    base = Parent(opened.base) if opened.base is not None else None
     return Merge.plan(
         [parent.source for parent in parents],
-        merge_infos(opened.parents[0], recipe),
+        merge_infos(parents[0].checkpoint, recipe),
         [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
         normalize=recipe.parameters.normalize,
         base=base.source if base is not None else None,
@@ -476,6 +475,7 @@ def measure(
     output: OutputFolder,
     processes: Processes,
     parents: Sequence[Parent],
+    base: Parent | None,
     opened: Models,
     recipe: Recipe,
     data: EvaluationData | None,
@@ -484,12 +484,11 @@ def measure(
     progress: Progress,
 ) -> ConnectivityReport | None:
     """The diagnosis, by all processes; None where the recipe asks for none or there is nothing to compare."""
-    if data is None or recipe.diagnose is None or (len(parents) == 1 and opened.base is None):
+    if data is None or recipe.diagnose is None or (len(parents) == 1 and base is None):
         return None
     from hf_llfc.diagnosis import diagnose_checkpoints
 
     section = recipe.diagnose
-    base = Parent(opened.base) if opened.base is not None else None
     if recipe.mergekit_method is not None and base is not None:
         # What mergekit makes is no sum of task vectors: the models are compared with each other, one with its base.
         parents, base = ([base, *parents] if len(parents) == 1 else parents), None

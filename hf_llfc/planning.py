@@ -9,7 +9,7 @@ from hf_llfc.inputs import Models, open_models, refuse_replacing_inputs
 from hf_llfc.pipeline import merge_infos, plan_merge, shares, versions_of_programs
 from hf_llfc.recipe import Recipe
 from hf_llfc.resources import peak_memory
-from hf_llfc.stages import Parent, alignment_spec, bind, matching_cost
+from hf_llfc.stages import alignment_spec, bind, matching_cost
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -33,13 +33,17 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     refuse_replacing_inputs(output, opened.all)
     first = opened.parents[0]
     if recipe.mergekit_method is None:
-        infos = plan_merge([Parent(each) for each in opened.parents], opened, recipe).infos
+        infos = plan_merge(*opened.moved([None] * len(opened.parents)), recipe).infos
     else:
         versions_of_programs(recipe)
         infos = merge_infos(first, recipe)
     written = sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
+    if opened.union is not None:
+        lacking = [len(opened.union.lacking(place)) for place in range(len(opened.all))]
+        of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(opened.all, lacking, strict=True))
+        steps.append({"step": "vocabulary", "what": f"union of {len(opened.union.tokens)} tokens; {of_each}"})
     if recipe.align.method != "none":
         spec = alignment_spec(first, recipe.align)
         kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from hf_llfc.checkpoints import Checkpoint, OutputFolder, TensorInfo
+from hf_llfc.choices import UNION
 from hf_llfc.errors import CheckpointError
 from hf_llfc.recipe import Recipe
 from hf_llfc.stages import matching_memory
@@ -35,6 +36,9 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
     held = min(largest * (len(checkpoints) + 2), recipe.max_memory)
     if recipe.align.method != "none":
         held = max(held, 2 * largest)
+    if recipe.tokenizer_source == UNION:
+        # The embeddings of all models, and those of one before and after rows of the others stand in.
+        held = max(held, (len(checkpoints) + 3) * largest)
     if recipe.align.method != "none":
         held = max(held, matching_memory(checkpoints[0], recipe.align))
     if recipe.diagnose is not None and not recipe.diagnose.offload:

@@ -43,11 +43,14 @@ class Parent:
         alignment: How it moves; None if it stays as it is.
         head_of: Another checkpoint of the same base model, whose architecture and head this one is given: models of
             different tasks are then compared by what they share. Not together with an alignment.
+        lenders: All models of the union of vocabularies, in its order and in the coordinates of the reference, whose
+            rows stand in for those that this one lacks; see `hf_llfc.checkpoints.reindexed`.
     """
 
     checkpoint: Checkpoint
     alignment: Alignment | None = None
     head_of: Checkpoint | None = None
+    lenders: Sequence[Parent] = ()
 
     @cached_property
     def binding(self) -> Binding:
@@ -59,17 +62,34 @@ class Parent:
         """Reads one tensor, moved."""
         if self.head_of is not None and self._is_of_head(name):
             return self.head_of.read(name)
+        if self._borrows(name):
+            return self.read_unrounded(name).to(self.checkpoint.tensors[name].dtype)
         return self._moved(name, self.checkpoint.read)
 
     def read_unrounded(self, name: str) -> Tensor:
         """Reads one tensor, moved, for a sum that is rounded afterwards; see `Checkpoint.read_unrounded`."""
         assert self.head_of is None, "models under another's head are compared, not merged"
-        return self._moved(name, self.checkpoint.read_unrounded)
+        moved = self._moved(name, self.checkpoint.read_unrounded)
+        if not self._borrows(name):
+            return moved
+        from hf_llfc.checkpoints.reindexed import lend_rows
+
+        assert self.checkpoint.reindexing is not None
+        return lend_rows(
+            moved, name, self.checkpoint.reindexing, [partial(each.read_unrounded, name) for each in self.lenders]
+        )
 
     def _moved(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         if self.alignment is None:
             return read(name)
         return self.alignment.read_aligned(name, self.binding, read)
+
+    def _borrows(self, name: str) -> bool:
+        """Whether rows of one tensor come from other models."""
+        reindexing = self.checkpoint.reindexing
+        if not self.lenders or reindexing is None or name not in reindexing.dimensions:
+            return False
+        return len(reindexing.union.lacking(reindexing.place)) > 0
 
     def _is_of_head(self, name: str) -> bool:
         from hf_llfc.checkpoints import body_tensors
@@ -79,7 +99,7 @@ class Parent:
 
     def span(self, name: str) -> FileSpan | None:
         """Where the bytes of one tensor lie in a file; None where it is moved or made as it is read."""
-        if self.head_of is not None:
+        if self.head_of is not None or self._borrows(name):
             return None
         if self.alignment is not None and self.alignment.moves(name, self.binding):
             return None
@@ -114,7 +134,7 @@ class Parent:
         from hf_llfc.checkpoints import load_model
 
         refuse_not_finite(self.checkpoint)
-        as_stored = self.alignment is None and self.head_of is None
+        as_stored = self.alignment is None and self.head_of is None and not self.lenders
         state = None if as_stored else self.state_dict()
         return load_model(self.head_of or self.checkpoint, state_dict=state).eval()
 

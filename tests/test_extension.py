@@ -133,8 +133,6 @@ def test_without_a_console_script_one_is_told_to_install(home: Path, monkeypatch
 @pytest.mark.slow
 def test_the_clients_own_installer_installs_it(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the installer runs: only the address is a copy of this tree, and dependencies are those that are here."""
-    import sysconfig
-
     from huggingface_hub.cli import extensions
 
     source = tmp_path / "hf-llfc"
@@ -145,7 +143,8 @@ def test_the_clients_own_installer_installs_it(home: Path, tmp_path: Path, monke
         if "install" in words:
             folder = Path(words[words.index("--python") + 1] if "--python" in words else words[0]).parents[1]
             site = next(folder.glob("lib/python*/site-packages"))
-            (site / "here.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+            here = [path for path in sys.path if Path(path).name == "site-packages"]
+            (site / "here.pth").write_text("\n".join(here) + "\n")
             words = [*words[:-1], "--no-deps", "--no-build-isolation", str(source)]
         return run(words, **options)  # type: ignore[call-overload]
 

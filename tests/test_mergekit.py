@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_llfc
 from hf_llfc.cli import main
@@ -18,6 +18,7 @@ from hf_llfc.errors import CheckpointError, RecipeError
 from hf_llfc.methods import MERGEKIT_METHODS, SWITCHES
 from hf_llfc.recipe import dump_recipe, load_recipe
 from tests.runs import byte_llama, moved, saved, text_data, text_recipe
+from tests.vocabularies import save, trained
 
 
 @pytest.fixture
@@ -104,6 +105,35 @@ def test_the_result_is_what_mergekit_alone_makes_of_the_folders(method, names, p
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert not list(shelf.glob(".out*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_base", [False, True])
+def test_the_union_of_vocabularies_has_the_rows_that_mergekit_gives_it(with_base, tmp_path):
+    """Token by token: the ids of new tokens are mergekit's own, in no order that it promises."""
+    pytest.importorskip("mergekit")
+    names = ["a", "b", "c"] if with_base else ["a", "b"]
+    for name in names:
+        save(tmp_path / name, trained("BPE", name), "llama", "causal-lm", ord(name))
+    config = {
+        "merge_method": "task_arithmetic" if with_base else "linear",
+        "models": [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in "ab"],
+        **({"base_model": str(tmp_path / "c")} if with_base else {}),
+        "tokenizer_source": "union",
+        "dtype": "float32",
+    }
+    hf_llfc.run({**config, "output_dir": str(tmp_path / "out")})
+    expected = by_mergekit_itself(config, tmp_path / "oracle")
+    found = tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "oracle" / "out").get_vocab()
+    assert ours.keys() == theirs.keys()
+    own, other = (torch.tensor([vocabulary[token] for token in sorted(ours)]) for vocabulary in (ours, theirs))
+    for name, tensor in found.items():
+        has_rows = name in ("model.embed_tokens.weight", "lm_head.weight")
+        rows, wanted = (tensor[own], expected[name][other]) if has_rows else (tensor, expected[name])
+        torch.testing.assert_close(rows, wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_parents_are_aligned_first(shelf):

@@ -412,7 +412,6 @@ class TestProblems:
             (changed(base_model="org/base"), "base_model: has no meaning for a linear merge"),
             (changed(parameters={"lambda": 0.5}), "parameters.lambda: has no meaning for a linear merge"),
             (changed(merge_method="task_arithmetic"), "base_model: task_arithmetic needs one"),
-            (changed(tokenizer_source="union"), "tokenizer_source: `union` is not supported"),
             (changed(tokenizer_source="base"), "tokenizer_source: `base` needs a base_model"),
             (changed(models=[PAIR["models"][0], {"model": "org/b"}]), "models.1: parameters.weight is missing"),
             (changed(models=PAIR["models"] * 2), "models: the weights sum to 2, not to 1"),

@@ -39,7 +39,19 @@ def canonical_checkpoint(checkpoint: Checkpoint, form: CanonicalForm) -> Checkpo
     if canonical.added:
         config = copy.deepcopy(config)
         config.tie_word_embeddings = False
-    return replace(checkpoint, config=config, tensors=weights.infos, canonical=form.spec, _weights=weights)
+    reindexing = checkpoint.reindexing
+    if reindexing is not None:
+        known = reindexing.dimensions
+        added = {name: known[source] for name, source in canonical.added.items() if source in known}
+        reindexing = replace(reindexing, dimensions={**known, **added})
+    return replace(
+        checkpoint,
+        config=config,
+        tensors=weights.infos,
+        canonical=form.spec,
+        reindexing=reindexing,
+        _weights=weights,
+    )
 
 
 class CanonicalWeights:

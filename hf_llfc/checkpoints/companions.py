@@ -3,8 +3,10 @@
 Weights of any kind, the parent's README and the state of a training run are not among them.
 """
 
+import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 
@@ -93,6 +95,14 @@ def has_vocabulary(names: Iterable[str]) -> bool:
 def is_of_tokenizer(name: str) -> bool:
     """Whether a companion file belongs to the tokenizer, as its chat templates do."""
     return any(_matches(name, pattern) for pattern in _TOKENIZER_PATTERNS)
+
+
+def copy_companion(companion: Path, folder: Path) -> None:
+    """Copies a companion file to its place below the folder of a checkpoint."""
+    # Templates lie in a folder of their own; everything else beside the weights.
+    below = companion.parent.name if companion.parent.name == TEMPLATES_FOLDER else ""
+    (folder / below).mkdir(exist_ok=True)
+    shutil.copyfile(companion, folder / below / companion.name)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -190,7 +190,8 @@ def _vocabulary_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     yield (
         f"{other.label}: the vocabulary has {len(vocabulary_2)} tokens and differs from that of {first.label} with"
         f" {len(vocabulary_1)} in {len(differing)}: {', '.join(examples)}; only models"
-        " that share a tokenizer can be merged"
+        " that share a tokenizer can be merged as they are; a recipe or merge with tokenizer_source: union unites the "
+        "vocabularies"
     )
 
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is load
     from transformers import PreTrainedModel
 
     from hf_llfc.checkpoints import names
+    from hf_llfc.checkpoints.union import Union
     from hf_llfc.symmetry import PermutationSpec
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,21 @@ class Adapter:
 
 
 @dataclass(frozen=True, eq=False)
+class Reindexing:
+    """How the rows of a checkpoint lie in the union of several vocabularies.
+
+    Attributes:
+        union: Of its vocabulary with those of others.
+        place: Of the checkpoint among the models of the union.
+        dimensions: Name on disk of every tensor with a row a token → which of its dimensions that is.
+    """
+
+    union: Union
+    place: int
+    dimensions: Mapping[str, int]
+
+
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model's config and weights, wherever they lie, with the weights read one tensor at a time.
 
@@ -93,6 +109,7 @@ class Checkpoint:
         adapter: What is folded into its tensors; None of an ordinary checkpoint.
         canonical: The permutation spec of its canonical form, if its tensors are in that; see
             `hf_llfc.checkpoints.canonical`.
+        reindexing: If its rows are those of a union of vocabularies; see `hf_llfc.checkpoints.reindexed`.
     """
 
     id: str
@@ -109,6 +126,7 @@ class Checkpoint:
     _weights: Weights = field(repr=False)
     adapter: Adapter | None = None
     canonical: PermutationSpec | None = None
+    reindexing: Reindexing | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
@@ -129,12 +147,13 @@ class Checkpoint:
 
     def read_unrounded(self, name: str) -> torch.Tensor:
         """Reads one tensor as `read` does, but one that is made from others before it is rounded."""
-        if self.adapter is None and self.canonical is None:
+        if self.adapter is None and self.canonical is None and self.reindexing is None:
             return self.read(name)
         from hf_llfc.checkpoints.adapted import AdaptedWeights
         from hf_llfc.checkpoints.canonical import CanonicalWeights
+        from hf_llfc.checkpoints.reindexed import ReindexedWeights
 
-        assert isinstance(self._weights, AdaptedWeights | CanonicalWeights)
+        assert isinstance(self._weights, AdaptedWeights | CanonicalWeights | ReindexedWeights)
         return self._weights.read_unrounded(name)
 
     def span(self, name: str) -> FileSpan | None:

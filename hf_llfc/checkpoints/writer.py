@@ -5,7 +5,6 @@ The files are those that `save_pretrained` would write: the same shards, the sam
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from hf_llfc.checkpoints.companions import TEMPLATES_FOLDER
+from hf_llfc.checkpoints.companions import copy_companion
 from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.reader import tensor_bytes
@@ -68,7 +67,7 @@ def write_checkpoint(
         _write_config(folder, infos, config)
         copied = list(companions)
         for companion in copied:
-            _copy_companion(companion, folder)
+            copy_companion(companion, folder)
         if generation_config is not None and all(path.name != GENERATION_FILE for path in copied):
             generation_config.save_pretrained(folder)
     except OSError as error:
@@ -153,10 +152,3 @@ def _write_config(folder: Path, infos: Mapping[str, TensorInfo], config: PreTrai
     if dtype is not None:
         config.dtype = dtype
     config.save_pretrained(folder)
-
-
-def _copy_companion(companion: Path, folder: Path) -> None:
-    # Templates lie in a folder of their own; everything else beside the weights.
-    below = companion.parent.name if companion.parent.name == TEMPLATES_FOLDER else ""
-    (folder / below).mkdir(exist_ok=True)
-    shutil.copyfile(companion, folder / below / companion.name)

@@ -188,7 +188,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer-source",
         metavar="MODEL",
-        help="whose tokenizer and processor go with the result: a model, its place, or base (default: 0, the first)",
+        help="whose tokenizer and processor go with the result: a model, its place, base, or union of their "
+        "vocabularies (default: 0, the first)",
     )
     parser.add_argument("--out", required=True, metavar="DIR")
     _add_output(parser)

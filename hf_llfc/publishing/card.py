@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from hf_llfc.choices import UNION
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import PathPoint
 from hf_llfc.errors import PublishingError
@@ -228,6 +229,7 @@ def render_card(
         "layers_are_many": measured is not None and len(shown_layers(measured)) > LONG_TABLE,
         "layer_summary": layer_summary(measured),
         "alignments": aligned,
+        "united": recipe.get("tokenizer_source") == UNION,
         "nothing_moved": bool(aligned) and all(entry["units"] and not entry["moved"] for entry in aligned),
         "snippet": usage_snippet(folder, config, task, name, of_bytes=data.get("tokenizer") == "bytes"),
         "recipe": _recipe_text(recipe),

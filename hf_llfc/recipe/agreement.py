@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_llfc.choices import METHODS_WITH_DATA
+from hf_llfc.choices import METHODS_WITH_DATA, UNION
 from hf_llfc.errors import suggest
 from hf_llfc.methods import MergekitMethod
 from hf_llfc.recipe.sections import MERGE_METHODS, Recipe, Weight
@@ -66,8 +66,12 @@ def disagreements(recipe: Recipe) -> list[str]:
             "a method that looks at data (activation_matching, commutativity_matching, learned_matching), or "
             "`start: activation_matching`"
         )
-    if recipe.tokenizer_source == "union":
-        problems.append("tokenizer_source: `union` is not supported; models must share their vocabulary")
+    if recipe.tokenizer_source == UNION:
+        if recipe.align.uses_data:
+            problems.append(
+                "align: with `tokenizer_source: union` models cannot be run before they are aligned, since the rows "
+                "that one lacks come from the others afterwards; use weight_matching, and no `start`"
+            )
     elif recipe.tokenizer_source == "base" and recipe.base_model is None:
         problems.append("tokenizer_source: `base` needs a base_model")
     elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(names):

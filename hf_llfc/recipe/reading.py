@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, TRACKERS, UNITS
+from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, TRACKERS, UNION, UNITS
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 from hf_llfc.limited_yaml import read_yaml
@@ -109,7 +109,7 @@ class _Reader:
             if isinstance(content.get(key), str):
                 content[key] = self._bytes(content[key], key)
         for key in ("base_model", "tokenizer_source"):
-            if isinstance(content.get(key), str):
+            if isinstance(content.get(key), str) and content[key] not in ("base", UNION):
                 content[key] = self._located(content[key])
         fits, seed = fit(content.get("seed"), int)
         self.seed = seed if fits else 0

@@ -206,7 +206,8 @@ class Recipe:
             the first model where None.
         out_dtype: Dtype of the result.
         tokenizer_source: Whose tokenizer and processor files are carried over: the index of a model, or a model, which
-            need not be one that is merged, or `base`; the first where None.
+            need not be one that is merged, or `base`; the first where None. `union`: the models' vocabularies are
+            united, and their embeddings with them.
         align: How the models are aligned; `method: none` where the recipe has no such section.
         diagnose: What is measured; nothing where None.
         keep_where_broken: Where the weights of one model stay; nowhere where None.

@@ -122,7 +122,7 @@ def test_other_vocabularies_are_named_with_sizes_and_tokens(save):
     assert problem == (
         f"{other}: the vocabulary has 8 tokens and differs from that of {first} with 7 in 3: id 4 is 'bad' against"
         " 'good', id 5 is 'good' against 'bad', id 7 is 'plot' against missing; only models that share a tokenizer"
-        " can be merged"
+        " can be merged as they are; a recipe or merge with tokenizer_source: union unites the vocabularies"
     )
 
 
