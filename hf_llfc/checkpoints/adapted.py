@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_llfc.checkpoints.adapted_base import as_adapted
 from hf_llfc.checkpoints.companions import companion_names, has_vocabulary, is_of_tokenizer
 from hf_llfc.checkpoints.files import ADAPTER_CONFIG, Files, FileSpan, Weights, open_adapter_weights
 from hf_llfc.checkpoints.folding import Folding, fold_whole, is_independent, kind_of
@@ -58,10 +59,12 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
         name: tensor.to(_wide(base)) if tensor.is_floating_point() else tensor
         for name, tensor in ((name, stored.read(name)) for name in stored.infos)
     }
+    named = base
+    base, state = as_adapted(files.where, base, config, state)
     folded = _folded(files.where, base, config, state)
     own = companion_names(files.sizes())
     files.fetch(own)
-    adapter = Adapter(files.id, files.revision, files.folder, kind_of(config), base)
+    adapter = Adapter(files.id, files.revision, files.folder, kind_of(config), named)
     pinned = [each for each in (base.revision, files.revision) if each is not None]
     return replace(
         base,

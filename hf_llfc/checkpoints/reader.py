@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -378,14 +378,7 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
         model_class = _model_class(files, architecture, config, trust_remote_code)
 
     weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
-    plan = _plan(files.where, model_class, config, weights)
-    if plan is None:
-        order = sorted(weights.infos, key=natural_order)
-        tensors: Mapping[str, TensorInfo] = {name: weights.infos[name] for name in order}
-    else:
-        tensors = plan.tensors
-        weights = _PlannedWeights(files.where, plan, weights)
-    return Checkpoint(
+    opened = Checkpoint(
         id=files.id,
         label=files.where,
         revision=files.revision,
@@ -393,12 +386,31 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
         config=config,
         architecture=architecture,
         model_class=model_class,
-        tensors=tensors,
+        tensors={name: weights.infos[name] for name in sorted(weights.infos, key=natural_order)},
         companion_files=tuple(companions),
         generation_config=_generation_config(files, raw, config),
-        unused=plan.unused if plan is not None else (),
+        unused=(),
         _weights=weights,
     )
+    return planned(opened, weights)
+
+
+def planned(checkpoint: Checkpoint, weights: Weights, heading: str | None = None) -> Checkpoint:
+    """A checkpoint whose tensors have the names on disk of its model class, where that is known.
+
+    Args:
+        checkpoint: With the names of the files.
+        weights: By those names.
+        heading: The first line of the error, if there is one.
+
+    Raises:
+        CheckpointError: The tensors are not those of the model class.
+    """
+    plan = _plan(checkpoint.label, checkpoint.model_class, checkpoint.config, weights, heading)
+    if plan is None:
+        return checkpoint
+    made = _PlannedWeights(checkpoint.label, plan, weights)
+    return replace(checkpoint, tensors=plan.tensors, unused=plan.unused, _weights=made)
 
 
 def _open_model(model: PreTrainedModel) -> Checkpoint:
@@ -532,7 +544,11 @@ def _model_class(
 
 
 def _plan(
-    where: str, model_class: type[PreTrainedModel] | None, config: PreTrainedConfig, weights: Weights
+    where: str,
+    model_class: type[PreTrainedModel] | None,
+    config: PreTrainedConfig,
+    weights: Weights,
+    heading: str | None,
 ) -> names.Plan | None:
     """How the tensors on disk come from those in the files, or None if the model class is not known here."""
     if model_class is None:
@@ -548,7 +564,7 @@ def _plan(
         raise CheckpointError(
             f"{where}/{CONFIG_FILE}: {model_class.__name__} cannot be built from this config: {error}"
         ) from error
-    heading = f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it"
+    heading = heading or f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it"
     plan = layout.plan(weights.infos, heading)
     if plan.converted:
         logger.info(

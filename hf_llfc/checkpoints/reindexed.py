@@ -44,7 +44,7 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
             "and the union of vocabularies needs it, to tell which tensors have a row a token; register the class, or "
             "allow trust_remote_code"
         )
-    larger = Layout(checkpoint.model_class, _with_rows(checkpoint, rows_of(checkpoint) + 1)).shapes
+    larger = Layout(checkpoint.model_class, with_rows(checkpoint, rows_of(checkpoint) + 1)).shapes
     found: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         grown = [new - old for new, old in zip(larger[name], info.shape, strict=True)]
@@ -56,6 +56,18 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
                 )
             found[name] = grown.index(1)
     return found
+
+
+def with_rows(checkpoint: Checkpoint, count: int) -> PreTrainedConfig:
+    """The config of a checkpoint with another number of tokens.
+
+    Args:
+        checkpoint: Whose config it is.
+        count: Rows of the embeddings.
+    """
+    config = deepcopy(checkpoint.config)
+    text_config(config, checkpoint.label).vocab_size = count
+    return config
 
 
 def reindexed(checkpoint: Checkpoint, union: Union, place: int) -> Checkpoint:
@@ -73,7 +85,7 @@ def reindexed(checkpoint: Checkpoint, union: Union, place: int) -> Checkpoint:
     weights = ReindexedWeights(checkpoint, reindexing)
     return replace(
         checkpoint,
-        config=_with_rows(checkpoint, union.size),
+        config=with_rows(checkpoint, union.size),
         tensors=weights.infos,
         # The tokenizer is that of the union, which is nobody's own.
         companion_files=tuple(path for path in checkpoint.companion_files if not is_of_tokenizer(path.name)),
@@ -134,7 +146,7 @@ class ReindexedWeights:
         self._dimensions = reindexing.dimensions
         self._is_moved = not torch.equal(self._rows_t, torch.arange(rows_of(checkpoint)))
         self.infos: Mapping[str, TensorInfo] = {
-            name: replace(info, shape=_resized(info.shape, self._dimensions[name], reindexing.union.size))
+            name: replace(info, shape=resized_shape(info.shape, self._dimensions[name], reindexing.union.size))
             if name in self._dimensions
             else info
             for name, info in checkpoint.tensors.items()
@@ -171,16 +183,10 @@ class ReindexedWeights:
             return tensor
         dimension = self._dimensions[name]
         ids = (self._rows_t != LACKING).nonzero().flatten()
-        moved = tensor.new_zeros(_resized(tensor.shape, dimension, len(self._rows_t)))
+        moved = tensor.new_zeros(resized_shape(tensor.shape, dimension, len(self._rows_t)))
         return moved.index_copy_(dimension, ids, tensor.index_select(dimension, self._rows_t[ids]))
 
 
-def _resized(shape: Sequence[int], dimension: int, size: int) -> tuple[int, ...]:
+def resized_shape(shape: Sequence[int], dimension: int, size: int) -> tuple[int, ...]:
+    """A shape with another size in one dimension."""
     return tuple(size if place == dimension else length for place, length in enumerate(shape))
-
-
-def _with_rows(checkpoint: Checkpoint, count: int) -> PreTrainedConfig:
-    """The config of a checkpoint with another number of tokens."""
-    config = deepcopy(checkpoint.config)
-    text_config(config, checkpoint.label).vocab_size = count
-    return config
