@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import is_peft_available
 
+from hf_llfc.checkpoints.files import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE
 from hf_llfc.errors import LLFCError, RecipeError
 from hf_llfc.recipe import Recipe, load_recipe
 
@@ -46,6 +48,9 @@ class MergeCallback(TrainerCallback):
     deletes them and take no room while it does not. In a training of several processes the main one collects, and all
     of them share the merge. A training that is resumed goes on with what it had collected up to that checkpoint.
 
+    Of a model that is trained through peft the Trainer saves adapters: each is folded into the base that it names, and
+    the result is a whole model, the average of the folded ones.
+
     A merge that fails ends no training: what is wrong is logged, kept as `problem`, and the checkpoints stay.
 
     Attributes:
@@ -69,6 +74,7 @@ class MergeCallback(TrainerCallback):
         diagnose: Mapping[str, Any] | None = None,
         merge: bool = True,
         keep: bool = False,
+        base: str | Path | None = None,
         **settings: Any,
     ) -> None:
         """Takes what is to be done; everything that can be checked is checked now.
@@ -83,6 +89,7 @@ class MergeCallback(TrainerCallback):
             diagnose: The section `diagnose` of a recipe: task and data to measure on.
             merge: Whether they are merged; otherwise each is diagnosed against the final model.
             keep: Whether what was collected stays after the end.
+            base: What adapters are folded into, a Hub id or a folder; where None, what their config names.
             settings: Any other key of a recipe (`dtype`, `overwrite`, `publish`, …).
 
         Raises:
@@ -104,6 +111,7 @@ class MergeCallback(TrainerCallback):
         self.weights = list(weights) if weights is not None else None
         self.merge = merge
         self.keep = keep
+        self.base = base
         self.settings = dict(settings) | ({"diagnose": dict(diagnose)} if diagnose is not None else {})
         self.result: Result | None = None
         self.reports: dict[int, ConnectivityReport] = {}
@@ -127,7 +135,7 @@ class MergeCallback(TrainerCallback):
         """Finds out, before the training, whether anything will be collected and may be written.
 
         Raises:
-            RecipeError: The Trainer saves nothing.
+            RecipeError: The Trainer saves nothing, or adapters whose base nobody names.
             CheckpointError: The output folder cannot be written.
         """
         from hf_llfc.checkpoints import OutputFolder
@@ -135,6 +143,11 @@ class MergeCallback(TrainerCallback):
         self.result, self.reports, self.problem = None, {}, None
         if self.every is None and args.save_strategy == SaveStrategy.NO:
             raise RecipeError("MergeCallback: the Trainer saves no checkpoint (save_strategy='no'); give every=STEPS")
+        if self.base is None and _has_nameless_base(kwargs.get("model")):
+            raise RecipeError(
+                "MergeCallback: the adapters of this training name no base, so that they could not be folded: save the "
+                "base, and give base=FOLDER"
+            )
         if not state.is_world_process_zero:
             return
         OutputFolder(self.out, self.recipe.overwrite).check()
@@ -201,7 +214,13 @@ class MergeCallback(TrainerCallback):
             raise RecipeError(
                 f"MergeCallback: {len(self.weights)} weights for {len(found)} checkpoints that were saved"
             )
-        self.result = merge(list(found.values()), self.weights, out=self.out, **self.settings)
+        models = [self._named(path) for path in found.values()]
+        self.result = merge(models, self.weights, out=self.out, **self.settings)
+
+    def _named(self, path: Path) -> str:
+        """What a checkpoint is called where models are named: an adapter with its base."""
+        is_adapter = (path / ADAPTER_CONFIG).is_file()
+        return f"{self.base}+{path}" if is_adapter and self.base is not None else str(path)
 
     def _diagnose(self, found: Mapping[int, Path], final: Path) -> None:
         from hf_llfc.commands import write_diagnosis
@@ -211,7 +230,7 @@ class MergeCallback(TrainerCallback):
         for step, path in found.items():
             if path != final:
                 self.reports[step] = write_diagnosis(
-                    [final, path],
+                    [self._named(final), self._named(path)],
                     self.recipe.diagnose,
                     align=AlignSection(method="none"),
                     out=self.out / path.name,
@@ -246,11 +265,12 @@ def _link(checkpoint: Path, target: Path) -> None:
     """
     names = [path.name for path in sorted(checkpoint.iterdir()) if path.is_file()]
     names = [name for name in names if _OF_TRAINING.fullmatch(name) is None]
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        kind = "an adapter without its model" if "adapter_config.json" in names else "no whole model"
+    is_adapter = {ADAPTER_CONFIG, ADAPTER_FILE} <= set(names)
+    is_model = CONFIG_FILE in names and any(name.endswith(".safetensors") for name in names)
+    if not is_adapter and not is_model:
         raise RecipeError(
-            f"MergeCallback: {checkpoint} holds {kind}: {', '.join(names) or 'nothing'}; only checkpoints with "
-            "config.json and safetensors are merged (of FSDP, save the full state dict)"
+            f"MergeCallback: {checkpoint} holds no whole model: {', '.join(names) or 'nothing'}; only checkpoints with "
+            f"{CONFIG_FILE} and safetensors, or adapters, are merged (of FSDP, save the full state dict)"
         )
     draft = target.with_name(f"draft-{target.name}")
     shutil.rmtree(draft, ignore_errors=True)
@@ -262,6 +282,18 @@ def _link(checkpoint: Path, target: Path) -> None:
             shutil.copy2(checkpoint / name, draft / name)
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
+
+
+def _has_nameless_base(model: object) -> bool:
+    """Whether a model has adapters of peft that do not say what they belong to."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return False
+    config: Any = model.active_peft_config
+    return not config.base_model_name_or_path
 
 
 def _final(args: TrainingArguments, state: TrainerState, model: PreTrainedModel, found: Mapping[int, Path]) -> Path:

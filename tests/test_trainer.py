@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_llfc
 from hf_llfc.errors import CheckpointError, LLFCError, RecipeError
 from hf_llfc.trainer import COLLECTION
-from tests.runs import text_data
+from tests.runs import byte_llama, text_data
 from tests.trainer_script import keep_all, trainer
 
 DATA = {"task": "text-generation", "tokenizer": "bytes", "max_length": 32, "batch_size": 4, "alphas": 3}
@@ -218,17 +220,66 @@ def test_a_merge_that_fails_ends_no_training(
     assert not (tmp_path / "soup").exists()
 
 
-def test_an_adapter_alone_is_no_checkpoint_to_merge(tmp_path: Path) -> None:
+def test_what_holds_no_whole_model_is_no_checkpoint_to_merge(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt"):
+    for name in ("adapter_config.json", "optimizer.pt"):
         (checkpoint / name).write_text("{}")
     callback = hf_llfc.MergeCallback(tmp_path / "soup")
     trained = trainer(tmp_path / "run", callback, save_steps=2)
     trained.state.global_step = 2
-    with pytest.raises(RecipeError, match=r"holds an adapter without its model: adapter_config\.json"):
+    with pytest.raises(RecipeError, match=r"holds no whole model: adapter_config\.json"):
         callback.on_save(trained.args, trained.state, trained.control)
     assert os.listdir(tmp_path / "run") == ["checkpoint-2"]
+
+
+def adapted(base: Path | None, folder: Path, **changes: Any) -> Any:
+    """A model with a LoRA to be trained, over a base that lies in a folder or nowhere."""
+    byte_llama(0).save_pretrained(folder / "base")
+    model = byte_llama(0) if base is None else AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **changes)
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, config)
+
+
+def folded(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What peft makes of a base and an adapter."""
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return model.merge_and_unload(safe_merge=True).state_dict()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_adapters_of_one_training_become_one_whole_model(named: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = adapted(base if named else None, tmp_path, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    callback = hf_llfc.MergeCallback(tmp_path / "soup", base=None if named else base)
+    trained = trainer(tmp_path / "run", callback, model=model, save_steps=2, save_total_limit=1)
+    with keep_all(trained, tmp_path / "kept"):
+        trained.train()
+    assert callback.problem is None
+    assert not (tmp_path / "kept" / "2" / "model.safetensors").exists()
+    assert_is_average(tmp_path / "soup", [folded(base, tmp_path / "kept" / str(step)) for step in (2, 4, 6)])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "soup")
+    card = (tmp_path / "soup" / "README.md").read_text()
+    assert all(f"step-{step}" in card for step in (2, 4, 6)) and str(tmp_path) not in card
+    assert not (tmp_path / "run" / COLLECTION).exists()
+
+
+def test_adapters_are_diagnosed_against_the_final_one(tmp_path: Path) -> None:
+    data = {**DATA, "dataset": str(text_data(tmp_path))}
+    callback = hf_llfc.MergeCallback(tmp_path / "evidence", diagnose=data, merge=False)
+    model = adapted(tmp_path / "base", tmp_path)
+    trainer(tmp_path / "run", callback, model=model, save_steps=2, max_steps=5).train()
+    assert callback.problem is None and sorted(callback.reports) == [2, 4]
+    for step, report in callback.reports.items():
+        assert [Path(model.id).name for model in report.models] == ["step-5", f"step-{step}"]
+
+
+def test_adapters_of_a_base_that_nobody_names_are_refused_before_the_training(tmp_path: Path) -> None:
+    callback = hf_llfc.MergeCallback(tmp_path / "soup")
+    with pytest.raises(RecipeError, match=r"name no base.*base=FOLDER"):
+        trainer(tmp_path / "run", callback, model=adapted(None, tmp_path), save_steps=2).train()
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
 
 
 @pytest.mark.timeout(240)

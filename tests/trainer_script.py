@@ -32,7 +32,7 @@ class Bytes(Dataset):
         return {"input_ids": self.ids_nt[place], "labels": self.ids_nt[place]}
 
 
-def trainer(folder: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **settings: Any) -> Trainer:
     """Six steps of four samples, four steps an epoch, unless `settings` say otherwise."""
     arguments = TrainingArguments(
         **{
@@ -47,7 +47,8 @@ def trainer(folder: Path, *callbacks: TrainerCallback, **settings: Any) -> Train
             **settings,
         }
     )
-    return Trainer(byte_llama(0), arguments, train_dataset=Bytes(), eval_dataset=Bytes(), callbacks=list(callbacks))
+    model = byte_llama(0) if model is None else model
+    return Trainer(model, arguments, train_dataset=Bytes(), eval_dataset=Bytes(), callbacks=list(callbacks))
 
 
 class _Keeper(TrainerCallback):
