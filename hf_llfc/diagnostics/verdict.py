@@ -106,8 +106,8 @@ def judge(
     rows = middle_rows(layers)
     criteria = judged_by(layers, outputs)
     features_agree = all(criterion.holds for criterion in criteria)
-    where = "the merge" if len(rows[0].weights) > 2 else f"alpha {rows[0].alpha:g}"
-    evidence = f"at {where} {_output(rows[-1])}, and {_coefficient(rows)[1]}"
+    where = "in the merge" if len(rows[0].weights) > 2 else f"at α = {rows[0].alpha:g}"
+    evidence = f"{where} {_output(rows[-1])}, and {_coefficient(rows)[1]}"
     if barrier.loss is None or barrier.error is None:
         connected = features_agree
         if outputs is not None:
@@ -221,7 +221,8 @@ def _output(row: LayerRow) -> str:
     """How far the last layer is from the blend of the parents', as words."""
     assert row.llfc.mean is not None and row.baseline.mean is not None
     return (
-        f"{row.layer}: {row.llfc.mean:.2g} from the blend (1 - cos) against {row.baseline.mean:.2g} between the parents"
+        f"the merged features of {row.layer} are {row.llfc.mean:.2g} from the blend (1 − cos), the parents' "
+        f"{row.baseline.mean:.2g} from each other"
     )
 
 
@@ -237,7 +238,7 @@ def _coefficient(rows: Sequence[LayerRow]) -> tuple[bool, str]:
     if worst is None:
         return False, "no coefficient is defined"
     low, high = COEFFICIENT_RANGE
-    return low <= worst[0] <= high, f"the coefficient is {worst[0]:.2f} in its worst layer, {worst[1]}"
+    return low <= worst[0] <= high, f"the coefficient farthest from 1 is {worst[0]:.2f} (in {worst[1]})"
 
 
 def _agreement(outputs: OutputAgreement) -> str:

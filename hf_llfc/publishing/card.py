@@ -407,6 +407,8 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> str | None:
     best = min(losses, key=lambda name: losses[name])
     if own < losses[best]:
         return "On these data the merge has a lower loss than every one of its parents."
+    if len(losses) > 1 and own >= max(losses.values()):
+        return "On these data every one of its parents alone does as well or better, by loss."
     return f"On these data {best} alone does as well or better, by loss."
 
 

@@ -107,16 +107,16 @@ def test_the_reason_is_told_in_numbers():
     for part in (
         "29.50 points of error (limit 2)",
         "1.320 nats",
-        "logits: 0.12",
-        "0.022",
-        "0.12 in its worst layer, hidden",
+        "features of logits are 0.12 from the blend",
+        "the parents' 0.022 from each other",
+        "the coefficient farthest from 1 is 0.12 (in hidden)",
     ):
         assert part in verdict.because, part
-    assert judge(NONE, MATCHED, aligned=True).because.startswith("without labels, at alpha 0.5 logits")
+    assert judge(NONE, MATCHED, aligned=True).because.startswith("without labels, at α = 0.5 the merged")
 
 
 def test_the_middle_of_the_path_is_looked_at():
     layers = [*rows(0.5, 0.02, 0.1, alpha=0.1), *rows(0.0002, 0.02, 0.9, alpha=0.6), *rows(0.0, 0.02, 1.0, alpha=1.0)]
     verdict = judge(NONE, layers, aligned=False)
     assert verdict.answer == "merge"
-    assert "alpha 0.6" in verdict.because
+    assert "α = 0.6" in verdict.because

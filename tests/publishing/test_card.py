@@ -220,7 +220,7 @@ def test_every_number_of_the_report_is_in_its_place(tmp_path: Path) -> None:
         ["logits", "0.040", "0.32", "0.12", "0.910"],
     ]
     assert "Barrier: 0.125 nats of loss and 6.25 points of error." in page.text
-    assert "On these data ada/bert-tweets alone does as well or better, by loss." in page.text
+    assert "On these data every one of its parents alone does as well or better, by loss." in page.text
     assert "at most 0.12 times as far" in page.text
     assert "the coefficient is 0.91 where it is farthest from 1 (in logits)" in page.text
     assert "moved 30 of 36 units (30 of 32 neurons, 0 of 4 heads)" in page.text
