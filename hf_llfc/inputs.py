@@ -14,7 +14,7 @@ from hf_llfc.checkpoints import (
     open_checkpoint,
 )
 from hf_llfc.choices import UNION
-from hf_llfc.errors import CheckpointError, RecipeError, raise_all
+from hf_llfc.errors import CheckpointError, RecipeError, raise_all, suggest
 from hf_llfc.recipe import Recipe
 from hf_llfc.specs import open_weights
 from hf_llfc.stages import Parent, in_groups, open_data, refuse_incompatible
@@ -143,7 +143,10 @@ def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Ch
         return named[source]
     from hf_llfc.checkpoints.comparison import tokenizer_problems
 
-    found = opening(source)
+    try:
+        found = opening(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"tokenizer_source: {error}{suggest(source, [*named, 'base', UNION])}") from None
     raise_all(tokenizer_problems(opened.all, found), CheckpointError, "tokenizer_source does not fit the models")
     return found
 

@@ -67,3 +67,10 @@ def test_ids_beyond_the_embeddings_are_refused(shelf):
 def test_a_place_without_a_model_is_refused(shelf):
     with pytest.raises(RecipeError, match="tokenizer_source: there is no model 2; models are counted from 0"):
         hf_llfc.merge(["a", "b"], out="out", tokenizer_source=2)
+
+
+def test_a_source_that_is_not_there_is_named_with_what_may_have_been_meant(shelf):
+    with pytest.raises(CheckpointError, match=r"tokenizer_source: \./unoin: there is no such folder"):
+        hf_llfc.merge(["a", "b"], out="out", tokenizer_source="./unoin")
+    with pytest.raises(CheckpointError, match=r"(?s)tokenizer_source: unoin: .*did you mean 'union'"):
+        hf_llfc.merge(["a", "b"], out="out", tokenizer_source="unoin")

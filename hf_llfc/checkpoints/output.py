@@ -127,7 +127,8 @@ class OutputFolder:
         few = ", ".join(held[:5]) + (", …" if len(held) > 5 else "")
         if not self.overwrite:
             raise CheckpointError(
-                f"{self._named}: the output folder is not empty (it holds {few}); choose another one, or overwrite"
+                f"{self._named}: the output folder is not empty (it holds {few}); choose another one, or overwrite it "
+                "(`--overwrite`, in a recipe `overwrite: true`)"
             )
         if CONFIG_FILE not in held and LLFC_FOLDER not in held:
             raise CheckpointError(

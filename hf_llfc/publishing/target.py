@@ -46,8 +46,8 @@ class Target:
         Raises:
             PublishingError: The name is none, or nobody is logged in.
         """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub import HfApi, is_offline_mode
+        from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
         from huggingface_hub.utils import validate_repo_id
 
         api = HfApi(endpoint=endpoint, token=token, library_name="hf_llfc", library_version=version())
@@ -56,6 +56,8 @@ class Target:
         except HFValidationError as error:
             raise PublishingError(f"{repo_id!r} is no name of a repository: {error}") from None
         with explained("logging in"):
+            if is_offline_mode():
+                raise OfflineModeIsEnabled()  # before a login is asked for
             user = api.whoami()
         full_name = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         return cls(api, full_name, user)

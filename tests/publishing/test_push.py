@@ -339,6 +339,9 @@ def test_offline_is_said_and_not_waited_for(hub: HubDouble, folder: Path, monkey
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "unset HF_HUB_OFFLINE" in refused(folder)
+    # It is said first: there is no use in logging in.
+    monkeypatch.delenv("HF_TOKEN")
+    assert "unset HF_HUB_OFFLINE" in refused(folder)
     assert not hub.requests
 
 
