@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_llfc
 from hf_llfc.adapters.derived.verify import randomise
@@ -23,7 +23,7 @@ from hf_llfc.identity import identity_of_run
 from hf_llfc.inputs import open_models
 from hf_llfc.recipe import Recipe, load_recipe
 from tests.runs import moved
-from tests.tiny_models import AUTO_CLASSES, tiny_config
+from tests.tiny_models import AUTO_CLASSES, TINY, logits, tiny_config, tiny_inputs, tiny_model
 from tests.vocabularies import SPECIAL, TEXTS, save, trained, vocabulary
 
 
@@ -292,3 +292,48 @@ def test_without_the_union_the_message_says_that_there_is_one(shelf):
         save(shelf / name, trained("WordLevel", name), "llama", "causal-lm", ord(name))
     problems = compare([open_checkpoint("a"), open_checkpoint("b")])
     assert any("tokenizer_source: union" in problem for problem in problems)
+
+
+TEXT = [(family, head) for family, head in TINY if "vocab_size" in tiny_config(family).to_dict()]
+
+
+@pytest.mark.parametrize(("family", "head"), TEXT, ids=[f"{family}-{head}" for family, head in TEXT])
+def test_the_order_of_a_vocabulary_does_not_matter(family, head, shelf):
+    """The same model under a shuffled vocabulary: transformers says that it is the same, and so does the merge."""
+    model = tiny_model(family, head)
+    model.save_pretrained(shelf / "a")
+    words = [f"word{place}" for place in range(model.config.vocab_size)]
+    # Special tokens keep their ids, which the config names.
+    order = torch.cat([torch.arange(4), 4 + torch.randperm(len(words) - 4, generator=torch.Generator().manual_seed(3))])
+    words_of(shelf / "a", words)
+    opened = open_checkpoint("a")
+    dimensions = vocabulary_dimensions(opened)
+    assert dimensions
+    state = {
+        name: tensor.index_select(dimensions[name], order) if name in dimensions else tensor
+        for name, tensor in opened.state_dict()
+    }
+    shuffled = load_model(opened, state_dict=state)
+    if family == "mixtral":
+        shuffled.set_experts_implementation("eager")  # the grouped kernel has no float64
+    shuffled.save_pretrained(shelf / "b")
+    words_of(shelf / "b", [words[place] for place in order])
+    inputs = tiny_inputs(model)
+    places = torch.argsort(order)
+    found = logits(shuffled, {**inputs, "input_ids": places[inputs["input_ids"]]})
+    expected = logits(model, inputs)
+    if head in ("masked-lm", "causal-lm"):
+        found = found[..., places]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    hf_llfc.merge(["a", "b"], out="out", tokenizer_source="union")
+    merged = load_file("out/model.safetensors")
+    assert merged.keys() == load_file("a/model.safetensors").keys()
+    for name, tensor in load_file("a/model.safetensors").items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def words_of(folder: Path, words: list[str]) -> None:
+    """A tokenizer of these words."""
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

@@ -301,11 +301,18 @@ def _written(folder: Path, first: Checkpoint, joined: Description, text: str) ->
     except Exception as error:  # the class of the tokenizer may raise anything
         raise CheckpointError(f"tokenizer_source: the union of the vocabularies cannot be loaded: {error}") from error
     expected = _vocabulary(joined)
-    if found != expected:
-        lost = [token for token in expected if found.get(token) != expected[token]]
+    lost = [token for token, index in expected.items() if found.get(token) != index]
+    if lost:
         raise CheckpointError(
             f"tokenizer_source: {type(tokenizer).__name__} of {first.label} does not keep {len(lost)} of the "
-            f"{len(expected)} tokens of the union, {lost[:1]} first; name a model first whose tokenizer is of a class "
+            f"{len(expected)} tokens of the union, {lost[0]!r} first; name a model first whose tokenizer is of a class "
             "that does"
+        )
+    if own := [token for token in found if token not in expected]:
+        logger.warning(
+            "%s adds %d tokens of its own to the union, %r first, for which the result has no rows",
+            type(tokenizer).__name__,
+            len(own),
+            own[0],
         )
     return companions
