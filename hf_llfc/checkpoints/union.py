@@ -80,14 +80,18 @@ class Union:
         self.base = base
         self.tokens: Mapping[str, int] = _vocabulary(joined)
         self.size = 1 + max(self.tokens.values())
-        self.is_of_each = len({rows_of(each) for each in models}) == 1 and all(
-            _vocabulary(each) == self.tokens for each in descriptions
-        )
+        counts = [rows_of(each) for each in models]
+        self.is_of_each = len(set(counts)) == 1 and all(_vocabulary(each) == self.tokens for each in descriptions)
+        if self.size > sum(counts):  # a damaged id, for which no room is to be made
+            raise CheckpointError(
+                f"tokenizer_source: the union of the vocabularies reaches id {self.size - 1}, and the models have "
+                f"{sum(counts)} rows together; a tokenizer does not belong to its model, or is damaged"
+            )
         self.rows: Sequence[Tensor] = [
-            self._rows_of(_vocabulary(description), rows_of(each))
-            for each, description in zip(models, descriptions, strict=True)
+            self._rows_of(_vocabulary(description), count)
+            for count, description in zip(counts, descriptions, strict=True)
         ]
-        self._keep_rows_without_token(rows_of(models[0]))
+        self._keep_rows_without_token(counts[0])
         self._refuse_tokens_of_nobody(labels)
         text = json.dumps(joined, ensure_ascii=False)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
