@@ -336,11 +336,11 @@ def test_task_vectors_are_added_and_taken_away(independent, tmp_path):
     report = result.report
     assert report.region == "arithmetic"
     assert [model.id for model in report.models] == [*map(str, independent), str(base)]
-    assert [point.name for point in report.path[2:4]] == ["base", "-1 times the task vectors"]
+    assert [point.name for point in report.path[2:4]] == ["base", "-1 × task vectors"]
     assert report.path[3].weights == pytest.approx((-0.3, -0.4, 1.7))
     assert report.path[-1].weights == pytest.approx((0.3, 0.4, 0.3))
     assert result.table[-1]["loss"] == pytest.approx(report.path[-1].loss, rel=1e-6)
-    assert "at the merge logits" in report.verdict.because
+    assert "the merged features of logits are" in report.verdict.because
     outside = hf_llfc.merge(
         independent[:1],
         [1.0],

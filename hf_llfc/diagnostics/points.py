@@ -120,7 +120,7 @@ def arithmetic(weights: Sequence[float], scales: Sequence[float] = TASK_SCALES) 
     points = [*_vertices([*(f"model {place}" for place in range(1, len(weights) + 1)), "base"])]
     for scale in [*sorted({scale for scale in scales if scale not in (0.0, 1.0)}), 1.0]:
         parts = tuple(scale * weight for weight in weights)
-        name = "merge" if scale == 1 else f"{scale:g} times the task vectors"
+        name = "merge" if scale == 1 else f"{scale:g} × task vectors"
         points.append(Point((*parts, 1 - sum(parts)), name))
     return Region("arithmetic", tuple(points))
 

@@ -106,8 +106,8 @@ def judge(
     rows = middle_rows(layers)
     criteria = judged_by(layers, outputs)
     features_agree = all(criterion.holds for criterion in criteria)
-    where = "in the merge" if len(rows[0].weights) > 2 else f"at α = {rows[0].alpha:g}"
-    evidence = f"{where} {_output(rows[-1])}, and {_coefficient(rows)[1]}"
+    where = "" if len(rows[0].weights) > 2 else f"at α = {rows[0].alpha:g} "
+    evidence = f"{where}{_output(rows[-1])}, and {_coefficient(rows)[1]}"
     if barrier.loss is None or barrier.error is None:
         connected = features_agree
         if outputs is not None:

@@ -19,6 +19,7 @@ from hf_llfc.limited_yaml import read_yaml
 from hf_llfc.publishing.facts import (
     LOSS,
     is_far_above,
+    merge_is_outside,
     merge_point,
     metric_style,
     model_points,
@@ -216,6 +217,7 @@ def render_card(
         "results": _result_table(rows),
         "comparison": _comparison(rows),
         "barrier": barrier_words(measured),
+        "is_outside": measured is not None and merge_is_outside(measured),
         "is_average": computed_by(folder) is None,
         "page": PAGE_FILE if (folder / LLFC_FOLDER / PAGE_FILE).is_file() else None,
         "on_line": measured is None or measured.region == "line",

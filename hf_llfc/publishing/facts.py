@@ -131,6 +131,12 @@ def merge_point(report: ConnectivityReport) -> PathPoint | None:
     return report.path[-1] if report.path and not is_model(report.path[-1]) else None
 
 
+def merge_is_outside(report: ConnectivityReport) -> bool:
+    """Whether the merge does not lie between the models, as sums of task vectors need not: no barrier is its own."""
+    merged = merge_point(report)
+    return merged is not None and any(weight < 0 for weight in merged.weights)
+
+
 def shown_layers(report: ConnectivityReport) -> list[LayerRow]:
     """One row a layer: at the merge, or on a line at the measured α inside that is nearest to it, or to the middle."""
     if report.region != "line":

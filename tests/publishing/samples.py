@@ -188,7 +188,7 @@ def make_simplex_report(models: int = 4, region: str = "simplex", **changes: Any
         points.append(((1 / models,) * models, "centre"))
     else:
         points[-1] = (points[-1][0], "base")
-        for scale, name in ((-1.0, "-1 times the task vectors"), (0.5, "0.5 times the task vectors"), (1.0, "merge")):
+        for scale, name in ((-1.0, "-1 × task vectors"), (0.5, "0.5 × task vectors"), (1.0, "merge")):
             weights = (scale * 0.6,) * (models - 1)
             points.append(((*weights, 1 - sum(weights)), name))
     path, rows = [], []

@@ -172,7 +172,7 @@ def test_a_deep_model_with_every_measure_stays_small():
 @pytest.mark.parametrize(
     ("region", "points"),
     [("simplex", ["models 1 and 2", "models 1 and 3", "models 2 and 3", "centre"]),
-     ("arithmetic", ["-1 times the task vectors", "0.5 times the task vectors", "merge"])],
+     ("arithmetic", ["-1 × task vectors", "0.5 × task vectors", "merge"])],
 )  # fmt: skip
 def test_of_several_models_the_points_have_names(region, points):
     html = render_page(make_simplex_report(3, region))
@@ -181,6 +181,9 @@ def test_of_several_models_the_points_have_names(region, points):
     assert json.loads(page.scripts[0])["alphas"] is None
     assert [row[0] for row in body(page, "path")][3:] == points if region == "simplex" else True
     assert 'class="curve"' not in html and 'class="blend"' in html
+    # A sum of task vectors may lie outside the models; the barrier between them is not its own.
+    assert ("the merge lies outside" in html) == (region == "arithmetic")
+    assert ("linearly connected" in html) == (region == "simplex")
 
 
 def test_without_labels_there_is_no_path():

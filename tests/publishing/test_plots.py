@@ -269,7 +269,7 @@ def test_outside_the_models_there_is_no_blend_of_their_values() -> None:
     figure = plot_path(read_report(make_simplex_report(3, "arithmetic")))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     blends = lines_of(figure.axes[0])["blend of the models' values"]
-    assert [names[place] for place in blends[1]] == ["0.5 times the task vectors"]
+    assert [names[place] for place in blends[1]] == ["0.5 × task vectors"]
 
 
 def test_layers_of_a_simplex_are_shown_at_the_merge() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.facts import (
+    merge_is_outside,
     merge_point,
     metric_names,
     metric_style,
@@ -37,10 +38,11 @@ def meaning(report: ConnectivityReport) -> str:
 def key_facts(report: ConnectivityReport) -> list[dict[str, str]]:
     """The few figures that a reader wants first: `name`, `value` and what it means as `note`."""
     facts = []
+    note = "between the models; the merge lies outside" if merge_is_outside(report) else "0: linearly connected"
     if report.barrier.loss is not None:
-        facts.append(_fact("loss barrier", f"{report.barrier.loss:.3f} nats", "0: linearly connected"))
+        facts.append(_fact("loss barrier", f"{report.barrier.loss:.3f} nats", note))
     if report.barrier.error is not None:
-        facts.append(_fact("error barrier", f"{100 * report.barrier.error:.2f} points", "0: linearly connected"))
+        facts.append(_fact("error barrier", f"{100 * report.barrier.error:.2f} points", note))
     for name in metric_names(report)[:1]:
         facts += _of_merge(report, name)
     rows = shown_layers(report)
