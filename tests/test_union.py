@@ -4,13 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_llfc
 from hf_llfc.adapters.derived.verify import randomise
@@ -343,3 +344,30 @@ def words_of(folder: Path, words: list[str]) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_each_added_a_token_of_their_own(shelf):
+    """The rows of new tokens lie in the adapters' files, under one id in both."""
+    tokenizer = trained("BPE", "a")
+    save(shelf / "base", tokenizer, "llama", "causal-lm", 1)
+    rows = {}
+    for seed, word in enumerate(("<left>", "<right>")):
+        own = AutoTokenizer.from_pretrained("base")
+        own.add_tokens([word])
+        model = AutoModelForCausalLM.from_pretrained("base")
+        model.resize_token_embeddings(len(own))
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config)
+        adapted.save_pretrained(word.strip("<>"))
+        own.save_pretrained(word.strip("<>"))
+        rows[word] = model.get_input_embeddings().weight[own.convert_tokens_to_ids(word)].detach().clone()
+    hf_llfc.merge(["base+left", "base+right"], out="out", tokenizer_source="union")
+    union = vocabulary("out")
+    words = load_file("out/model.safetensors")["model.embed_tokens.weight"]
+    base = load_file("base/model.safetensors")["model.embed_tokens.weight"]
+    assert len(words) == len(base) + 2 == len(union)
+    assert torch.equal(words[: len(base)], base)
+    for word, row in rows.items():
+        assert torch.equal(words[union[word]], row)
