@@ -120,10 +120,12 @@ class Union:
         return [each & (~by_base if place != self.base else True) for place, each in enumerate(has)]
 
     def _rows_of(self, vocabulary: Mapping[str, int], rows: int) -> Tensor:
+        # A tokenizer may know more tokens than the model has rows.
+        known = [(self.tokens[token], index) for token, index in vocabulary.items() if index < rows]
         found_t = torch.full((self.size,), LACKING)
-        for token, index in vocabulary.items():
-            if index < rows:  # a tokenizer may know more tokens than the model has rows
-                found_t[self.tokens[token]] = index
+        if known:
+            ids, own = torch.tensor(known).unbind(dim=1)
+            found_t[ids] = own
         return found_t
 
     def _keep_rows_without_token(self, rows: int) -> None:
