@@ -73,13 +73,18 @@ def train_fashion(out: Path, seeds: Sequence[int], family: str) -> None:
         group.add(f"{family}-{seed}", partial(make, seed), parents.fashion_processor(), {"test": test})
 
 
+# Width of each language model.
+LANGUAGE_MODELS = {"gpt2": 128, "llama": 128, "llama-256": 256}
+
+
 def language_config(family: str, vocabulary: int) -> transformers.PreTrainedConfig:
-    """Four layers, 128 wide: a GPT-2 with a tied head, or a Llama with grouped queries and rotary positions."""
+    """Four layers: a GPT-2 with a tied head, or a Llama with grouped queries and rotary positions."""
+    width = LANGUAGE_MODELS[family]
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if family == "gpt2":
         return transformers.GPT2Config(
             vocab_size=vocabulary,
-            n_embd=128,
+            n_embd=width,
             n_layer=4,
             n_head=4,
             n_positions=parents.BLOCK_BYTES,
@@ -90,11 +95,11 @@ def language_config(family: str, vocabulary: int) -> transformers.PreTrainedConf
         )
     return transformers.LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=128,
+        hidden_size=width,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        intermediate_size=344,
+        intermediate_size=width * 43 // 16,
         max_position_embeddings=parents.BLOCK_BYTES,
         tie_word_embeddings=False,
         **special,
@@ -125,11 +130,8 @@ def train_language(out: Path, seeds: Sequence[int], family: str) -> None:
 
 
 FAMILIES = {
-    "vit": partial(train_fashion, family="vit"),
-    "gpt2": partial(train_language, family="gpt2"),
-    "llama": partial(train_language, family="llama"),
-    "resnet": partial(train_fashion, family="resnet"),
-    **{name: partial(train_fashion, family=name) for name in VITS if name != "vit"},
+    **{name: partial(train_fashion, family=name) for name in (*VITS, "resnet")},
+    **{name: partial(train_language, family=name) for name in LANGUAGE_MODELS},
 }
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.spec import Binding, PermutationSpec, TensorSpec
+
+ANCHORS = 16.0
+"""How often an anchor counts where an axis is transformed by matrices, see `Parameters.with_anchors`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,34 @@ class Parameters:
     def keys(self) -> dict[tuple[str, tuple[int, ...]], str]:
         """(declared name, index along the axes in the name) → the model's own name."""
         return {(bound.spec.name, bound.index): name for name, bound in self.binding.tensors.items()}
+
+    def with_anchors(self, weight: float) -> Parameters:
+        """The same tensors, with more said by those that anchor an axis: ⟨A, T·B⟩ of these counts `weight` times.
+
+        A tensor anchors an axis that is the only symmetric one it has, beside fixed ones: an embedding anchors the
+        residual stream by its words, a classifier by its classes. What else the stream is in was itself chosen to fit:
+        the best permutation of neurons brings even weights that were shuffled at random some way together (to a cosine
+        of .2 where true ones reach .3; `benchmarks/anchors.py`). An anchor flatters nobody.
+
+        Args:
+            weight: Above 0; 1 for the tensors as they are.
+        """
+        if weight == 1:
+            return self
+        anchors = {name for name, bound in self.binding.tensors.items() if self._is_anchor(bound.spec)}
+
+        def read(name: str) -> Tensor:
+            tensor = self.read(name)
+            if name not in anchors:
+                return tensor
+            # Both models are weighted, each by the root.
+            return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weight**0.5
+
+        return replace(self, read=read)
+
+    def _is_anchor(self, tensor: TensorSpec) -> bool:
+        moving = [use for use in tensor.axes if self.binding.spec.axes[use.axis].symmetric]
+        return len(moving) == 1 and moving[0].parent is None and len(tensor.dimensions) > 1
 
     def aligned(self, name: str, alignment: Alignment) -> Tensor:
         """Reads one tensor moved by an alignment."""

@@ -172,6 +172,49 @@ def test_biases_that_attention_hides_are_taken_away(case, keys, values, output):
     assert not bool(after[values[0]][values[1]].any())
 
 
+@pytest.mark.parametrize(
+    ("case", "anchors"),
+    [
+        ("gpt2", {"lm_head.weight", "transformer.wte.weight", "transformer.wpe.weight"}),
+        ("llama", {"lm_head.weight", "model.embed_tokens.weight"}),
+        (
+            "vit",
+            {
+                "classifier.weight",
+                *(f"vit.embeddings.{each}" for each in ("cls_token", "position_embeddings")),
+                "vit.embeddings.patch_embeddings.projection.weight",
+            },
+        ),
+    ],
+)
+def test_anchors_are_what_holds_the_stream_beside_fixed_axes(case, anchors):
+    model = made(case)
+    form = canonical_form(model.config)
+    state = canonical_state(form, stored(model))
+    plain = Parameters.from_state_dict(form.spec, state)
+    weighted = plain.with_anchors(16)
+    for name, value in state.items():
+        assert torch.equal(weighted.read(name), 4 * value if name in anchors else value)
+    assert plain.with_anchors(1) is plain
+    half = {name: value.to(torch.bfloat16) for name, value in state.items()}
+    read = Parameters.from_state_dict(form.spec, half).with_anchors(3).read(sorted(anchors)[0])
+    assert read.dtype == torch.float32
+
+
+def test_anchors_count_as_often_as_said():
+    form = canonical_form(made("llama").config)
+    a, b = (canonical_state(form, stored(made("llama", seed))) for seed in (0, 1))
+    pair = [Parameters.from_state_dict(form.spec, each).with_anchors(5.0) for each in (a, b)]
+    alignment = match_weights(*pair)
+    moved = alignment.apply(b)
+    expected = sum(
+        (5.0 if name in ("lm_head.weight", "model.embed_tokens.weight") else 1.0) * float((a[name] * moved[name]).sum())
+        for name in a
+        if not name.endswith("norm.weight")
+    )
+    assert alignment.metadata["objective_after"] == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("group", sorted(MATRIX_GROUPS))
 def test_nearest_is_in_the_group_and_best(group):
     generator = torch.Generator().manual_seed(0)
