@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -89,11 +90,8 @@ def match_weights(
         AlignmentError: The two models have different tensors, a weight is not finite, an option is out of range, or
             `start` moves what the spec holds fixed.
     """
-    if solver not in SOLVERS:
-        raise AlignmentError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)} (known: {', '.join(SOLVERS)})")
-    if restarts < 1 or max_sweeps < 1:
-        raise AlignmentError(f"restarts ({restarts}) and max_sweeps ({max_sweeps}) must be at least 1")
-    raise_all(_differences(reference, model), AlignmentError, "the two models hold different tensors")
+    refuse_options(solver, restarts, max_sweeps)
+    raise_all(differences(reference, model), AlignmentError, "the two models hold different tensors")
     spec = reference.binding.spec
     gains = Gains(reference, model, workers=workers, solver=solver)
     groups = groups_of(reference.binding)
@@ -104,7 +102,7 @@ def match_weights(
     best: tuple[float, Alignment, bool, float] | None = None
     for number in range(restarts):
         if number == 0 and start is not None:
-            label, current = "given", _completed(start, spec)
+            label, current = "given", completed(start, spec)
         elif number == 0:
             label, current = "identity", identity
         elif number == 1 and start is None:
@@ -120,18 +118,10 @@ def match_weights(
             break
     assert best is not None
     objective, alignment, converged, gap = best
-    norm = norm_a * norm_b
-    if solver != "exact":
-        share = gap / abs(objective) if objective else 0.0
-        alignment = alignment.with_metadata(solver=solver, assignment_gap=share)
     return alignment.with_metadata(
+        **of_solver(solver, gap, objective),
         method="weight_matching",
-        objective_before=before,
-        objective_after=objective,
-        distance_before=max(0.0, norm_a**2 + norm_b**2 - 2 * before) ** 0.5,
-        distance_after=max(0.0, norm_a**2 + norm_b**2 - 2 * objective) ** 0.5,
-        cosine_before=before / norm if norm else 1.0,
-        cosine_after=objective / norm if norm else 1.0,
+        **closeness(norm_a, norm_b, before, objective),
         converged=converged,
         restarts=restarts,
         seed=seed,
@@ -139,7 +129,37 @@ def match_weights(
     )
 
 
-def _differences(reference: Parameters, model: Parameters) -> list[str]:
+def refuse_options(solver: str, restarts: int, max_sweeps: int) -> None:
+    """Refuses options of matching that are out of range.
+
+    Raises:
+        AlignmentError: One is.
+    """
+    if solver not in SOLVERS:
+        raise AlignmentError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)} (known: {', '.join(SOLVERS)})")
+    if restarts < 1 or max_sweeps < 1:
+        raise AlignmentError(f"restarts ({restarts}) and max_sweeps ({max_sweeps}) must be at least 1")
+
+
+def closeness(norm_a: float, norm_b: float, before: float, after: float) -> dict[str, float]:
+    """What metadata say of two models by their norms and by ⟨A, B⟩ and ⟨A, T·B⟩."""
+    norm = norm_a * norm_b
+    return {
+        "objective_before": before,
+        "objective_after": after,
+        "distance_before": max(0.0, norm_a**2 + norm_b**2 - 2 * before) ** 0.5,
+        "distance_after": max(0.0, norm_a**2 + norm_b**2 - 2 * after) ** 0.5,
+        "cosine_before": before / norm if norm else 1.0,
+        "cosine_after": after / norm if norm else 1.0,
+    }
+
+
+def of_solver(solver: str, gap: float, objective: float) -> dict[str, Any]:
+    """What metadata say of a solver that is not exact."""
+    return {} if solver == "exact" else {"solver": solver, "assignment_gap": gap / abs(objective) if objective else 0.0}
+
+
+def differences(reference: Parameters, model: Parameters) -> list[str]:
     """What keeps the tensors of two models from being compared."""
     problems = []
     for ours, theirs, role in ((reference, model, ROLES[1]), (model, reference, ROLES[0])):
@@ -157,7 +177,7 @@ def _differences(reference: Parameters, model: Parameters) -> list[str]:
     return problems
 
 
-def _completed(start: Alignment, spec: PermutationSpec) -> Alignment:
+def completed(start: Alignment, spec: PermutationSpec) -> Alignment:
     """A start with the identity on the axes that it leaves out."""
     fixed = [axis for axis in start.transforms if axis not in spec.symmetric_axes]
     if fixed:
@@ -194,11 +214,9 @@ def _descend(
     independent = _are_independent(gains, groups)
     gap = 0.0
     for sweep in range(1, max_sweeps + 1):
-        order = [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
         told = partial(progress, f"weight matching, {label} start, sweep {sweep}")
-        solutions = _solve_all(gains, [(group, frozenset()) for group in order], transforms, told)
-        rise = sum(solution.gain for solution in solutions)
-        gap = max(gap, sum(solution.gap for solution in solutions))
+        rise, gap_here = sweep_over(groups, gains, transforms, generator, told)
+        gap = max(gap, gap_here)
         objective += rise
         current = Alignment(alignment.spec, dict(transforms))
         moved = sum(count for count, _ in current.moved.values())
@@ -207,6 +225,30 @@ def _descend(
         if rise <= CONVERGED * max(abs(objective), 1e-30) or independent:
             return current, gains.objective(current), True, gap
     return current, gains.objective(current), False, gap
+
+
+def sweep_over(
+    groups: Sequence[Group],
+    gains: Gains,
+    transforms: dict[str, Transform],
+    generator: torch.Generator,
+    told: Callable[[int, int], None],
+) -> tuple[float, float]:
+    """Matches every group once, in random order.
+
+    Args:
+        groups: All groups.
+        gains: The two models.
+        transforms: The present transforms, which are brought up to date.
+        generator: Source of the order.
+        told: Called with the groups done and all groups.
+
+    Returns:
+        By how much the objective rises, and by how much more it could at most with exact assignments.
+    """
+    order = [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
+    solutions = _solve_all(gains, [(group, frozenset()) for group in order], transforms, told)
+    return sum(solution.gain for solution in solutions), sum(solution.gap for solution in solutions)
 
 
 def _are_independent(gains: Gains, groups: list[Group]) -> bool:

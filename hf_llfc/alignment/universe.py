@@ -1,0 +1,287 @@
+"""Many models in one space, the universe (Crisostomi et al., *C²M³*, NeurIPS 2024), over every group of transforms.
+
+Each model i has transforms Tᵢ into a common space, and together they maximise
+
+    F(T₁, …, T_N) = Σ_{i<j} ⟨Tᵢθᵢ, Tⱼθⱼ⟩.
+
+Transforms keep norms, so that the largest F is also the smallest sum of squared distances between all pairs, and of
+all models from their mean. From model j to model i leads Tᵢ⁻¹Tⱼ, whatever other models it goes through: around a cycle
+of models the maps compose to the identity by construction. Those of pairs that are matched one by one do not.
+
+With all other models held F is ⟨Σ_{j≠i} Tⱼθⱼ, Tᵢθᵢ⟩ and a constant: the objective of weight matching of model i against
+the sum of the others, whose gains are the sums of theirs. A sweep matches every group of axes of every model once, and
+no step lowers F. A common transform of all models leaves F as it is. It is chosen at the end so that one model, the
+reference, is where it was; until then that one moves like any other, for to move one model is not to move all others
+back, one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hf_llfc.alignment.gains import CACHED, Gains, Key
+from hf_llfc.alignment.groups import groups_of
+from hf_llfc.alignment.sources import Parameters
+from hf_llfc.alignment.weight_matching import (
+    CONVERGED,
+    Sweep,
+    closeness,
+    completed,
+    differences,
+    match_weights,
+    of_solver,
+    refuse_options,
+    sweep_over,
+)
+from hf_llfc.errors import AlignmentError, raise_all
+from hf_llfc.progress import Progress, silent
+from hf_llfc.symmetry.alignment import Alignment
+from hf_llfc.workers import ALONE, Workers
+
+logger = logging.getLogger(__name__)
+
+# While one model is matched, sums of the others are kept up to so many bytes; what does not fit is summed when read.
+KEPT = 1 << 30
+
+
+def match_universe(
+    models: Sequence[Parameters],
+    *,
+    reference: int = 0,
+    restarts: int = 2,
+    max_sweeps: int = 50,
+    seed: int = 0,
+    starts: Sequence[Alignment] | None = None,
+    solver: str = "exact",
+    workers: Workers = ALONE,
+    progress: Progress = silent,
+) -> list[Alignment]:
+    """Finds transforms of all models together that bring their weights close to each other.
+
+    The first start is the identity (or `starts`): fine-tunes of one base usually stay there, and if its first sweep
+    moves nothing no other start is tried. In the next the universe grows: each model in turn is matched, as
+    `match_weights` does, to the sum of those before it. Further starts do so in random order. The best objective wins.
+
+    Args:
+        models: Two or more, of one permutation spec.
+        reference: Index of the model in whose coordinates the others come out. It changes nothing else.
+        restarts: How many starts, at least 1.
+        max_sweeps: Sweeps per start at most, at least 1; a sweep visits every group of axes of every model.
+        seed: Seed of visit orders and random starts.
+        starts: Transforms to start from instead of the identity, one alignment a model.
+        solver: How wide axes are assigned, one of `SOLVERS`.
+        workers: Where groups are matched; the result does not depend on it.
+        progress: Told the groups done and the groups of the model.
+
+    Returns:
+        One alignment a model, that of the reference the identity. The metadata are those of `match_weights`, of the
+        model and the reference alone, with `sweeps` of F; `universe` holds, of all pairs, the number of `models`,
+        `objective_before` and `objective_after`, F, and `cosine_before` and `cosine_after`, the means.
+
+    Raises:
+        AlignmentError: The models have different tensors, a weight is not finite, an option is out of range, or
+            `starts` move what the spec holds fixed.
+    """
+    refuse_options(solver, restarts, max_sweeps)
+    problems = [problem for other in models[1:] for problem in differences(models[0], other)]
+    raise_all(problems, AlignmentError, "the models hold different tensors")
+    spec = models[0].binding.spec
+    unmoved = [spec.identity_alignment() for _ in models]
+    before_ij = _inner_products(models, unmoved, workers)
+    universe = _Universe(models, solver, workers, progress)
+    generator = torch.Generator().manual_seed(seed)
+    history: list[Sweep] = []
+    best: _Ascent | None = None
+    for number in range(restarts):
+        if number == 0:
+            label = "identity" if starts is None else "given"
+            start = unmoved if starts is None else [completed(each, spec) for each in starts]
+        else:
+            order = (
+                list(range(len(models))) if number == 1 else torch.randperm(len(models), generator=generator).tolist()
+            )
+            label, start = f"grown {number}", universe.grown(order, max_sweeps, seed)
+        found = universe.ascend(label, start, max_sweeps, generator, history)
+        if best is None or found.objective > best.objective:
+            best = found
+        if number == 0 and starts is None and all(alignment.is_identity for alignment in found.alignments):
+            break
+    assert best is not None
+    after_ij = _inner_products(models, best.alignments, workers)
+    norms = [float(square) ** 0.5 for square in before_ij.diagonal()]
+    of_all: dict[str, float] = {"models": len(models)}
+    for when, products_ij in (("before", before_ij), ("after", after_ij)):
+        of_all |= {f"objective_{when}": _over_pairs(products_ij), f"cosine_{when}": _mean_cosine(products_ij)}
+    back = best.alignments[reference].inverse()
+    return [
+        (unmoved[place] if place == reference else alignment.then(back)).with_metadata(
+            **of_solver(solver, best.gap, best.objective),
+            method="weight_matching",
+            **closeness(
+                norms[reference], norms[place], float(before_ij[reference, place]), float(after_ij[reference, place])
+            ),
+            universe=of_all,
+            converged=best.converged,
+            restarts=restarts,
+            seed=seed,
+            sweeps=[asdict(sweep) for sweep in history],
+        )
+        for place, alignment in enumerate(best.alignments)
+    ]
+
+
+@dataclass(frozen=True)
+class _Ascent:
+    """Where the sweeps of one start end."""
+
+    alignments: Sequence[Alignment]
+    objective: float
+    converged: bool
+    gap: float
+
+
+@dataclass(frozen=True)
+class _Universe:
+    """The models, and how they are matched."""
+
+    models: Sequence[Parameters]
+    solver: str
+    workers: Workers
+    progress: Progress
+
+    def grown(self, order: Sequence[int], max_sweeps: int, seed: int) -> list[Alignment]:
+        """Each model matched to the sum of those before it in some order."""
+        alignments = [each.binding.spec.identity_alignment() for each in self.models]
+        for count, place in enumerate(order[1:], start=1):
+            alignments[place] = match_weights(
+                self._sum(alignments, order[:count]),
+                self.models[place],
+                max_sweeps=max_sweeps,
+                seed=seed,
+                solver=self.solver,
+                workers=self.workers,
+                progress=lambda step, done, total, count=count: self.progress(  # type: ignore[misc]
+                    f"universe of {count} of {len(self.models)} models: {step}", done, total
+                ),
+            )
+        return alignments
+
+    def ascend(
+        self, label: str, start: Sequence[Alignment], max_sweeps: int, generator: torch.Generator, history: list[Sweep]
+    ) -> _Ascent:
+        """Sweeps over the models in random order until nothing improves."""
+        alignments = list(start)
+        spec = self.models[0].binding.spec
+        groups = groups_of(self.models[0].binding)
+        objective = _over_pairs(_inner_products(self.models, alignments, self.workers))
+        gap = 0.0
+        for sweep in range(1, max_sweeps + 1):
+            rise = gap_here = 0.0
+            places = torch.randperm(len(self.models), generator=generator).tolist()
+            for count, place in enumerate(places, start=1):
+                others = self._sum(alignments, [other for other in range(len(self.models)) if other != place])
+                gains = Gains(others, self.models[place], workers=self.workers, solver=self.solver)
+                transforms = dict(alignments[place].transforms)
+                told = partial(self.progress, f"universe, {label} start, sweep {sweep}, model {count} of {len(places)}")
+                of_model = sweep_over(groups, gains, transforms, generator, told)
+                alignments[place] = Alignment(spec, transforms)
+                rise, gap_here = rise + of_model[0], gap_here + of_model[1]
+            objective, gap = objective + rise, max(gap, gap_here)
+            moved = sum(count for alignment in alignments for count, _ in alignment.moved.values())
+            history.append(Sweep(label, sweep, objective, moved))
+            logger.info("%s start, sweep %d: objective %.6g, %d units moved", label, sweep, objective, moved)
+            converged = rise <= CONVERGED * max(abs(objective), 1e-30)
+            if converged:
+                break
+        objective = _over_pairs(_inner_products(self.models, alignments, self.workers))
+        return _Ascent(alignments, objective, converged, gap)
+
+    def _sum(self, alignments: Sequence[Alignment], places: Sequence[int]) -> Parameters:
+        return summed([self.models[place] for place in places], [alignments[place] for place in places])
+
+
+def summed(models: Sequence[Parameters], alignments: Sequence[Alignment]) -> Parameters:
+    """Σ Tᵢθᵢ of some models as one, in float64.
+
+    Args:
+        models: One or more, with the same tensors.
+        alignments: How each moves.
+
+    Returns:
+        Tensors by the names of the first model, summed when they are read and kept up to `KEPT` bytes.
+    """
+    first = models[0]
+    kept: dict[str, Tensor] = {}
+    changing = threading.Lock()
+
+    def read(name: str) -> Tensor:
+        if name in kept:
+            return kept[name]
+        bound = first.binding.tensors[name]
+        moved = _moved((bound.spec.name, bound.index), models, alignments)
+        total = next(moved).double()
+        for tensor in moved:
+            total = total + tensor.to(total.device)
+        with changing:
+            if total.nbytes + sum(each.nbytes for each in kept.values()) <= KEPT:
+                kept[name] = total
+        return total
+
+    return Parameters(first.binding, read, f"the sum of {len(models)} models")
+
+
+def _moved(key: Key, models: Sequence[Parameters], alignments: Sequence[Alignment]) -> Iterator[Tensor]:
+    """One tensor of every model, moved."""
+    for model, alignment in zip(models, alignments, strict=True):
+        yield model.aligned(model.keys[key], alignment)
+
+
+def _inner_products(models: Sequence[Parameters], alignments: Sequence[Alignment], workers: Workers) -> Tensor:
+    """⟨Tᵢθᵢ, Tⱼθⱼ⟩ of all pairs of models over the tensors that hold a symmetric axis, float64 `[N, N]`.
+
+    Raises:
+        AlignmentError: A tensor holds NaN or Inf.
+    """
+    binding = models[0].binding
+    keys = Gains(models[0], models[0]).keys(set(binding.spec.symmetric_axes))
+    elements = [float(prod(binding.tensors[models[0].keys[key]].spec.shape(binding.sizes))) for key in keys]
+
+    def products_of(key: Key) -> Tensor:
+        rows = [tensor.reshape(-1).split(CACHED) for tensor in _moved(key, models, alignments)]
+        products_ij = torch.zeros(len(models), len(models), dtype=torch.float64)
+        for parts in zip(*rows, strict=True):
+            part_ik = torch.stack([part.to(parts[0].device).double() for part in parts])
+            products_ij += (part_ik @ part_ik.T).cpu()
+        return products_ij
+
+    found = workers.map(products_of, keys, costs=elements)
+    problems = [
+        f"{model.keys[key]} of {model.label or f'model {place}'}"
+        for key, products_ij in zip(keys, found, strict=True)
+        for place, model in enumerate(models)
+        if not math.isfinite(products_ij[place, place])
+    ]
+    raise_all(problems, AlignmentError, "weight matching needs finite weights, NaN or Inf found")
+    return sum(found, torch.zeros(len(models), len(models), dtype=torch.float64))
+
+
+def _over_pairs(products_ij: Tensor) -> float:
+    """F: the sum over all pairs of two different models."""
+    return float(products_ij.triu(1).sum())
+
+
+def _mean_cosine(products_ij: Tensor) -> float:
+    """The mean over all pairs of two different models."""
+    norms = products_ij.diagonal().sqrt()
+    scales = torch.outer(norms, norms)
+    cosines = torch.where(scales > 0, products_ij / scales, 1.0)
+    return _over_pairs(cosines) / (len(norms) * (len(norms) - 1) / 2)
