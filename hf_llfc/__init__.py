@@ -11,7 +11,7 @@ from hf_llfc.version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.lazy
     from hf_llfc.adapters import register_adapter
-    from hf_llfc.api import align, check, diagnose, inspect, merge
+    from hf_llfc.api import align, align_all, check, diagnose, inspect, merge
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.errors import LLFCError
     from hf_llfc.pipeline import run
@@ -28,6 +28,7 @@ __all__ = [
     "PermutationSpec",
     "__version__",
     "align",
+    "align_all",
     "check",
     "diagnose",
     "inspect",
@@ -47,6 +48,7 @@ __getattr__ = lazy_names(
         "MergeCallback": ".trainer",
         "PermutationSpec": ".symmetry",
         "align": ".api",
+        "align_all": ".api",
         "check": ".api",
         "diagnose": ".api",
         "inspect": ".api",

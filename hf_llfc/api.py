@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_llfc.evaluation import EvaluationConfig
     from hf_llfc.mergeability import CheckResult
     from hf_llfc.pipeline import Result
+    from hf_llfc.recipe import AlignSection
     from hf_llfc.symmetry import Alignment, PermutationSpec
 
     Model = str | Path | PreTrainedModel
@@ -218,6 +219,50 @@ def align(
     return alignment
 
 
+def align_all(
+    models: Sequence[Model],
+    *,
+    together: str = "universe",
+    reference: int = 0,
+    allow_pickle: bool = False,
+    progress: Progress = silent,
+    **settings: Any,
+) -> list[Alignment]:
+    """Finds the transforms that bring several models into the coordinates of one of them.
+
+    Args:
+        models: Two or more.
+        together: Of more than two models `universe`, all are aligned to each other at once; `star`, each onto the one
+            from which the others are least far; or `reference`, each onto the reference.
+        reference: Index of the model that stays.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
+        progress: Shown meanwhile.
+        settings: Any other key of the section `align` of a recipe (`method`, `groups`, `restarts`, …).
+
+    Returns:
+        One alignment a model; that of the reference moves nothing.
+
+    Raises:
+        CheckpointError: The models do not fit each other.
+        RecipeError: A setting is not valid.
+        AlignmentError: Settings do not go together.
+    """
+    from hf_llfc import alignments
+    from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.recipe import load_align
+    from hf_llfc.stages import alignment_spec, in_groups, refuse_incompatible
+
+    options = load_align({"together": together, **settings})
+    if not -len(models) <= reference < len(models):
+        raise AlignmentError(f"there is no model {reference}; models are counted from 0, and there are {len(models)}")
+    opened = [open_checkpoint(each, allow_pickle=allow_pickle) for each in models]
+    refuse_incompatible(opened)
+    opened = in_groups(opened, options)
+    identity = alignment_spec(opened[0], options).identity_alignment()
+    found = alignments.align_all(opened[reference], opened, options, progress=progress)
+    return [identity if alignment is None else alignment for alignment in found]
+
+
 def merge(
     models: Sequence[Model],
     weights: Sequence[float] | None = None,
@@ -292,7 +337,7 @@ def diagnose(
     more: Sequence[Model] = (),
     weights: Sequence[float] | None = None,
     base_model: Model | None = None,
-    align: str | Alignment = "none",
+    align: str | Mapping[str, Any] | Alignment = "none",
     alphas: Sequence[float] | None = None,
     layers: Sequence[str] = (),
     unit: str = "sample",
@@ -312,7 +357,8 @@ def diagnose(
         more: Further models; the points are then those of the simplex.
         weights: Of the merge, one a model, where there are more than two models or a base; equal ones where None.
         base_model: θ₀ of task arithmetic; the points are then sums of the models' differences from it.
-        align: How the others are aligned to A, or all to the base: a method, or an alignment of B to A.
+        align: How the others are aligned to A, or all to the base: a method, the whole `align` section of a recipe, or
+            an alignment of B to A.
         alphas: The grid of α on the line; eleven steps from 0 to 1 where None.
         layers: Patterns of module names, or `blocks`, `attention`, `mlp`, `pre_activations`; block outputs and the
             logits where empty.
@@ -330,37 +376,41 @@ def diagnose(
     Raises:
         LLFCError: The models do not fit each other, the alignment or the data.
     """
+    from hf_llfc.alignments import align_all
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
     from hf_llfc.diagnostics import DEFAULT_ALPHAS
     from hf_llfc.recipe import AlignSection, DiagnoseSection
     from hf_llfc.stages import (
         Parent,
-        align_checkpoints,
         comparable,
+        in_groups,
         open_data,
         refuse_foreign_alignment,
     )
 
     checkpoints = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b, *more)]
     base = open_checkpoint(base_model, allow_pickle=allow_pickle) if base_model is not None else None
+    given, options = None, AlignSection(method="none")
+    if isinstance(align, str | Mapping):
+        options = _align_options(align, data)
+    else:
+        given = align
+    checkpoints = in_groups(checkpoints, options)
+    base = in_groups([base], options)[0] if base is not None else None
     everyone = [*checkpoints, *([base] if base is not None else [])]
-    head = comparable(everyone, heads, aligned=align != "none")
+    head = comparable(everyone, heads, aligned=given is not None or options.method != "none")
     grid = tuple(alphas or DEFAULT_ALPHAS)
     section = DiagnoseSection(data, grid, tuple(layers), unit, tuple(measures), suggest, offload)
     reference = base if base is not None else checkpoints[0]
-    if isinstance(align, str):
-        options = AlignSection(align, calibration=data)
-        found = [
-            None if each is reference else align_checkpoints(reference, each, options, progress=progress)
-            for each in checkpoints
-        ]
+    if given is None:
+        found = align_all(reference, checkpoints, options, progress=progress)
     else:
         if len(checkpoints) > 2 or base is not None:
             raise AlignmentError("an alignment moves B onto A; with more models name a method instead")
-        if "model" in align.metadata:  # one that was written by hand names no inputs
-            refuse_foreign_alignment(align, *checkpoints)
-        found = [None, align]
+        if "model" in given.metadata:  # one that was written by hand names no inputs
+            refuse_foreign_alignment(given, *checkpoints)
+        found = [None, given]
     return diagnose_checkpoints(
         [
             Parent(each, alignment, head if each is not head else None)
@@ -373,3 +423,15 @@ def diagnose(
         calibration=batch_norm_data(checkpoints[0], section),
         progress=progress,
     )
+
+
+def _align_options(align: str | Mapping[str, Any], data: EvaluationConfig) -> AlignSection:
+    """A method, or a section of a recipe; methods that look at data take those of the diagnosis."""
+    from hf_llfc.recipe import AlignSection, load_align
+
+    if isinstance(align, str):
+        return AlignSection(align, calibration=data)
+    options = load_align(align)
+    if options.reference != 0:
+        raise AlignmentError("align.reference: has no meaning in a diagnosis, where the first model or the base stays")
+    return options if options.calibration is not None else replace(options, calibration=data)

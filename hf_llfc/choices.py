@@ -18,6 +18,9 @@ STARTS = ("identity", "activation_matching")
 GROUPS = ("permutation", "full")
 """What an axis may be transformed by: permutations, or all that its architecture allows inside stock checkpoints."""
 
+TOGETHER = ("reference", "star", "universe")
+"""How more than two models are aligned: each onto the reference, by way of a centre among them, or all together."""
+
 SOLVERS = ("exact", "auction")
 """How wide axes are assigned: to the optimum, or to within a certified gap of it."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from hf_llfc.alignments import align_all
 from hf_llfc.checkpoints import OutputFolder, open_checkpoint
 from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.checkpoints.shards import checksum
@@ -205,14 +206,9 @@ def write_diagnosis(
             refuse_replacing_inputs(output, everyone)
         data = open_data(section.data, checkpoints[0])
         reference = base if base is not None else checkpoints[0]
-        alignments = [
-            None
-            if each is reference
-            else align_checkpoints(
-                reference, each, align, workers=processes.workers(), device=processes.device, progress=progress
-            )
-            for each in checkpoints
-        ]
+        alignments = align_all(
+            reference, checkpoints, align, workers=processes.workers(), device=processes.device, progress=progress
+        )
         report = diagnose_checkpoints(
             [
                 Parent(each, alignment, head if each is not head else None)

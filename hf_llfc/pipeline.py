@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from hf_llfc.alignments import align_all
 from hf_llfc.checkpoints import (
     Checkpoint,
     OutputFolder,
@@ -47,7 +48,6 @@ from hf_llfc.recipe import ModelEntry, Recipe, WeightRule, load_recipe
 from hf_llfc.resources import peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.stages import (
     Parent,
-    align_checkpoints,
     alignment_spec,
     alignment_summary,
     evaluate_parents,
@@ -207,14 +207,14 @@ def align_parents(
     reference = opened.reference(recipe)
 
     def find() -> list[Alignment | None]:
-        found = [
-            None
-            if each is reference
-            else align_checkpoints(
-                reference, each, recipe.align, workers=processes.workers(), device=processes.device, progress=progress
-            )
-            for each in opened.parents
-        ]
+        found = align_all(
+            reference,
+            opened.parents,
+            recipe.align,
+            workers=processes.workers(),
+            device=processes.device,
+            progress=progress,
+        )
         refuse_changed(opened.all)
         return found
 

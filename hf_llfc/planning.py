@@ -48,7 +48,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         spec = alignment_spec(first, recipe.align)
         kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})
         onto = opened.reference(recipe).id
-        steps.append({"step": "align", "what": f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"})
+        what = f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"
+        if recipe.align.together != "reference" and len(opened.all) > 2:
+            what += f", in a {recipe.align.together} of {len(opened.all)} models"
+        steps.append({"step": "align", "what": what})
     steps.append(
         {
             "step": "merge",
@@ -63,7 +66,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if recipe.publish is not None:
         steps.append({"step": "publish", "what": recipe.publish.repo_id})
     held = peak_memory(recipe, opened.all, infos)
-    matching = {"matching": matching_cost(first, recipe.align)} if recipe.align.method == "weight_matching" else {}
+    by_weights = recipe.align.method == "weight_matching"
+    matching = {"matching": matching_cost(first, recipe.align, len(opened.all))} if by_weights else {}
     reads = read * (1 if recipe.align.method == "none" else 2)
     cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching}
     return {"steps": steps, "cost": cost}

@@ -28,6 +28,7 @@ from hf_llfc.workers import Workers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from hf_llfc.alignment import Parameters
     from hf_llfc.evaluation import EvaluationConfig, EvaluationData
     from hf_llfc.ranks import Ranks
 
@@ -251,25 +252,32 @@ def matching_memory(checkpoint: Checkpoint, options: AlignSection) -> int:
     """Bytes that weight matching holds at its peak.
 
     The gains of the widest axis, in parts or with what SciPy takes to assign them, and two tensors; threads that match
-    an axis each hold their own.
+    an axis each hold their own. In a universe also the sums of the other models.
     """
     from hf_llfc.alignment.gains import PARTS
+    from hf_llfc.alignment.universe import KEPT
 
     binding = bind(alignment_spec(checkpoint, options), checkpoint)
     widest = max((binding.sizes[axis] for axis in binding.symmetric_axes), default=0)
     largest = max(info.elements for info in checkpoint.tensors.values())
-    return (PARTS + torch.get_num_threads()) * 4 * widest**2 + torch.get_num_threads() * 8 * largest
+    sums = min(KEPT, 8 * sum(info.elements for info in checkpoint.tensors.values()))
+    return (
+        (PARTS + torch.get_num_threads()) * 4 * widest**2
+        + torch.get_num_threads() * 8 * largest
+        + (sums if options.together == "universe" else 0)
+    )
 
 
-def matching_cost(checkpoint: Checkpoint, options: AlignSection) -> dict[str, float]:
-    """What one sweep of weight matching takes, from the headers alone.
+def matching_cost(checkpoint: Checkpoint, options: AlignSection, models: int = 2) -> dict[str, float]:
+    """What one sweep of weight matching over one model takes, from the headers alone.
 
     Args:
-        checkpoint: One of the two models.
+        checkpoint: One of the models.
         options: How they are aligned.
+        models: How many are aligned; in a universe each is matched to all others.
 
     Returns:
-        `operations`, additions and multiplications of the matrix products; `bytes` to read from the two models; and
+        `operations`, additions and multiplications of the matrix products; `bytes` to read from the models; and
         `seconds` on this machine, from a short measurement of a matrix product and of a copy in memory.
     """
     from hf_llfc.alignment import Parameters
@@ -285,8 +293,9 @@ def matching_cost(checkpoint: Checkpoint, options: AlignSection) -> dict[str, fl
     assigned = sum(float(group.size) ** 2 for group in groups if group.moves)
     itemsize = max((info.dtype.itemsize for info in checkpoint.tensors.values()), default=4)
     per_operation, per_byte = machine_costs()
-    seconds = operations * per_operation + (read * (2 * itemsize + CASTS * 4) + assigned * PASSES * 4) * per_byte
-    return {"operations": operations, "bytes": 2.0 * itemsize * read, "seconds": seconds}
+    involved = models if options.together == "universe" else 2
+    seconds = operations * per_operation + (read * (involved * itemsize + CASTS * 4) + assigned * PASSES * 4) * per_byte
+    return {"operations": operations, "bytes": float(involved * itemsize) * read, "seconds": seconds}
 
 
 def machine_costs() -> tuple[float, float]:
@@ -341,21 +350,15 @@ def align_checkpoints(
         )
     if options.method == "none":
         return None
-    from hf_llfc.alignment import Parameters, match_weights
+    from hf_llfc.alignment import match_weights
 
-    spec = alignment_spec(reference, options)
-    parameters = [
-        Parameters(bind(spec, checkpoint), checkpoint.read, checkpoint.label) for checkpoint in (reference, model)
-    ]
     workers = workers if workers is not None else Workers(torch.get_num_threads())
     from_activations = None
     if "activation_matching" in (options.method, options.start):
-        # Both models are in memory for it, which is enough in one process.
-        found = _match_activations(reference, model, spec, options) if workers.rank == 0 else None
-        from_activations = workers.gather(found)[0]
+        from_activations = match_by_activations(reference, model, options, workers)
     if options.method != "activation_matching":
         alignment = match_weights(
-            *parameters,
+            *parameters_of([reference, model], options),
             restarts=options.restarts,
             max_sweeps=options.max_sweeps,
             seed=options.seed,
@@ -372,7 +375,32 @@ def align_checkpoints(
         alignment = workers.gather(found)[0]
     if options.method == "learned_matching":
         alignment = _learn(reference, model, alignment, options, workers, device, progress)
-    # The first process knows them already, from what tells this run from another.
+    return identified(alignment, reference, model, options, workers)
+
+
+def parameters_of(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[Parameters]:
+    """What weight matching reads of checkpoints of one architecture."""
+    from hf_llfc.alignment import Parameters
+
+    spec = alignment_spec(checkpoints[0], options)
+    return [Parameters(bind(spec, each), each.read, each.label) for each in checkpoints]
+
+
+def match_by_activations(
+    reference: Checkpoint, model: Checkpoint, options: AlignSection, workers: Workers
+) -> Alignment:
+    """Activation matching, for which both models are in memory of the first process alone; all get what it found."""
+    spec = alignment_spec(reference, options)
+    found = _match_activations(reference, model, spec, options) if workers.rank == 0 else None
+    alignment: Alignment = workers.gather(found)[0]
+    return alignment
+
+
+def identified(
+    alignment: Alignment, reference: Checkpoint, model: Checkpoint, options: AlignSection, workers: Workers
+) -> Alignment:
+    """The alignment with what tells for which checkpoints it was found, and how, in its metadata."""
+    # The first process knows the fingerprints already, from what tells this run from another.
     own = [each.fingerprint() for each in (reference, model)] if workers.rank == 0 else None
     fingerprints = workers.gather(own)[0]
     return alignment.with_metadata(
@@ -550,7 +578,8 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
 
     Returns:
         `method`, objectives, cosines and `converged` where the method has them, `axes` with the units moved by kind of
-        axis, and one `sentence`.
+        axis, and one `sentence`. Of more than two models that were aligned `together`: how, how many `models`, the
+        `centre` of a star, and of a universe the mean cosine of all pairs.
     """
     kinds: dict[str, list[int]] = {}
     for axis, (moved, units) in alignment.moved.items():
@@ -575,6 +604,7 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
         )
         if key in alignment.metadata
     }
+    summary |= _joint(alignment.metadata)
     summary["reference"] = alignment.metadata.get("reference", {}).get("id")
     summary["model"] = alignment.metadata.get("model", {}).get("id")
     summary["axes"] = [{"axis": kind, "moved": moved, "units": units} for kind, (moved, units) in kinds.items()]
@@ -582,13 +612,31 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
     units = sum(row["units"] for row in summary["axes"])
     method = f"{summary['method']} (all groups)" if summary.get("groups") == "full" else summary["method"]
     sentence = f"{method} moves {moved} of {units} units of {summary['model']} onto {summary['reference']}"
+    if "together" in summary:
+        centre = f" around {summary['centre']}" if "centre" in summary else ""
+        sentence += f", in a {summary['together']} of {summary['models']} models{centre}"
     if "cosine_after" in summary:
         sentence += (
             f"; cosine of the weights {summary['cosine_before']:.4f} before, {summary['cosine_after']:.4f} after"
         )
+    if "pairs_cosine_after" in summary:
+        sentence += (
+            f"; mean over all pairs {summary['pairs_cosine_before']:.4f} before, "
+            f"{summary['pairs_cosine_after']:.4f} after"
+        )
     if "assignment_gap" in summary:
         sentence += f"; exact assignments would raise the objective by less than {summary['assignment_gap']:.1e} of it"
     return {**summary, "sentence": sentence}
+
+
+def _joint(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the metadata of an alignment say of all models that were aligned together."""
+    if universe := metadata.get("universe"):
+        cosines = {f"pairs_{key}": universe[key] for key in ("cosine_before", "cosine_after")}
+        return {"together": "universe", "models": universe["models"], **cosines}
+    if star := metadata.get("star"):
+        return {"together": "star", "models": star["models"], "centre": star["centre"]}
+    return {}
 
 
 def evaluate_parents(

@@ -117,6 +117,19 @@ def test_dry_run_plans_and_writes_nothing(shelf, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_several_models_are_merged_in_one_universe(shelf, tmp_path, capsys):
+    words = ["merge", *(str(shelf / name) for name in "abc"), "--align", "weight_matching", "--together", "universe"]
+    assert main([*words, "--out", str(tmp_path / "out"), "--dry-run", "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    what = next(step["what"] for step in plan["steps"] if step["step"] == "align")
+    assert what.endswith(f"; onto {shelf / 'a'}, in a universe of 3 models")
+    assert main([*words[:4], *words[4:6], "--out", str(tmp_path / "out"), "--dry-run", "--format", "json"]) == 0
+    by_pairs = json.loads(capsys.readouterr().out)["cost"]["matching"]
+    assert plan["cost"]["matching"]["bytes"] == 1.5 * by_pairs["bytes"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("in a universe of 3 models") == 2
+
+
 def test_dry_run_finds_what_the_models_tell(shelf, tmp_path, capsys):
     recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out")
     recipe["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.2}, {"value": 0.5}]}
@@ -282,6 +295,7 @@ def test_an_input_is_never_overwritten(shelf, tmp_path, capsys):
 USELESS_OPTIONS = {
     "matching without alignment": (["merge", "A", "B", "--exclude", "residual", "--restarts", "5"], "--exclude"),
     "matching without alignment in a diagnosis": (["diagnose", "A", "B", "--axes", "heads"], "--axes"),
+    "several models without alignment": (["merge", "A", "B", "C", "--together", "star"], "--together"),
     "data that nothing looks at": (["merge", "A", "B", "--align", "weight_matching", "--dataset", "x"], "--dataset"),
     "matching with a file": (["align", "B", "--to", "A", "--use", "file", "--exclude", "residual"], "--exclude"),
 }
@@ -417,6 +431,22 @@ def test_two_processes_give_the_numbers_of_one(shelf, tmp_path):
         for first, second in zip(one["report"][key], two["report"][key], strict=True):
             assert flat(first) == pytest.approx(flat(second), rel=1e-6, abs=1e-9)
     for file in ("model.safetensors", "llfc/alignment.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("together", ["star", "universe"])
+def test_two_processes_align_several_models_as_one(together, shelf, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    for name, words in (("one", ()), ("two", launcher)):
+        recipe = {
+            "models": [{"model": str(shelf / each)} for each in "abc"],
+            "align": {"method": "weight_matching", "together": together},
+            "output_dir": str(tmp_path / name),
+        }
+        run = command_line(written(recipe, tmp_path, name), launcher=words, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr
+    for file in ("model.safetensors", "llfc/alignment-1.safetensors", "llfc/alignment-2.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 

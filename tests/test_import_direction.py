@@ -36,6 +36,7 @@ ORDER = (
     "processes",
     "specs",
     "stages",
+    "alignments",
     "diagnosis",
     "trackers",
     "identity",

@@ -154,6 +154,15 @@ def closeness(norm_a: float, norm_b: float, before: float, after: float) -> dict
     }
 
 
+def closeness_of(
+    reference: Parameters, model: Parameters, alignment: Alignment, workers: Workers = ALONE
+) -> dict[str, float]:
+    """The same of models whose weights are read for it, which may have been aligned by any method."""
+    gains = Gains(reference, model, workers=workers)
+    norm_a, norm_b, before = gains.norms()
+    return closeness(norm_a, norm_b, before, gains.objective(alignment))
+
+
 def of_solver(solver: str, gap: float, objective: float) -> dict[str, Any]:
     """What metadata say of a solver that is not exact."""
     return {} if solver == "exact" else {"solver": solver, "assignment_gap": gap / abs(objective) if objective else 0.0}

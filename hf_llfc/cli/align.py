@@ -24,7 +24,7 @@ def execute(options: argparse.Namespace) -> int:
     refuse_unused_learning(options)
     if options.use is not None:
         # An alignment that was found between canonical forms is one of these only.
-        matching = [name for name in MATCHING_OPTIONS if name != "groups"]
+        matching = [name for name in MATCHING_OPTIONS if name not in ("groups", "together")]
         names = ("method", *matching, "seed", *DATA_FIELDS)
         refuse_given(options, names, "with --use, which matches nothing")
     settings = align_section(options, calibration=evaluation_config(options, required=False))

@@ -6,14 +6,25 @@ import argparse
 import re
 
 from hf_llfc import __version__
-from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, HEADS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, TRACKERS, UNITS
+from hf_llfc.choices import (
+    ALIGNMENT_METHODS,
+    GROUPS,
+    HEADS,
+    MEASURES,
+    SOLVERS,
+    STARTS,
+    SUGGESTIONS,
+    TOGETHER,
+    TRACKERS,
+    UNITS,
+)
 from hf_llfc.errors import suggest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.lazy: `--help` loads nothing that it does not need
     from collections.abc import Callable, Sequence
 
-MATCHING_OPTIONS = ("axes", "exclude", "groups", "start", "restarts", "max_sweeps", "solver")
+MATCHING_OPTIONS = ("axes", "exclude", "groups", "together", "start", "restarts", "max_sweeps", "solver")
 
 DATA_FIELDS = (
     "task", "dataset", "name", "split", "text_column", "text_pair_column", "label_column", "image_column", "tokenizer",
@@ -269,6 +280,13 @@ def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
     group.add_argument(
         "--groups", choices=GROUPS, default="permutation", help="full: all that the architecture allows, by its weights"
     )
+    if flag == "--align":
+        group.add_argument(
+            "--together",
+            choices=TOGETHER,
+            default="reference",
+            help="of more than two models: each onto the first, by way of a centre, or all at once",
+        )
     group.add_argument("--start", choices=STARTS, default="identity")
     group.add_argument("--restarts", type=int, default=2, help="starts of weight matching; the best wins")
     group.add_argument("--max-sweeps", type=int, default=50)

@@ -59,6 +59,7 @@ def align_section(options: argparse.Namespace, *, calibration: EvaluationConfig 
         axes=tuple(options.axes),
         exclude=tuple(options.exclude),
         groups=options.groups,
+        together=vars(options).get("together", "reference"),
         start=options.start,
         restarts=options.restarts,
         max_sweeps=options.max_sweeps,
@@ -76,6 +77,7 @@ def matching_section(options: argparse.Namespace) -> dict[str, Any]:
     if options.method != "none":
         section |= {
             "groups": options.groups,
+            "together": options.together,
             "start": options.start,
             "restarts": options.restarts,
             "max_sweeps": options.max_sweeps,

@@ -42,7 +42,7 @@ class RunRecord:
         values = {
             "schema": SCHEMA,
             **asdict(self),
-            "alignments": [_named(entry, "model", "reference") for entry in self.alignments],
+            "alignments": [_named(entry, "model", "reference", "centre") for entry in self.alignments],
             "results": [_named(row, "id") for row in self.results],
             "cards": [relevant(card) for card in self.cards],
         }

@@ -122,11 +122,19 @@ def alignment_words(entry: Mapping[str, Any]) -> dict[str, Any]:
             changes.append(f"{title} {before:.4g}" if moved == 0 else f"{title} {before:.4g} → {after:.4g}")
     # The objective says how far a search came; of what it was for, the cosine says more.
     changes = changes[-1:]
+    if entry.get("pairs_cosine_after") is not None:
+        changes.append(
+            f"of all pairs {entry['pairs_cosine_before']:.4g} → {entry['pairs_cosine_after']:.4g} on average"
+        )
+    together = f"{entry['together']} of {entry['models']} models" if entry.get("together") else None
+    if together and entry.get("centre"):
+        together += f" around {display_name(str(entry['centre']))}"
     names = [display_name(str(entry[key])) for key in ("model", "reference") if entry.get(key)]
     return {
         "method": str(entry.get("method", "alignment")).replace("_", " "),
         "model": names[0] if len(names) == 2 else None,
         "reference": names[1] if len(names) == 2 else None,
+        "together": together,
         "moved": moved,
         "units": units,
         "axes": [f"{axis['moved']} of {axis['units']} {_AXES.get(axis['axis'], axis['axis'])}" for axis in axes],

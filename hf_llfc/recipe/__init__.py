@@ -8,7 +8,7 @@ A relative path of a model, tokenizer or dataset is looked up beside the recipe 
 directory; what is in neither place is a Hub id. `output_dir` is relative to the working directory.
 """
 
-from hf_llfc.recipe.reading import dump_recipe, load_recipe
+from hf_llfc.recipe.reading import dump_recipe, load_align, load_recipe
 from hf_llfc.recipe.sections import (
     DTYPES,
     MERGE_METHODS,
@@ -38,5 +38,6 @@ __all__ = [
     "Recipe",
     "WeightRule",
     "dump_recipe",
+    "load_align",
     "load_recipe",
 ]

@@ -57,6 +57,13 @@ def disagreements(recipe: Recipe) -> list[str]:
             problems.append(f"keep_where_broken.model: there is no model {keep.model}; models are counted from 0")
         if keep.ratio <= 0:
             problems.append(f"keep_where_broken.ratio: a number above 0 is expected, found {keep.ratio:g}")
+    if recipe.align.together != "reference" and recipe.align.method == "none":
+        problems.append("align.together: has no meaning for the method none")
+    elif recipe.align.together == "universe" and recipe.align.method != "weight_matching":
+        problems.append(
+            f"align.together: a universe is found by weight_matching alone, not by {recipe.align.method}; change one "
+            "of them, or write `together: star`"
+        )
     if recipe.align.uses_data and recipe.align.calibration is None:
         method = recipe.align.method if recipe.align.method in METHODS_WITH_DATA else recipe.align.start
         problems.append(f"align.calibration: {method.replace('_', ' ')} needs calibration data")

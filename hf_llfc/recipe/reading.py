@@ -11,7 +11,18 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from hf_llfc.choices import ALIGNMENT_METHODS, GROUPS, MEASURES, SOLVERS, STARTS, SUGGESTIONS, TRACKERS, UNION, UNITS
+from hf_llfc.choices import (
+    ALIGNMENT_METHODS,
+    GROUPS,
+    MEASURES,
+    SOLVERS,
+    STARTS,
+    SUGGESTIONS,
+    TOGETHER,
+    TRACKERS,
+    UNION,
+    UNITS,
+)
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
 from hf_llfc.limited_yaml import read_yaml
@@ -81,6 +92,21 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     return recipe
 
 
+def load_align(settings: Mapping[str, Any]) -> AlignSection:
+    """Reads and checks the section `align` of a recipe alone; its `calibration` may also be an `EvaluationConfig`.
+
+    Raises:
+        RecipeError: Everything that is wrong with it.
+    """
+    calibration = settings.get("calibration")
+    is_read = isinstance(calibration, EvaluationConfig)
+    reader = _Reader(None)
+    section = reader.align({**copied(settings), "calibration": None} if is_read else copied(settings), "align")
+    raise_all(reader.problems, RecipeError, "the models cannot be aligned")
+    assert section is not None
+    return dataclasses.replace(section, calibration=calibration) if is_read else section
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """Writes a recipe as YAML that `load_recipe` reads back."""
     return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
@@ -117,7 +143,7 @@ class _Reader:
         values: dict[str, Any] = {
             "models": self._models(content.get("models")),
             "parameters": self._section(content, "parameters", self._merge_parameters) or MergeParameters(),
-            "align": self._section(content, "align", self._align) or AlignSection(method="none"),
+            "align": self._section(content, "align", self.align) or AlignSection(method="none"),
             "diagnose": self._section(content, "diagnose", self._diagnose),
             "keep_where_broken": self._section(
                 content, "keep_where_broken", lambda each, path: self._build(KeepSection, each, path)
@@ -265,7 +291,7 @@ class _Reader:
                 self.problems.append(f"{_join(path, key)}: {problem}, found {each!r}")
         return dict(value)
 
-    def _align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:
+    def align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:
         calibration = self._data(value.get("calibration"), f"{path}.calibration")
         settings = {"seed": self.seed, **value, "calibration": calibration}
         if isinstance(settings.get("reference"), str):
@@ -275,6 +301,7 @@ class _Reader:
             self._choice(built.method, ALIGNMENT_METHODS, f"{path}.method")
             self._choice(built.start, STARTS, f"{path}.start")
             self._choice(built.groups, GROUPS, f"{path}.groups")
+            self._choice(built.together, TOGETHER, f"{path}.together")
             self._choice(built.solver, SOLVERS, f"{path}.solver")
             for name in ("restarts", "max_sweeps", "steps"):
                 if vars(built)[name] is not None and vars(built)[name] < 1:

@@ -86,6 +86,7 @@ class AlignSection:
     Attributes:
         method: One of `ALIGNMENT_METHODS`.
         reference: Index of the model that stays, or its id; task arithmetic aligns onto `base_model` instead.
+        together: Of more than two models one of `TOGETHER`; two are aligned to each other whatever it says.
         axes: Patterns of the axes that may move; all symmetric axes where empty.
         exclude: Patterns of axes that stay, for example `residual`.
         groups: `permutation`, or `full`: all that the architecture allows, between models in canonical form.
@@ -102,6 +103,7 @@ class AlignSection:
 
     method: str = "weight_matching"
     reference: int | str = 0
+    together: str = "reference"
     axes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     groups: str = "permutation"
