@@ -1,4 +1,4 @@
-"""Where independent pieces of work are done: threads of this process, and the processes of a launcher.
+"""Where independent pieces of work are done: threads or copies of this process, and the processes of a launcher.
 
 Whoever has many pieces that do not need each other's results gives them to `Workers.map` and gets the results in the
 order of the pieces, the same on every process. What a piece computes does not depend on who computes it, so that the
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hf_llfc.errors import LLFCError
+from hf_llfc.forked import can_fork, run_forked
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -63,27 +64,70 @@ class Workers:
         Raises:
             LLFCError: Work failed, here or on another process; all processes get the error.
         """
+        mine = self._share(items, costs)
+
+        def work() -> dict[int, Result]:
+            return dict(zip(mine, self._map_here(function, [items[place] for place in mine], on_done), strict=True))
+
+        results = {place: result for found in self._together(work) for place, result in found.items()}
+        return [results[place] for place in range(len(items))]
+
+    def each(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        on_result: Callable[[Item, Result], None],
+        costs: Sequence[float] | None = None,
+        forked: bool = False,
+    ) -> None:
+        """Does work on every item, whose results only the process that did it needs.
+
+        Args:
+            function: The work.
+            items: What to work on, the same on every process.
+            on_result: Told what came of an item of this process, by the thread that did it.
+            costs: How much work each is, in any unit; alike where None.
+            forked: Whether copies of this process take the place of its threads, where `can_fork`: what they change
+                in memory is not seen here. `run_forked` says what else the function must keep to.
+
+        Raises:
+            LLFCError: Work failed, here or on another process; all processes get the error.
+        """
+        mine = [items[place] for place in self._share(items, costs)]
+
+        def work() -> None:
+            if forked and self.threads > 1 and len(mine) > 1 and can_fork():
+                run_forked(function, mine, self.threads, on_result)
+            else:
+                self._map_here(lambda item: on_result(item, function(item)), mine, None)
+
+        self._together(work)
+
+    def _share(self, items: Sequence[Item], costs: Sequence[float] | None) -> list[int]:
+        """The places of the items that are this process's."""
         owners = _owners([1.0] * len(items) if costs is None else costs, self.ranks)
-        mine = [place for place, owner in enumerate(owners) if owner == self.rank]
+        return [place for place, owner in enumerate(owners) if owner == self.rank]
+
+    def _together(self, work: Callable[[], Result]) -> list[Result]:
+        """What work gives on every process; all raise the error of any."""
+        if self.ranks == 1:
+            return [work()]
         problem: Exception | None = None
-        done: dict[int, Result] = {}
+        done: Result | None = None
         try:
-            done = dict(zip(mine, self._map_here(function, [items[place] for place in mine], on_done), strict=True))
+            done = work()
         except Exception as error:
-            if self.ranks == 1:
-                raise
             problem = error
         # Not every error of a library can be sent.
         is_ours = problem is None or isinstance(problem, LLFCError)
         outcomes = self.gather((done, problem if is_ours else RuntimeError(f"{type(problem).__name__}: {problem}")))
         if problem is not None:
             raise problem
-        results: dict[int, Result] = {}
-        for found, elsewhere in outcomes:
+        for _, elsewhere in outcomes:
             if elsewhere is not None:
                 raise elsewhere
-            results |= found
-        return [results[place] for place in range(len(items))]
+        return [found for found, _ in outcomes]
 
     def _map_here(
         self, function: Callable[[Item], Result], items: Sequence[Item], on_done: Callable[[], None] | None

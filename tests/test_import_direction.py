@@ -21,6 +21,7 @@ ORDER = (
     "choices",
     "methods",
     "progress",
+    "forked",
     "workers",
     "ranks",
     "extension",

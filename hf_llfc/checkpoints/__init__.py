@@ -6,7 +6,7 @@ from hf_llfc.checkpoints.files import FileSpan
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.output import OutputFolder
 from hf_llfc.checkpoints.reader import Checkpoint, open_checkpoint, state_dict_on_disk, tensor_bytes
-from hf_llfc.checkpoints.shards import ShardFiles, Sink
+from hf_llfc.checkpoints.shards import ShardFiles, Sink, Written
 from hf_llfc.lazy import lazy_names
 
 if TYPE_CHECKING:  # what knows model classes takes seconds to load
@@ -22,6 +22,7 @@ __all__ = [
     "ShardFiles",
     "Sink",
     "TensorInfo",
+    "Written",
     "body_tensors",
     "compare",
     "load_model",

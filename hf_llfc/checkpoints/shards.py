@@ -10,7 +10,6 @@ taking pages for them costs more processor time than a merge does, and they woul
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import shutil
 import threading
@@ -46,11 +45,30 @@ _LEAST_DIRECT = 1 << 18
 _DIRECT_AT_ONCE = 1 << 22
 
 
-class Sink(Protocol):
-    """Takes the bytes of tensors."""
+@dataclass(frozen=True)
+class Written:
+    """Bytes that lie in their place.
 
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        """Takes bytes of a tensor, from a place in it on; from any thread."""
+    Attributes:
+        filename: The weight file.
+        count: How many there are.
+        checksums: Those of the pieces that lie within them, by where they begin.
+    """
+
+    filename: str
+    count: int
+    checksums: Mapping[int, bytes]
+
+
+class Sink(Protocol):
+    """Takes the bytes of tensors, in two steps: they are put in their place, and it is noted that they are there."""
+
+    def put(self, name: str, start: int, data: memoryview) -> Written:
+        """Takes bytes of a tensor, from a place in it on; from any thread, and from a fork of its process."""
+        ...
+
+    def note(self, written: Written) -> None:
+        """Notes that bytes were put; from any thread of the process that made the sink."""
         ...
 
 
@@ -229,7 +247,15 @@ class ShardFiles:
         self._direct.clear()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Writes bytes of a tensor, from a place in it on; from any thread.
+        """Puts bytes of a tensor in their place and notes that they are there.
+
+        Raises:
+            OSError: The disk is full or cannot be written.
+        """
+        self.note(self.put(name, start, data))
+
+    def put(self, name: str, start: int, data: memoryview) -> Written:
+        """Writes bytes of a tensor, from a place in it on; from any thread, and from a fork of this process.
 
         Raises:
             OSError: The disk is full or cannot be written.
@@ -244,13 +270,20 @@ class ShardFiles:
             self._write_cached(filename, data[last - begin :], last)
         else:
             self._write_cached(filename, data, begin)
-        known = self._known(filename, name, begin, data)
+        return Written(filename, len(data), self._known(filename, name, begin, data))
+
+    def note(self, written: Written) -> None:
+        """Counts what was written, from any thread of this process; the last of a file completes it.
+
+        Raises:
+            OSError: A file that is complete cannot be read.
+        """
         with self._lock:
-            self._checksums[filename] |= known
-            self._missing[filename] -= len(data)
-            is_complete = self._missing[filename] == 0
+            self._checksums[written.filename] |= written.checksums
+            self._missing[written.filename] -= written.count
+            is_complete = self._missing[written.filename] == 0
         if is_complete:
-            self._complete(filename)
+            self._complete(written.filename)
 
     def _write_cached(self, filename: str, data: memoryview, place: int) -> None:
         write_at(self._files[filename], data, place)
@@ -290,7 +323,9 @@ class _Rooms(threading.local):
     @cached_property
     def blocks(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         """Memory that begins with a block, to be written from past the page cache."""
-        return np.frombuffer(mmap.mmap(-1, _DIRECT_AT_ONCE), dtype=np.uint8)
+        room = np.empty(_DIRECT_AT_ONCE + _BLOCK, dtype=np.uint8)
+        begin = -room.ctypes.data % _BLOCK
+        return room[begin : begin + _DIRECT_AT_ONCE]
 
 
 def checksum(path: Path) -> str:

@@ -2,10 +2,11 @@
 
 A tensor is worked through in chunks, so that everything between reading the models and writing the result stays in
 the cache. PyTorch converts float64 to the half types through float32, which rounds twice and is wrong wherever the
-first rounding lands on a tie of the second. So the float64 sum is first cut to float32's precision by rounding to odd
-(drop the excess bits, and set the last one that stays if any of them was set), after which the conversion to the half
-type is the only rounding that counts (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved
-algorithms using rounding to odd", IEEE Transactions on Computers, 2008).
+first rounding lands on a tie of the second. So the float64 sum is first rounded to the significant bits of the half
+type by Veltkamp's splitting, x = (x·K) − (x·K − x) with K = 2ˢ + 1 and s the excess bits, after which the conversion
+changes nothing (Boldo, "Pitfalls of a full floating-point proof: example on the formal proof of the Veltkamp/Dekker
+algorithms", IJCAR 2006). Ties go to the even neighbour as everywhere in this arithmetic: on a tie x has so few bits
+that x·2ˢ is an even multiple of the last place, and so is what x·K is rounded to.
 
 Shape suffixes: `n` all elements of a tensor, `c` those of one chunk.
 """
@@ -26,19 +27,20 @@ from hf_llfc.errors import CheckpointError
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The types that can be combined and written."""
 
-CHUNK = 1 << 17
-"""Elements combined at a time: enough that calls do not count, few enough for the processor's cache."""
-
-# The bits of a float64 beyond the 24 significant ones of a float32.
-_EXCESS = np.int64((1 << 29) - 1)
-
-# The smallest bfloat16 with all its bits, as an integer.
-_SMALLEST_NORMAL = 0x0080
+CHUNK = 1 << 15
+"""Elements combined at a time: enough that calls do not count, few enough for the cache of a processor's core."""
 
 
 @dataclass(frozen=True)
 class _Bits:
-    """How a type of floating-point number looks as an integer."""
+    """How a type of floating-point number looks as an integer.
+
+    Attributes:
+        signed: The integers of its size.
+        unsigned: The same in NumPy, without a sign.
+        all_but_sign: A mask.
+        infinity: What it looks like.
+    """
 
     signed: torch.dtype
     unsigned: type[np.unsignedinteger[Any]]
@@ -51,6 +53,27 @@ _BITS = {
     torch.float16: _Bits(torch.int16, np.uint16, 0x7FFF, 0x7C00),
     torch.float32: _Bits(torch.int32, np.uint32, 0x7FFFFFFF, 0x7F800000),
     torch.float64: _Bits(torch.int64, np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+}
+
+
+@dataclass(frozen=True)
+class _Half:
+    """What rounding to a half type takes.
+
+    Attributes:
+        splitter: Veltkamp's K, one more than 2 to the power of the bits that it has less than float64.
+        smallest_normal: The smallest number with all its bits, as an integer.
+        unit: The smallest number; all others are multiples of it.
+    """
+
+    splitter: float
+    smallest_normal: int
+    unit: float
+
+
+_HALVES = {
+    torch.bfloat16: _Half(2.0**45 + 1, 0x0080, 2.0**-133),
+    torch.float16: _Half(2.0**42 + 1, 0x0400, 2.0**-24),
 }
 
 
@@ -130,13 +153,13 @@ class Combination:
 
 
 class Scratch:
-    """Room for `Combination`s of chunks; every thread has its own."""
+    """Room for `Combination`s; every thread has its own."""
 
     def __init__(self, size: int = CHUNK) -> None:
         """Takes the room.
 
         Args:
-            size: The most elements that a chunk has.
+            size: Elements that are combined at a time.
         """
         self._sum = np.empty(size)
         self._value = np.empty(size)
@@ -146,38 +169,61 @@ class Scratch:
         self._magnitude = np.empty(size, dtype=np.int64)
         self.size = size
 
-    def combine(self, combination: Combination, columns: Sequence[Tensor], result_c: Tensor) -> bool:
-        """Combines a chunk of every tensor.
+    def combine(self, combination: Combination, columns: Sequence[Tensor], result_n: Tensor) -> bool:
+        """Combines tensors, or parts of them.
 
         Args:
             combination: What to do.
-            columns: A chunk of every tensor, one-dimensional, of types among `DTYPES`.
-            result_c: Where to put the result.
+            columns: The same elements of every tensor, one-dimensional, of types among `DTYPES`.
+            result_n: Where to put the result.
 
         Returns:
-            Whether all of the result is finite.
+            Whether all of the result is finite; the rest of it is not made then.
         """
-        n = len(result_c)
+        bits = _BITS[result_n.dtype]
+        result_bits = result_n.view(bits.signed).numpy().view(bits.unsigned)
+        begin = 0
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is looked for in the result
-            self._accumulate(combination, columns, n)
-        if result_c.element_size() == 2:
-            self._round_to_odd(n)
-        result_c.copy_(self._of_sum[:n])
+            for result_c, *of_columns in zip(*(each.split(self.size) for each in (result_n, *columns)), strict=True):
+                end = min(begin + self.size, result_bits.size)
+                if not self._combine(combination, of_columns, result_c, result_bits[begin:end]):
+                    return False
+                begin = end
+        return True
+
+    def _combine(
+        self,
+        combination: Combination,
+        columns: Sequence[Tensor],
+        result_c: Tensor,
+        result_bits: np.ndarray[tuple[int], np.dtype[Any]],
+    ) -> bool:
+        """Combines one chunk; its result is given as a tensor and as integers."""
+        n = result_bits.size
+        half = _HALVES.get(result_c.dtype)
+        self._accumulate(combination, columns, n)
+        if half is not None:
+            self._round_to(half, n)
+        result_c.copy_(self._of_sum[:n] if half is None else self._of_value[:n])
         bits = _BITS[result_c.dtype]
         magnitude = self._magnitude.view(bits.unsigned)[:n]
-        np.bitwise_and(result_c.view(bits.signed).numpy().view(bits.unsigned), bits.all_but_sign, out=magnitude)
+        np.bitwise_and(result_bits, bits.all_but_sign, out=magnitude)
         if magnitude.max(initial=0) >= bits.infinity:
             return False
-        if result_c.dtype == torch.bfloat16 and magnitude.min(initial=bits.infinity) <= _SMALLEST_NORMAL:
-            tiny_k = np.flatnonzero(magnitude <= _SMALLEST_NORMAL)
-            if self._sum[tiny_k].any():  # a zero is one however it is rounded
-                self._round_tiny(combination, columns, result_c, tiny_k)
+        if half is not None and magnitude.min(initial=bits.infinity) <= half.smallest_normal:
+            tiny_k = np.flatnonzero(magnitude <= half.smallest_normal)
+            if self._value[tiny_k].any():  # a zero is one however it is rounded
+                self._round_tiny(combination, columns, half, result_c, tiny_k)
         return True
 
     def greatest(self, combination: Combination, columns: Sequence[Tensor]) -> float:
-        """The largest magnitude of a sum of chunks, before it is rounded."""
-        self._accumulate(combination, columns, len(columns[0]))
-        return float(np.abs(self._sum[: len(columns[0])]).max())
+        """The largest magnitude of a sum, before it is rounded."""
+        greatest = 0.0
+        for of_columns in zip(*(column.split(self.size) for column in columns), strict=True):
+            n = of_columns[0].numel()
+            self._accumulate(combination, of_columns, n)
+            greatest = max(greatest, float(np.abs(self._sum[:n]).max(initial=0)))
+        return greatest
 
     def _accumulate(self, combination: Combination, columns: Sequence[Tensor], n: int) -> None:
         sum_c, value_c = self._sum[:n], self._value[:n]
@@ -202,28 +248,26 @@ class Scratch:
             np.multiply(value_c, weight, out=value_c)
             np.add(sum_c, value_c, out=sum_c)
 
-    def _round_to_odd(self, n: int) -> None:
-        """Rounds the sum to float32's precision, to odd."""
-        bits_c, excess_c = self._sum[:n].view(np.int64), self._value[:n].view(np.int64)
-        # excess + mask carries into the last bit that stays if, and only if, the excess is not zero.
-        np.bitwise_and(bits_c, _EXCESS, out=excess_c)
-        np.add(excess_c, _EXCESS, out=excess_c)
-        np.bitwise_or(bits_c, excess_c, out=bits_c)
-        np.bitwise_and(bits_c, ~_EXCESS, out=bits_c)
+    def _round_to(self, half: _Half, n: int) -> None:
+        """Leaves the sum rounded to the significant bits of a half type in the room for values, and spoils the sum."""
+        sum_c, value_c = self._sum[:n], self._value[:n]
+        np.multiply(sum_c, half.splitter, out=value_c)
+        np.subtract(value_c, sum_c, out=sum_c)
+        np.subtract(value_c, sum_c, out=value_c)
 
     def _round_tiny(
         self,
         combination: Combination,
         columns: Sequence[Tensor],
+        half: _Half,
         result_c: Tensor,
         tiny_k: np.ndarray[tuple[int], np.dtype[np.int64]],
     ) -> None:
-        """Rounds again what lies where float32 has fewer bits, so that the way through it would round twice."""
+        """Rounds again what lies where the half type has fewer bits, in multiples of its smallest number."""
         of_tiny = torch.from_numpy(tiny_k)
         self._accumulate(combination, [column_c[of_tiny] for column_c in columns], len(tiny_k))
-        # Counted in multiples of bfloat16's smallest number.
-        unit = torch.finfo(torch.bfloat16).smallest_normal * torch.finfo(torch.bfloat16).eps
-        result_c[of_tiny] = (torch.round(torch.from_numpy(self._sum[: len(tiny_k)]) / unit) * unit).to(torch.bfloat16)
+        rounded_k = np.rint(self._sum[: len(tiny_k)] / half.unit) * half.unit
+        result_c[of_tiny] = torch.from_numpy(rounded_k).to(result_c.dtype)
 
 
 @dataclass(frozen=True)
@@ -277,16 +321,13 @@ def _combine(inputs: _Inputs, combination: Combination, out_dtype: torch.dtype) 
     result_n = result.view(-1)
     size = result_n.numel()
     scratch = Scratch(max(1, min(size, CHUNK)))
-    for start in range(0, size, scratch.size):
-        part = slice(start, start + scratch.size)
-        columns = [column_n[part] for column_n in inputs.columns]
-        if not scratch.combine(combination, columns, result_n[part]):
-            inputs.refuse_not_finite()
-            greatest = scratch.greatest(combination, columns)
-            raise CheckpointError(
-                f"{inputs.name}: a merged value of {greatest:.6g} is beyond the range of {_names([out_dtype])} "
-                f"(±{torch.finfo(out_dtype).max:.6g}); set out_dtype to bfloat16 or float32, or lower the weights"
-            )
+    if not scratch.combine(combination, inputs.columns, result_n):
+        inputs.refuse_not_finite()
+        greatest = scratch.greatest(combination, inputs.columns)
+        raise CheckpointError(
+            f"{inputs.name}: a merged value of {greatest:.6g} is beyond the range of {_names([out_dtype])} "
+            f"(±{torch.finfo(out_dtype).max:.6g}); set out_dtype to bfloat16 or float32, or lower the weights"
+        )
     return result
 
 

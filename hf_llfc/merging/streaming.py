@@ -1,14 +1,19 @@
-"""Merging in bounded memory: parts of tensors are read, combined and written by threads, and by processes.
+"""Merging in bounded memory: parts of tensors are read, combined and written by several workers, and processes.
 
-A tensor whose bytes can be read where they lie, in all models, is cut into parts; a thread reads a part of each model,
-combines it chunk by chunk, and writes it to its place. One thread computes while another waits for the disk. A tensor
+A tensor whose bytes can be read where they lie, in all models, is cut into parts; a worker reads a part of each model,
+combines it chunk by chunk, and writes it to its place. One worker computes while another waits for the disk. A tensor
 that has to be moved or made first is read as a whole, and no more of them at a time than the budget allows.
+
+Workers of a large merge are forked copies of the process where there can be any, else its threads: a chunk is a dozen
+calls of some microseconds, each of which gives up Python's lock and takes it again, so that two threads merge no faster
+than one.
 
 Shape suffixes: `p` the elements of one part, `c` those of one chunk.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_llfc.checkpoints import FileSpan, Sink, tensor_bytes
-from hf_llfc.merging.combination import CHUNK, DTYPES, Combination, Scratch
+from hf_llfc.checkpoints import FileSpan, Sink, Written, tensor_bytes
+from hf_llfc.merging.combination import CHUNK, DTYPES, Scratch
 from hf_llfc.merging.tensors import Merge
 from hf_llfc.workers import ALONE, Workers
 
@@ -28,10 +33,13 @@ PART = 1 << 20
 MEMORY = 1 << 28
 """Bytes of whole tensors that are in memory together, unless a single one needs more."""
 
+FORKED = 1 << 26
+"""Bytes to be read and written from which on copies of the process merge: to start and end them takes some 50 ms."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """What one thread does at a time: some elements of a tensor.
+    """What one worker does at a time: some elements of a tensor.
 
     Attributes:
         name: The tensor.
@@ -57,13 +65,13 @@ def merge_streamed(
     memory: int = MEMORY,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Merges models into a sink, the same bytes whatever the number of threads and processes.
+    """Merges models into a sink, the same bytes whatever the number of workers and processes.
 
     Args:
         merge: What becomes of every tensor.
         sink: Takes the merged bytes, in any order.
         names: The tensors to be made; all where None.
-        workers: Threads and processes that share the tensors; the sinks of the processes must write to the same place.
+        workers: Workers and processes that share the tensors; the sinks of the processes must write to the same place.
         memory: Bytes of whole tensors that may be in memory together in one process. One tensor is always read, so
             that a single one may need more.
         on_bytes: Told how many bytes this process has done and how many it will do, about.
@@ -74,19 +82,21 @@ def merge_streamed(
     """
     parts = [part for name in (merge.infos if names is None else names) for part in _parts(merge, name)]
     total = sum(part.cost for part in parts) // workers.ranks
+    forked = total >= FORKED
     done = 0
     lock = threading.Lock()
-    make = _Merging(merge, sink, _Budget(memory))
 
-    def work(part: Part) -> None:
+    def note(part: Part, put: list[Written]) -> None:
         nonlocal done
-        make(part)
+        for written in put:
+            sink.note(written)
         if on_bytes is not None:
             with lock:
                 done = min(total, done + part.cost)
                 on_bytes(done, total)
 
-    workers.map(work, parts, costs=[float(part.cost) for part in parts])
+    make = _Merging(merge, sink, _Budget(memory, forked=forked))
+    workers.each(make, parts, costs=[float(part.cost) for part in parts], on_result=note, forked=forked)
 
 
 def _parts(merge: Merge, name: str) -> Iterator[Part]:
@@ -111,54 +121,59 @@ def _is_taken_over(merge: Merge, name: str) -> bool:
 
 
 class _Budget:
-    """Bytes that threads may hold together."""
+    """Bytes that the workers of a process may hold together.
 
-    def __init__(self, limit: int) -> None:
+    Args:
+        limit: How many.
+        forked: Whether the workers are copies of the process, not threads.
+    """
+
+    def __init__(self, limit: int, *, forked: bool) -> None:
         self._limit = limit
-        self._taken = 0
-        self._freed = threading.Condition()
+        self._taken = multiprocessing.RawValue("q", 0)
+        self._freed = multiprocessing.Condition() if forked else threading.Condition()
 
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
         """Waits until there is room, or nothing else is held."""
         with self._freed:
-            self._freed.wait_for(lambda: not self._taken or self._taken + count <= self._limit)
-            self._taken += count
+            self._freed.wait_for(lambda: not self._taken.value or self._taken.value + count <= self._limit)
+            self._taken.value += count
         try:
             yield
         finally:
             with self._freed:
-                self._taken -= count
+                self._taken.value -= count
                 self._freed.notify_all()
 
 
 class _Merging(threading.local):
-    """What merges parts; every thread that uses it gets room of its own for a part of each model and of the result."""
+    """What merges parts; every worker that uses it gets room of its own for a part of each model and of the result."""
 
     def __init__(self, merge: Merge, sink: Sink, budget: _Budget) -> None:
         self._merge = merge
         self._sink = sink
         self._budget = budget
-        self._scratch = Scratch()
+        self._scratch = Scratch(CHUNK)
         self._rooms = [_Room() for _ in (*merge.everyone, sink)]
 
-    def __call__(self, part: Part) -> None:
+    def __call__(self, part: Part) -> list[Written]:
+        """Makes a part and puts it in its place."""
         with self._budget.taken(part.whole):
             if self._merge.is_sum(part.name):
-                self._sum(part)
-            elif _is_taken_over(self._merge, part.name):
-                self._copy(part)
-            else:
-                self._sink.write(part.name, 0, tensor_bytes(self._merge.tensor(part.name)))
+                return list(self._sum(part))
+            if _is_taken_over(self._merge, part.name):
+                return list(self._copy(part))
+            return [self._sink.put(part.name, 0, tensor_bytes(self._merge.tensor(part.name)))]
 
-    def _copy(self, part: Part) -> None:
+    def _copy(self, part: Part) -> Iterator[Written]:
         span = self._merge.sources[0].span(part.name)
         assert span is not None, "what is taken over lies in a file"
         for start in range(part.start, part.stop, PART):
             data = self._rooms[0].filled(span, start, min(start + PART, part.stop))
-            self._sink.write(part.name, start * data.itemsize, tensor_bytes(data))
+            yield self._sink.put(part.name, start * data.itemsize, tensor_bytes(data))
 
-    def _sum(self, part: Part) -> None:
+    def _sum(self, part: Part) -> Iterator[Written]:
         everyone = self._merge.everyone
         info = self._merge.infos[part.name]
         read: list[FileSpan | Tensor] = [source.span(part.name) or source.read(part.name) for source in everyone]
@@ -174,18 +189,13 @@ class _Merging(threading.local):
                 for each, room in zip(whole, self._rooms, strict=False)
             ]
             result_p = self._rooms[-1].of(info.dtype, stop - start)
-            can_be_summed = self._combine(combination, columns, result_p)
+            can_be_summed = self._scratch.combine(combination, columns, result_p)
             if not can_be_summed:
                 break
-            self._sink.write(part.name, start * info.dtype.itemsize, tensor_bytes(result_p))
+            yield self._sink.put(part.name, start * info.dtype.itemsize, tensor_bytes(result_p))
         if not can_be_summed:
             self._merge.tensor(part.name)
             raise AssertionError(f"{part.name}: whole tensors can be summed, chunks of them cannot")
-
-    def _combine(self, combination: Combination, columns: Sequence[Tensor], result_p: Tensor) -> bool:
-        """Combines a part chunk by chunk; whether all of it is finite."""
-        chunks = zip(*(column.split(CHUNK) for column in (result_p, *columns)), strict=True)
-        return all(self._scratch.combine(combination, of_columns, result_c) for result_c, *of_columns in chunks)
 
 
 class _Room:

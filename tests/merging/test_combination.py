@@ -271,6 +271,25 @@ def test_every_tie_of_a_half_type_and_its_surroundings(dtype):
         assert torch.equal(found["at"], torch.where(bits % 2 == 0, lower, upper))
 
 
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16])
+def test_just_below_and_above_powers_of_two(out):
+    """Where the splitting's product passes into the next binade: the last places of float64, one by one and doubled."""
+    steps = torch.cat([torch.arange(-300, 301), 2 ** torch.arange(62), -(2 ** torch.arange(51))])
+    for exponent in (-20, -3, 0, 1, 9):
+        power = torch.tensor(2.0**exponent, dtype=torch.float64)
+        values = (power.view(torch.int64) + steps[steps < 2**50]).view(torch.float64)
+        values = torch.cat([values, -values])
+        assert wrongly_rounded(linear_combination([values], [1.0], out_dtype=out), [values], [1.0]) == []
+
+
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16, torch.float32])
+def test_zeros_keep_their_sign(out):
+    zeros = torch.tensor([0.0, -0.0, 1e-300, -1e-300], dtype=torch.float64)
+    result = linear_combination([zeros, zeros], (0.3, 0.7), out_dtype=out)
+    assert result.tolist() == [0, 0, 0, 0]
+    assert torch.signbit(result).tolist() == [False, True, False, True]
+
+
 @pytest.mark.parametrize("weights", [(0.3, 0.7), (0.2, 0.3, 0.5)])
 def test_the_sum_is_as_good_as_exact(weights, generator):
     """Of tensors without cancellation the float64 sum differs from the exact one by less than 1e-15 of it."""

@@ -1,6 +1,7 @@
 """Merging in parts gives the bytes of merging whole tensors, whoever does which part, within the memory allowed."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.files import LocalFiles, open_weights
 from hf_llfc.checkpoints.shards import ShardFiles, ShardLayout
 from hf_llfc.errors import CheckpointError
+from hf_llfc.forked import can_fork
 from hf_llfc.merging import Merge, Source, WeightSchedule, merge_streamed, streaming
 from hf_llfc.workers import Workers
 
@@ -20,6 +22,14 @@ WEIGHTS = (0.3, 0.7)
 def small_parts(monkeypatch):
     monkeypatch.setattr(streaming, "CHUNK", 32)
     monkeypatch.setattr(streaming, "PART", 100)
+
+
+@pytest.fixture(params=["threads", "copies"])
+def workers(request, monkeypatch):
+    """Two workers: threads, and copies of the process where there can be any."""
+    if request.param == "copies":
+        monkeypatch.setattr(streaming, "FORKED", 0)
+    return Workers(2)
 
 
 def network(generator, dtype=torch.bfloat16):
@@ -81,19 +91,19 @@ def test_parts_make_the_whole(generator, tmp_path, threads, over_base, out_dtype
     assert_same(written(merge, tmp_path / "out", workers=Workers(threads)), dict(merge.tensors()))
 
 
-def test_parts_read_from_files_alone_make_the_whole(generator, tmp_path):
+def test_parts_read_from_files_alone_make_the_whole(generator, tmp_path, workers):
     states = [network(generator), network(generator)]
     sources = [from_file(state, tmp_path / letter) for state, letter in zip(states, "ab", strict=True)]
     merge = Merge.plan(sources, infos_of(states[0]), [WeightSchedule.constant(weight) for weight in WEIGHTS])
     in_memory = Merge(list(map(from_memory, states)), merge.infos, merge.weights)
-    assert_same(written(merge, tmp_path / "out", workers=Workers(2)), dict(in_memory.tensors()))
+    assert_same(written(merge, tmp_path / "out", workers=workers), dict(in_memory.tensors()))
 
 
-def test_one_model_is_copied_bit_for_bit(generator, tmp_path):
+def test_one_model_is_copied_bit_for_bit(generator, tmp_path, workers):
     state = network(generator)
     state["embed.weight"][0, 0] = float("nan")
     merge = Merge.copy(from_file(state, tmp_path / "a"), infos_of(state))
-    found = written(merge, tmp_path / "out", workers=Workers(2))
+    found = written(merge, tmp_path / "out", workers=workers)
     for name, tensor in state.items():
         assert found[name].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
 
@@ -149,13 +159,19 @@ class Counting:
         self.sink = sink
         self.bytes = 0
 
-    def write(self, name, start, data):
+    def put(self, name, start, data):
         self.bytes += len(data)
-        self.sink.write(name, start, data)
+        return self.sink.put(name, start, data)
+
+    def note(self, written):
+        self.sink.note(written)
 
 
 class Nowhere:
-    def write(self, name, start, data):
+    def put(self, name, start, data):
+        pass
+
+    def note(self, written):
         pass
 
 
@@ -181,8 +197,8 @@ def test_whole_tensors_keep_to_the_budget(limit, most):
             full.wait(timeout=10)
         return state[name]
 
-    class Leaving:
-        def write(self, name, start, data):
+    class Leaving(Nowhere):
+        def put(self, name, start, data):
             with lock:
                 inside.discard(name)
 
@@ -191,14 +207,38 @@ def test_whole_tensors_keep_to_the_budget(limit, most):
     assert peak == most
 
 
+@pytest.mark.skipif(not can_fork(), reason="the system's libraries do not stand a fork")
+@pytest.mark.parametrize("limit", [0, 2 * 2 * 64 * 4])
+def test_copies_keep_to_one_budget(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "FORKED", 0)
+    state = {f"layers.{place}.weight": torch.ones(64) for place in range(8)}
+
+    def read(name):
+        (tmp_path / name).touch()
+        time.sleep(0.02)
+        return state[name]
+
+    class Leaving(Nowhere):
+        def put(self, name, start, data):
+            (tmp_path / "peaks").mkdir(exist_ok=True)
+            inside = len(list(tmp_path.iterdir())) - 1
+            (tmp_path / "peaks" / f"{name} {inside}").touch()
+            (tmp_path / name).unlink()
+
+    merge = Merge([Source("a", read)], infos_of(state), dict.fromkeys(state, (0.5,)))
+    merge_streamed(merge, Leaving(), workers=Workers(4), memory=limit)
+    peaks = [int(path.name.split()[1]) for path in (tmp_path / "peaks").iterdir()]
+    assert len(peaks) == 8 and max(peaks) == (1 if limit == 0 else 2)
+
+
 @pytest.mark.parametrize("place", [0, 150, 406])
-def test_a_number_that_is_not_finite_is_named_as_in_the_whole_tensor(generator, tmp_path, place):
+def test_a_number_that_is_not_finite_is_named_as_in_the_whole_tensor(generator, tmp_path, place, workers):
     states = [network(generator), network(generator)]
     states[1]["embed.weight"].view(-1)[place] = float("inf")
     sources = [from_file(state, tmp_path / letter, f"org/{letter}") for state, letter in zip(states, "ab", strict=True)]
     merge = Merge.plan(sources, infos_of(states[0]), [WeightSchedule.constant(weight) for weight in WEIGHTS])
     with pytest.raises(CheckpointError, match=rf"embed\.weight of org/b: 1 of 407 .* flat index {place};"):
-        merge_streamed(merge, Nowhere(), workers=Workers(2))
+        merge_streamed(merge, Nowhere(), workers=workers)
 
 
 def test_a_sum_beyond_the_range_is_named(tmp_path):
@@ -228,10 +268,10 @@ def test_a_file_that_is_cut_off_meanwhile_is_one_error(tmp_path):
         merge_streamed(merge, Nowhere())
 
 
-def test_progress_ends_at_the_end(generator, tmp_path):
+def test_progress_ends_at_the_end(generator, tmp_path, workers):
     state = network(generator)
     told = []
     merge = Merge([from_memory(state)], infos_of(state), dict.fromkeys(state, (1.0,)))
-    merge_streamed(merge, Nowhere(), workers=Workers(2), on_bytes=lambda done, total: told.append((done, total)))
+    merge_streamed(merge, Nowhere(), workers=workers, on_bytes=lambda done, total: told.append((done, total)))
     dones, totals = zip(*told, strict=True)
     assert list(dones) == sorted(dones) and len(set(totals)) == 1 and dones[-1] == totals[-1]
