@@ -50,7 +50,7 @@ EXCHANGE = timedelta(minutes=10)
 LEAVING = 5.0
 """Seconds for which the main process keeps the store open so that the others can read why a run failed."""
 
-_LONGEST_PAUSE = 0.1
+_LONGEST_PAUSE = 0.01
 
 
 class Processes:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.alignment.assignment import assign_with_gap
-from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, signs_of, solve_group, solve_signed
+from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, signs_of, solve_group, solve_signed, tried
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.symmetry.alignment import Alignment
@@ -63,8 +63,11 @@ BLOCK = 1 << 26
 
 # A gain matrix that takes more operations than this is summed in so many parts, which workers share. The parts are
 # always the same, so that the sum does not depend on the workers.
-SHARED_FROM = 1e11
+SHARED_FROM = 1e10
 PARTS = 8
+
+# What one assignment of a pair of root entries takes, in operations of a matrix product: half a millisecond.
+ONE_ASSIGNMENT = 2e7
 
 # A tensor: its declared name, and its index along the axes in the name.
 Key = tuple[str, tuple[int, ...]]
@@ -157,6 +160,20 @@ class Gains:
         widths = (size * self._width(key, group) for key in keys)
         return sum(2.0 * elements * width for elements, width in zip(self._elements(keys), widths, strict=True))
 
+    def cost(self, group: Group) -> float:
+        """What it takes to solve a group, in operations of a matrix product: its gains, and the choices of children."""
+        pairs = group.size**2 if group.moves else group.size
+        return self.operations(group) + (ONE_ASSIGNMENT * pairs * tried(group) if group.children else 0.0)
+
+    def is_shared(self, group: Group) -> bool:
+        """Whether workers can share the gains of one group."""
+        return not (
+            group.children
+            or self._is_in_names(group.axis)
+            or self._quadratic(group)
+            or self.operations(group) < SHARED_FROM
+        )
+
     def anchoring(self, group: Group, undetermined: Set[str]) -> float:
         """How many weights of each unit of the group lie in rows that no undetermined axis shuffles."""
         known = 0.0
@@ -231,7 +248,7 @@ class Gains:
         keys = self._telling(self.keys(group.axes), undetermined - group.axes)
         if group.axis in group.matrices and not own_is_known:
             keys = [key for key in keys if key not in quadratic]
-        if quadratic or self.operations(group) < SHARED_FROM:
+        if not self.is_shared(group):
             gain_ij = gain_of(keys)
         else:
             parts = self._shares(keys, undetermined - group.axes)

@@ -159,6 +159,13 @@ def solve_group(
     return Solution(transforms, rise if rise > floor else 0.0, float(before_i.sum()))
 
 
+def tried(group: Group) -> int:
+    """How many assignments the children of one pair of root entries may take, about."""
+    sizes = sorted(group.children.values())
+    choices = prod(factorial(min(size, TRIED)) for size in sizes[:-1])
+    return choices if choices <= TRIED else 4 * len(sizes)
+
+
 def signs_of(group: Group) -> str | None:
     """The only child of a group that is permuted, if that child is a sign: an axis of one entry and a matrix."""
     if not group.moves or group.axis in group.matrices or list(group.children.values()) != [1]:

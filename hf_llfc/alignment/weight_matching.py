@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -26,6 +26,10 @@ from hf_llfc.workers import ALONE, Workers
 Visit = tuple[Group, frozenset[str]]
 
 logger = logging.getLogger(__name__)
+
+# Groups are solved one by one by all workers where one group a worker would take so many times as long: what follows
+# the sums, above all the assignment, is not shared.
+IDLE = 1.2
 
 # A sweep that raises the objective by less than this fraction ends the descent: below it lies float rounding.
 CONVERGED = 1e-9
@@ -313,24 +317,52 @@ def _solve_all(
         present = Alignment(gains.spec, dict(transforms))
         finished = count(len(solutions) + 1)
         told(len(solutions), len(visits))
-        here = ALONE if len(wave) > 1 else gains.workers
-        across = gains.workers if len(wave) > 1 else ALONE
 
-        def solve(place: int, present: Alignment = present, here: Workers = here) -> Solution:
+        def solve(place: int, present: Alignment = present, workers: Workers = ALONE) -> Solution:
             group, undetermined = visits[place]
-            return gains.solve(group, present, undetermined, workers=here)
+            return gains.solve(group, present, undetermined, workers=workers)
 
         def on_done(finished: Iterator[int] = finished, last: int = len(solutions) + len(wave)) -> None:
             done = next(finished)
             if done < last:
                 told(done, len(visits))
 
-        found = across.map(solve, wave, costs=[gains.operations(visits[place][0]) for place in wave], on_done=on_done)
-        solutions |= zip(wave, found, strict=True)
-        for solution in found:
-            if keep_all or solution.gain > 0:
-                transforms.update(solution.transforms)
+        groups = {place: visits[place][0] for place in wave}
+        together, apart = _divided(gains, groups)
+        found: dict[int, Solution] = {}
+        for place in together:
+            found[place] = solve(place, workers=gains.workers)
+            on_done()
+        costs = [gains.cost(groups[place]) for place in apart]
+        found |= zip(apart, gains.workers.map(solve, apart, costs=costs, on_done=on_done), strict=True)
+        solutions |= found
+        for place in wave:
+            if keep_all or found[place].gain > 0:
+                transforms.update(found[place].transforms)
     return [solutions[place] for place in range(len(visits))]
+
+
+def _divided(gains: Gains, groups: Mapping[int, Group]) -> tuple[list[int], list[int]]:
+    """Which groups of a wave all workers solve together one by one, and which each worker solves alone.
+
+    What can be solved together is, where it would else be waited for: where the worker with the most to do has clearly
+    more than its share.
+    """
+    workers = gains.workers.threads * gains.workers.ranks
+    shared = [place for place, group in groups.items() if gains.is_shared(group)]
+    alone = [place for place in groups if place not in shared]
+    costs = {place: gains.cost(group) for place, group in groups.items()}
+
+    def longest(places: list[int]) -> float:
+        loads = [0.0] * workers
+        for cost in sorted((costs[place] for place in places), reverse=True):
+            loads[loads.index(min(loads))] += cost
+        return max(loads)
+
+    in_turn = sum(costs[place] for place in shared) / workers + longest(alone)
+    if shared and longest([*groups]) > IDLE * in_turn:
+        return shared, alone
+    return [], list(groups)
 
 
 def _waves(gains: Gains, groups: Sequence[Group]) -> list[list[int]]:
