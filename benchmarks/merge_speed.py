@@ -6,8 +6,10 @@
 FOLDER takes the models (4.4 GB for a pair of 1.1 B parameters; 23 GB for all sizes) and the results. mergekit 0.1.5
 lives in an environment of its own: `python -m venv ~/mergekit; ~/mergekit/bin/pip install torch mergekit==0.1.5`.
 
-Everything is run in turns, each in a process of its own. Time and CPU are those of the whole process, from `wait4`;
-memory is its peak. The streaming part alone is timed inside a process, like the reads and writes beside it.
+Everything is run in turns, each in a process of its own. Time and CPU are those of the command with all processes that
+it starts, from `wait4`. Memory is the peak of what its processes hold together (proportional set size, looked at ten
+times a second), or of the largest of them alone (`wait4`) where that is more. The streaming part alone is timed inside
+a process, like the reads and writes beside it. Programs may keep their compiled bytecode, as installed ones do.
 """
 
 import argparse
@@ -17,7 +19,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -141,12 +145,37 @@ def by_size(options: argparse.Namespace) -> None:
         f"{np.polyfit(np.log(parameters), np.log(np.maximum(cpu - start, 1e-3)), 1)[0]:.2f}. Memory varies by "
         f"{100 * (max(memory) / min(memory) - 1):.0f} % over all sizes."
     )
+    picture = plot(parameters, cpu, np.array([each["wall"] for each in middle.values()]), start, slope)
     replace_section(
         "merge_sizes",
-        f"`python benchmarks/merge_speed.py FOLDER --sizes --repeats {options.repeats}`, medians, `hf-llfc merge`."
-        f"\n\n{text}",
+        f"`python benchmarks/merge_speed.py FOLDER --sizes --repeats {options.repeats}`, medians, `hf-llfc merge`; "
+        f"[plot]({picture.name}).\n\n{text}",
     )
     print(text)
+
+
+def plot(parameters: np.ndarray, cpu: np.ndarray, wall: np.ndarray, start: float, slope: float) -> Path:
+    """Seconds against parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from benchmarks.results import RESULTS
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    axes.plot(parameters, cpu, "o", label="CPU")
+    axes.plot(parameters, wall, "s", label="wall")
+    axes.plot(parameters, start + slope * parameters, "-", label=f"{start:.1f} s + {slope:.1f} s per 10⁹")
+    axes.set_xlabel("10⁹ parameters a model")
+    axes.set_ylabel("seconds to merge two")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    path = RESULTS.parent / "merge_sizes.png"
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def merge_words(pair: tuple[Path, Path], out: Path) -> list[str]:
@@ -158,18 +187,51 @@ def merge_words(pair: tuple[Path, Path], out: Path) -> list[str]:
 def run(words: list[str]) -> dict[str, float]:
     """Runs a command to its end, with nothing of earlier ones left to be written to the disk."""
     os.sync()
+    ended = threading.Event()
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.1):
+            peak = max(peak, sum(held_by(pid) for pid in with_descendants(child.pid)))
+
     start = time.perf_counter()
     child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    watching = threading.Thread(target=watch)
+    watching.start()
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.perf_counter() - start
+    ended.set()
+    watching.join()
     if status:
         raise SystemExit(f"{' '.join(words)} failed")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * 1024}
+    memory = max(peak, usage.ru_maxrss * 1024)
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "memory": memory}
+
+
+def with_descendants(pid: int) -> list[int]:
+    """A process and all that it has started, and they."""
+    found = [pid]
+    for parent in found:
+        with suppress(OSError):
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def held_by(pid: int) -> int:
+    """Bytes of memory that a process holds, of shared ones its part; 0 if it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def environment() -> dict[str, str]:
     """The environment, with this tree to be imported."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": str(ROOT)}
 
 
 def run_inside(folder: Path, size: str, way: str) -> float:
