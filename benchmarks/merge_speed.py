@@ -6,7 +6,8 @@
 FOLDER takes the models (4.4 GB for a pair of 1.1 B parameters; 23 GB for all sizes) and the results. mergekit 0.1.5
 lives in an environment of its own: `python -m venv ~/mergekit; ~/mergekit/bin/pip install torch mergekit==0.1.5`.
 
-Everything is run in turns, each in a process of its own. Time and CPU are those of the command with all processes that
+Everything is run in turns, each in a process of its own; a run that was stopped goes on with its next turn
+(FOLDER/rounds.json, to be removed before a new one). Time and CPU are those of the command with all processes that
 it starts, from `wait4`. Memory is the peak of what its processes hold together (proportional set size, looked at ten
 times a second), or of the largest of them alone (`wait4`) where that is more. The streaming part alone is timed inside
 a process, like the reads and writes beside it. Programs may keep their compiled bytecode, as installed ones do.
@@ -23,6 +24,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,14 +68,20 @@ def beside_mergekit(options: argparse.Namespace) -> None:
     commands = {"hf-llfc merge": merge_words(pair, ours)}
     if options.mergekit is not None:
         commands["mergekit-yaml"] = [str(options.mergekit), str(recipe), str(theirs), "--quiet"]
-    whole: dict[str, list[dict[str, float]]] = {}
-    parts: dict[str, list[float]] = {}
-    for _ in range(options.repeats):
+    kept = options.folder / "rounds.json"
+    rounds = json.loads(kept.read_text()) if kept.exists() else []
+    while len(rounds) < options.repeats:
+        found: dict[str, Any] = {"whole": {}, "parts": {}}
         for name, words in commands.items():
             shutil.rmtree(theirs if "mergekit" in name else ours, ignore_errors=True)
-            whole.setdefault(name, []).append(run(words))
+            found["whole"][name] = run(words)
         for way in ("floor", "plain", "aligned"):
-            parts.setdefault(way, []).append(run_inside(options.folder, "1.1B", way))
+            found["parts"][way] = run_inside(options.folder, "1.1B", way)
+        rounds.append(found)
+        kept.write_text(json.dumps(rounds))
+        print(found, flush=True)
+    whole = {name: [each["whole"][name] for each in rounds] for name in commands}
+    parts = {way: [each["parts"][way] for each in rounds] for way in rounds[0]["parts"]}
     off = {"hf-llfc merge": elements_off(pair, ours)}
     if options.mergekit is not None:
         off["mergekit-yaml"] = elements_off(pair, theirs)

@@ -20,9 +20,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
-        models take (Python, its libraries and activations come on top), as JSON values. Where weights are matched,
-        `matching` in `cost` holds what one sweep over one model takes: `operations`, `bytes`, and `seconds` as a short
-        measurement on this machine predicts them.
+        models take (Python, its libraries and activations come on top), as JSON values. Where weights are matched, if
+        only for another method to start from, `matching` in `cost` holds what one sweep over one model takes:
+        `operations`, `bytes`, and `seconds` as a short measurement on this machine predicts them.
 
     Raises:
         LLFCError: The recipe or its parents are at fault.
@@ -66,7 +66,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if recipe.publish is not None:
         steps.append({"step": "publish", "what": recipe.publish.repo_id})
     held = peak_memory(recipe, opened.all, infos)
-    by_weights = recipe.align.method == "weight_matching"
+    by_weights = recipe.align.method not in ("none", "activation_matching")
     matching = {"matching": matching_cost(first, recipe.align, len(opened.all))} if by_weights else {}
     reads = read * (1 if recipe.align.method == "none" else 2)
     cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching}

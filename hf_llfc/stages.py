@@ -249,27 +249,41 @@ def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> Permutation
 
 
 def matching_memory(checkpoint: Checkpoint, options: AlignSection) -> int:
-    """Bytes that weight matching holds at its peak.
+    """Bytes that matching holds at its peak, activations not counted.
 
-    The gains of the widest axis, in parts or with what SciPy takes to assign them, and two tensors; threads that match
-    an axis each hold their own. In a universe also the sums of the other models.
+    Weight matching: the gains of the widest axis, in parts or with what SciPy takes to assign them, and two tensors;
+    threads that match an axis each hold their own; in a universe also the sums of the other models. Methods that look
+    at activations hold both models; what is gathered of the activations is a matrix an axis, for commutativity matching
+    three of moments an axis and the weights of both in float64, too. Learned matching holds both models, the moved and
+    the merged one and its gradient, and for every axis a matrix, its gradient and two moments of Adam.
     """
     from hf_llfc.alignment.gains import PARTS
     from hf_llfc.alignment.universe import KEPT
 
     binding = bind(alignment_spec(checkpoint, options), checkpoint)
-    widest = max((binding.sizes[axis] for axis in binding.symmetric_axes), default=0)
+    widths = [binding.sizes[axis] for axis in binding.symmetric_axes]
+    widest = max(widths, default=0)
     largest = max(info.elements for info in checkpoint.tensors.values())
-    sums = min(KEPT, 8 * sum(info.elements for info in checkpoint.tensors.values()))
-    return (
-        (PARTS + torch.get_num_threads()) * 4 * widest**2
-        + torch.get_num_threads() * 8 * largest
-        + (sums if options.together == "universe" else 0)
-    )
+    squares = sum(width**2 for width in widths)
+    threads = torch.get_num_threads()
+    by_weights = (PARTS + threads) * 4 * widest**2 + threads * 8 * largest
+    if options.together == "universe":
+        by_weights += min(KEPT, 8 * sum(info.elements for info in checkpoint.tensors.values()))
+    by_activations = 2 * checkpoint.nbytes + 8 * squares
+    if options.method == "weight_matching":
+        return max(by_weights, by_activations) if options.start == "activation_matching" else by_weights
+    if options.method == "activation_matching":
+        return by_activations
+    elements = sum(info.elements for info in checkpoint.tensors.values())
+    if options.method == "commutativity_matching":
+        return max(by_weights, 2 * checkpoint.nbytes + 2 * 8 * elements + 4 * 8 * squares)
+    return max(by_weights, 5 * checkpoint.nbytes + 4 * 4 * squares)
 
 
 def matching_cost(checkpoint: Checkpoint, options: AlignSection, models: int = 2) -> dict[str, float]:
-    """What one sweep of weight matching over one model takes, from the headers alone.
+    """What one sweep of weight matching over one model takes, which other methods but activation matching start from.
+
+    It is known from the headers alone.
 
     Args:
         checkpoint: One of the models.
