@@ -130,6 +130,25 @@ def test_several_models_are_merged_in_one_universe(shelf, tmp_path, capsys):
     assert capsys.readouterr().out.count("in a universe of 3 models") == 2
 
 
+def test_dry_run_plans_every_method_of_alignment(shelf, tmp_path, capsys):
+    peaks = {}
+    for method in ("weight_matching", "activation_matching", "commutativity_matching", "learned_matching"):
+        recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out")
+        calibration = {"task": "text-generation", "dataset": str(shelf / "text.txt"), "tokenizer": "bytes"}
+        recipe["align"] = {"method": method, "calibration": calibration}
+        del recipe["diagnose"]
+        if method == "weight_matching":
+            del recipe["align"]["calibration"]
+        assert main(["run", str(written(recipe, tmp_path)), "--dry-run", "--format", "json"]) == 0
+        cost = json.loads(capsys.readouterr().out)["cost"]
+        assert ("matching" in cost) == (method != "activation_matching"), "others start from matched weights"
+        peaks[method] = cost["peak_memory_bytes"]
+    size = sum(tensor.nbytes for tensor in load_file(shelf / "a" / "model.safetensors").values())
+    assert peaks["activation_matching"] >= 2 * size
+    assert peaks["commutativity_matching"] >= 6 * size, "both models, and their weights in float64"
+    assert peaks["learned_matching"] >= 5 * size, "both models, the moved one, the merge and its gradient"
+
+
 def test_dry_run_finds_what_the_models_tell(shelf, tmp_path, capsys):
     recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out")
     recipe["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.2}, {"value": 0.5}]}

@@ -9,8 +9,8 @@ Seconds for n × n float32 gains on two cores, planted permutation under noise /
 | 2048 | .05 / .28 / 1.2 | .03 / .10 / .12 |
 | 8192 | .6 / 7 / 50 | .35 / .8 / 1.2 |
 
-So below a width of `SMALL` SciPy decides; up to `WIDE` it does where most rows prefer a column of their own, its best
-case; beyond, the auction with its exact finish.
+So where nearly all rows prefer a column of their own, the others are given theirs one by one; else SciPy decides below
+a width of `WIDE`, and beyond it the auction with its exact finish.
 """
 
 from __future__ import annotations
@@ -26,14 +26,10 @@ from torch import Tensor
 from hf_llfc.alignment import auction, augmenting
 from hf_llfc.errors import AlignmentError
 
-SMALL = 512
 WIDE = 1024
 
 # Where so many of the rows prefer a column of their own, the others are given theirs one by one.
 NEARLY = 0.9
-
-# Where so many do, SciPy's shortest augmenting paths are short.
-DISTINCT = 0.4
 
 # Numbers that are looked at at a time, which stay in the cache.
 CACHED = 1 << 18
@@ -87,11 +83,13 @@ def assign_with_gap(gain: Tensor, *, solver: str = "exact") -> tuple[Tensor, flo
         perm_i = augmenting.complete(_as_array(gain), best_i, size)
         if perm_i is not None:
             return torch.from_numpy(perm_i), 0.0
-    if size >= WIDE or (size >= SMALL and distinct < DISTINCT * size):
+    if size >= WIDE:
         found = auction.solve(gain, gap=GAP if solver == "auction" else 0.0)
         if found is not None:
             return found.perm, 0.0 if found.is_optimal else max(0.0, found.bound - found.value)
-    _, columns = linear_sum_assignment(gain.double().numpy(), maximize=True)
+    # What columns differ by as a whole makes the paths of SciPy long.
+    cost = gain.double().amax(1, keepdim=True) - gain
+    _, columns = linear_sum_assignment((cost - cost.amin(0)).numpy())
     return torch.from_numpy(columns).long(), 0.0
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import map_pieces
 
 FILE_FORMAT = "hf_llfc.alignment/1"
+
+# Bytes of an element → integers of that size.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 TRANSFORM_KINDS = {kind.kind: kind for kind in (Permutation, Orthogonal)}
 
@@ -90,7 +94,7 @@ class Alignment:
             for position, dimension in enumerate(bound.spec.dimensions):
                 index = self._flat_index(dimension, binding.sizes, index_along)
                 if index is not None:
-                    tensor = tensor.index_select(position, index.to(tensor.device))
+                    tensor = _selected(tensor, position, index.to(tensor.device))
             return tensor
         return map_pieces(
             tensor,
@@ -338,3 +342,13 @@ def _transforms_from_file(
             except AlignmentError as error:
                 problems.append(f"{axis}: {error}")
     return transforms, problems
+
+
+def _selected(tensor: Tensor, position: int, index: Tensor) -> Tensor:
+    """`index_select`, which along the last dimension takes three times as long as gathering the bits with NumPy."""
+    is_slow = tensor.ndim > 1 and position == tensor.ndim - 1 and tensor.device.type == "cpu"
+    integers = _INTEGERS.get(tensor.element_size())
+    if not is_slow or tensor.requires_grad or integers is None or not tensor.is_contiguous():
+        return tensor.index_select(position, index)
+    found = np.take(tensor.detach().view(integers).numpy(), index.numpy(), axis=position)
+    return torch.from_numpy(found).view(tensor.dtype)

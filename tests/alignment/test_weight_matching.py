@@ -9,7 +9,7 @@ import hf_llfc.alignment.gains
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.alignment.gains import Gains
 from hf_llfc.alignment.groups import groups_of
-from hf_llfc.alignment.weight_matching import _waves
+from hf_llfc.alignment.weight_matching import _divided, _waves
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry import Alignment, PermutationSpec
 from hf_llfc.workers import Workers
@@ -170,6 +170,27 @@ def test_groups_are_matched_in_waves_after_those_they_share_tensors_with():
     groups = {group.axis: group for group in groups_of(gains.a.binding)}
     order = ["neurons.0", "kv.1", "residual", "neurons.1", "kv.0"]
     assert _waves(gains, [groups[axis] for axis in order]) == [[0, 1], [2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("axes", "workers", "together"),
+    [
+        (["residual"], 2, ["residual"]),  # the other would wait
+        (["neurons.0", "neurons.1"], 2, []),  # one a worker
+        (["neurons.0", "neurons.1", "kv.0"], 2, []),
+        (["neurons.0", "neurons.1"], 4, ["neurons.0", "neurons.1"]),
+        (["kv.0"], 2, []),  # its children are not shared
+    ],
+)
+def test_groups_that_others_would_wait_for_are_solved_by_all(axes, workers, together, monkeypatch):
+    monkeypatch.setattr(hf_llfc.alignment.gains, "SHARED_FROM", 0)
+    monkeypatch.setattr(hf_llfc.alignment.gains, "ONE_ASSIGNMENT", 1)
+    spec, a, b = two_models("llama", "causal-lm")
+    gains = Gains(parameters(spec, a), parameters(spec, b), workers=Workers(workers // 2, 0, 2))
+    groups = {group.axis: group for group in groups_of(gains.a.binding)}
+    found, apart = _divided(gains, {place: groups[axis] for place, axis in enumerate(axes)})
+    assert [axes[place] for place in found] == together
+    assert sorted([*found, *apart]) == list(range(len(axes)))
 
 
 def test_the_solver_with_a_gap_says_how_large_it_is(monkeypatch):
