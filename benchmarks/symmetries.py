@@ -107,7 +107,10 @@ class Pair:
 
     def barrier(self, alignment: Alignment | None = None) -> float:
         """The loss at the midpoint less the mean of the parents'."""
-        of_b = self.state_b if alignment is None else alignment.apply(self.state_b)
+        return self.barrier_of(self.state_b if alignment is None else alignment.apply(self.state_b))
+
+    def barrier_of(self, of_b: Mapping[str, Tensor]) -> float:
+        """The same, given the tensors of B as they are merged."""
         middle = {
             name: (value + of_b[name]) / 2 if value.is_floating_point() else value
             for name, value in self.state_a.items()

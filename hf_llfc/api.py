@@ -150,6 +150,7 @@ def align(
     axes: Sequence[str] = (),
     exclude: Sequence[str] = (),
     groups: str = "permutation",
+    anchors: float | None = None,
     start: str = "identity",
     restarts: int = 2,
     max_sweeps: int = 50,
@@ -171,6 +172,8 @@ def align(
         exclude: Patterns of axes that stay (`residual`).
         groups: `permutation`, or `full`: all that the architecture allows. The alignment is then one of the canonical
             forms of both models (`hf_llfc.checkpoints.canonical`), which `merge` and `hf-llfc align` make themselves.
+        anchors: How often weight matching counts weights that hold the residual stream beside fixed axes, such as
+            embeddings; where None 16 with the groups `full`, else 1.
         start: `identity`, or `activation_matching` as the start of weight matching.
         restarts: Starts of weight matching, the best objective wins.
         max_sweeps: Sweeps per start.
@@ -201,6 +204,7 @@ def align(
         axes=tuple(axes),
         exclude=tuple(exclude),
         groups=groups,
+        anchors=anchors,
         start=start,
         restarts=restarts,
         max_sweeps=max_sweeps,

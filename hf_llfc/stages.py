@@ -395,9 +395,13 @@ def align_checkpoints(
 def parameters_of(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[Parameters]:
     """What weight matching reads of checkpoints of one architecture."""
     from hf_llfc.alignment import Parameters
+    from hf_llfc.alignment.sources import ANCHORS
 
     spec = alignment_spec(checkpoints[0], options)
-    return [Parameters(bind(spec, each), each.read, each.label) for each in checkpoints]
+    weight = options.anchors if options.anchors is not None else ANCHORS if options.groups == "full" else 1.0
+    if not 0 < weight < float("inf"):
+        raise AlignmentError(f"anchors: a number above 0 is expected, found {weight:g}")
+    return [Parameters(bind(spec, each), each.read, each.label).with_anchors(weight) for each in checkpoints]
 
 
 def match_by_activations(

@@ -402,6 +402,11 @@ class TestProblems:
             (changed(models=[]), "models: a list of at least one"),
             (changed(align={"method": "git_rebasin"}), "align.method: unknown 'git_rebasin'"),
             (changed(align={"restarts": 0}), "align.restarts: at least 1 is expected, found 0"),
+            (changed(align={"anchors": 0}), "align.anchors: a number above 0 is expected, found 0"),
+            (
+                changed(align={"method": "activation_matching", "anchors": 4}),
+                "align.anchors: has no meaning for the method activation_matching",
+            ),
             (changed(align={"start": "random"}), "align.start: unknown 'random'"),
             (changed(align={"solver": "exakt"}), "align.solver: unknown 'exakt'; did you mean 'exact'"),
             (changed(align="weight_matching"), "align: a mapping of keys is expected, found 'weight_matching'"),

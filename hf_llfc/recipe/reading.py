@@ -306,8 +306,11 @@ class _Reader:
             for name in ("restarts", "max_sweeps", "steps"):
                 if vars(built)[name] is not None and vars(built)[name] < 1:
                     self.problems.append(f"{path}.{name}: at least 1 is expected, found {vars(built)[name]}")
-            if built.learning_rate is not None and not 0 < built.learning_rate < float("inf"):
-                self.problems.append(f"{path}.learning_rate: a number above 0 is expected, found {built.learning_rate}")
+            for name in ("learning_rate", "anchors"):
+                if vars(built)[name] is not None and not 0 < vars(built)[name] < float("inf"):
+                    self.problems.append(f"{path}.{name}: a number above 0 is expected, found {vars(built)[name]}")
+            if built.method in ("none", "activation_matching") and built.anchors is not None:
+                self.problems.append(f"{path}.anchors: has no meaning for the method {built.method}; weights have them")
             if built.method != "learned_matching":
                 self.problems += [
                     f"{path}.{name}: has no meaning for the method {built.method}; only learned_matching learns"

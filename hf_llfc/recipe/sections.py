@@ -90,6 +90,8 @@ class AlignSection:
         axes: Patterns of the axes that may move; all symmetric axes where empty.
         exclude: Patterns of axes that stay, for example `residual`.
         groups: `permutation`, or `full`: all that the architecture allows, between models in canonical form.
+        anchors: How often weight matching counts weights that hold the residual stream beside fixed axes, such as
+            embeddings; where None 16 with the groups `full`, else 1.
         start: `identity`, or `activation_matching` to start weight matching from.
         solver: How wide axes are assigned, one of `SOLVERS`.
         restarts: Starts of weight matching.
@@ -107,6 +109,7 @@ class AlignSection:
     axes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     groups: str = "permutation"
+    anchors: float | None = None
     start: str = "identity"
     solver: str = "exact"
     restarts: int = 2

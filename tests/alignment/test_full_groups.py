@@ -265,6 +265,20 @@ def test_a_merge_is_an_ordinary_checkpoint(case, tmp_path):
     assert "(all groups)" in result.alignments[0]["sentence"]
 
 
+def test_anchors_are_those_of_the_options(tmp_path):
+    for seed in (0, 1):
+        made("llama", seed).float().save_pretrained(tmp_path / str(seed))
+
+    def objective(**options):
+        return hf_llfc.align(tmp_path / "1", to=tmp_path / "0", restarts=1, **options).metadata["objective_before"]
+
+    without, with_anchors = objective(groups="full", anchors=1.0), objective(groups="full", anchors=2.0)
+    assert objective(groups="full") == pytest.approx(without + 15 * (with_anchors - without), rel=1e-5)
+    assert objective() == objective(anchors=1.0) != objective(anchors=16.0)
+    with pytest.raises(LLFCError, match="anchors: a number above 0 is expected, found -1"):
+        objective(anchors=-1.0)
+
+
 def test_families_without_a_form_are_refused(tmp_path):
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
