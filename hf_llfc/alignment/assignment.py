@@ -3,11 +3,11 @@
 Seconds for n × n float32 gains on two cores, planted permutation under noise / product of Gaussians / decaying spectrum
 (`benchmarks/assignment.py`):
 
-| n | SciPy | `auction` |
+| n | SciPy | here |
 |---|---|---|
-| 768 | .007 / .04 / .09 | .02 / .04 / .04 |
-| 2048 | .05 / .28 / 1.2 | .03 / .10 / .12 |
-| 8192 | .6 / 7 / 50 | .35 / .8 / 1.2 |
+| 768 | .003 / .015 / .04 | .001 / .014 / .03 |
+| 4096 | .19 / .9 / 3.9 | .014 / .3 / .3 |
+| 8192 | 1.0 / 5 / 23 | .11 / 1.0 / 1.1 |
 
 So where nearly all rows prefer a column of their own, the others are given theirs one by one; else SciPy decides below
 a width of `WIDE`, and beyond it the auction with its exact finish.

@@ -44,7 +44,17 @@ def commands(bench) -> dict[str, Callable[..., int]]:
         write_shared.__kwdefaults__["max_shard_size"] = 20_000  # in the fork alone
         return run("align", bench / "b", "--to", bench / "a", "--out", "out", *more)
 
+    def merge_by_copies(*more: object) -> int:
+        import torch
+
+        from hf_llfc.merging import streaming
+
+        streaming.FORKED = 0  # in the fork alone
+        torch.set_num_threads(2)
+        return run("run", bench / "merge.yaml", *more)
+
     return {
+        "copies": merge_by_copies,
         "merge": lambda *more: run("run", bench / "merge.yaml", *more),
         "align": align,
         "run": lambda *more: run("run", bench / "run.yaml", *more),
