@@ -10,6 +10,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -87,11 +88,9 @@ def row(
     return columns | {"mean cosine": cosine, "matching, seconds": f"{seconds:.0f}"}
 
 
-def compare(
-    names: Sequence[str], data: parents.Tensors, groups: str, restarts: int
-) -> tuple[list[dict[str, str]], str]:
+def compare(names: Sequence[str], data: parents.Tensors, options: AlignSection) -> tuple[list[dict[str, str]], str]:
     """The rows of the table, and what the centre of the star is."""
-    opened = in_groups([open_checkpoint(name) for name in names], AlignSection(groups=groups))
+    opened = in_groups([open_checkpoint(name) for name in names], options)
     first, count = opened[0], len(opened)
     states = [dict(each.state_dict()) for each in opened]
     ends = [score_of_mean(first, [state], data) for state in states]
@@ -104,7 +103,7 @@ def compare(
     alone, cosines, centre = [], [], ""
     start = perf_counter()
     for i, j in pairs:
-        _, alignment = align_all(opened[i], [opened[i], opened[j]], AlignSection(groups=groups, restarts=restarts))
+        _, alignment = align_all(opened[i], [opened[i], opened[j]], options)
         both = [states[i], alignment.apply(states[j])]
         alone.append(both)
         cosines.append(mean_cosine(both))
@@ -113,7 +112,7 @@ def compare(
     rows.append(row("every pair alone", ends, edges, None, f"{mean(cosines):.4f}", seconds))
     for together in TOGETHER:
         start = perf_counter()
-        found = align_all(first, opened, AlignSection(groups=groups, restarts=restarts, together=together))
+        found = align_all(first, opened, replace(options, together=together))
         seconds = perf_counter() - start
         moved = [
             state if alignment is None else alignment.apply(state)
@@ -134,12 +133,14 @@ def main() -> None:
     parser.add_argument("--data", choices=("fashion", "brown"), default="fashion")
     parser.add_argument("--groups", choices=GROUPS, default="permutation")
     parser.add_argument("--restarts", type=int, default=2)
+    parser.add_argument("--anchors", type=float, help="how often anchors count; as recipes have it if left out")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows, centre = compare(options.models, held_out(options.data), options.groups, options.restarts)
+    how = AlignSection(groups=options.groups, restarts=options.restarts, anchors=options.anchors)
+    rows, centre = compare(options.models, held_out(options.data), how)
     command = f"`python benchmarks/many_models.py {shlex.join(sys.argv[1:])}`"
     text = f"{command}\n\n{markdown(rows)}\n\nThe centre of the star is {Path(centre).name}."
     print(text)
