@@ -157,7 +157,7 @@ def by_size(options: argparse.Namespace) -> None:
     replace_section(
         "merge_sizes",
         f"`python benchmarks/merge_speed.py FOLDER --sizes --repeats {options.repeats}`, medians, `hf-llfc merge`; "
-        f"[plot]({picture.name}).\n\n{text}",
+        f"plot in `benchmarks/{picture.name}`.\n\n{text}",
     )
     print(text)
 
