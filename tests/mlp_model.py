@@ -9,7 +9,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_llfc.adapters import declare, register_adapter
 from hf_llfc.adapters.blocks import linear
+from hf_llfc.adapters.canonical_forms import scaled
 from hf_llfc.symmetry import PermutationSpec
+from hf_llfc.symmetry.canonical import CanonicalForm
 
 
 class MLPConfig(PretrainedConfig):
@@ -90,6 +92,16 @@ def mlp_adapter(config: MLPConfig) -> PermutationSpec:
     )
 
 
-register_adapter("mlp_classifier", mlp_adapter)
+def mlp_form(config: MLPConfig) -> CanonicalForm:
+    """ReLU lets a positive scale of every neuron through."""
+    layers = [f"layers.{place}.dense" for place in range(len(config.hidden_sizes))]
+    circuits = [
+        scaled(f"neurons.{place}", [f"{into}.weight", f"{into}.bias"], [f"{out}.weight"])
+        for place, (into, out) in enumerate(pairwise([*layers, "classifier"]))
+    ]
+    return CanonicalForm(mlp_adapter(config), circuits=tuple(circuits))
+
+
+register_adapter("mlp_classifier", mlp_adapter, form=mlp_form)
 AutoConfig.register("mlp_classifier", MLPConfig, exist_ok=True)
 AutoModelForImageClassification.register(MLPConfig, MLPForImageClassification, exist_ok=True)

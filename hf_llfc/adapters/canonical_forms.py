@@ -14,16 +14,19 @@ What an axis may be transformed by follows from the blocks:
 | query and key channels, rotary embedding | a phase for each pair of channels, balanced over its scale |
 | the same under a norm of queries and keys | none: the norm's gain sits on them |
 | gated neurons | permutations, and a sign of what the gate multiplies, balanced over its scale |
-| neurons of ReLU | permutations, balanced over their scale |
+| neurons of ReLU, channels of convolutions before ReLU | permutations, balanced over their scale |
+
+In a convolution network with batch normalization it is that whose gain and shift carry the scale of a channel. What it
+takes in has another scale, which its running variance knows but for a small constant: that one is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hf_llfc.adapters.registry import spec_for
+from hf_llfc.adapters.registry import registered_form, spec_for
 from hf_llfc.errors import SpecError
 from hf_llfc.symmetry.canonical import (
     INVERTIBLE,
@@ -108,20 +111,39 @@ def canonical_form(config: PreTrainedConfig) -> CanonicalForm:
     Raises:
         SpecError: The family is not listed here, or an option of the config makes it another network.
     """
-    network_of = NETWORKS.get(config.model_type)
+    own = registered_form(config.model_type)
+    if own is not None:
+        return own(config)
+    form_of = FORMS.get(config.model_type)
     spec = spec_for(config)
-    if network_of is None:
+    if form_of is None:
         raise SpecError(
             f"model type {config.model_type!r} cannot be aligned by more than permutations yet (known: "
-            f"{', '.join(sorted(NETWORKS))}); use the groups `permutation`"
+            f"{', '.join(sorted(FORMS))}); use the groups `permutation`"
         )
-    network = network_of(config)
-    if network is None:
+    form = form_of(config, spec)
+    if form is None:
         raise SpecError(
             f"this config of model type {config.model_type!r} cannot be aligned by more than permutations; use the "
             "groups `permutation`"
         )
-    return _form(spec, network)
+    return form
+
+
+def scaled(axis: str, writers: Sequence[str], readers: Sequence[str]) -> Circuit:
+    """Neurons before a ReLU or leaky ReLU as a circuit: σ(s·x) = s·σ(x) for every s > 0.
+
+    A canonical form of a network whose only other symmetry is the order of its neurons is
+    `CanonicalForm(spec, circuits=[scaled(…), …])`, a circuit an axis.
+
+    Args:
+        axis: The axis of the neurons.
+        writers: Declared names of what makes them: the weight and the bias of a linear map, the gain and the shift of a
+            normalization. All else that the axis has (running statistics) keeps its scale.
+        readers: Of the weights that read them, without anything between but the activation and what, like pooling,
+            lets a positive factor through.
+    """
+    return Circuit(axis, SCALES, tuple(Part(name) for name in writers), tuple(Part(name) for name in readers))
 
 
 def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
@@ -369,14 +391,39 @@ def _llama(config: PreTrainedConfig) -> Network | None:
 
 WITH_ATTENTION_NORMS = ("qwen3",)
 
-NETWORKS = {
-    "deit": _vit,
-    "gemma": _llama,
-    "gpt2": _gpt2,
-    "granite": _llama,
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
-    "qwen3": _llama,
-    "vit": _vit,
+
+def _of_network(
+    network_of: Callable[[PreTrainedConfig], Network | None],
+) -> Callable[[PreTrainedConfig, PermutationSpec], CanonicalForm | None]:
+    def form_of(config: PreTrainedConfig, spec: PermutationSpec) -> CanonicalForm | None:
+        network = network_of(config)
+        return None if network is None else _form(spec, network)
+
+    return form_of
+
+
+def _resnet(config: PreTrainedConfig, spec: PermutationSpec) -> CanonicalForm | None:
+    """Every channel is written by batch normalizations, summed at shortcuts, and read behind a ReLU."""
+    if config.hidden_act not in HOMOGENEOUS:
+        return None
+    circuits = []
+    for axis in spec.symmetric_axes:
+        use = AxisUse(axis)
+        vectors = [each.name for each in spec.declarations if each.dimensions == (use,)]
+        readers = [each.name for each in spec.declarations if len(each.dimensions) > 1 and each.dimensions[1] == use]
+        circuits.append(scaled(axis, [name for name in vectors if name.endswith((".weight", ".bias"))], readers))
+    return CanonicalForm(spec, circuits=tuple(circuits))
+
+
+FORMS: dict[str, Callable[[PreTrainedConfig, PermutationSpec], CanonicalForm | None]] = {
+    "deit": _of_network(_vit),
+    "gemma": _of_network(_llama),
+    "gpt2": _of_network(_gpt2),
+    "granite": _of_network(_llama),
+    "llama": _of_network(_llama),
+    "mistral": _of_network(_llama),
+    "qwen2": _of_network(_llama),
+    "qwen3": _of_network(_llama),
+    "resnet": _resnet,
+    "vit": _of_network(_vit),
 }

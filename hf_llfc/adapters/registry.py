@@ -13,7 +13,10 @@ from hf_llfc.symmetry.spec import PermutationSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from hf_llfc.symmetry.canonical import CanonicalForm
+
     Adapter = Callable[[PreTrainedConfig], PermutationSpec]
+    Form = Callable[[PreTrainedConfig], CanonicalForm]
 
 # One row a model type: the module of this package, and the function in it.
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -237,22 +240,29 @@ FAMILIES: dict[str, tuple[str, str]] = {
 
 _HOW_TESTED = "verified on tiny models of every head with random weights, in float64 (docs/model_types.md)"
 
-_registered: dict[str, Adapter] = {}
+_registered: dict[str, tuple[Adapter, Form | None]] = {}
 
 
-def register_adapter(model_type: str, adapter: Adapter) -> None:
+def register_adapter(model_type: str, adapter: Adapter, *, form: Form | None = None) -> None:
     """Registers the adapter of a user's own architecture.
 
     Args:
         model_type: As in the config.
         adapter: From a config to its permutation spec, see `hf_llfc.adapters.declare`.
+        form: From a config to its canonical form, for `groups: full`; without it there are permutations only. See
+            `hf_llfc.adapters.canonical_forms.scaled`.
 
     Raises:
         SpecError: The model type already has an adapter.
     """
-    if model_type in FAMILIES or _registered.get(model_type, adapter) is not adapter:
+    if model_type in FAMILIES or _registered.get(model_type, (adapter, form)) != (adapter, form):
         raise SpecError(f"model type {model_type!r} already has an adapter")
-    _registered[model_type] = adapter
+    _registered[model_type] = (adapter, form)
+
+
+def registered_form(model_type: str) -> Form | None:
+    """The canonical form of a user's own architecture, if there is one."""
+    return _registered[model_type][1] if model_type in _registered else None
 
 
 def known_model_types() -> list[str]:
@@ -271,7 +281,7 @@ def spec_for(config: PreTrainedConfig) -> PermutationSpec:
     """
     model_type = config.model_type
     if model_type in _registered:
-        return _registered[model_type](config)
+        return _registered[model_type][0](config)
     if model_type in FAMILIES:
         module, function = FAMILIES[model_type]
         spec: PermutationSpec = getattr(import_module(f"hf_llfc.adapters.{module}"), function)(config)

@@ -24,6 +24,10 @@ stays one of the same class and computes the same function:
    - one number per unit (neurons of ReLU, and gated ones in what the gate multiplies) or per pair of channels that a
      rotary embedding turns: its square is the ratio of the norms of R and L.
 
+   Where circuits share tensors (a linear map between two layers of ReLU is on the right of one and on the left of the
+   other) the sum of all squares is what has the minimum. In the logarithms of the numbers it is convex, and balancing
+   one circuit after another leads there (Stock et al., *Equi-normalization of neural networks*, ICLR 2019).
+
 A folded tensor is made from a few others when it is read, in float64.
 """
 
@@ -50,6 +54,10 @@ PAIR_SCALES = "pair_scales"
 
 # Eigenvalues of a Gram matrix below this part of the largest count as so large: heads that do nothing stay harmless.
 SMALLEST = 1e-10
+
+# Circuits that share tensors are balanced in turns, until no number changes by more, or so many times.
+SETTLED = 1e-12
+TURNS = 10_000
 
 # A gain below this part of the largest of its norm cannot be divided by.
 SMALLEST_GAIN = 1e-6
@@ -252,7 +260,7 @@ class Canonical:
             place = next(number)
             for of_piece, circuit, is_left in involved:
                 if of_piece == place:
-                    piece = self._multiplied(piece, atoms, circuit, is_left)
+                    piece = _multiplied(piece, atoms, circuit, is_left, self._matrix(circuit))
             return piece
 
         return map_pieces(tensor, self._dimensions(declared), self._sizes, balanced)
@@ -361,42 +369,89 @@ class Canonical:
             )
         return stored / gain
 
-    def _multiplied(self, piece: Tensor, atoms: tuple[Atom, ...], circuit: Circuit, is_left: bool) -> Tensor:
-        """A piece multiplied by the M of a circuit, or by its M⁻ᵀ."""
-        matrix = self._matrix(circuit)
-        dim, parent_dim = _places(atoms, circuit.axis)
-        if circuit.kind != INVERTIBLE:
-            shape = [1] * piece.ndim
-            shape[dim] = piece.shape[dim]
-            if parent_dim is not None:
-                shape[parent_dim] = piece.shape[parent_dim]
-                matrix = matrix if parent_dim < dim else matrix.T
-            return piece * matrix.reshape(shape) if is_left else piece / matrix.reshape(shape)
-        if not is_left:
-            matrix = torch.linalg.inv(matrix).mT
-        return multiply_along(piece, matrix, dim, parent_dim)
-
     def _matrix(self, circuit: Circuit) -> Tensor:
         """The M that balances a circuit: `[.., n, n]`, or its diagonal `[.., n]`, with the parent in front if any."""
         with self._making:
             if circuit.axis not in self._matrices:
-                left, right = self._rows(circuit.left, circuit.axis), self._rows(circuit.right, circuit.axis)
-                self._matrices[circuit.axis] = _balance(left, right, circuit.kind)
+                together = self._sharing(circuit)
+                parts = {part: self._piece(part) for each in together for part in (*each.left, *each.right)}
+                self._matrices.update(
+                    _balanced(together, {part: each for part, each in parts.items() if each is not None})
+                )
             return self._matrices[circuit.axis]
 
-    def _rows(self, parts: tuple[Part, ...], axis: str) -> Tensor:
-        """Pieces as rows of one axis, with its parent in front if it has one, side by side."""
-        rows = []
-        for part in parts:
-            if part.tensor not in self._present:
-                continue
-            found = list(pieces(self._folded(part.tensor), self._dimensions(part.tensor), self._sizes))
-            piece, atoms = found[part.piece]
-            dim, parent_dim = _places(atoms, axis)
-            front = [dim] if parent_dim is None else [parent_dim, dim]
-            piece = piece.movedim(front, list(range(len(front))))
-            rows.append(piece.reshape(*piece.shape[: len(front)], -1))
-        return torch.cat(rows, -1)
+    def _sharing(self, circuit: Circuit) -> list[Circuit]:
+        """All circuits that a circuit has pieces in common with, itself among them, and those of these."""
+        found = [circuit]
+        for each in found:
+            parts = {*each.left, *each.right}
+            found += [
+                other for other in self.form.circuits if other not in found and parts & {*other.left, *other.right}
+            ]
+        return found
+
+    def _piece(self, part: Part) -> _Piece | None:
+        """A piece of a tensor before it is balanced; None where a checkpoint lacks it."""
+        if part.tensor not in self._present:
+            return None
+        found = list(pieces(self._folded(part.tensor), self._dimensions(part.tensor), self._sizes))
+        return found[part.piece]
+
+
+_Piece = tuple[Tensor, tuple[Atom, ...]]
+
+
+def _balanced(circuits: list[Circuit], parts: dict[Part, _Piece]) -> dict[str, Tensor]:
+    """The matrices of circuits that share pieces, which are changed in `parts`; see the module."""
+    assert len(circuits) == 1 or all(each.kind == SCALES for each in circuits)
+    found: dict[str, Tensor] = {}
+    for _ in range(TURNS):
+        change = 0.0
+        for each in circuits:
+            left, right = (_rows([parts[part] for part in side if part in parts], each.axis) for side in _sides(each))
+            matrix = _balance(left, right, each.kind)
+            if len(circuits) == 1:
+                return {each.axis: matrix}
+            found[each.axis] = found[each.axis] * matrix if each.axis in found else matrix
+            change = max(change, float(matrix.log().abs().max()))
+            for side, is_left in zip(_sides(each), (True, False), strict=True):
+                for part in side:
+                    if part in parts:
+                        piece, atoms = parts[part]
+                        parts[part] = _multiplied(piece, atoms, each, is_left, matrix), atoms
+        if change <= SETTLED:
+            break
+    return found
+
+
+def _sides(circuit: Circuit) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    return circuit.left, circuit.right
+
+
+def _multiplied(piece: Tensor, atoms: tuple[Atom, ...], circuit: Circuit, is_left: bool, matrix: Tensor) -> Tensor:
+    """A piece multiplied by the M of a circuit, or by its M⁻ᵀ."""
+    dim, parent_dim = _places(atoms, circuit.axis)
+    if circuit.kind != INVERTIBLE:
+        shape = [1] * piece.ndim
+        shape[dim] = piece.shape[dim]
+        if parent_dim is not None:
+            shape[parent_dim] = piece.shape[parent_dim]
+            matrix = matrix if parent_dim < dim else matrix.T
+        return piece * matrix.reshape(shape) if is_left else piece / matrix.reshape(shape)
+    if not is_left:
+        matrix = torch.linalg.inv(matrix).mT
+    return multiply_along(piece, matrix, dim, parent_dim)
+
+
+def _rows(parts: list[_Piece], axis: str) -> Tensor:
+    """Pieces as rows of one axis, with its parent in front if it has one, side by side."""
+    rows = []
+    for piece, atoms in parts:
+        dim, parent_dim = _places(atoms, axis)
+        front = [dim] if parent_dim is None else [parent_dim, dim]
+        piece = piece.movedim(front, list(range(len(front))))
+        rows.append(piece.reshape(*piece.shape[: len(front)], -1))
+    return torch.cat(rows, -1)
 
 
 def _places(atoms: tuple[Atom, ...], axis: str) -> tuple[int, int | None]:

@@ -9,14 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_llfc
-from hf_llfc.adapters.canonical_forms import NETWORKS, canonical_form
+from hf_llfc.adapters.canonical_forms import FORMS, canonical_form
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.canonical import canonical_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.errors import LLFCError
+from hf_llfc.symmetry import PermutationSpec
 from hf_llfc.symmetry.canonical import Canonical, CanonicalForm
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
+from tests.mlp_model import MLPConfig, MLPForImageClassification
 
 DECODER = {
     "vocab_size": 40,
@@ -39,6 +41,14 @@ IMAGE = {
     "num_channels": 1,
     "num_labels": 3,
 }
+CHANNELS = {
+    "num_channels": 1,
+    "embedding_size": 8,
+    "hidden_sizes": [8, 12],
+    "depths": [1, 2],
+    "layer_type": "basic",
+    "num_labels": 3,
+}
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
 CASES = {
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(**GPT2)),
@@ -54,11 +64,18 @@ CASES = {
     "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**DECODER)),
     "vit": (transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE)),
     "deit": (transformers.DeiTForImageClassification, transformers.DeiTConfig(**IMAGE)),
+    "resnet": (transformers.ResNetForImageClassification, transformers.ResNetConfig(**CHANNELS)),
+    "resnet bottleneck": (
+        transformers.ResNetForImageClassification,
+        transformers.ResNetConfig(**{**CHANNELS, "layer_type": "bottleneck", "hidden_sizes": [16, 32]}),
+    ),
+    "mlp": (MLPForImageClassification, MLPConfig(image_size=8, hidden_sizes=(12, 10), num_labels=3)),
 }
+OWN = {"mlp_classifier"}
 
 
 def test_every_family_has_a_case():
-    assert {config.model_type for _, config in CASES.values()} == set(NETWORKS)
+    assert {config.model_type for _, config in CASES.values()} == {*FORMS, *OWN}
 
 
 def made(case: str, seed: int = 0) -> PreTrainedModel:
@@ -128,6 +145,152 @@ def test_planted_transforms_are_found(case):
     found = alignment.apply(planted)
     assert alignment.metadata["cosine_after"] > 1 - 1e-6
     assert max(float((found[name] - state[name]).abs().max()) for name in state) < 1e-5
+
+
+def numbers(*shape: int, seed: int = 5) -> Tensor:
+    """Far from 0, of both signs."""
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn + 0.5 * drawn.sign()
+
+
+def along(vector: Tensor, dim: int, dims: int) -> Tensor:
+    """A vector to multiply one dimension by."""
+    return vector.reshape([-1 if place == dim else 1 for place in range(dims)])
+
+
+def scale_neurons(state: dict[str, Tensor], up: str, down: str, scales: Tensor, transposed: bool = False) -> None:
+    """Times s what writes them, divided by s what reads them."""
+    rows, columns = (1, 0) if transposed else (0, 1)
+    state[f"{up}.weight"] *= along(scales, rows if state[f"{up}.weight"].ndim > 1 else 0, state[f"{up}.weight"].ndim)
+    if f"{up}.bias" in state:
+        state[f"{up}.bias"] *= scales
+    state[f"{down}.weight"] /= along(scales, columns, state[f"{down}.weight"].ndim)
+
+
+def gated_scales(state: dict[str, Tensor]) -> None:
+    for i in range(2):
+        scale_neurons(state, f"model.layers.{i}.mlp.up_proj", f"model.layers.{i}.mlp.down_proj", numbers(24, seed=i))
+
+
+def relu_scales(state: dict[str, Tensor]) -> None:
+    for i in range(2):
+        layer = f"transformer.h.{i}.mlp"
+        scale_neurons(state, f"{layer}.c_fc", f"{layer}.c_proj", numbers(64, seed=i).abs(), transposed=True)
+
+
+def relu_scales_of_an_mlp(state: dict[str, Tensor]) -> None:
+    scale_neurons(state, "layers.0.dense", "layers.1.dense", numbers(12, seed=0).abs())
+    scale_neurons(state, "layers.1.dense", "classifier", numbers(10, seed=1).abs())
+
+
+def relu_scales_behind_batch_norm(state: dict[str, Tensor]) -> None:
+    """Of channels inside a block, and of those that a shortcut shares."""
+    layers = "resnet.encoder.stages.1.layers"
+    scale_neurons(
+        state, f"{layers}.1.layer.0.normalization", f"{layers}.1.layer.1.convolution", numbers(12, seed=0).abs()
+    )
+    shared = numbers(12, seed=1).abs()
+    for place, name in enumerate(("0.shortcut", "0.layer.1", "1.layer.1")):
+        reader = ("1.layer.0.convolution", None, None)[place]
+        for kind in ("weight", "bias"):
+            state[f"{layers}.{name}.normalization.{kind}"] *= shared
+        if reader is not None:
+            state[f"{layers}.{reader}.weight"] /= along(shared, 1, 4)
+    state["classifier.1.weight"] /= shared
+
+
+def invertible_values(state: dict[str, Tensor]) -> None:
+    """One matrix for each of the key/value heads, whose two query heads read it."""
+    for i in range(2):
+        attention = f"model.layers.{i}.self_attn"
+        matrix = numbers(2, 4, 4, seed=i)
+        values, output = state[f"{attention}.v_proj.weight"], state[f"{attention}.o_proj.weight"]
+        values.copy_((matrix @ values.view(2, 4, 16)).view(8, 16))
+        output.copy_(torch.einsum("rkqc,kcd->rkqd", output.view(16, 2, 2, 4), torch.linalg.inv(matrix)).flatten(1))
+
+
+def complex_scales(state: dict[str, Tensor]) -> None:
+    """(s·R, R/s) for queries and keys: a complex number for each pair of channels (c, c + 2) of a key/value head."""
+    for i in range(2):
+        attention = f"model.layers.{i}.self_attn"
+        number = torch.complex(numbers(2, 2, seed=i), numbers(2, 2, seed=i + 9))
+        for name, factor in (("q_proj", number), ("k_proj", number / number.abs().square())):
+            weight = state[f"{attention}.{name}.weight"]
+            pairs = weight.view(2, -1, 2, 2, 16)  # key/value head, query head, half, pair, stream
+            turned = torch.complex(pairs[:, :, 0], pairs[:, :, 1]) * factor[:, None, :, None]
+            weight.copy_(torch.stack([turned.real, turned.imag], 2).reshape(weight.shape))
+
+
+def invertible_heads(state: dict[str, Tensor]) -> None:
+    """Queries and keys without a rotary embedding, and values and outputs, each head with matrices of its own."""
+    for i in range(2):
+        attention = f"transformer.h.{i}.attn"
+        matrix, of_values = numbers(4, 4, 4, seed=i), numbers(4, 4, 4, seed=i + 9)
+        for kind in ("weight", "bias"):
+            fused = state[f"{attention}.c_attn.{kind}"]
+            parts = fused.unflatten(-1, (3, 4, 4)).clone()
+            for place, factor in enumerate((matrix, torch.linalg.inv(matrix).mT, of_values)):
+                parts[..., place, :, :] = torch.einsum("...hc,hdc->...hd", parts[..., place, :, :], factor)
+            fused.copy_(parts.reshape(fused.shape))
+        output = state[f"{attention}.c_proj.weight"]
+        inverse = torch.linalg.inv(of_values)
+        output.copy_(torch.einsum("hcr,hcd->hdr", output.view(4, 4, 16), inverse).reshape(16, 16))
+
+
+def gains_of_rms_norms(state: dict[str, Tensor]) -> None:
+    readers = {"model.norm": ["lm_head"]}
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        readers[f"{layer}.input_layernorm"] = [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
+        readers[f"{layer}.post_attention_layernorm"] = [f"{layer}.mlp.{name}_proj" for name in ("gate", "up")]
+    for place, (norm, maps) in enumerate(readers.items()):
+        gain = numbers(16, seed=place)
+        state[f"{norm}.weight"] *= gain
+        for name in maps:
+            state[f"{name}.weight"] /= gain
+
+
+def gains_of_layer_norms(state: dict[str, Tensor]) -> None:
+    """Those inside the blocks: behind the last one is the tied embedding."""
+    for i in range(2):
+        for place, (norm, reader) in enumerate((("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc"))):
+            gain = numbers(16, seed=2 * i + place)
+            for kind in ("weight", "bias"):
+                state[f"transformer.h.{i}.{norm}.{kind}"] *= gain
+            state[f"transformer.h.{i}.{reader}.weight"] /= gain[:, None]
+
+
+@pytest.mark.parametrize(
+    ("case", "plant"),
+    [
+        ("llama", gated_scales),
+        ("llama", invertible_values),
+        ("llama", complex_scales),
+        ("llama", gains_of_rms_norms),
+        ("gpt2", invertible_heads),
+        ("gpt2", gains_of_layer_norms),
+        ("gpt2 relu", relu_scales),
+        ("mlp", relu_scales_of_an_mlp),
+        ("resnet", relu_scales_behind_batch_norm),
+    ],
+)
+def test_transforms_that_are_not_orthogonal_are_found_in_the_checkpoint_as_it_is(case, plant, all_in_float64):
+    """Planted in the original coordinates, with every permutation on top: heads, query heads, neurons, channels."""
+    model = made(case)
+    expected = logits(model)
+    state = stored(model)
+    planted = {name: value.clone() for name, value in state.items()}
+    plant(planted)
+    again = load_model(open_checkpoint(model), state_dict=planted, dtype=torch.float64).eval()
+    assert float((logits(again) - expected).abs().max() / expected.abs().max()) < 1e-9
+    planted = (
+        PermutationSpec.from_config(model.config).random_alignment(torch.Generator().manual_seed(6)).apply(planted)
+    )
+    form = canonical_form(model.config)
+    before, after = (canonical_state(form, each) for each in (state, planted))
+    pair = [Parameters.from_state_dict(form.spec, each) for each in (before, after)]
+    found = match_weights(*pair, restarts=4).apply(after)
+    assert max(float((found[name] - before[name]).abs().max()) for name in before) < 1e-5
 
 
 @pytest.mark.parametrize(
