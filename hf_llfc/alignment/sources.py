@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.spec import Binding, PermutationSpec, TensorSpec
+from hf_llfc.symmetry.spec import PERMUTATION, Binding, PermutationSpec, TensorSpec
 
 ANCHORS = 16.0
 """How often an anchor counts where an axis is transformed by matrices, see `Parameters.with_anchors`."""
+
+
+def anchors_of(spec: PermutationSpec) -> float:
+    """How often an anchor counts by default: once where all axes are permuted."""
+    return ANCHORS if any(spec.axes[axis].group != PERMUTATION for axis in spec.symmetric_axes) else 1.0
 
 
 @dataclass(frozen=True)
