@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_llfc
 from hf_llfc.cli import main, run_main
+from hf_llfc.symmetry.orthogonal import Orthogonal
 from tests.runs import answer, byte_llama, command_line, moved, saved, small_resnet, text_data, text_recipe, written
 from tests.tiny_models import tiny_model
 from tests.zoo import zoo_model
@@ -467,6 +468,42 @@ def test_two_processes_align_several_models_as_one(together, shelf, tmp_path):
         assert run.returncode == 0, run.stderr
     for file in ("model.safetensors", "llfc/alignment-1.safetensors", "llfc/alignment-2.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_learn_what_one_learns(shelf, tmp_path):
+    """Each sees half of every batch, and the gradient of both halves is that of the whole."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    for name, words, batch_size in (("one", (), 8), ("two", launcher, 4)):
+        calibration = {
+            "task": "text-generation",
+            "dataset": str(shelf / "text.txt"),
+            "tokenizer": "bytes",
+            "max_length": 16,
+            "samples": 24,
+            "batch_size": batch_size,
+        }
+        recipe = {
+            "models": [{"model": str(shelf / each)} for each in "ac"],
+            "align": {"method": "learned_matching", "groups": "full", "steps": 12, "calibration": calibration},
+            "output_dir": str(tmp_path / name),
+        }
+        run = command_line(written(recipe, tmp_path, name), launcher=words, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr
+    one, two = (hf_llfc.Alignment.load(tmp_path / name / "llfc" / "alignment.safetensors") for name in ("one", "two"))
+    assert one.transforms.keys() == two.transforms.keys()
+    start = hf_llfc.align(shelf / "c", to=shelf / "a", groups="full")
+    learned = [0.0]
+    for axis, transform in one.transforms.items():
+        other = two.transforms[axis]
+        if isinstance(transform, Orthogonal):
+            torch.testing.assert_close(other.matrix, transform.matrix, atol=1e-4, rtol=0)
+            learned.append(float((transform.matrix - start.transforms[axis].matrix).abs().max()))
+        else:
+            assert other == transform
+    assert max(learned) > 0.01
+    assert two.metadata["learning_steps"] == 12
+    assert two.metadata["losses"] == pytest.approx(one.metadata["losses"], rel=1e-4)
 
 
 @pytest.mark.timeout(300)

@@ -128,15 +128,17 @@ def learn_matching(
         moved = {name: present.read_aligned(name, binding, of_b.__getitem__) for name in of_b}
         merged = {name: torch.lerp(value, moved[name], share) for name, value in of_a.items()}
         loss = objective(of_a, moved, merged, share, next(batches))
-        if not bool(loss.isfinite()):
-            raise AlignmentError(f"the loss of the merge is not finite in step {step + 1}; lower the learning rate")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        mean = loss.detach().clone()
         if average is not None:
-            average([parameter.grad for parameter in together.parameters() if parameter.grad is not None])
+            average([mean, *(parameter.grad for parameter in together.parameters() if parameter.grad is not None)])
+        # After the average, which every process has to come to.
+        if not bool(mean.isfinite()):
+            raise AlignmentError(f"the loss of the merge is not finite in step {step + 1}; lower the learning rate")
         optimiser.step()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(mean.item())
         progress("learned matching", step + 1, learning.steps)
     found = {**start.transforms, **{axis: each.transform() for axis, each in relaxed.items()}}
     every = math.ceil(learning.steps / 20)
