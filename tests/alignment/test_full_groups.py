@@ -293,6 +293,36 @@ def test_transforms_that_are_not_orthogonal_are_found_in_the_checkpoint_as_it_is
     assert max(float((found[name] - before[name]).abs().max()) for name in before) < 1e-5
 
 
+def test_every_group_of_every_kind_of_axis_is_among_what_is_planted():
+    """So that the tests above say something of each."""
+    planted = set()
+    for case in CASES:
+        spec = canonical_form(made(case).config).spec
+        for axis, transform in spec.random_alignment(torch.Generator().manual_seed(2)).transforms.items():
+            kind = axis.split(".")[0]
+            if not transform.is_identity:
+                planted.add((kind, spec.axes[axis].group))
+            if case == "qwen3":
+                assert kind not in ("phases", "head_dim"), "the norm of queries and keys has a gain on each channel"
+    assert planted == {
+        ("residual", "orthogonal"),
+        ("residual", "orthogonal_fixing_ones"),
+        ("value_dim", "orthogonal"),
+        ("head_dim", "orthogonal"),
+        ("phases", "phases"),
+        ("signs", "orthogonal"),
+        *((kind, "permutation") for kind in ("neurons", "heads", "kv", "q", "channels", "inner")),
+    }
+
+
+def test_circuits_that_share_a_map_are_balanced_together():
+    model = made("mlp")
+    state = canonical_state(canonical_form(model.config), stored(model))
+    for into, out in (("layers.0.dense", "layers.1.dense"), ("layers.1.dense", "classifier")):
+        writes = state[f"{into}.weight"].square().sum(1) + state[f"{into}.bias"].square()
+        torch.testing.assert_close(writes, state[f"{out}.weight"].square().sum(0), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize(
     ("case", "keys", "values", "output"),
     [
