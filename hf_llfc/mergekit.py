@@ -150,7 +150,7 @@ def _place(parent: Parent, copy: Path) -> Path:
     def fill(files: ShardFiles) -> None:
         merge_streamed(merge, files, workers=Workers(torch.get_num_threads()))
 
-    write_checkpoint(copy, infos, fill, config=checkpoint.config)
+    write_checkpoint(copy, infos, fill, config=checkpoint.settings)
     return copy
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
-from hf_llfc.checkpoints.reader import UnknownConfig
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE
 from hf_llfc.errors import CheckpointError, SpecError
 from hf_llfc.symmetry import Binding, PermutationSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
@@ -82,11 +82,24 @@ def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
     Returns:
         The same with its tensors in the order of the network; as it is where transformers does not know its type.
     """
+    said = checkpoint.settings.said()
+    if said is not None and checkpoint.settings.model_type in known_model_types():
+        # What does not bear a closer look raises what it likes, and gets one below.
+        with suppress(Exception):
+            ordered = _in_order(checkpoint, spec_for(cast("PreTrainedConfig", said)), said.tie_word_embeddings)
+            if ordered is not None:
+                return replace(ordered, settings=checkpoint.settings.kept())
+    from hf_llfc.checkpoints.configs import UnknownConfig
+
     if isinstance(checkpoint.config, UnknownConfig):
         return checkpoint  # there is no class, and it was said
     if checkpoint.config.model_type not in known_model_types():
         return None
-    spec = spec_of(checkpoint)
+    return _in_order(checkpoint, spec_of(checkpoint), bool(checkpoint.config.to_dict().get("tie_word_embeddings")))
+
+
+def _in_order(checkpoint: Checkpoint, spec: PermutationSpec, is_tied: bool) -> Checkpoint | None:
+    """A checkpoint with its tensors in the order of a spec; None if they are not all of them, name by name."""
     try:
         binding = spec.bind({name: info.shape for name, info in checkpoint.tensors.items()})
     except SpecError:
@@ -99,7 +112,6 @@ def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
     )
     by_name = all(name == bound.spec.name_at(bound.index) for name, bound in binding.tensors.items())
     words = [each for each in found if len(each.dimensions) == 2 and any(use.axis == "vocab" for use in each.axes)]
-    is_tied = bool(checkpoint.config.to_dict().get("tie_word_embeddings"))
     if not (is_whole and by_name) or (is_tied and len(words) > 1):
         return None
     blocks: dict[str, int] = {}

@@ -107,3 +107,37 @@ def test_other_names_are_for_the_model_class(change, tmp_path):
     else:
         names = {row["tensor"] for row in hf_llfc.inspect(folder).tensors}
         assert names.isdisjoint({"bert.embeddings.LayerNorm.gamma", "lm_head.weight", "bert.embeddings.position_ids"})
+
+
+def test_a_merge_of_weights_alone_loads_no_transformers(shelf, tmp_path):
+    other = saved(byte_llama(1), tmp_path / "other")
+    words = [str(shelf / "llama"), str(other), "--align", "none", "--out", str(tmp_path / "merged")]
+    code, modules = loaded_by("merge", *words)
+    assert code == 0 and modules <= {"accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "yaml"}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config_of(shelf / "llama")
+    assert open_checkpoint(tmp_path / "merged").config.to_dict() == open_checkpoint(shelf / "llama").config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_key_value_heads": None}, {"tie_word_embeddings": ...}, {"auto_map": {}}], ids=str
+)
+def test_what_a_config_leaves_open_is_for_its_class(change, tmp_path):
+    folder = saved(byte_llama(0, num_key_value_heads=6), tmp_path / "model")
+    assert as_saved(open_checkpoint(folder, as_stored=True)).settings.is_kept
+    values = {key: value for key, value in (config_of(folder) | change).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(values))
+    found = as_saved(open_checkpoint(folder, as_stored=True))
+    assert not found.settings.is_kept and dict(found.tensors) == dict(open_checkpoint(folder).tensors)
+
+
+@pytest.mark.parametrize("value", ["wide", -1, [8]], ids=str)
+def test_a_config_that_no_class_can_read_is_refused_all_the_same(value, tmp_path):
+    folder = saved(byte_llama(0), tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | {"hidden_size": value}))
+    with pytest.raises(hf_llfc.LLFCError, match=r"config\.json|size"):
+        as_saved(open_checkpoint(folder, as_stored=True))
+
+
+def config_of(folder: Path) -> dict[str, object]:
+    """What its config.json says."""
+    return json.loads((folder / "config.json").read_text())

@@ -97,17 +97,19 @@ def _with_head_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping
     head = [name for name in own if name in layout.names_in_memory and name not in of_base]
     if not head:
         return base
-    settings = deepcopy(base.config)
-    settings.architectures = [model_class.__name__]
-    labels = _labels(model_class, settings, own)
-    if labels is not None and labels != settings.num_labels:
-        settings.num_labels = labels
+    changed = deepcopy(base.config)
+    changed.architectures = [model_class.__name__]
+    labels = _labels(model_class, changed, own)
+    if labels is not None and labels != changed.num_labels:
+        changed.num_labels = labels
     dtype = most_common_dtype(base.tensors) or torch.float32
-    shapes = Layout(model_class, settings).shapes
+    shapes = Layout(model_class, changed).shapes
     brought = {
         name: TensorInfo(dtype, shape) for name, shape in shapes.items() if name in own and name not in base.tensors
     }
-    opened = replace(base, config=settings, architecture=model_class.__name__, model_class=model_class)
+    opened = replace(
+        base, settings=base.settings.with_config(changed), architecture=model_class.__name__, model_class=model_class
+    )
     heading = f"{base.label}: with the head that {where} brings, it is no {model_class.__name__}"
     return planned(opened, _Room(base, {**base.tensors, **brought}), heading)
 
@@ -170,7 +172,8 @@ def _with_rows_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping
         name: replace(info, shape=resized_shape(info.shape, dimensions[name], count)) if name in dimensions else info
         for name, info in base.tensors.items()
     }
-    return replace(base, config=with_rows(base, count), tensors=infos, _weights=_Room(base, infos, dimensions))
+    settings = base.settings.with_config(with_rows(base, count))
+    return replace(base, settings=settings, tensors=infos, _weights=_Room(base, infos, dimensions))
 
 
 def _trained_tokens(config: PeftConfig, own: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:

@@ -35,10 +35,11 @@ def canonical_checkpoint(checkpoint: Checkpoint, form: CanonicalForm) -> Checkpo
     except SpecError as error:
         raise SpecError(f"{checkpoint.label}: {error}") from None
     weights = CanonicalWeights(checkpoint, canonical)
-    config = checkpoint.config
+    settings = checkpoint.settings
     if canonical.added:
-        config = copy.deepcopy(config)
+        config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings = False
+        settings = settings.with_config(config)
     reindexing = checkpoint.reindexing
     if reindexing is not None:
         known = reindexing.dimensions
@@ -46,7 +47,7 @@ def canonical_checkpoint(checkpoint: Checkpoint, form: CanonicalForm) -> Checkpo
         reindexing = replace(reindexing, dimensions={**known, **added})
     return replace(
         checkpoint,
-        config=config,
+        settings=settings,
         tensors=weights.infos,
         canonical=form.spec,
         reindexing=reindexing,

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from hf_llfc.checkpoints.companions import has_vocabulary
 from hf_llfc.checkpoints.reader import Checkpoint
@@ -79,7 +78,7 @@ def tokenizer_problems(models: Sequence[Checkpoint], source: Checkpoint) -> list
 
 
 def _compare_bodies(first: Checkpoint, other: Checkpoint) -> list[str]:
-    type_1, type_2 = first.config.model_type, other.config.model_type
+    type_1, type_2 = first.settings.model_type, other.settings.model_type
     if type_1 != type_2:
         return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
     problems = list(_config_problems(first, other))
@@ -97,7 +96,7 @@ def _compare_bodies(first: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def _compare_pair(first: Checkpoint, other: Checkpoint) -> list[str]:
-    type_1, type_2 = first.config.model_type, other.config.model_type
+    type_1, type_2 = first.settings.model_type, other.settings.model_type
     if type_1 != type_2:
         return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
     problems = list(_config_problems(first, other))
@@ -114,6 +113,9 @@ def _compare_pair(first: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def _config_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+    raw_1, raw_2 = first.settings.raw, other.settings.raw
+    if raw_1 is not None and raw_2 is not None and dict(_flat(raw_1)) == dict(_flat(raw_2)):
+        return
     values_1, values_2 = dict(_flat(first.config.to_dict())), dict(_flat(other.config.to_dict()))
     for key, value in values_1.items():
         if key in values_2 and values_2[key] != value:
@@ -202,6 +204,8 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
         if "tokenizer.json" in files:
             return Tokenizer.from_file(str(files["tokenizer.json"])).get_vocab(with_added_tokens=True)
         if has_vocabulary(files):
+            from transformers import AutoTokenizer
+
             folder = next(iter(files.values())).parent
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     except Exception as error:  # both libraries raise whatever they meet in a tokenizer's files

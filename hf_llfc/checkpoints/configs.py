@@ -1,14 +1,23 @@
-"""Configs of transformers, and the order of tensor names, without what runs models: that takes seconds to load."""
+"""What transformers makes of config.json, without what runs models: that takes seconds more to load."""
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-_TRAILING_DIGITS = re.compile(r"(.*?)([0-9]*)", re.DOTALL)
+from hf_llfc.checkpoints.files import CONFIG_FILE, GENERATION_FILE, Files
+from hf_llfc.checkpoints.settings import architecture_of
+from hf_llfc.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class UnknownConfig(PreTrainedConfig):
+    """The values of a config whose model type transformers does not know."""
 
 
 def known_model_types() -> list[str]:
@@ -24,14 +33,83 @@ def find_config_class(model_type: str) -> type[PreTrainedConfig] | None:
     return CONFIG_MAPPING[model_type]
 
 
-def natural_order(name: str) -> Any:
-    """A key that sorts tensor names with layer 2 before layer 10, as transformers does."""
-    parts: list[tuple[Any, ...]] = []
-    for part in name.split("."):
-        if part.isdigit():
-            parts.append((0, int(part)))
-            continue
-        match = _TRAILING_DIGITS.fullmatch(part)
-        assert match is not None
-        parts.append((1, match[1], int(match[2])) if match[2] else (1, part))
-    return parts
+def load_config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a checkpoint; an `UnknownConfig` where transformers does not know the model type.
+
+    Args:
+        files: Of the checkpoint.
+        raw: What its config.json says.
+        trust_remote_code: Whether code that comes with the checkpoint may be run.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    where = f"{files.where}/{CONFIG_FILE}"
+    model_type = raw.get("model_type") or _model_type(where, raw)
+    auto_map = raw.get("auto_map")
+    try:
+        if trust_remote_code and isinstance(auto_map, dict) and "AutoConfig" in auto_map:
+            return AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
+        known = find_config_class(str(model_type))
+        if known is not None:
+            return known.from_dict(raw)
+    except Exception as error:  # a config class may raise anything on values it does not expect
+        raise CheckpointError(f"{where}: transformers cannot read this config: {error}") from error
+    hint = ", or pass trust_remote_code to run the code that came with it" if auto_map else ""
+    logger.warning(
+        "%s: transformers does not know the model type %r; its tensors keep the names of the files, and the model can"
+        " be merged but not run (register its classes with AutoConfig and AutoModel%s)",
+        where,
+        model_type,
+        hint,
+    )
+    config_class: type[UnknownConfig] = type("UnknownConfig", (UnknownConfig,), {"model_type": str(model_type)})
+    return config_class.from_dict(raw)
+
+
+def load_generation_config(files: Files, raw: dict[str, Any], config: PreTrainedConfig) -> GenerationConfig | None:
+    """How the model of a checkpoint generates, also where an old config says so.
+
+    Args:
+        files: Of the checkpoint.
+        raw: What its config.json says.
+        config: What transformers makes of that.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        if (files.folder / GENERATION_FILE).is_file():
+            return GenerationConfig.from_pretrained(files.folder)
+        # Configs from before generation_config.json hold these values too, and config classes drop them.
+        kept = config.to_dict()
+        dropped = {
+            key: raw[key] for key in GenerationConfig().to_dict() if key not in kept and raw.get(key) is not None
+        }
+        return GenerationConfig.from_dict(dropped) if dropped else None
+    except Exception as error:  # as with configs, anything may be raised
+        raise CheckpointError(f"{files.where}: the generation config cannot be read: {error}") from error
+
+
+def _model_type(where: str, raw: dict[str, Any]) -> str:
+    """The model type of a config from before configs named it."""
+    architecture = architecture_of(where, raw)
+    if architecture is None:
+        raise CheckpointError(
+            f'{where}: names neither model_type nor architectures; add "model_type", for example "bert"'
+        )
+    from hf_llfc.checkpoints import names
+
+    try:
+        found = names.find_class_in_transformers(architecture)
+    except ImportError:
+        found = None
+    if found is not None and found.config_class is not None:
+        return found.config_class.model_type
+    begins = architecture.casefold()
+    fitting = [known for known in known_model_types() if begins.startswith(re.sub("[-_]", "", known))]
+    guess = max(fitting, key=len, default="bert")
+    raise CheckpointError(
+        f"{where}: model_type is missing, and the architecture {architecture!r} is not one that transformers knows; add"
+        f' "model_type", perhaps "{guess}"'
+    )

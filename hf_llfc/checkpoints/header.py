@@ -7,6 +7,7 @@ the rest of the file without gap or overlap. https://huggingface.co/docs/safeten
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ _BITS = {
     "I64": 64,
     "U64": 64,
 }
+_TRAILING_DIGITS = re.compile(r"(.*?)([0-9]*)", re.DOTALL)
 _FILE_ORDER = {code: position for position, code in enumerate(_BITS)}
 
 TORCH_DTYPES = {
@@ -294,3 +296,16 @@ def _parse_span(name: str, entry: object, where: str) -> Span:
 def _are_sizes(value: object) -> bool:
     # bool is a subclass of int; sizes beyond 64 bits are nonsense that would only cost time.
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def natural_order(name: str) -> Any:
+    """A key that sorts tensor names with layer 2 before layer 10, as transformers does."""
+    parts: list[tuple[Any, ...]] = []
+    for part in name.split("."):
+        if part.isdigit():
+            parts.append((0, int(part)))
+            continue
+        match = _TRAILING_DIGITS.fullmatch(part)
+        assert match is not None
+        parts.append((1, match[1], int(match[2])) if match[2] else (1, part))
+    return parts

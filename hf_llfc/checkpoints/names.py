@@ -35,8 +35,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from hf_llfc.checkpoints.configs import natural_order
-from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.header import TensorInfo, natural_order
 from hf_llfc.errors import CheckpointError, raise_all
 
 logger = logging.getLogger(__name__)

@@ -19,14 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from hf_llfc.checkpoints.companions import code_names, companion_names
-from hf_llfc.checkpoints.configs import find_config_class, known_model_types, natural_order
 from hf_llfc.checkpoints.files import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
-    GENERATION_FILE,
     Files,
     FileSpan,
     LocalFiles,
@@ -38,12 +35,12 @@ from hf_llfc.checkpoints.files import (
     read_json,
     refuse_quantised,
 )
-from hf_llfc.checkpoints.header import CODES, TensorInfo
-from hf_llfc.checkpoints.hub import open_hub
+from hf_llfc.checkpoints.header import CODES, TensorInfo, natural_order
+from hf_llfc.checkpoints.settings import Settings, architecture_of
 from hf_llfc.errors import CheckpointError, suggest
 
 if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is loaded where a class is needed
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
     from hf_llfc.checkpoints import names
     from hf_llfc.checkpoints.union import Union
@@ -99,12 +96,11 @@ class Checkpoint:
         label: What messages call it: the id, with the revision if the user named one.
         revision: The commit on the Hub, or None; of a base with an adapter both commits, as `commit+commit`, or None.
         folder: Where its files lie on this machine, its tokenizer among them, or None for a model in memory.
-        config: The config of the model.
+        settings: The config of the model, and how it generates.
         architecture: The name of the model class, or None if the config does not say.
         model_class: The model class, or None if it is not known here; then tensors have the names in the files.
         tensors: Name on disk → dtype and shape, in the order in which `save_pretrained` writes them.
         companion_files: Tokenizer, processor, generation config, chat templates and custom code.
-        generation_config: How the model generates, also where an old config or a model in memory says so.
         unused: Names of tensors in the files that the model class has no use for.
         adapter: What is folded into its tensors; None of an ordinary checkpoint.
         canonical: The permutation spec of its canonical form, if its tensors are in that; see
@@ -116,17 +112,30 @@ class Checkpoint:
     label: str
     revision: str | None
     folder: Path | None
-    config: PreTrainedConfig
+    settings: Settings
     architecture: str | None
     model_class: type[PreTrainedModel] | None
     tensors: Mapping[str, TensorInfo]
     companion_files: tuple[Path, ...]
-    generation_config: GenerationConfig | None
     unused: tuple[str, ...]
     _weights: Weights = field(repr=False)
     adapter: Adapter | None = None
     canonical: PermutationSpec | None = None
     reindexing: Reindexing | None = None
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the model.
+
+        Raises:
+            CheckpointError: If transformers cannot read it, of a checkpoint that was opened as stored.
+        """
+        return self.settings.config
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model generates, also where an old config or a model in memory says so."""
+        return self.settings.generation_config
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor.
@@ -202,7 +211,7 @@ class Checkpoint:
             for a model in memory the fingerprint, which reads everything.
         """
         found: dict[str, Any] = {"id": self.id, "revision": self.revision}
-        found["config"] = hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+        found["config"] = self.settings.digest()
         found |= {"model": self.pinned} if self.adapter is not None else {}
         files = self._weights.identity()
         if not files:
@@ -238,10 +247,6 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-class UnknownConfig(PreTrainedConfig):
-    """The values of a config whose model type transformers does not know."""
-
-
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, copied only if they lie otherwise in memory."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -262,8 +267,9 @@ def open_checkpoint(
             peft folded in, each an id or a folder; or the adapter alone, whose config names its base.
         trust_remote_code: Whether code that comes with the checkpoint may be run.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened; only tensors are read of them.
-        as_stored: Whether to leave the model class alone, which takes seconds to load: tensors have the names in the
-            files, and it is not checked that they are those of the class.
+        as_stored: Whether to leave the classes of the model and of its config alone, which take seconds to load:
+            tensors have the names in the files, it is not checked that they are those of the class, and the config is
+            read when it is asked for.
         token: A token for the Hub; None takes the one of the login.
 
     Raises:
@@ -350,6 +356,8 @@ def _find(model: str | Path, token: str | bool | None) -> Files:
     is_path = text.startswith(("/", ".", "~")) or text.partition("@")[0].count("/") > 1 or "\\" in text
     if isinstance(model, Path) or is_path:
         raise CheckpointError(f"{model}: there is no such folder")
+    from hf_llfc.checkpoints.hub import open_hub
+
     return open_hub(text, token)
 
 
@@ -371,11 +379,9 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
     refuse_quantised(files.where, raw.get("quantization_config"))
     companions = _fetch_companions(files)
-    architecture = _architecture(f"{files.where}/{CONFIG_FILE}", raw)
-    config = _config(files, raw, trust_remote_code)
-    model_class = None
-    if architecture is not None and not as_stored and not isinstance(config, UnknownConfig):
-        model_class = _model_class(files, architecture, config, trust_remote_code)
+    architecture = architecture_of(f"{files.where}/{CONFIG_FILE}", raw)
+    settings = Settings.of_file(files, raw, trust_remote_code)
+    model_class = None if as_stored else _model_class(files, architecture, settings, trust_remote_code)
 
     weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
     opened = Checkpoint(
@@ -383,12 +389,11 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
         label=files.where,
         revision=files.revision,
         folder=files.folder,
-        config=config,
+        settings=settings,
         architecture=architecture,
         model_class=model_class,
         tensors={name: weights.infos[name] for name in sorted(weights.infos, key=natural_order)},
         companion_files=tuple(companions),
-        generation_config=_generation_config(files, raw, config),
         unused=(),
         _weights=weights,
     )
@@ -406,7 +411,7 @@ def planned(checkpoint: Checkpoint, weights: Weights, heading: str | None = None
     Raises:
         CheckpointError: The tensors are not those of the model class.
     """
-    plan = _plan(checkpoint.label, checkpoint.model_class, checkpoint.config, weights, heading)
+    plan = _plan(checkpoint, weights, heading)
     if plan is None:
         return checkpoint
     made = _PlannedWeights(checkpoint.label, plan, weights)
@@ -424,12 +429,11 @@ def _open_model(model: PreTrainedModel) -> Checkpoint:
         label=label,
         revision=None,
         folder=None,
-        config=config,
+        settings=Settings.in_memory(config, model.generation_config if model.can_generate() else None),
         architecture=type(model).__name__,
         model_class=type(model),
         tensors=weights.infos,
         companion_files=tuple(_companions_of(model)),
-        generation_config=model.generation_config if model.can_generate() else None,
         unused=(),
         _weights=weights,
     )
@@ -458,82 +462,16 @@ def _fetch_companions(files: Files) -> list[Path]:
     return [files.folder / name for name in companions]
 
 
-def _config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
-    where = f"{files.where}/{CONFIG_FILE}"
-    model_type = raw.get("model_type") or _model_type(where, raw)
-    auto_map = raw.get("auto_map")
-    try:
-        if trust_remote_code and isinstance(auto_map, dict) and "AutoConfig" in auto_map:
-            return AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
-        known = find_config_class(str(model_type))
-        if known is not None:
-            return known.from_dict(raw)
-    except Exception as error:  # a config class may raise anything on values it does not expect
-        raise CheckpointError(f"{where}: transformers cannot read this config: {error}") from error
-    hint = ", or pass trust_remote_code to run the code that came with it" if auto_map else ""
-    logger.warning(
-        "%s: transformers does not know the model type %r; its tensors keep the names of the files, and the model can"
-        " be merged but not run (register its classes with AutoConfig and AutoModel%s)",
-        where,
-        model_type,
-        hint,
-    )
-    config_class: type[UnknownConfig] = type("UnknownConfig", (UnknownConfig,), {"model_type": str(model_type)})
-    return config_class.from_dict(raw)
-
-
-def _generation_config(files: Files, raw: dict[str, Any], config: PreTrainedConfig) -> GenerationConfig | None:
-    try:
-        if (files.folder / GENERATION_FILE).is_file():
-            return GenerationConfig.from_pretrained(files.folder)
-        # Configs from before generation_config.json hold these values too, and config classes drop them.
-        kept = config.to_dict()
-        dropped = {
-            key: raw[key] for key in GenerationConfig().to_dict() if key not in kept and raw.get(key) is not None
-        }
-        return GenerationConfig.from_dict(dropped) if dropped else None
-    except Exception as error:  # as with configs, anything may be raised
-        raise CheckpointError(f"{files.where}: the generation config cannot be read: {error}") from error
-
-
-def _model_type(where: str, raw: dict[str, Any]) -> str:
-    """The model type of a config from before configs named it."""
-    architecture = _architecture(where, raw)
-    if architecture is None:
-        raise CheckpointError(
-            f'{where}: names neither model_type nor architectures; add "model_type", for example "bert"'
-        )
-    from hf_llfc.checkpoints import names
-
-    try:
-        found = names.find_class_in_transformers(architecture)
-    except ImportError:
-        found = None
-    if found is not None and found.config_class is not None:
-        return found.config_class.model_type
-    begins = architecture.casefold()
-    fitting = [known for known in known_model_types() if begins.startswith(re.sub("[-_]", "", known))]
-    guess = max(fitting, key=len, default="bert")
-    raise CheckpointError(
-        f"{where}: model_type is missing, and the architecture {architecture!r} is not one that transformers knows; add"
-        f' "model_type", perhaps "{guess}"'
-    )
-
-
-def _architecture(where: str, raw: dict[str, Any]) -> str | None:
-    architectures = raw.get("architectures")
-    if architectures is None or architectures == []:
-        return None
-    if not isinstance(architectures, list) or not all(isinstance(entry, str) for entry in architectures):
-        raise CheckpointError(f"{where}: architectures must be a list of class names, found {architectures!r}")
-    return architectures[0]
-
-
 def _model_class(
-    files: Files, architecture: str, config: PreTrainedConfig, trust_remote_code: bool
+    files: Files, architecture: str | None, settings: Settings, trust_remote_code: bool
 ) -> type[PreTrainedModel] | None:
     from hf_llfc.checkpoints import names
+    from hf_llfc.checkpoints.configs import UnknownConfig
 
+    # Both are read here, for what is wrong with them to be said before anything is done.
+    config, _ = settings.config, settings.generation_config
+    if architecture is None or isinstance(config, UnknownConfig):
+        return None
     try:
         return names.find_model_class(architecture, config, folder=files.folder, trust_remote_code=trust_remote_code)
     except ImportError as error:
@@ -543,20 +481,15 @@ def _model_class(
         raise CheckpointError(f"{files.where}: the code of {architecture} cannot be loaded: {error}") from error
 
 
-def _plan(
-    where: str,
-    model_class: type[PreTrainedModel] | None,
-    config: PreTrainedConfig,
-    weights: Weights,
-    heading: str | None,
-) -> names.Plan | None:
+def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None) -> names.Plan | None:
     """How the tensors on disk come from those in the files, or None if the model class is not known here."""
+    model_class, where = checkpoint.model_class, checkpoint.label
     if model_class is None:
         return None
     from hf_llfc.checkpoints import names
 
     try:
-        layout = names.Layout(model_class, config)
+        layout = names.Layout(model_class, checkpoint.config)
     except ImportError as error:
         logger.warning("%s: %s cannot be built (%s); its tensors keep their names", where, model_class.__name__, error)
         return None

@@ -85,7 +85,7 @@ def reindexed(checkpoint: Checkpoint, union: Union, place: int) -> Checkpoint:
     weights = ReindexedWeights(checkpoint, reindexing)
     return replace(
         checkpoint,
-        config=with_rows(checkpoint, union.size),
+        settings=checkpoint.settings.with_config(with_rows(checkpoint, union.size)),
         tensors=weights.infos,
         # The tokenizer is that of the union, which is nobody's own.
         companion_files=tuple(path for path in checkpoint.companion_files if not is_of_tokenizer(path.name)),

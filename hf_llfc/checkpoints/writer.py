@@ -3,21 +3,26 @@
 The files are those that `save_pretrained` would write: the same shards, the same index, byte for byte.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
 
 from hf_llfc.checkpoints.companions import copy_companion
 from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.reader import tensor_bytes
+from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE, ShardFiles, ShardLayout
 from hf_llfc.errors import StorageError
+
+if TYPE_CHECKING:  # takes long to load
+    from transformers import GenerationConfig, PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +35,7 @@ def write_checkpoint(
     infos: Mapping[str, TensorInfo],
     tensors: Iterable[tuple[str, torch.Tensor]] | Fill,
     *,
-    config: PreTrainedConfig,
+    config: PreTrainedConfig | Settings,
     companions: Iterable[Path] = (),
     generation_config: GenerationConfig | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -44,9 +49,10 @@ def write_checkpoint(
         infos: Name on disk → dtype and shape of what will be written, in the order of the shards.
         tensors: Every one of these tensors, once, in any order, each written before the next is asked for; or a
             function that writes them all.
-        config: The config of the model; its `dtype` is set to that of the first weight.
+        config: The config of the model, or all settings of a checkpoint; its `dtype` is set to that of the first
+            weight.
         companions: Files to copy beside the weights, as `Checkpoint.companion_files` lists them.
-        generation_config: Written unless it is among the companions.
+        generation_config: Written unless it is among the companions, or settings are given.
         max_shard_size: The size in bytes above which weights are split into several files.
         finished: Weight file → checksum of those that an earlier try has completed. One that has another checksum by
             now is written again.
@@ -55,6 +61,7 @@ def write_checkpoint(
     Raises:
         StorageError: If the disk is full or cannot be written.
     """
+    settings = config if isinstance(config, Settings) else Settings.in_memory(config, generation_config)
     layout = ShardLayout.of(infos, max_shard_size)
     try:
         kept = _still_whole(folder, layout, finished or {})
@@ -63,13 +70,15 @@ def write_checkpoint(
                 tensors(files)
             else:
                 _write_each(files, infos, tensors)
-        _write_index(folder, layout, infos, config)
-        _write_config(folder, infos, config)
+        _write_index(folder, layout, infos, settings)
+        floating = (info.dtype for info in infos.values() if info.dtype.is_floating_point)
+        settings.write(folder, next(floating, None))
         copied = list(companions)
         for companion in copied:
             copy_companion(companion, folder)
-        if generation_config is not None and all(path.name != GENERATION_FILE for path in copied):
-            generation_config.save_pretrained(folder)
+        is_missing = not settings.is_kept and all(path.name != GENERATION_FILE for path in copied)
+        if is_missing and settings.generation_config is not None:
+            settings.generation_config.save_pretrained(folder)
     except OSError as error:
         raise StorageError(f"{folder}: the checkpoint cannot be written: {error}") from error
 
@@ -123,10 +132,10 @@ def _write_each(
     assert not to_come, f"never came: {sorted(to_come)[:5]}"
 
 
-def _write_index(folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo], config: PreTrainedConfig) -> None:
+def _write_index(folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo], settings: Settings) -> None:
     if layout.metadata is None:
         return
-    metadata = {"total_parameters": _parameters(infos, config), **layout.metadata}
+    metadata = {"total_parameters": _parameters(infos, settings.config), **layout.metadata}
     text = json.dumps({"metadata": metadata, "weight_map": layout.weight_map}, indent=2, sort_keys=True) + "\n"
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
@@ -143,12 +152,3 @@ def _parameters(infos: Mapping[str, TensorInfo], config: PreTrainedConfig) -> in
         if model_class is not None:
             return Layout(model_class, config).parameters
     return sum(info.elements for info in infos.values())
-
-
-def _write_config(folder: Path, infos: Mapping[str, TensorInfo], config: PreTrainedConfig) -> None:
-    config = deepcopy(config)
-    floating = (info.dtype for info in infos.values() if info.dtype.is_floating_point)
-    dtype = next(floating, None)
-    if dtype is not None:
-        config.dtype = dtype
-    config.save_pretrained(folder)

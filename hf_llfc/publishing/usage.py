@@ -110,6 +110,10 @@ def _pipeline(task: str, variable: str, model: str, remote: str, call: str) -> s
 
 def _is_known(config: Mapping[str, Any]) -> bool:
     """Whether stock transformers has this architecture."""
+    from hf_llfc.adapters.registry import FAMILIES
+
+    if config.get("model_type") in FAMILIES:
+        return True  # and transformers, which takes a while to load, need not be asked
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     return config.get("model_type") in CONFIG_MAPPING_NAMES

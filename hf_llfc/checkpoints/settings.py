@@ -1,0 +1,214 @@
+"""The config of a checkpoint: what its file says, and what transformers makes of that, which is loaded when needed.
+
+To load a config class takes more than a second, since it brings the compilers of torch with it; to merge models of one
+kind takes nothing that their files do not say.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_llfc.checkpoints.files import CONFIG_FILE, Files
+from hf_llfc.errors import CheckpointError
+
+if TYPE_CHECKING:  # takes long to load
+    from transformers import GenerationConfig, PreTrainedConfig
+
+
+class Unsaid(Exception):
+    """A file does not say a value that is needed."""
+
+
+class Settings:
+    """The config of a checkpoint, and how its model generates.
+
+    Attributes:
+        raw: What config.json says; None where the config is in memory.
+    """
+
+    def __init__(
+        self,
+        raw: Mapping[str, Any] | None,
+        load: Callable[[], PreTrainedConfig],
+        load_generation: Callable[[PreTrainedConfig], GenerationConfig | None],
+        is_kept: bool = False,
+    ) -> None:
+        """Takes what loads the objects; it is called when they are asked for, once.
+
+        Args:
+            raw: See the attribute.
+            load: The config.
+            load_generation: The generation config, given the config; None if there is none.
+            is_kept: Whether config.json is written as it was read.
+        """
+        self.raw = raw
+        self._load = load
+        self._load_generation = load_generation
+        self._is_kept = is_kept
+
+    @classmethod
+    def in_memory(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None = None) -> Settings:
+        """Those of objects that are there.
+
+        Args:
+            config: Of the model.
+            generation_config: How it generates, if it does.
+        """
+        return cls(None, lambda: config, lambda _: generation_config)
+
+    @classmethod
+    def of_file(cls, files: Files, raw: dict[str, Any], trust_remote_code: bool) -> Settings:
+        """Those of a checkpoint in files; transformers is asked when they are.
+
+        Args:
+            files: Of the checkpoint.
+            raw: What its config.json says.
+            trust_remote_code: Whether code that comes with it may be run.
+        """
+
+        def load() -> PreTrainedConfig:
+            from hf_llfc.checkpoints.configs import load_config
+
+            return load_config(files, raw, trust_remote_code)
+
+        def load_generation(config: PreTrainedConfig) -> GenerationConfig | None:
+            from hf_llfc.checkpoints.configs import load_generation_config
+
+            return load_generation_config(files, raw, config)
+
+        return cls(raw, load, load_generation)
+
+    def with_config(self, config: PreTrainedConfig) -> Settings:
+        """The same with another config.
+
+        Args:
+            config: Of the model.
+        """
+        return Settings(None, lambda: config, lambda _: self.generation_config)
+
+    def kept(self) -> Settings:
+        """The same, to be written as config.json has it."""
+        return Settings(self.raw, lambda: self.config, lambda _: self.generation_config, is_kept=self.raw is not None)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config.
+
+        Raises:
+            CheckpointError: transformers cannot read it.
+        """
+        return self._load()
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig | None:
+        """How the model generates, or None.
+
+        Raises:
+            CheckpointError: transformers cannot read it.
+        """
+        return self._load_generation(self.config)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether config.json is written as it was read, with the values in it that older ones have for generation."""
+        return self._is_kept
+
+    @property
+    def model_type(self) -> str:
+        """The model type."""
+        named = self.raw.get("model_type") if self.raw is not None else None
+        return named if isinstance(named, str) and named else self.config.model_type
+
+    def said(self) -> Said | None:
+        """What the file says, to be read like a config; None where code of its own reads it."""
+        return None if self.raw is None or "auto_map" in self.raw else Said(self.raw)
+
+    def digest(self) -> str:
+        """SHA-256 of the config, as hexadecimal digits."""
+        text = self.config.to_json_string(use_diff=False) if self.raw is None else json.dumps(self.raw, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes config.json.
+
+        Args:
+            folder: Where to.
+            dtype: Of the weights that it describes; None where none of them is a floating-point number.
+        """
+        if self.is_kept and self.raw is not None:
+            raw = dict(self.raw)
+            if dtype is not None:
+                raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = str(dtype)[6:]
+            (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            return
+        config = copy.deepcopy(self.config)
+        if dtype is not None:
+            config.dtype = dtype
+        config.save_pretrained(folder)
+
+
+class Said:
+    """What config.json says, to be read by adapters: enough to name the tensors of a model and to tell their shapes.
+
+    A value that is not there is what the adapter takes it for, which need not be the default of the config class; the
+    tensors have to fit for it. A null, in whose place a class may put anything, raises `Unsaid`.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """Takes the values.
+
+        Args:
+            values: Of the file.
+        """
+        self._values = _Values(values)
+
+    def __getattr__(self, name: str) -> Any:
+        """A value that has to be there."""
+        if name not in self._values:
+            raise Unsaid(name)
+        return self._values[name]
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The values."""
+        return self._values
+
+
+class _Values(Mapping[str, Any]):
+    """Values of a config, none of them null."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._values[name]
+        if value is None:
+            raise Unsaid(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def architecture_of(where: str, raw: Mapping[str, Any]) -> str | None:
+    """The model class that a config names first, or None if it names none.
+
+    Raises:
+        CheckpointError: It names something else.
+    """
+    architectures = raw.get("architectures")
+    if architectures is None or architectures == []:
+        return None
+    if not isinstance(architectures, list) or not all(isinstance(entry, str) for entry in architectures):
+        raise CheckpointError(f"{where}: architectures must be a list of class names, found {architectures!r}")
+    return architectures[0]
