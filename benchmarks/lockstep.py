@@ -35,7 +35,7 @@ from hf_llfc.diagnostics.points import line
 from hf_llfc.diagnostics.statistics import cosine_distance, products
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
-from hf_llfc.stages import Parent, open_data
+from hf_llfc.parents import Parent, open_data
 
 PAIRS = {
     "minilm": (

@@ -26,8 +26,8 @@ from hf_llfc.alignments import align_all
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.choices import GROUPS, TOGETHER
+from hf_llfc.parents import in_groups
 from hf_llfc.recipe import AlignSection
-from hf_llfc.stages import in_groups
 from tests import mlp_model, real_data  # noqa: F401  the adapter of the MLP
 
 TEST_BLOCKS = 200

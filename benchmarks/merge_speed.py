@@ -256,8 +256,8 @@ def inside(folder: Path, size: str, way: str) -> float:
     from benchmarks.llama_pair import make_pair
     from hf_llfc.checkpoints.shards import ShardFiles, ShardLayout
     from hf_llfc.merging import Merge, WeightSchedule, merge_streamed
+    from hf_llfc.parents import Parent
     from hf_llfc.specs import open_weights, spec_of
-    from hf_llfc.stages import Parent
     from hf_llfc.workers import Workers
 
     pair = make_pair(folder, size)

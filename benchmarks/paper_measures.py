@@ -24,8 +24,9 @@ from benchmarks.results import markdown, replace_section
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.measures import run_measures
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model
+from hf_llfc.matching import align_checkpoints
+from hf_llfc.parents import Parent, open_data
 from hf_llfc.recipe import AlignSection
-from hf_llfc.stages import Parent, align_checkpoints, open_data
 
 MEASURES = ("additivity", "commutativity", "stitching", "geometry")
 

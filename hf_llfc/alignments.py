@@ -11,9 +11,10 @@ import torch
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.choices import TOGETHER
 from hf_llfc.errors import AlignmentError, suggest
+from hf_llfc.matching import align_checkpoints, match_by_activations, parameters_of
 from hf_llfc.progress import Progress, silent
+from hf_llfc.provenance import identified
 from hf_llfc.recipe import AlignSection
-from hf_llfc.stages import align_checkpoints, identified, match_by_activations, parameters_of
 from hf_llfc.symmetry import Alignment
 from hf_llfc.workers import Workers
 

@@ -89,7 +89,7 @@ def inspect(
     ]
     verification: dict[str, Any] | None = None
     if verify:
-        from hf_llfc.stages import largest_logit_change
+        from hf_llfc.invariance import largest_logit_change
 
         verification = {**largest_logit_change(checkpoint, seed=seed)}
         verification["verified"] = verification["change"] <= 10 * max(verification["noise"], 1e-12)
@@ -194,8 +194,9 @@ def align(
         AlignmentError: An option is not valid.
     """
     from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.matching import align_checkpoints
+    from hf_llfc.parents import in_groups, refuse_incompatible
     from hf_llfc.recipe import AlignSection
-    from hf_llfc.stages import align_checkpoints, in_groups, refuse_incompatible
 
     reference, moving = (open_checkpoint(each, allow_pickle=allow_pickle) for each in (to, model))
     refuse_incompatible([reference, moving])
@@ -253,8 +254,9 @@ def align_all(
     """
     from hf_llfc import alignments
     from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.parents import in_groups, refuse_incompatible
     from hf_llfc.recipe import load_align
-    from hf_llfc.stages import alignment_spec, in_groups, refuse_incompatible
+    from hf_llfc.specs import alignment_spec
 
     options = load_align({"together": together, **settings})
     if not -len(models) <= reference < len(models):
@@ -384,14 +386,9 @@ def diagnose(
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
     from hf_llfc.diagnostics import DEFAULT_ALPHAS
+    from hf_llfc.parents import Parent, comparable, in_groups, open_data
+    from hf_llfc.provenance import refuse_foreign_alignment
     from hf_llfc.recipe import AlignSection, DiagnoseSection
-    from hf_llfc.stages import (
-        Parent,
-        comparable,
-        in_groups,
-        open_data,
-        refuse_foreign_alignment,
-    )
 
     checkpoints = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b, *more)]
     base = open_checkpoint(base_model, allow_pickle=allow_pickle) if base_model is not None else None

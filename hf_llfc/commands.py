@@ -10,6 +10,7 @@ from hf_llfc.alignments import align_all
 from hf_llfc.checkpoints import OutputFolder, open_checkpoint
 from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.checkpoints.shards import checksum
+from hf_llfc.costs import matching_memory
 from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import AlignmentError
@@ -17,27 +18,18 @@ from hf_llfc.evidence import load_alignments, save_alignments
 from hf_llfc.identity import as_settings, identity_of
 from hf_llfc.inputs import refuse_replacing_inputs
 from hf_llfc.layout import LLFC_FOLDER, REPORT_FILE
+from hf_llfc.matching import align_checkpoints
 from hf_llfc.merging import Merge
-from hf_llfc.pipeline import shared_stage, write_shared
+from hf_llfc.parents import Parent, comparable, in_groups, open_data, refuse_changed, refuse_incompatible
 from hf_llfc.processes import Processes
 from hf_llfc.progress import Progress, silent
+from hf_llfc.provenance import refuse_foreign_alignment
 from hf_llfc.publishing import save_plots
 from hf_llfc.publishing.page import write_page
 from hf_llfc.recipe import AlignSection, DiagnoseSection
 from hf_llfc.resources import refuse_without_memory, refuse_without_room
-from hf_llfc.stages import (
-    Parent,
-    align_checkpoints,
-    alignment_spec,
-    comparable,
-    in_groups,
-    matching_memory,
-    open_data,
-    refuse_changed,
-    refuse_foreign_alignment,
-    refuse_incompatible,
-    spec_of,
-)
+from hf_llfc.sharing import shared_stage, write_shared
+from hf_llfc.specs import alignment_spec, spec_of
 from hf_llfc.symmetry import Alignment
 from hf_llfc.trackers import refuse_missing_trackers, tracking
 

@@ -20,9 +20,10 @@ from hf_llfc.diagnostics.trial import LOGITS
 from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
+from hf_llfc.parents import Parent, open_data
 from hf_llfc.progress import Progress, silent
+from hf_llfc.provenance import alignment_summary
 from hf_llfc.recipe import DiagnoseSection
-from hf_llfc.stages import Parent, alignment_summary, open_data
 
 if TYPE_CHECKING:
     import torch

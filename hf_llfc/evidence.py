@@ -13,13 +13,14 @@ from hf_llfc.checkpoints.journal import Journal
 from hf_llfc.choices import UNION
 from hf_llfc.inputs import Models
 from hf_llfc.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.parents import refuse_changed
+from hf_llfc.provenance import alignment_summary
 from hf_llfc.publishing import write_card
 from hf_llfc.publishing.card import parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
 from hf_llfc.publishing.record import RunRecord
 from hf_llfc.publishing.shares import models_of
 from hf_llfc.recipe import Recipe, dump_recipe
-from hf_llfc.stages import alignment_summary, refuse_changed
 from hf_llfc.symmetry import Alignment, PermutationSpec
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.

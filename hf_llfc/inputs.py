@@ -15,9 +15,9 @@ from hf_llfc.checkpoints import (
 )
 from hf_llfc.choices import UNION
 from hf_llfc.errors import CheckpointError, RecipeError, raise_all, suggest
+from hf_llfc.parents import Parent, in_groups, open_data, refuse_incompatible
 from hf_llfc.recipe import Recipe
 from hf_llfc.specs import open_weights
-from hf_llfc.stages import Parent, in_groups, open_data, refuse_incompatible
 from hf_llfc.symmetry import Alignment
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.

@@ -127,7 +127,7 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
         CheckpointError: A tensor cannot be read or is not finite.
     """
     from hf_llfc.merging.tensors import CONSTANTS
-    from hf_llfc.stages import refuse_not_finite
+    from hf_llfc.parents import refuse_not_finite
 
     rows = []
     for done, (name, info) in enumerate(a.tensors.items()):
@@ -177,7 +177,7 @@ def compare_weights(a: Checkpoint, b: Checkpoint, *, seed: int = 0, progress: Pr
         CheckpointError: A tensor cannot be read or is not finite.
         SpecError: There is no permutation spec for the architecture.
     """
-    from hf_llfc.stages import align_checkpoints
+    from hf_llfc.matching import align_checkpoints
 
     tensors = compare_tensors(a, b, progress=progress)
     cosine = median_cosine(tensors)
@@ -342,7 +342,7 @@ def _check_features(
     """Level 2: the pair as it is and, where that does not hold and there is something to align, after matching."""
     from hf_llfc.diagnostics.rows import Barrier
     from hf_llfc.diagnostics.verdict import judge, judged_by
-    from hf_llfc.stages import Parent
+    from hf_llfc.parents import Parent
 
     runs = "running both models and their midpoint"
     model_a = Parent(a).load()
@@ -389,7 +389,7 @@ def open_calibration(data: EvaluationConfig, checkpoint: Checkpoint) -> Evaluati
         EvaluationError: They cannot be opened, or do not fit the model.
     """
     from hf_llfc.evaluation.sources import open_dataset
-    from hf_llfc.stages import open_data
+    from hf_llfc.parents import open_data
 
     unlabelled = replace(data, labels=False, metric=None)
     if data.samples is not None:

@@ -21,8 +21,8 @@ import yaml
 from hf_llfc.checkpoints import ShardFiles, TensorInfo, open_checkpoint, write_checkpoint
 from hf_llfc.errors import CheckpointError, raise_all
 from hf_llfc.merging import Merge, merge_streamed, merged_infos
+from hf_llfc.parents import Parent, refuse_not_finite
 from hf_llfc.recipe import Recipe
-from hf_llfc.stages import Parent, refuse_not_finite
 from hf_llfc.workers import Workers
 
 PYTHON = "HF_LLFC_MERGEKIT"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.costs import matching_cost
 from hf_llfc.inputs import Models, open_models, refuse_replacing_inputs
-from hf_llfc.pipeline import merge_infos, plan_merge, shares, versions_of_programs
+from hf_llfc.pipeline import versions_of_programs
 from hf_llfc.recipe import Recipe
 from hf_llfc.resources import peak_memory
-from hf_llfc.stages import alignment_spec, bind, matching_cost
+from hf_llfc.specs import alignment_spec, bind
+from hf_llfc.weighting import merge_infos, plan_merge, shares
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

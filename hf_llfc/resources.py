@@ -9,9 +9,9 @@ import psutil
 
 from hf_llfc.checkpoints import Checkpoint, OutputFolder, TensorInfo
 from hf_llfc.choices import UNION
+from hf_llfc.costs import matching_memory
 from hf_llfc.errors import CheckpointError
 from hf_llfc.recipe import Recipe
-from hf_llfc.stages import matching_memory
 
 # The card, plots, tokenizer and alignments beside the weights.
 _ROOM_BESIDE = 50_000_000

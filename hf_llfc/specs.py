@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE
-from hf_llfc.errors import CheckpointError, SpecError
+from hf_llfc.errors import AlignmentError, CheckpointError, SpecError
+from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Binding, PermutationSpec
 
 if TYPE_CHECKING:
@@ -32,6 +33,24 @@ def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
         return spec_for(checkpoint.config)
     except SpecError as error:
         raise SpecError(f"{checkpoint.label}: {error}") from None
+
+
+def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> PermutationSpec:
+    """The spec of a checkpoint with the axes that the options leave free.
+
+    Raises:
+        SpecError: The architecture has no adapter, or a pattern matches no axis.
+        AlignmentError: The patterns leave no axis free.
+    """
+    spec = spec_of(checkpoint)
+    spec = spec.keep(*options.axes) if options.axes else spec
+    spec = spec.fix(*options.exclude) if options.exclude else spec
+    if not spec.symmetric_axes and (options.axes or options.exclude):
+        raise AlignmentError(
+            f"{checkpoint.label}: `axes` and `exclude` leave no axis that may move; leave one free, or align with the "
+            "method `none`"
+        )
+    return spec
 
 
 def open_weights(

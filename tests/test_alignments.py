@@ -13,9 +13,10 @@ from hf_llfc.alignments import align_all
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.errors import AlignmentError
 from hf_llfc.evaluation import EvaluationConfig
+from hf_llfc.matching import align_checkpoints
+from hf_llfc.provenance import alignment_summary
 from hf_llfc.publishing.words import alignment_words
 from hf_llfc.recipe import AlignSection
-from hf_llfc.stages import align_checkpoints, alignment_summary
 from hf_llfc.symmetry import Alignment
 from tests.runs import byte_llama, moved, saved, text_data
 from tests.tiny_models import tiny_model

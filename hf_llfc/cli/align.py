@@ -15,7 +15,7 @@ from hf_llfc.cli.settings import (
 )
 from hf_llfc.commands import write_aligned
 from hf_llfc.console import print_json, print_table, progress_bars
-from hf_llfc.stages import alignment_summary
+from hf_llfc.provenance import alignment_summary
 
 
 def execute(options: argparse.Namespace) -> int:

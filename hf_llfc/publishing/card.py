@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from hf_llfc.choices import UNION
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.diagnostics.rows import PathPoint
 from hf_llfc.errors import PublishingError
-from hf_llfc.layout import CARD_FILE, LLFC_FOLDER, METHOD_FILE, PAGE_FILE, RECIPE_FILE, REPORT_FILE
-from hf_llfc.limited_yaml import read_yaml
+from hf_llfc.layout import CARD_FILE, LLFC_FOLDER, PAGE_FILE, RECIPE_FILE, REPORT_FILE
 from hf_llfc.publishing.facts import (
     LOSS,
     is_far_above,
     merge_is_outside,
-    merge_point,
-    metric_style,
-    model_points,
     number_text,
     read_report,
     shown_layers,
 )
+from hf_llfc.publishing.files import computed_by, read_json, read_recipe, write_whole
 from hf_llfc.publishing.machine import installed_versions
 from hf_llfc.publishing.metadata import card_metadata
 from hf_llfc.publishing.page import write_page
 from hf_llfc.publishing.parents import (
     ParentInfo,
     combined_license,
-    parts_of,
     read_parent_card,
     split_revision,
 )
 from hf_llfc.publishing.plots import PLOT_FILES, save_plots
 from hf_llfc.publishing.record import RunRecord
-from hf_llfc.publishing.shares import models_of, setting_in_words
+from hf_llfc.publishing.results import comparison, result_rows, result_table
+from hf_llfc.publishing.sections import (
+    layer_table,
+    limits_of,
+    method_words,
+    number_word,
+    parent_rows,
+    recipe_text,
+    seeds_of,
+)
+from hf_llfc.publishing.shares import models_of
 from hf_llfc.publishing.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.usage import task_of, usage_snippet
 from hf_llfc.publishing.words import (
     alignment_words,
     barrier_words,
-    display_name,
     headline,
     layer_summary,
     measured_on,
@@ -109,11 +110,11 @@ def write_card(
     """
     folder = Path(folder)
     ours = folder / LLFC_FOLDER
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     if recipe is None:
-        recipe = _read_yaml(ours / RECIPE_FILE) if (ours / RECIPE_FILE).is_file() else {}
+        recipe = read_recipe(ours / RECIPE_FILE) if (ours / RECIPE_FILE).is_file() else {}
     if report is None and diagnosis_problem is None and (ours / REPORT_FILE).is_file():
-        report = _read_json(ours / REPORT_FILE)
+        report = read_json(ours / REPORT_FILE)
     report = None if report is None else read_report(report)
     record = RunRecord.load(folder)
     given = list(models) if models is not None else models_of(recipe, report)
@@ -147,7 +148,7 @@ def write_card(
         hardware=hardware,
         versions=record.versions or None,
     )
-    return _write_whole(folder / CARD_FILE, text)
+    return write_whole(folder / CARD_FILE, text)
 
 
 def render_card(
@@ -192,14 +193,14 @@ def render_card(
         PublishingError: The folder holds no checkpoint, or the report is not one.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     measured = None if report is None else read_report(report)
     data = dict(measured.data) if measured is not None else {}
     task = task or data.get("task") or task_of(config)
     name = name or folder.resolve().name
     parents = [_parent(model) for model in models]
     license_found = combined_license(parents, license)
-    rows = _result_rows(measured, results, parents)
+    rows = result_rows(measured, results)
     alignments = [alignment] if isinstance(alignment, Mapping) else list(alignment or [])
     aligned = [alignment_words(entry) for entry in alignments if entry]
     metadata = card_metadata(name, task, parents, license_found, data, rows)
@@ -208,14 +209,14 @@ def render_card(
         "name": name.rsplit("/", 1)[-1],
         "architecture": (config.get("architectures") or [config.get("model_type") or "model"])[0],
         "headline": _headline(folder, measured, diagnosis_problem, models, results),
-        "parents": _parent_rows(parents),
-        "count": _count(len([parent for parent in parents if not parent.is_base])),
-        "method": _method(recipe, parents, computed_by(folder)),
+        "parents": parent_rows(parents),
+        "count": number_word(len([parent for parent in parents if not parent.is_base])),
+        "method": method_words(recipe, parents, computed_by(folder)),
         "has_base": any(parent.is_base for parent in parents),
         "license_problem": license_found.problem,
         "data": measured_on(data),
-        "results": _result_table(rows),
-        "comparison": _comparison(rows),
+        "results": result_table(rows),
+        "comparison": comparison(rows),
         "barrier": barrier_words(measured),
         "is_outside": measured is not None and merge_is_outside(measured),
         "is_average": computed_by(folder) is None,
@@ -227,19 +228,19 @@ def render_card(
             for key, (name, says) in MORE_PLOTS.items()
             if plots[key]
         ],
-        "layers": _layer_table(measured),
+        "layers": layer_table(measured),
         "layers_are_many": measured is not None and len(shown_layers(measured)) > LONG_TABLE,
         "layer_summary": layer_summary(measured),
         "alignments": aligned,
         "united": recipe.get("tokenizer_source") == UNION,
         "nothing_moved": bool(aligned) and all(entry["units"] and not entry["moved"] for entry in aligned),
         "snippet": usage_snippet(folder, config, task, name, of_bytes=data.get("tokenizer") == "bytes"),
-        "recipe": _recipe_text(recipe),
-        "seeds": _seeds(recipe),
+        "recipe": recipe_text(recipe),
+        "seeds": seeds_of(recipe),
         "commits": [part for parent in parents for part in parent.parts if part.is_on_hub and part.revision],
         "versions": versions or (measured.versions if measured is not None else {}) or installed_versions(),
         "hardware": hardware,
-        "limits": _limits(measured, data, parents, rows),
+        "limits": limits_of(measured, data, parents, rows),
     }
     body = environment().get_template(CARD_TEMPLATE).render(context)
     return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
@@ -293,263 +294,6 @@ def _headline(
     if computed_by(folder) is not None:
         return {**found, "text": f"{found['text']} This merge is no average: its {values}"}
     return found
-
-
-# -- the body, each part as plain values for the template
-
-
-def _count(number: int) -> str:
-    words = ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
-    return words[number] if number < len(words) else str(number)
-
-
-def _letters(parents: Sequence[ParentInfo]) -> list[str]:
-    """A, B, … for the parents, 0 for the base."""
-    names = iter("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    return ["θ₀" if parent.is_base else next(names, "…") for parent in parents]
-
-
-def _parent_rows(parents: Sequence[ParentInfo]) -> list[dict[str, Any]]:
-    return [
-        {
-            "letter": letter,
-            "parts": [
-                {"name": part.name, "is_on_hub": part.is_on_hub, "id": part.id, "revision": part.revision}
-                for part in parent.parts
-            ],
-            "weight": "base" if parent.is_base else parent.share_in_words,
-            "license": parent.license,
-        }
-        for letter, parent in zip(_letters(parents), parents, strict=True)
-    ]
-
-
-def computed_by(folder: Path) -> dict[str, Any] | None:
-    """What another program was asked for that computed the weights; None where they were computed here."""
-    path = folder / LLFC_FOLDER / METHOD_FILE
-    return _read_json(path) if path.is_file() else None
-
-
-def _method(recipe: Mapping[str, Any], parents: Sequence[ParentInfo], elsewhere: Mapping[str, Any] | None) -> str:
-    """How the parents were combined, as a formula where it is short."""
-    if elsewhere is not None:
-        settings = ", ".join(
-            f"{key} {setting_in_words(value)}" for key, value in (elsewhere.get("parameters") or {}).items()
-        )
-        computed = f"{elsewhere.get('title')}, computed by mergekit {elsewhere.get('mergekit')}"
-        return f"{computed} with {settings} and seed {elsewhere.get('seed')}" if settings else computed
-    tensors = [(letter, p.weight) for letter, p in zip(_letters(parents), parents, strict=True) if not p.is_base]
-    is_short = len(tensors) <= 4 and all(weight is not None for _, weight in tensors)
-    if recipe.get("merge_method") == "task_arithmetic":
-        terms = (
-            " + ".join(f"{weight:.4g}·({letter} − θ₀)" for letter, weight in tensors) if is_short else "Σ λᵢ·(θᵢ − θ₀)"
-        )
-        return f"task arithmetic, θ₀ + {terms}"
-    terms = " + ".join(f"{weight:.4g}·{letter}" for letter, weight in tensors) if is_short else "Σ wᵢ·θᵢ"
-    return f"weighted average, {terms}"
-
-
-def _result_rows(
-    report: ConnectivityReport | None, results: Sequence[Mapping[str, Any]] | None, parents: Sequence[ParentInfo]
-) -> list[dict[str, Any]]:
-    """Loss and metrics, a row a model, the merge in its place; empty without numbers."""
-    if results:
-        return [
-            {
-                "id": str(row.get("id") or ""),
-                "is_merge": bool(row.get("is_merge", False)),
-                "loss": row.get("loss"),
-                "metrics": dict(row.get("metrics") or {}),
-            }
-            for row in results
-        ]
-    if report is None:
-        return []
-    rows = []
-    for point, model in (
-        *zip(model_points(report), range(len(report.models)), strict=True),
-        (merge_point(report), None),
-    ):
-        if point is None or not _has_numbers(point):
-            continue
-        model_id = "" if model is None or model >= len(report.models) else report.models[model].id or ""
-        rows.append({"id": model_id, "is_merge": model is None, "loss": point.loss, "metrics": dict(point.metrics)})
-    return rows
-
-
-def _has_numbers(point: PathPoint) -> bool:
-    return point.loss is not None or any(value is not None for value in point.metrics.values())
-
-
-def _result_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The rows as cells of text."""
-    if not rows:
-        return None
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row["metrics"]))
-    styles = [(metric, metric_style(metric)) for metric in metrics]
-    arrows = {True: " ↑", False: " ↓", None: ""}
-    has_loss = any(row["loss"] is not None for row in rows)
-    heads = (["loss ↓"] if has_loss else []) + [style.title + arrows[style.higher_is_better] for _, style in styles]
-    cells = []
-    for row in rows:
-        values = [number_text(row["loss"], LOSS)] if has_loss else []
-        values += [number_text(row["metrics"].get(metric), style) for metric, style in styles]
-        name = "this merge" if row["is_merge"] else display_name(str(row["id"]))
-        cells.append({"name": name, "is_merge": row["is_merge"], "values": values})
-    return {"heads": heads, "rows": cells}
-
-
-def _comparison(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Whether a parent alone has the lower loss, in one sentence."""
-    losses = {display_name(str(row["id"])): row["loss"] for row in rows if not row["is_merge"]}
-    losses = {name: loss for name, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    own = next((row["loss"] for row in rows if row["is_merge"]), None)
-    if own is None or not math.isfinite(own) or not losses:
-        return None
-    best = min(losses, key=lambda name: losses[name])
-    if own < losses[best]:
-        return "On these data the merge has a lower loss than every one of its parents."
-    if len(losses) > 1 and own >= max(losses.values()):
-        return "On these data every one of its parents alone does as well or better, by loss."
-    return f"On these data {best} alone does as well or better, by loss."
-
-
-def _layer_table(report: ConnectivityReport | None) -> list[dict[str, str]]:
-    if report is None:
-        return []
-    return [
-        {
-            "layer": row.layer,
-            "llfc": _small(row.llfc.mean),
-            "baseline": _small(row.baseline.mean),
-            "ratio": _small(row.ratio),
-            "coefficient": "–" if row.coefficient.mean is None else f"{row.coefficient.mean:.3f}",
-        }
-        for row in shown_layers(report)
-    ]
-
-
-def _small(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return "0" if value == 0 else _two_digits(value) if abs(value) >= 1e-3 else f"{value:.1e}"
-
-
-def _two_digits(value: float) -> str:
-    """Two digits that count, also where the second is a zero."""
-    return f"{value:#.2g}".rstrip(".") if abs(value) < 100 else f"{value:.0f}"
-
-
-def _recipe_text(recipe: Mapping[str, Any]) -> str | None:
-    """The recipe as YAML for others: names in place of the paths of local folders, and nothing about the upload."""
-    import yaml
-
-    shown = {key: value for key, value in recipe.items() if key != "publish"}
-    if not shown:
-        return None
-    # Lists of numbers go into one line.
-    return yaml.safe_dump(
-        _without_paths(shown), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
-    )
-
-
-def _seeds(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every seed of the recipe by its key, those of sections behind their section's name."""
-    seeds = [{"key": "seed", "value": recipe["seed"]}] if "seed" in recipe else []
-    sections = {key: value for key, value in recipe.items() if isinstance(value, Mapping) and "seed" in value}
-    return seeds + [{"key": f"{key}.seed", "value": value["seed"]} for key, value in sections.items()]
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, str) and len(parts := parts_of(value)) > 1:
-        return "+".join(str(_without_paths(part)) for part in parts)
-    if isinstance(value, str | PurePath) and os.path.isabs(value):
-        return f"./{PurePath(value).name}"
-    return str(value) if isinstance(value, PurePath) else value
-
-
-def _limits(
-    report: ConnectivityReport | None,
-    data: Mapping[str, Any],
-    parents: Sequence[ParentInfo],
-    rows: Sequence[Mapping[str, Any]],
-) -> list[str]:
-    """What a reader must not conclude from this card."""
-    limits = []
-    if report is None:
-        limits.append("Nothing was measured: whether this model can do what its parents can is not known.")
-    ordinary = [parent for parent in parents if not parent.is_base]
-    if report is not None:
-        samples = f"{data['samples']} samples of one data set" if data.get("samples") else "one data set"
-        limits.append(
-            f"All numbers come from {samples}. On other data, languages or domains the merge was not measured."
-        )
-        if len(report.path) > 2:
-            points = f"{len(report.path)} values of α" if report.region == "line" else f"{len(report.path)} points"
-            limits.append(f"The barrier is the largest among {points}; between them it may be higher.")
-        if (error := _standard_error(data, rows)) is not None:
-            limits.append(error)
-        if report.barrier.loss is None:
-            limits.append("There were no labels: features were compared, loss and metric were not measured.")
-        if len(ordinary) > 2 and report.region == "line":
-            limits.append(f"Path and layers were measured for two of the {len(ordinary)} parents.")
-        elif merge_point(report) is None:
-            limits.append("The merge itself does not lie on the path that was measured.")
-    limits.append("What the parents get wrong, and the biases they learnt, can be inherited by the merge.")
-    local = [parent.name for parent in parents if not parent.is_on_hub]
-    if local:
-        limits.append(f"Not on the Hub, so that others cannot repeat the merge: {', '.join(local)}.")
-    source = measured_on(data) if report is not None else None
-    if source is not None and source["link"] is None:
-        limits.append(f"Not on the Hub, so that others cannot repeat the measurement: {source['name']}.")
-    return limits
-
-
-def _standard_error(data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """How far chance alone moves an accuracy: √(p(1−p)/n) of a share p of n samples."""
-    merged = next((row["metrics"].get("accuracy") for row in rows if row["is_merge"]), None)
-    samples = data.get("samples")
-    if merged is None or not 0 <= merged <= 1 or not isinstance(samples, int) or samples < 1:
-        return None
-    error = 100 * math.sqrt(merged * (1 - merged) / samples)
-    return f"With {samples} samples the accuracy of this merge has a standard error of {error:.1f} points."
-
-
-# -- files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PublishingError(f"{path.parent} holds no {path.name}; give the output folder of a merge") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PublishingError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise PublishingError(f"{path} holds no JSON object")
-    return values
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    values = read_yaml(path, PublishingError)
-    if not isinstance(values, dict):
-        raise PublishingError(f"{path} holds no recipe")
-    return values
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    """Writes a file so that it is there as a whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    return path
 
 
 def main() -> None:

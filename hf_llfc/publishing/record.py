@@ -22,7 +22,7 @@ class RunRecord:
     """What a run did.
 
     Attributes:
-        alignments: A summary of each, as `hf_llfc.stages.alignment_summary` gives it.
+        alignments: A summary of each, as `hf_llfc.provenance.alignment_summary` gives it.
         results: Loss and metrics of every parent and of the merge on the same data: mappings with `id`, `loss`,
             `metrics` and, for the merge, `is_merge`.
         versions: Of the libraries.

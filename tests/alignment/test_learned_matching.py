@@ -280,7 +280,7 @@ def test_without_data_there_is_nothing_to_learn_from():
 
 
 def test_batches_come_without_end_in_changing_order():
-    from hf_llfc.stages import _in_random_order
+    from hf_llfc.matching import _in_random_order
 
     batches = [{"place": torch.tensor(place)} for place in range(4)]
     seen = [int(batch["place"]) for batch in itertools.islice(_in_random_order(batches, 0), 12)]

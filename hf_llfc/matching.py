@@ -1,0 +1,216 @@
+"""The alignment of one checkpoint onto another, by each of the methods that a recipe can name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.choices import ALIGNMENT_METHODS
+from hf_llfc.errors import AlignmentError, suggest
+from hf_llfc.parents import Parent, open_data
+from hf_llfc.progress import Progress, silent
+from hf_llfc.provenance import identified
+from hf_llfc.recipe import AlignSection
+from hf_llfc.specs import alignment_spec, bind
+from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.workers import Workers
+
+# What opens data and runs models is imported where it is called: a merge alone does not wait for it to load.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_llfc.alignment import Parameters
+    from hf_llfc.evaluation import EvaluationConfig
+
+
+def align_checkpoints(
+    reference: Checkpoint,
+    model: Checkpoint,
+    options: AlignSection,
+    *,
+    workers: Workers | None = None,
+    device: torch.device | None = None,
+    progress: Progress = silent,
+) -> Alignment | None:
+    """Finds the transforms that bring a model into the coordinates of a reference.
+
+    Args:
+        reference: The model that stays.
+        model: The model that moves.
+        options: How.
+        workers: Threads and processes that share the work; as many threads as torch has where None.
+        device: Where models run that matching looks at or learns from; the CPU where None.
+        progress: Shown meanwhile.
+
+    Returns:
+        The alignment, with the method, both objectives and the fingerprints of both inputs in its metadata; None for
+        the method `none`.
+
+    Raises:
+        AlignmentError: An option is not valid, or calibration data are missing.
+        SpecError: The architecture has no adapter, or a checkpoint does not fit it.
+    """
+    if options.method not in ALIGNMENT_METHODS:
+        hint = suggest(options.method, ALIGNMENT_METHODS)
+        raise AlignmentError(
+            f"unknown alignment method {options.method!r}{hint} (known: {', '.join(ALIGNMENT_METHODS)})"
+        )
+    if options.method == "none":
+        return None
+    from hf_llfc.alignment import match_weights
+
+    workers = workers if workers is not None else Workers(torch.get_num_threads())
+    from_activations = None
+    if "activation_matching" in (options.method, options.start):
+        from_activations = match_by_activations(reference, model, options, workers)
+    if options.method != "activation_matching":
+        alignment = match_weights(
+            *parameters_of([reference, model], options),
+            restarts=options.restarts,
+            max_sweeps=options.max_sweeps,
+            seed=options.seed,
+            start=from_activations,
+            solver=options.solver,
+            workers=workers,
+            progress=progress,
+        )
+    else:
+        assert from_activations is not None
+        alignment = from_activations
+    if options.method == "commutativity_matching":
+        found = _match_commutativity(reference, model, alignment, options, progress) if workers.rank == 0 else None
+        alignment = workers.gather(found)[0]
+    if options.method == "learned_matching":
+        alignment = _learn(reference, model, alignment, options, workers, device, progress)
+    return identified(alignment, reference, model, options, workers)
+
+
+def parameters_of(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[Parameters]:
+    """What weight matching reads of checkpoints of one architecture."""
+    from hf_llfc.alignment import Parameters
+    from hf_llfc.alignment.sources import ANCHORS
+
+    spec = alignment_spec(checkpoints[0], options)
+    weight = options.anchors if options.anchors is not None else ANCHORS if options.groups == "full" else 1.0
+    if not 0 < weight < float("inf"):
+        raise AlignmentError(f"anchors: a number above 0 is expected, found {weight:g}")
+    return [Parameters(bind(spec, each), each.read, each.label).with_anchors(weight) for each in checkpoints]
+
+
+def match_by_activations(
+    reference: Checkpoint, model: Checkpoint, options: AlignSection, workers: Workers
+) -> Alignment:
+    """Activation matching, for which both models are in memory of the first process alone; all get what it found."""
+    spec = alignment_spec(reference, options)
+    found = _match_activations(reference, model, spec, options) if workers.rank == 0 else None
+    alignment: Alignment = workers.gather(found)[0]
+    return alignment
+
+
+@contextmanager
+def _running(
+    reference: Checkpoint, model: Checkpoint, calibration: EvaluationConfig
+) -> Iterator[tuple[list[PreTrainedModel], Iterator[dict[str, Tensor]]]]:
+    """Both models in evaluation mode, and the inputs of calibration data."""
+    from hf_llfc.evaluation.models import evaluation_mode, model_inputs
+
+    models = [Parent(checkpoint).load() for checkpoint in (reference, model)]
+    data = open_data(calibration, reference)
+    with evaluation_mode(*models):
+        yield models, (model_inputs(batch, models[0]) for batch, _ in data.batches())
+
+
+def _match_commutativity(
+    reference: Checkpoint, model: Checkpoint, start: Alignment, options: AlignSection, progress: Progress
+) -> Alignment:
+    if options.calibration is None:
+        raise AlignmentError("commutativity matching needs data: give `align.calibration` in a recipe, or --dataset")
+    from hf_llfc.alignment.commutativity_matching import match_commutativity
+
+    with _running(reference, model, options.calibration) as (models, batches):
+        return match_commutativity(models[0], models[1], batches, start.spec, start, progress=progress)
+
+
+def _learn(
+    reference: Checkpoint,
+    model: Checkpoint,
+    start: Alignment,
+    options: AlignSection,
+    workers: Workers,
+    device: torch.device | None,
+    progress: Progress,
+) -> Alignment:
+    """Learned matching from a start; processes share each step's samples."""
+    if options.calibration is None:
+        raise AlignmentError("learned matching needs data: give `align.calibration` in a recipe, or --dataset")
+    from hf_llfc.alignment.learned_matching import LEARNING_RATE, STEPS, Learning, learn_matching
+    from hf_llfc.diagnostics.layers import select_layers
+    from hf_llfc.diagnostics.objectives import LLFCGap, TaskLoss
+
+    models = [Parent(checkpoint).load().to(device or "cpu") for checkpoint in (reference, model)]  # type: ignore[arg-type]
+    data = open_data(options.calibration, reference)
+    share = (workers.rank, workers.ranks) if len(data.sample_ids) >= workers.ranks else (0, 1)
+    batches = [batch for batch, _ in data.batches(*share)]
+    objective = (
+        TaskLoss(models[0], data.task) if data.labelled else LLFCGap(models[0], select_layers(models[0], batches[0]))
+    )
+    learned = learn_matching(
+        models[0],
+        models[1],
+        _in_random_order(batches, options.seed),
+        start.spec,
+        start,
+        objective,
+        learning=Learning(
+            steps=options.steps or STEPS, learning_rate=options.learning_rate or LEARNING_RATE, seed=options.seed
+        ),
+        average=_mean_over_processes if workers.ranks > 1 else None,
+        progress=progress,
+    )
+    return workers.gather(learned if workers.rank == 0 else None)[0]
+
+
+def _in_random_order(batches: Sequence[Mapping[str, Tensor]], seed: int) -> Iterator[Mapping[str, Tensor]]:
+    """The batches without end, in another order each time."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[place]
+
+
+def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replaces gradients by their mean over the processes of a launcher."""
+    from accelerate.utils import reduce
+
+    flat: Tensor = reduce(torch.cat([tensor.flatten() for tensor in tensors]), reduction="mean")
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _match_activations(
+    reference: Checkpoint, model: Checkpoint, spec: PermutationSpec, options: AlignSection
+) -> Alignment:
+    if options.calibration is None:
+        raise AlignmentError(
+            "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
+        )
+    from hf_llfc.alignment import Parameters, match_activations, match_weights
+
+    with _running(reference, model, options.calibration) as (models, batches):
+        alignment = match_activations(models[0], models[1], batches, spec)
+    if alignment.metadata["unmatched"]:
+        # What no linear map shows (experts fused into one tensor) is matched by its weights, the rest held.
+        held = alignment
+        rest = spec.keep(*alignment.metadata["unmatched"])
+        parameters = [
+            Parameters.from_state_dict(rest, state)
+            for state in (dict(reference.state_dict()), held.apply(dict(model.state_dict())))
+        ]
+        by_weights = match_weights(*parameters, restarts=options.restarts, seed=options.seed)
+        alignment = held.then(by_weights).with_metadata(**held.metadata)
+    return alignment

@@ -1,0 +1,59 @@
+"""Files of an output folder: JSON and YAML read with one clear error, text written as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hf_llfc.errors import PublishingError
+from hf_llfc.layout import LLFC_FOLDER, METHOD_FILE
+from hf_llfc.limited_yaml import read_yaml
+
+
+def computed_by(folder: Path) -> dict[str, Any] | None:
+    """What another program was asked for that computed the weights; None where they were computed here."""
+    path = folder / LLFC_FOLDER / METHOD_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of an output folder.
+
+    Raises:
+        PublishingError: There is none, or it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PublishingError(f"{path.parent} holds no {path.name}; give the output folder of a merge") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PublishingError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise PublishingError(f"{path} holds no JSON object")
+    return values
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe as it was run.
+
+    Raises:
+        PublishingError: It cannot be read.
+    """
+    values = read_yaml(path, PublishingError)
+    if not isinstance(values, dict):
+        raise PublishingError(f"{path} holds no recipe")
+    return values
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file so that it is there as a whole or not at all."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
