@@ -14,10 +14,10 @@ index.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -115,6 +115,35 @@ class _Moments:
 # (site, number of the piece of its channels, children of the group that the piece holds) → moments.
 _GroupMoments = dict[tuple[Site, int, tuple[str, ...]], _Moments]
 
+# Children of a group that are seen together → correlations [entries of A, entries of B] of root and children.
+Correlations = Mapping[tuple[str, ...], Tensor]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What calibration data showed of some models.
+
+    Attributes:
+        groups: The groups of the axes, in the order of the spec.
+        samples: How many there were.
+        moments: Pair of models, by their places → axis of a group → what was gathered.
+    """
+
+    groups: Sequence[Group]
+    samples: int
+    moments: Mapping[tuple[int, int], Mapping[str, _GroupMoments]]
+
+    def correlations(self, group: Group, pair: tuple[int, int] = (0, 1)) -> Correlations | None:
+        """The correlations of a group, summed over all places that show it; None where no place shows all of it."""
+        moments = self.moments[pair].get(group.axis, {})
+        if not moments or not {child for _, _, children in moments for child in children}.issuperset(group.children):
+            return None
+        found: dict[tuple[str, ...], Tensor] = {}
+        for (_, _, children), moment in moments.items():
+            correlation = (moment.cosine() if group.matrices else moment.correlation()).cpu()
+            found[children] = found[children] + correlation if children in found else correlation
+        return found
+
 
 def match_activations(
     reference: nn.Module,
@@ -139,47 +168,18 @@ def match_activations(
         AlignmentError: There is no calibration data, no axis can be seen, the models differ in shape or are in
             training mode, or an activation is not finite.
     """
-    if reference.training or model.training:
-        raise AlignmentError("activation matching needs both models in evaluation mode: call `.eval()` first")
-    binding, of_model = (
-        spec.bind({name: tensor.shape for name, tensor in each.state_dict().items()}) for each in (reference, model)
-    )
-    if binding.sizes != of_model.sizes or binding.tensors.keys() != of_model.tensors.keys():
-        raise AlignmentError("activation matching needs two models of one architecture; their tensors differ")
-    groups = groups_of(binding)
-    sights = _sights(reference, binding, groups)
-    if not sights:
-        raise AlignmentError("no symmetric axis can be seen at a linear map or convolution; use weight matching")
-    moments: dict[str, _GroupMoments] = {}
-    for batch in batches:
-        mask = batch.get("attention_mask")
-        with torch.no_grad(), captured(reference, sights) as of_a, captured(model, sights) as of_b:
-            reference(**batch)
-            model(**batch)
-        looked_at: set[tuple[int, int, Expression]] = set()
-        for site, seen_here in sights.items():
-            if site not in of_a or site not in of_b:
-                continue  # a head or an attention that this kind of input does not reach
-            activations = (id(of_a[site]), id(of_b[site]), site.channels)
-            if activations in looked_at:
-                continue  # queries, keys and values read one and the same tensor
-            looked_at.add(activations)
-            a_flat, b_flat = (
-                samples(captured[site], site, mask, role) for captured, role in zip((of_a, of_b), ROLES, strict=True)
-            )
-            for sight in seen_here:
-                _update(moments.setdefault(sight.group.axis, {}), site, sight, a_flat, b_flat, binding.sizes)
-    if not moments:
-        raise AlignmentError("activation matching needs calibration data, and there was not a single batch")
+    observed = observe([reference, model], batches, spec, ROLES)
     transforms: dict[str, Transform] = dict(spec.identity_alignment().transforms)
     before = after = 0.0
     unmatched: list[str] = []
-    for group in groups:
-        of_group = moments.get(group.axis, {})
-        if not of_group or not {child for _, _, children in of_group for child in children}.issuperset(group.children):
+    for group in observed.groups:
+        correlations = observed.correlations(group)
+        if correlations is None:
             unmatched += group.matched
             continue
-        found, value_before, value_after = _solve(group, of_group, {axis: transforms[axis] for axis in group.matched})
+        found, value_before, value_after = solve(
+            group, correlations, {axis: transforms[axis] for axis in group.matched}
+        )
         transforms.update(found)
         before, after = before + value_before, after + value_after
     return Alignment(
@@ -190,9 +190,69 @@ def match_activations(
             "objective_before": before,
             "objective_after": after,
             "unmatched": unmatched,
-            "samples": max(moment.count for of_group in moments.values() for moment in of_group.values()),
+            "samples": observed.samples,
         },
     )
+
+
+def observe(
+    models: Sequence[nn.Module],
+    batches: Iterable[Mapping[str, Tensor]],
+    spec: PermutationSpec,
+    labels: Sequence[str],
+) -> Observed:
+    """Runs models on calibration data, and gathers the moments of all their pairs.
+
+    Args:
+        models: As for `match_activations`, two or more.
+        batches: As there.
+        spec: Of all.
+        labels: What error messages call them.
+
+    Raises:
+        AlignmentError: As there.
+    """
+    if any(model.training for model in models):
+        every = "both models" if len(models) == 2 else "all models"
+        raise AlignmentError(f"activation matching needs {every} in evaluation mode: call `.eval()` first")
+    binding, *others = (
+        spec.bind({name: tensor.shape for name, tensor in each.state_dict().items()}) for each in models
+    )
+    if any(other.sizes != binding.sizes or other.tensors.keys() != binding.tensors.keys() for other in others):
+        count = "two" if len(models) == 2 else len(models)
+        raise AlignmentError(f"activation matching needs {count} models of one architecture; their tensors differ")
+    groups = groups_of(binding)
+    sights = _sights(models[0], binding, groups)
+    if not sights:
+        raise AlignmentError("no symmetric axis can be seen at a linear map or convolution; use weight matching")
+    pairs = list(combinations(range(len(models)), 2))
+    moments: dict[tuple[int, int], dict[str, _GroupMoments]] = {pair: {} for pair in pairs}
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        seen = []
+        for model in models:
+            with torch.no_grad(), captured(model, sights) as of_model:
+                model(**batch)
+            seen.append(of_model)
+        looked_at: set[tuple[int | Expression, ...]] = set()
+        for site, seen_here in sights.items():
+            if any(site not in of_model for of_model in seen):
+                continue  # a head or an attention that this kind of input does not reach
+            activations = (*(id(of_model[site]) for of_model in seen), site.channels)
+            if activations in looked_at:
+                continue  # queries, keys and values read one and the same tensor
+            looked_at.add(activations)
+            flat = [samples(of_model[site], site, mask, label) for of_model, label in zip(seen, labels, strict=True)]
+            for sight in seen_here:
+                for i, j in pairs:
+                    of_group = moments[i, j].setdefault(sight.group.axis, {})
+                    _update(of_group, site, sight, flat[i], flat[j], binding.sizes)
+    counts = [
+        moment.count for of_pair in moments.values() for of_group in of_pair.values() for moment in of_group.values()
+    ]
+    if not counts:
+        raise AlignmentError("activation matching needs calibration data, and there was not a single batch")
+    return Observed(groups, max(counts), moments)
 
 
 def _sights(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[Site, list[Sight]]:
@@ -327,24 +387,20 @@ def _entries_first(piece: Tensor, places: list[int]) -> Tensor:
     return ordered.reshape(ordered.shape[0], entries, -1)
 
 
-def _solve(
-    group: Group, moments: _GroupMoments, present: Mapping[str, Transform]
+def solve(
+    group: Group, correlations: Correlations, present: Mapping[str, Transform]
 ) -> tuple[Mapping[str, Transform], float, float]:
     """The best transforms of a group, with the correlation summed over its units before and after."""
-    correlations: dict[tuple[str, ...], Tensor] = {}
-    for (_, _, children), moment in moments.items():
-        correlation = moment.cosine() if group.matrices else moment.correlation()
-        correlations[children] = correlations[children] + correlation if children in correlations else correlation
     entries = range(group.size)
     if not group.children:
-        (gain_ij,) = (correlation.cpu() for correlation in correlations.values())
+        (gain_ij,) = correlations.values()
         if group.axis in group.matrices:
             matrix = MATRIX_GROUPS[group.matrices[group.axis]].nearest(gain_ij)
             return {group.axis: Orthogonal(matrix)}, float(gain_ij.trace()), float((gain_ij * matrix).sum())
         perm = assign(gain_ij)
         return {group.axis: Permutation(perm)}, float(gain_ij.trace()), float(gain_ij[entries, perm].sum())
     gain_iajb = {
-        children: correlation.cpu().unflatten(1, (group.size, -1)).unflatten(0, (group.size, -1))
+        children: correlation.unflatten(1, (group.size, -1)).unflatten(0, (group.size, -1))
         for children, correlation in correlations.items()
     }
     if signs_of(group) is not None:
