@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 
 from hf_llfc.checkpoints import Checkpoint
-from hf_llfc.choices import TOGETHER
+from hf_llfc.choices import TOGETHER, UNIVERSE_METHODS
 from hf_llfc.errors import AlignmentError, suggest
-from hf_llfc.matching import align_checkpoints, match_by_activations, parameters_of
+from hf_llfc.matching import (
+    align_checkpoints,
+    match_by_activations,
+    match_universe_by_activations,
+    parameters_of,
+)
 from hf_llfc.progress import Progress, silent
 from hf_llfc.provenance import identified
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment
 from hf_llfc.workers import Workers
+
+if TYPE_CHECKING:
+    from hf_llfc.alignment import Parameters
 
 Align = Callable[[Checkpoint, Checkpoint, AlignSection], Alignment | None]
 
@@ -37,7 +46,7 @@ def align_all(
     - `reference`: each is aligned onto the reference and knows nothing of the others;
     - `star`: each is aligned onto the centre, the model from which all others are least far. For that all pairs are
       matched by their weights, and the smallest sum of squared distances wins;
-    - `universe`: all are aligned to each other at once, see `hf_llfc.alignment.universe`.
+    - `universe`: all are aligned to each other at once, by weights or by activations, see `hf_llfc.alignment.universe`.
 
     The last two then move all models alike, so that the reference is where it was.
 
@@ -59,10 +68,10 @@ def align_all(
     if options.together not in TOGETHER:
         hint = suggest(options.together, TOGETHER)
         raise AlignmentError(f"together: unknown {options.together!r}{hint} (known: {', '.join(TOGETHER)})")
-    if options.together == "universe" and options.method not in ("weight_matching", "none"):
+    if options.together == "universe" and options.method not in (*UNIVERSE_METHODS, "none"):
         raise AlignmentError(
-            f"a universe is found by weight_matching alone, not by {options.method}; change one of them, or let the "
-            "models be together as a `star`"
+            f"a universe is found by {' or '.join(UNIVERSE_METHODS)}, not by {options.method}; change one of them, or "
+            "let the models be together as a `star`"
         )
     workers = workers if workers is not None else Workers(torch.get_num_threads())
 
@@ -90,6 +99,8 @@ def _in_universe(
     from hf_llfc.alignment import match_universe
 
     parameters = parameters_of(models, options)
+    if options.method == "activation_matching":
+        return _in_universe_of_activations(models, reference, options, parameters, workers)
     starts = None
     if options.start == "activation_matching":
         starts = [
@@ -109,6 +120,25 @@ def _in_universe(
         workers=workers,
         progress=progress,
     )
+
+
+def _in_universe_of_activations(
+    models: Sequence[Checkpoint],
+    reference: int,
+    options: AlignSection,
+    parameters: Sequence[Parameters],
+    workers: Workers,
+) -> list[Alignment]:
+    """The same by activations; how close the weights are then is told as of any method."""
+    from hf_llfc.alignment.universe import closeness_of_all
+    from hf_llfc.alignment.weight_matching import closeness_of
+
+    found = match_universe_by_activations(models, reference, options, workers)
+    universe = closeness_of_all(parameters, found, workers)
+    return [
+        alignment.with_metadata(**closeness_of(parameters[reference], each, alignment, workers), universe=universe)
+        for alignment, each in zip(found, parameters, strict=True)
+    ]
 
 
 def _around_centre(

@@ -21,6 +21,9 @@ GROUPS = ("permutation", "full")
 TOGETHER = ("reference", "star", "universe")
 """How more than two models are aligned: each onto the reference, by way of a centre among them, or all together."""
 
+UNIVERSE_METHODS = ("weight_matching", "activation_matching")
+"""Methods that align all models to each other at once."""
+
 SOLVERS = ("exact", "auction")
 """How wide axes are assigned: to the optimum, or to within a certified gap of it."""
 

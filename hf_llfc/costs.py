@@ -12,14 +12,15 @@ from hf_llfc.recipe import AlignSection
 from hf_llfc.specs import alignment_spec, bind
 
 
-def matching_memory(checkpoint: Checkpoint, options: AlignSection) -> int:
+def matching_memory(checkpoint: Checkpoint, options: AlignSection, models: int = 2) -> int:
     """Bytes that matching holds at its peak, activations not counted.
 
     Weight matching: the gains of the widest axis, in parts or with what SciPy takes to assign them, and two tensors;
     threads that match an axis each hold their own; in a universe also the sums of the other models. Methods that look
-    at activations hold both models; what is gathered of the activations is a matrix an axis, for commutativity matching
-    three of moments an axis and the weights of both in float64, too. Learned matching holds both models, the moved and
-    the merged one and its gradient, and for every axis a matrix, its gradient and two moments of Adam.
+    at activations hold both models, in a universe all; what is gathered of the activations is a matrix an axis and pair
+    of models, for commutativity matching three of moments an axis and the weights of both in float64, too. Learned
+    matching holds both models, the moved and the merged one and its gradient, and for every axis a matrix, its gradient
+    and two moments of Adam.
     """
     from hf_llfc.alignment.gains import PARTS
     from hf_llfc.alignment.universe import KEPT
@@ -33,7 +34,8 @@ def matching_memory(checkpoint: Checkpoint, options: AlignSection) -> int:
     by_weights = (PARTS + threads) * 4 * widest**2 + threads * 8 * largest
     if options.together == "universe":
         by_weights += min(KEPT, 8 * sum(info.elements for info in checkpoint.tensors.values()))
-    by_activations = 2 * checkpoint.nbytes + 8 * squares
+    involved = models if options.together == "universe" and options.method == "activation_matching" else 2
+    by_activations = involved * checkpoint.nbytes + involved * (involved - 1) // 2 * 8 * squares
     if options.method == "weight_matching":
         return max(by_weights, by_activations) if options.start == "activation_matching" else by_weights
     if options.method == "activation_matching":

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from hf_llfc.evaluation import EvaluationConfig
 
 
+NEEDS_CALIBRATION = "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
+
+
 def align_checkpoints(
     reference: Checkpoint,
     model: Checkpoint,
@@ -93,10 +96,10 @@ def align_checkpoints(
 def parameters_of(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[Parameters]:
     """What weight matching reads of checkpoints of one architecture."""
     from hf_llfc.alignment import Parameters
-    from hf_llfc.alignment.sources import ANCHORS
+    from hf_llfc.alignment.sources import anchors_of
 
     spec = alignment_spec(checkpoints[0], options)
-    weight = options.anchors if options.anchors is not None else ANCHORS if options.groups == "full" else 1.0
+    weight = options.anchors if options.anchors is not None else anchors_of(spec)
     if not 0 < weight < float("inf"):
         raise AlignmentError(f"anchors: a number above 0 is expected, found {weight:g}")
     return [Parameters(bind(spec, each), each.read, each.label).with_anchors(weight) for each in checkpoints]
@@ -112,15 +115,63 @@ def match_by_activations(
     return alignment
 
 
+def match_universe_by_activations(
+    checkpoints: Sequence[Checkpoint], reference: int, options: AlignSection, workers: Workers
+) -> list[Alignment]:
+    """All models aligned to each other by their activations, all in memory of the first process alone."""
+    found = _match_universe_by_activations(checkpoints, reference, options) if workers.rank == 0 else None
+    alignments: list[Alignment] = workers.gather(found)[0]
+    return alignments
+
+
+def _match_universe_by_activations(
+    checkpoints: Sequence[Checkpoint], reference: int, options: AlignSection
+) -> list[Alignment]:
+    if options.calibration is None:
+        raise AlignmentError(NEEDS_CALIBRATION)
+    from hf_llfc.alignment import Parameters, match_universe
+    from hf_llfc.alignment.universe_of_activations import match_universe_of_activations
+
+    spec = alignment_spec(checkpoints[reference], options)
+    with _running(checkpoints, options.calibration) as (models, batches):
+        held = match_universe_of_activations(
+            models,
+            batches,
+            spec,
+            reference=reference,
+            restarts=options.restarts,
+            max_sweeps=options.max_sweeps,
+            seed=options.seed,
+        )
+    unmatched = next(each for place, each in enumerate(held) if place != reference).metadata["unmatched"]
+    if not unmatched:
+        return held
+    rest = spec.keep(*unmatched)
+    by_weights = match_universe(
+        [
+            Parameters.from_state_dict(rest, alignment.apply(dict(each.state_dict())))
+            for alignment, each in zip(held, checkpoints, strict=True)
+        ],
+        reference=reference,
+        restarts=options.restarts,
+        max_sweeps=options.max_sweeps,
+        seed=options.seed,
+    )
+    return [
+        alignment.then(other).with_metadata(**alignment.metadata)
+        for alignment, other in zip(held, by_weights, strict=True)
+    ]
+
+
 @contextmanager
 def _running(
-    reference: Checkpoint, model: Checkpoint, calibration: EvaluationConfig
+    checkpoints: Sequence[Checkpoint], calibration: EvaluationConfig
 ) -> Iterator[tuple[list[PreTrainedModel], Iterator[dict[str, Tensor]]]]:
-    """Both models in evaluation mode, and the inputs of calibration data."""
+    """Models in evaluation mode, and the inputs of calibration data as the first of them takes them."""
     from hf_llfc.evaluation.models import evaluation_mode, model_inputs
 
-    models = [Parent(checkpoint).load() for checkpoint in (reference, model)]
-    data = open_data(calibration, reference)
+    models = [Parent(checkpoint).load() for checkpoint in checkpoints]
+    data = open_data(calibration, checkpoints[0])
     with evaluation_mode(*models):
         yield models, (model_inputs(batch, models[0]) for batch, _ in data.batches())
 
@@ -132,7 +183,7 @@ def _match_commutativity(
         raise AlignmentError("commutativity matching needs data: give `align.calibration` in a recipe, or --dataset")
     from hf_llfc.alignment.commutativity_matching import match_commutativity
 
-    with _running(reference, model, options.calibration) as (models, batches):
+    with _running([reference, model], options.calibration) as (models, batches):
         return match_commutativity(models[0], models[1], batches, start.spec, start, progress=progress)
 
 
@@ -196,12 +247,10 @@ def _match_activations(
     reference: Checkpoint, model: Checkpoint, spec: PermutationSpec, options: AlignSection
 ) -> Alignment:
     if options.calibration is None:
-        raise AlignmentError(
-            "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
-        )
+        raise AlignmentError(NEEDS_CALIBRATION)
     from hf_llfc.alignment import Parameters, match_activations, match_weights
 
-    with _running(reference, model, options.calibration) as (models, batches):
+    with _running([reference, model], options.calibration) as (models, batches):
         alignment = match_activations(models[0], models[1], batches, spec)
     if alignment.metadata["unmatched"]:
         # What no linear map shows (experts fused into one tensor) is matched by its weights, the rest held.

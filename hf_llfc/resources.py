@@ -40,7 +40,7 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
         # The embeddings of all models, and those of one before and after rows of the others stand in.
         held = max(held, (len(checkpoints) + 3) * largest)
     if recipe.align.method != "none":
-        held = max(held, matching_memory(checkpoints[0], recipe.align))
+        held = max(held, matching_memory(checkpoints[0], recipe.align, len(checkpoints)))
     if recipe.diagnose is not None and not recipe.diagnose.offload:
         # The models, and the one between them, in the dtype in which they are stored.
         held = max(held, sum(each.nbytes for each in checkpoints) + sum(info.nbytes for info in infos.values()))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import hf_llfc
 from hf_llfc.alignments import align_all
-from hf_llfc.checkpoints import open_checkpoint
+from hf_llfc.checkpoints import load_model, open_checkpoint
 from hf_llfc.errors import AlignmentError
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.matching import align_checkpoints
@@ -111,6 +112,51 @@ def test_a_universe_starts_from_activations_where_asked(planted, tmp_path):
     found = aligned(planted, together="universe", start="activation_matching", calibration=data, restarts=1)
     assert found[1].metadata["sweeps"][0]["start"] == "given"
     assert found[1].metadata["universe"]["cosine_after"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("groups", ["permutation", "full"])
+def test_a_universe_by_activations_brings_planted_models_back(groups, planted, tmp_path):
+    calibration = {"task": "text-generation", "dataset": str(text_data(tmp_path)), "tokenizer": "bytes"}
+    calibration |= {"max_length": 32, "labels": False}
+    align = {"method": "activation_matching", "together": "universe", "groups": groups, "calibration": calibration}
+    result = hf_llfc.merge(planted, out=tmp_path / "out", align=align)
+    assert [summary["cosine_after"] for summary in result.alignments] == pytest.approx([1.0] * 3, abs=1e-3)
+    assert all(summary["together"] == "universe" for summary in result.alignments)
+    stored = Alignment.load(tmp_path / "out" / "llfc" / "alignment-2.safetensors")
+    assert stored.metadata["method"] == "activation_matching"
+    assert stored.metadata["universe"]["models"] == 4
+    assert stored.metadata["universe"]["cosine_after"] > 0.999 > stored.metadata["universe"]["cosine_before"]
+    ids = torch.arange(16)[None]
+    original, merged = (
+        transformers.AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (planted[0], tmp_path / "out")
+    )
+    torch.testing.assert_close(merged, original, rtol=0, atol=2e-3)
+
+
+def test_in_a_universe_by_activations_weights_match_what_no_activation_shows(tmp_path):
+    """Experts that are fused into one tensor."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        max_position_embeddings=64,
+    )
+    original = saved(transformers.MixtralForCausalLM(config), tmp_path / "model-0")
+    paths = [original]
+    for seed in (1, 2):
+        checkpoint = open_checkpoint(original)
+        random = hf_llfc.PermutationSpec.from_config(config).random_alignment(torch.Generator().manual_seed(seed))
+        state = random.apply(dict(checkpoint.state_dict()))
+        paths.append(saved(load_model(checkpoint, state_dict=state), tmp_path / f"model-{seed}"))
+    data = EvaluationConfig("text-generation", str(text_data(tmp_path)), tokenizer="bytes", max_length=32, labels=False)
+    found = aligned(paths, together="universe", method="activation_matching", calibration=data)
+    assert any(axis.startswith("experts") for axis in found[1].metadata["unmatched"])
+    assert [each.metadata["cosine_after"] for each in found[1:]] == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("together", ["star", "universe"])
@@ -218,9 +264,12 @@ class TestBadInput:
             hf_llfc.align_all(planted, reference=4)
 
     def test_a_universe_of_another_method(self, planted, tmp_path):
-        with pytest.raises(AlignmentError, match="found by weight_matching alone, not by activation_matching"):
+        by = "a universe is found by weight_matching or activation_matching, not by"
+        with pytest.raises(AlignmentError, match=f"{by} commutativity_matching"):
+            aligned(planted, together="universe", method="commutativity_matching")
+        with pytest.raises(AlignmentError, match="activation matching needs calibration data"):
             aligned(planted, together="universe", method="activation_matching")
-        with pytest.raises(hf_llfc.LLFCError, match=r"align\.together: a universe is found by weight_matching alone"):
+        with pytest.raises(hf_llfc.LLFCError, match=rf"align\.together: {by} learned_matching"):
             hf_llfc.merge(
                 planted,
                 out=tmp_path / "out",

@@ -118,9 +118,7 @@ def match_universe(
     assert best is not None
     after_ij = _inner_products(models, best.alignments, workers)
     norms = [float(square) ** 0.5 for square in before_ij.diagonal()]
-    of_all: dict[str, float] = {"models": len(models)}
-    for when, products_ij in (("before", before_ij), ("after", after_ij)):
-        of_all |= {f"objective_{when}": _over_pairs(products_ij), f"cosine_{when}": _mean_cosine(products_ij)}
+    of_all = _of_all(before_ij, after_ij)
     back = best.alignments[reference].inverse()
     return [
         (unmoved[place] if place == reference else alignment.then(back)).with_metadata(
@@ -137,6 +135,21 @@ def match_universe(
         )
         for place, alignment in enumerate(best.alignments)
     ]
+
+
+def closeness_of_all(
+    models: Sequence[Parameters], alignments: Sequence[Alignment], workers: Workers = ALONE
+) -> dict[str, float]:
+    """What `universe` in the metadata says of the weights of all models, which may have been aligned by any method."""
+    unmoved = [each.binding.spec.identity_alignment() for each in models]
+    return _of_all(*(_inner_products(models, each, workers) for each in (unmoved, alignments)))
+
+
+def _of_all(before_ij: Tensor, after_ij: Tensor) -> dict[str, float]:
+    found: dict[str, float] = {"models": len(before_ij)}
+    for when, products_ij in (("before", before_ij), ("after", after_ij)):
+        found |= {f"objective_{when}": _over_pairs(products_ij), f"cosine_{when}": _mean_cosine(products_ij)}
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_llfc.choices import METHODS_WITH_DATA, UNION
+from hf_llfc.choices import METHODS_WITH_DATA, UNION, UNIVERSE_METHODS
 from hf_llfc.errors import suggest
 from hf_llfc.methods import MergekitMethod
 from hf_llfc.recipe.sections import MERGE_METHODS, Recipe, Weight
@@ -59,10 +59,10 @@ def disagreements(recipe: Recipe) -> list[str]:
             problems.append(f"keep_where_broken.ratio: a number above 0 is expected, found {keep.ratio:g}")
     if recipe.align.together != "reference" and recipe.align.method == "none":
         problems.append("align.together: has no meaning for the method none")
-    elif recipe.align.together == "universe" and recipe.align.method != "weight_matching":
+    elif recipe.align.together == "universe" and recipe.align.method not in UNIVERSE_METHODS:
         problems.append(
-            f"align.together: a universe is found by weight_matching alone, not by {recipe.align.method}; change one "
-            "of them, or write `together: star`"
+            f"align.together: a universe is found by {' or '.join(UNIVERSE_METHODS)}, not by {recipe.align.method}; "
+            "change one of them, or write `together: star`"
         )
     if recipe.align.uses_data and recipe.align.calibration is None:
         method = recipe.align.method if recipe.align.method in METHODS_WITH_DATA else recipe.align.start
