@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_llfc.alignments import align_all
 from hf_llfc.checkpoints import OutputFolder, open_checkpoint
-from hf_llfc.checkpoints.journal import Journal
+from hf_llfc.checkpoints.journal import Journal, storing
 from hf_llfc.checkpoints.shards import checksum
 from hf_llfc.costs import matching_memory
 from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
@@ -187,6 +187,7 @@ def write_diagnosis(
         output = OutputFolder(out, overwrite, restart) if out is not None else None
         if output is not None:
             processes.on_main(output.check)
+            processes.on_main(lambda: refuse_without_room(output, {}))
         opening = partial(open_checkpoint, allow_pickle=allow_pickle)
         checkpoints = processes.main_first(lambda: [opening(model) for model in models])
         base = processes.main_first(lambda: opening(base_model)) if base_model is not None else None
@@ -224,11 +225,12 @@ def write_diagnosis(
             trackers.report(report)
 
         def save(folder: Path) -> None:
-            (folder / LLFC_FOLDER).mkdir()
-            report.save(folder / LLFC_FOLDER / REPORT_FILE)
-            save_plots(report, folder / LLFC_FOLDER)
-            save_alignments(alignments, folder / LLFC_FOLDER)
-            write_page(report, folder / LLFC_FOLDER)
+            with storing(folder):
+                (folder / LLFC_FOLDER).mkdir()
+                report.save(folder / LLFC_FOLDER / REPORT_FILE)
+                save_plots(report, folder / LLFC_FOLDER)
+                save_alignments(alignments, folder / LLFC_FOLDER)
+                write_page(report, folder / LLFC_FOLDER)
 
         if output is not None:
             with processes.output(output) as folder:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import Checkpoint
-from hf_llfc.checkpoints.journal import Journal
+from hf_llfc.checkpoints.journal import Journal, storing
 from hf_llfc.choices import UNION
 from hf_llfc.inputs import Models
 from hf_llfc.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
@@ -71,9 +71,7 @@ def write_evidence(
         return
     refuse_changed(opened.all)
     ours = journal.folder / LLFC_FOLDER
-    ours.mkdir(exist_ok=True)
     as_run = resolved(recipe, opened, report)
-    (ours / RECIPE_FILE).write_text(dump_recipe(as_run), encoding="utf-8")
     models = models_of(as_run.to_dict(), report)
     models = [{**model, "card": parent_card(model)} for model in models]
     record = RunRecord(
@@ -83,15 +81,18 @@ def write_evidence(
         hardware=hardware_in_words(ranks),
         cards=[model["card"] for model in models],
     )
-    record.save(journal.folder)
-    write_card(
-        journal.folder,
-        recipe=as_run.to_dict(),
-        report=report,
-        models=models,
-        name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
-        license=recipe.publish.licence if recipe.publish is not None else None,
-    )
+    with storing(journal.folder):
+        ours.mkdir(exist_ok=True)
+        (ours / RECIPE_FILE).write_text(dump_recipe(as_run), encoding="utf-8")
+        record.save(journal.folder)
+        write_card(
+            journal.folder,
+            recipe=as_run.to_dict(),
+            report=report,
+            models=models,
+            name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
+            license=recipe.publish.licence if recipe.publish is not None else None,
+        )
 
 
 def write_method(folder: Path, description: Mapping[str, Any]) -> None:

@@ -58,6 +58,10 @@ def parse_yaml(text: str, where: str, kind: type[LLFCError]) -> Any:
             if depth > DEEPEST:
                 raise kind(f"{where}: nested deeper than {DEEPEST} levels")
         return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark, said = error.problem_mark or error.context_mark, error.problem or error.context
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise kind(f"{where}: not valid YAML{place}: {said}") from None
     except yaml.YAMLError as error:
         raise kind(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except LLFCError as error:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -296,6 +297,34 @@ def test_a_full_output_folder_is_refused_before_work(shelf, tmp_path, capsys):
     assert main(["merge", str(shelf / "a"), str(shelf / "b"), "--out", str(tmp_path / "out"), "--overwrite"]) == 2
     assert "thesis.txt" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["merge", "A", "B"], ["align", "B", "--to", "A"]], ids=["merge", "align"])
+def test_an_output_without_a_name_is_refused(shelf, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    words = [str(shelf / word.lower()) if word in ("A", "B") else word for word in words]
+    assert main([*words, "--out", ""]) == 2
+    assert re.match("hf-llfc: error: .*(missing; name the folder|name a new one)", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+DATA_IN_PART = {
+    "merge": ["merge", "A", "B", "--align", "activation_matching"],
+    "align": ["align", "B", "--to", "A", "--method", "learned_matching"],
+    "diagnose": ["diagnose", "A", "B"],
+    "check": ["check", "A", "B"],
+}
+
+
+@pytest.mark.parametrize("command", DATA_IN_PART)
+def test_a_task_without_data_is_an_error(tmp_path, capsys, command):
+    words = DATA_IN_PART[command]
+    out = ["--out", str(tmp_path / "out")] if command != "check" else []
+    assert main([*words, "--task", "text-generation", *out]) == 2
+    assert "--dataset must be given" in capsys.readouterr().err
+    assert main([*words, "--dataset", "data.txt", *out]) == 2
+    assert "--task must be given" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_input_is_never_overwritten(shelf, tmp_path, capsys):

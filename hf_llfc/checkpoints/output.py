@@ -60,7 +60,7 @@ class OutputFolder:
         self.path = Path(path).expanduser().resolve()
         self.overwrite = overwrite
         self.restart = restart
-        self._named = str(path)
+        self._named = str(path) or "''"
         self._partial = self.path.parent / f".{self.path.name}.partial"
         self._identity: Mapping[str, Any] = {}
         self._journal: Journal | None = None

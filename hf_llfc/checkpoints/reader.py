@@ -355,7 +355,7 @@ def _find(model: str | Path, token: str | bool | None) -> Files:
     text = str(model)
     is_path = text.startswith(("/", ".", "~")) or text.partition("@")[0].count("/") > 1 or "\\" in text
     if isinstance(model, Path) or is_path:
-        raise CheckpointError(f"{model}: there is no such folder")
+        raise CheckpointError(f"{model}: there is no such folder; give one that exists, or a Hub id (`owner/name`)")
     from hf_llfc.checkpoints.hub import open_hub
 
     return open_hub(text, token)
@@ -497,7 +497,10 @@ def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None) -> name
         raise CheckpointError(
             f"{where}/{CONFIG_FILE}: {model_class.__name__} cannot be built from this config: {error}"
         ) from error
-    heading = heading or f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it"
+    heading = heading or (
+        f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it; fetch or save "
+        "the checkpoint again"
+    )
     plan = layout.plan(weights.infos, heading)
     if plan.converted:
         logger.info(

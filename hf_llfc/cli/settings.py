@@ -87,5 +87,6 @@ def matching_section(options: argparse.Namespace) -> dict[str, Any]:
         chosen = ("axes", "exclude", "steps", "learning_rate")
         section |= {name: vars(options)[name] for name in chosen if vars(options)[name]}
         if data := data_settings(options):
+            evaluation_config(options, required=True)  # says which option is missing
             section["calibration"] = data
     return section

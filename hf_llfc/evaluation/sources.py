@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+from datasets.arrow_writer import SchemaInferenceError
+from pandas.errors import EmptyDataError
 
 from hf_llfc.errors import EvaluationError, raise_all, suggest
 from hf_llfc.evaluation.config import EvaluationConfig
@@ -32,6 +34,8 @@ FILE_BUILDERS = {
 
 PREFERRED_SPLITS = ("validation", "test")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# What datasets and its parsers raise where a file has nothing in it.
+_OF_EMPTY = (EmptyDataError, SchemaInferenceError, StopIteration)
 MAX_LISTED = 5
 """Faulty rows named in a message; the rest is counted."""
 
@@ -68,7 +72,7 @@ def open_dataset(config: EvaluationConfig) -> datasets.Dataset:
     if not isinstance(opened, datasets.Dataset):
         raise EvaluationError(f"dataset {_title(config)} was loaded as a {type(opened).__name__}, not as rows")
     if len(opened) == 0:
-        raise EvaluationError(f"dataset {_title(config)} has no rows")
+        raise _empty(config)
     return opened
 
 
@@ -137,8 +141,14 @@ def _guarded(config: EvaluationConfig, load: Any) -> Any:
         raise
     except Exception as error:  # datasets lets errors of the network, the parsers and the file system through
         causes = [error] if error.__cause__ is None else [error, error.__cause__]
+        if any(isinstance(cause, _OF_EMPTY) or "corresponds to no data" in str(cause) for cause in causes):
+            raise _empty(config) from error
         reason = "; ".join(f"{type(cause).__name__}: {str(cause).strip()}" for cause in causes)
         raise EvaluationError(f"dataset {_title(config)} cannot be loaded: {reason}") from error
+
+
+def _empty(config: EvaluationConfig) -> EvaluationError:
+    return EvaluationError(f"dataset {_title(config)} has no rows; give data with at least one")
 
 
 def _without_blank_lines(opened: Any, name: str) -> Any:

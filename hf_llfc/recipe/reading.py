@@ -115,7 +115,8 @@ def dump_recipe(recipe: Recipe) -> str:
 def _read(path: Path) -> dict[str, Any]:
     content = read_yaml(path, RecipeError)
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(content).__name__}")
+        found = "an empty file" if content is None else "a list" if isinstance(content, list) else repr(content)[:80]
+        raise RecipeError(f"{path}: a recipe is a mapping of keys that begins with `models:`, found {found}")
     return content
 
 
@@ -154,7 +155,7 @@ class _Reader:
             key: value for key, value in content.items() if key not in values and key in Recipe.__dataclass_fields__
         }
         values |= self._typed(Recipe, plain, "")
-        if "output_dir" not in values:
+        if not values.get("output_dir"):
             self.problems.append("output_dir: missing; name the folder to write")
         method = values.get("merge_method", MERGE_METHODS[0])
         if method not in MERGE_METHODS:

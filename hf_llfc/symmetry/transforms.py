@@ -93,7 +93,10 @@ class Permutation:
                 f"{list(self.perm.shape)} found"
             )
         if not torch.equal(self.perm.sort(dim=-1).values, torch.arange(self.size).expand_as(self.perm)):
-            raise AlignmentError(f"not a permutation: an index array of shape {list(self.perm.shape)} repeats an index")
+            raise AlignmentError(
+                f"not a permutation: an index array of shape {list(self.perm.shape)} repeats an index, or holds one "
+                f"outside 0 … {self.size - 1}"
+            )
 
     @classmethod
     def identity(cls, size: int, parent_size: int | None = None) -> Permutation:

@@ -531,7 +531,8 @@ def test_all_missing_and_misshapen_tensors_are_named_at_once(save):
     edit_weights(folder, damage)
     refused(
         folder,
-        f"{folder}: the tensors are not those of BertForSequenceClassification as config.json describes it: 3 problems",
+        f"{folder}: the tensors are not those of BertForSequenceClassification as config.json describes it; fetch or "
+        "save the checkpoint again: 3 problems",
         "tensor classifier.bias of shape [5] is missing",
         "tensor bert.encoder.layer.1.output.dense.weight of shape [24, 40] is missing",
         "tensor bert.pooler.dense.weight has shape [24, 23], but the config makes it [24, 24]",

@@ -106,7 +106,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
         ("./nowhere", {}, "does not exist"),
         (tmp_path / "rows.xlsx", {}, r"known: \.csv"),
         (tmp_path / "broken.parquet", {}, r"broken\.parquet cannot be loaded"),
-        (tmp_path / "rows.csv", {}, "corresponds to no data"),
+        (tmp_path / "rows.csv", {}, r"rows\.csv has no rows; give data"),
         (tmp_path / "rows.csv", {"name": "x"}, "leave name out"),
         (tmp_path / "rows.csv", {"split": "test"}, 'Unknown split "test"'),
         (tmp_path / "saved", {"split": "test"}, "without configurations or splits"),
@@ -115,6 +115,19 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(EvaluationError, match=message):
             open_dataset(config_for(dataset, **settings))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "[]"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "txt"])
+def test_a_file_with_nothing_in_it_has_no_rows(tmp_path, kind, content):
+    if (content, kind) in {("[]", "csv"), ("[]", "tsv")}:
+        content = "text,label\n"
+    elif (content, kind) == ("[]", "txt"):
+        content = "  \n"
+    path = tmp_path / f"rows.{kind}"
+    path.write_text(content)
+    with pytest.raises(EvaluationError, match=rf"^dataset .*rows\.{kind} has no rows; give data with at least one$"):
+        open_dataset(config_for(path))
 
 
 def test_a_missing_column_is_an_error_with_the_nearest():

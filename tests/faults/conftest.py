@@ -44,6 +44,10 @@ def commands(bench) -> dict[str, Callable[..., int]]:
         write_shared.__kwdefaults__["max_shard_size"] = 20_000  # in the fork alone
         return run("align", bench / "b", "--to", bench / "a", "--out", "out", *more)
 
+    def diagnose(*more: object) -> int:
+        data = ["--task", "text-generation", "--dataset", bench / "text.txt", "--tokenizer", "bytes", "--alphas", "3"]
+        return run("diagnose", bench / "a", bench / "b", *data, "--max-length", "32", "--out", "out", *more)
+
     def merge_by_copies(*more: object) -> int:
         import torch
 
@@ -58,6 +62,7 @@ def commands(bench) -> dict[str, Callable[..., int]]:
         "merge": lambda *more: run("run", bench / "merge.yaml", *more),
         "align": align,
         "run": lambda *more: run("run", bench / "run.yaml", *more),
+        "diagnose": diagnose,
     }
 
 

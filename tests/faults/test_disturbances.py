@@ -173,6 +173,36 @@ def test_a_disk_that_fills_up_is_one_error_and_with_room_the_run_goes_on(
         assert_same(Path("out"), undisturbed(name)[0])
 
 
+def test_a_disk_without_room_for_a_report_is_refused_before_the_diagnosis(tmp_path, small_disk, commands):
+    disk, enlarge = small_disk
+    with working_in(disk):
+        assert forked(commands["diagnose"], tmp_path / "log") == 2
+        assert "are free there; make room" in told(tmp_path / "log")
+        assert left() == []
+        assert forked(unchecked(commands["diagnose"]), tmp_path / "log") == 2
+        assert "the output cannot be written (No space left on device); make room" in told(tmp_path / "log")
+        assert left() == []
+        assert enlarge()
+        assert forked(commands["diagnose"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        assert left() == ["out"]
+
+
+def test_a_disk_with_room_for_the_weights_alone_is_one_error(tmp_path, small_disk, commands, undisturbed):
+    disk, enlarge = small_disk
+    expected, _ = undisturbed("run")
+    weights = sum(path.stat().st_size for path in expected.glob("*.safetensors"))
+    words = ["mount", "-o", f"remount,size={weights // 1024 + 64}k", str(disk)]
+    subprocess.run(words, check=True)
+    with working_in(disk):
+        assert forked(unchecked(commands["run"]), tmp_path / "log") == 2
+        assert "No space left on device); make room there and run again" in told(tmp_path / "log")
+        assert left() == [".out.partial"]
+        assert enlarge()
+        assert forked(commands["run"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        assert left() == ["out"]
+        assert_same(Path("out"), expected)
+
+
 # -- reads
 
 
