@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from hf_llfc.checkpoints import Checkpoint, FileSpan
 from hf_llfc.choices import GROUPS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.merging import Source
-from hf_llfc.merging.tensors import CONSTANTS
+from hf_llfc.merging.tensors import CONSTANTS, Moved
 from hf_llfc.progress import Progress, silent
 from hf_llfc.recipe import AlignSection
 from hf_llfc.specs import bind, spec_of
@@ -98,10 +99,22 @@ class Parent:
             return None
         return self.checkpoint.span(name)
 
+    def moved(self, name: str) -> Moved | None:
+        """Where the bytes of a vector or matrix lie that is moved by whole rows and columns; None of all others."""
+        shape = self.checkpoint.tensors[name].shape
+        if self.alignment is None or self.head_of is not None or self._borrows(name) or not 1 <= len(shape) <= 2:
+            return None
+        places = self.alignment.places(name, self.binding)
+        span = self.checkpoint.span(self.alignment.original(name, self.binding)) if places is not None else None
+        if places is None or span is None:
+            return None
+        rows, columns = (None if index is None else index.numpy() for index in [*places, None][:2])
+        return Moved(span, (shape[0], prod(shape[1:])), rows, columns)
+
     @property
     def source(self) -> Source:
         """What a merge reads."""
-        return Source(self.checkpoint.label, self.read_unrounded, self.span)
+        return Source(self.checkpoint.label, self.read_unrounded, self.span, self.moved)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All tensors, moved."""

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import FileSpan, Sink, Written, tensor_bytes
 from hf_llfc.merging.combination import CHUNK, DTYPES, Scratch
-from hf_llfc.merging.tensors import Merge
+from hf_llfc.merging.tensors import Merge, Moved
 from hf_llfc.workers import ALONE, Workers
 
 PART = 1 << 20
@@ -32,6 +33,12 @@ PART = 1 << 20
 
 MEMORY = 1 << 28
 """Bytes of whole tensors that are in memory together, unless a single one needs more."""
+
+READ = 1 << 23
+"""Bytes of a whole tensor that are read at a time."""
+
+KEPT = 1 << 26
+"""Bytes that a worker keeps for whole tensors from one to the next."""
 
 FORKED = 1 << 26
 """Bytes to be read and written from which on copies of the process merge: to start and end them takes some 50 ms."""
@@ -109,8 +116,11 @@ def _parts(merge: Merge, name: str) -> Iterator[Part]:
             stop = min(start + PART, info.elements)
             yield Part(name, start, stop, per_element * (stop - start), 0)
         return
-    # What is read as a whole is moved or made, which takes the tensor twice.
-    whole = sum(2 * info.nbytes for span in spans if span is None or not merge.is_sum(name))
+    # What is read as a whole is made, which takes the tensor twice, or moved a few rows at a time.
+    whole = 0
+    for source, span in zip(everyone, spans, strict=True):
+        if span is None or not merge.is_sum(name):
+            whole += info.nbytes * (1 if merge.is_sum(name) and source.moved(name) is not None else 2)
     yield Part(name, 0, info.elements, per_element * info.elements, whole)
 
 
@@ -156,6 +166,7 @@ class _Merging(threading.local):
         self._budget = budget
         self._scratch = Scratch(CHUNK)
         self._rooms = [_Room() for _ in (*merge.everyone, sink)]
+        self._matrices = [_Matrix() for _ in merge.everyone]
 
     def __call__(self, part: Part) -> list[Written]:
         """Makes a part and puts it in its place."""
@@ -176,14 +187,25 @@ class _Merging(threading.local):
     def _sum(self, part: Part) -> Iterator[Written]:
         everyone = self._merge.everyone
         info = self._merge.infos[part.name]
-        read: list[FileSpan | Tensor] = [source.span(part.name) or source.read(part.name) for source in everyone]
-        whole = [each.reshape(-1) if isinstance(each, Tensor) else each for each in read]
+        read: list[FileSpan | Moved | Tensor] = [
+            source.span(part.name) or source.moved(part.name) or source.read(part.name) for source in everyone
+        ]
+        lying = [each.span if isinstance(each, Moved) else each for each in read]
         can_be_summed = all(
-            each.dtype in DTYPES and each.nbytes == info.elements * each.dtype.itemsize for each in read
+            each.dtype in DTYPES and each.nbytes == info.elements * each.dtype.itemsize for each in lying
         )
         combination = self._merge.combination(part.name)
-        for start in range(part.start, part.stop, PART) if can_be_summed else ():
-            stop = min(start + PART, part.stop)
+        step = PART
+        for each, matrix in zip(read, self._matrices, strict=True) if can_be_summed else ():
+            if isinstance(each, Moved):
+                matrix.read(each)
+                step = max(1, PART // each.shape[1]) * each.shape[1]
+        whole = [
+            each.reshape(-1) if isinstance(each, Tensor) else matrix if isinstance(each, Moved) else each
+            for each, matrix in zip(read, self._matrices, strict=True)
+        ]
+        for start in range(part.start, part.stop, step) if can_be_summed else ():
+            stop = min(start + step, part.stop)
             columns = [
                 each[start:stop] if isinstance(each, Tensor) else room.filled(each, start, stop)
                 for each, room in zip(whole, self._rooms, strict=False)
@@ -193,6 +215,8 @@ class _Merging(threading.local):
             if not can_be_summed:
                 break
             yield self._sink.put(part.name, start * info.dtype.itemsize, tensor_bytes(result_p))
+        for matrix in self._matrices:
+            matrix.leave()
         if not can_be_summed:
             self._merge.tensor(part.name)
             raise AssertionError(f"{part.name}: whole tensors can be summed, chunks of them cannot")
@@ -205,11 +229,73 @@ class _Room:
         self._bytes = torch.empty(PART * torch.float64.itemsize, dtype=torch.uint8)
 
     def of(self, dtype: torch.dtype, count: int) -> Tensor:
-        """Room for elements of a type."""
+        """Room for elements of a type; more of it, if they are a row that is longer than a part."""
+        if count * dtype.itemsize > len(self._bytes):
+            self._bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
         return self._bytes[: count * dtype.itemsize].view(dtype)
 
-    def filled(self, span: FileSpan, start: int, stop: int) -> Tensor:
+    def filled(self, span: FileSpan | _Matrix, start: int, stop: int) -> Tensor:
         """Elements of a tensor in a file."""
         tensor = self.of(span.dtype, stop - start)
         span.read_into(tensor_bytes(tensor), start * span.dtype.itemsize)
         return tensor
+
+
+class _Matrix:
+    """A matrix of a file in memory, that is given out by rows with its rows and columns moved."""
+
+    dtype: torch.dtype
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, dtype=np.uint8)
+        self._rows = np.empty(0, dtype=np.uint8)
+        self._moved: Moved | None = None
+
+    def read(self, moved: Moved) -> None:
+        """Reads a matrix in the place of an earlier one."""
+        self._moved, self.dtype = moved, moved.span.dtype
+        if len(self._bytes) < moved.span.nbytes:
+            self._bytes = np.empty(moved.span.nbytes, dtype=np.uint8)
+        for start in range(0, moved.span.nbytes, READ):
+            moved.span.read_into(self._bytes[start : min(start + READ, moved.span.nbytes)].data, start)
+
+    def leave(self) -> None:
+        """Keeps no more memory than a matrix of ordinary size takes: to ask for it anew takes as long as to fill it."""
+        if len(self._bytes) > KEPT:
+            self._bytes = np.empty(0, dtype=np.uint8)
+
+    def read_into(self, room: memoryview, start: int) -> None:
+        """Moves rows into a room that is as large as they are.
+
+        Args:
+            room: Where to put them, of format `B`.
+            start: The first byte.
+        """
+        assert self._moved is not None, "a matrix is read first"
+        (count, width), size = self._moved.shape, self.dtype.itemsize
+        numbers = np.dtype(f"i{size}")
+        original = self._bytes[: count * width * size].view(numbers).reshape(count, width)
+        result = np.frombuffer(room, dtype=numbers).reshape(-1, width)
+        first, few = start // (width * size), max(1, CHUNK // width)
+        rows, columns = self._moved.rows, self._moved.columns
+        if len(self._rows) < few * width * size:
+            self._rows = np.empty(few * width * size, dtype=np.uint8)
+        for begin in range(0, len(result), few):
+            end = min(begin + few, len(result))
+            result_r = result[begin:end]
+            if rows is None:
+                original_r = original[first + begin : first + end]
+            else:
+                original_r = self._rows[: result_r.nbytes].view(numbers).reshape(result_r.shape)
+                # All places are there; to be told so spares NumPy looking.
+                np.take(
+                    original,
+                    rows[first + begin : first + end],
+                    axis=0,
+                    mode="clip",
+                    out=result_r if columns is None else original_r,
+                )
+            if columns is not None:
+                np.take(original_r, columns, axis=1, out=result_r, mode="clip")
+            elif rows is None:
+                result_r[:] = original_r

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,26 @@ CONSTANTS = ("inv_freq", "original_inv_freq", "masked_bias", "position_ids", "to
 """Last parts of the names of buffers that follow from the config and are not trained."""
 
 
+Places = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A matrix in a file whose rows and columns are at other places there; a vector is one of a single column.
+
+    Attributes:
+        span: Where the bytes of the original lie.
+        shape: Rows and columns.
+        rows: Place of every row in the original; None where they stay.
+        columns: The same of columns.
+    """
+
+    span: FileSpan
+    shape: tuple[int, int]
+    rows: Places | None
+    columns: Places | None
+
+
 @dataclass(frozen=True)
 class Source:
     """A model to read from.
@@ -27,11 +48,13 @@ class Source:
         label: What it is called, for messages.
         read: Gives a tensor by name.
         span: Says where a tensor's bytes lie in a file; None where it has to be read as a whole.
+        moved: Says where those of the original lie of a matrix without a span, if its rows and columns are moved.
     """
 
     label: str
     read: Callable[[str], Tensor]
     span: Callable[[str], FileSpan | None] = lambda name: None
+    moved: Callable[[str], Moved | None] = lambda name: None
 
 
 def merged_infos(infos: Mapping[str, TensorInfo], out_dtype: torch.dtype | None) -> dict[str, TensorInfo]:

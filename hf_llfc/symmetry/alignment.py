@@ -85,14 +85,10 @@ class Alignment:
         """
         bound = binding.tensors[name]
         index_along = dict(zip(bound.spec.name_axes, bound.index, strict=True))
-        source = tuple(
-            self.transforms[axis].source(index) if axis in self.transforms else index
-            for axis, index in index_along.items()
-        )
-        tensor = read(binding.name_of(bound.spec, source))
-        if all(self._is_self_contained(dimension, index_along) for dimension in bound.spec.dimensions):
-            for position, dimension in enumerate(bound.spec.dimensions):
-                index = self._flat_index(dimension, binding.sizes, index_along)
+        tensor = read(self.original(name, binding))
+        places = self.places(name, binding)
+        if places is not None:
+            for position, index in enumerate(places):
                 if index is not None:
                     tensor = _selected(tensor, position, index.to(tensor.device))
             return tensor
@@ -102,6 +98,34 @@ class Alignment:
             binding.sizes,
             lambda piece, atoms: self._transform_piece(piece, atoms, index_along),
         )
+
+    def original(self, name: str, binding: Binding) -> str:
+        """The checkpoint's tensor that one comes from: another layer's or expert's where these are permuted."""
+        bound = binding.tensors[name]
+        return binding.name_of(
+            bound.spec,
+            tuple(
+                self.transforms[axis].source(index) if axis in self.transforms else index
+                for axis, index in zip(bound.spec.name_axes, bound.index, strict=True)
+            ),
+        )
+
+    def places(self, name: str, binding: Binding) -> list[Tensor | None] | None:
+        """Where the entries of a tensor come from in the original.
+
+        Args:
+            name: The tensor, by the checkpoint's own name.
+            binding: The binding of the checkpoint's tensors.
+
+        Returns:
+            For every dimension the place of each entry, int64, or None where nothing moves; None where dimensions do
+            not move independently by whole entries.
+        """
+        bound = binding.tensors[name]
+        index_along = dict(zip(bound.spec.name_axes, bound.index, strict=True))
+        if not all(self._is_self_contained(dimension, index_along) for dimension in bound.spec.dimensions):
+            return None
+        return [self._flat_index(dimension, binding.sizes, index_along) for dimension in bound.spec.dimensions]
 
     def moves(self, name: str, binding: Binding) -> bool:
         """Whether a tensor comes from another one, or with its entries at other places."""
@@ -350,5 +374,6 @@ def _selected(tensor: Tensor, position: int, index: Tensor) -> Tensor:
     integers = _INTEGERS.get(tensor.element_size())
     if not is_slow or tensor.requires_grad or integers is None or not tensor.is_contiguous():
         return tensor.index_select(position, index)
-    found = np.take(tensor.detach().view(integers).numpy(), index.numpy(), axis=position)
+    # All places are there; to be told so spares NumPy looking.
+    found = np.take(tensor.detach().view(integers).numpy(), index.numpy(), axis=position, mode="clip")
     return torch.from_numpy(found).view(tensor.dtype)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from math import prod
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hf_llfc.checkpoints.shards import ShardFiles, ShardLayout
 from hf_llfc.errors import CheckpointError
 from hf_llfc.forked import can_fork
 from hf_llfc.merging import Merge, Source, WeightSchedule, merge_streamed, streaming
+from hf_llfc.merging.tensors import Moved
 from hf_llfc.workers import Workers
 
 WEIGHTS = (0.3, 0.7)
@@ -97,6 +99,37 @@ def test_parts_read_from_files_alone_make_the_whole(generator, tmp_path, workers
     merge = Merge.plan(sources, infos_of(states[0]), [WeightSchedule.constant(weight) for weight in WEIGHTS])
     in_memory = Merge(list(map(from_memory, states)), merge.infos, merge.weights)
     assert_same(written(merge, tmp_path / "out", workers=workers), dict(in_memory.tensors()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("by_rows", "by_columns"), [(True, True), (True, False), (False, True), (False, False)])
+def test_rows_and_columns_are_moved_as_they_are_summed(by_rows, by_columns, dtype, generator, tmp_path, workers):
+    shapes = {"tall": (37, 11), "a row more than a part": (3, 130), "vector": (250,), "one": (1,)}
+    states = [
+        {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()} for _ in range(2)
+    ]
+    places = {
+        name: [
+            torch.randperm(size, generator=generator) if moves else None
+            for size, moves in zip(shape, (by_rows, by_columns), strict=False)
+        ]
+        for name, shape in shapes.items()
+    }
+    stored = from_file(states[1], tmp_path / "b")
+
+    def moved(name):
+        rows, columns = (None if index is None else index.numpy() for index in [*places[name], None][:2])
+        return Moved(stored.span(name), (shapes[name][0], prod(shapes[name][1:])), rows, columns)
+
+    by_hand = dict(states[1])
+    for name, indices in places.items():
+        for dimension, index in enumerate(indices):
+            by_hand[name] = by_hand[name] if index is None else by_hand[name].index_select(dimension, index)
+    schedules = [WeightSchedule.constant(weight) for weight in WEIGHTS]
+    sources = [from_file(states[0], tmp_path / "a"), Source("moved", by_hand.__getitem__, moved=moved)]
+    found = written(Merge.plan(sources, infos_of(states[0]), schedules), tmp_path / "out", workers=workers)
+    expected = Merge.plan([from_memory(states[0]), from_memory(by_hand)], infos_of(states[0]), schedules)
+    assert_same(found, dict(expected.tensors()))
 
 
 def test_one_model_is_copied_bit_for_bit(generator, tmp_path, workers):
