@@ -8,13 +8,16 @@ result of a run does not depend on how many threads and processes there are.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_llfc.errors import LLFCError
 from hf_llfc.forked import can_fork, run_forked
+
+if TYPE_CHECKING:  # takes long to load
+    from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,6 +74,54 @@ class Workers:
 
         results = {place: result for found in self._together(work) for place, result in found.items()}
         return [results[place] for place in range(len(items))]
+
+    def sum(self, function: Callable[[Item], Tensor | None], items: Sequence[Item]) -> Tensor | None:
+        """Adds up a tensor an item, in an order that does not depend on who computes them.
+
+        The sum is a tree: of the first half of the items and of the second, and so on. A process makes a branch of it,
+        so that it sends one tensor however many items there are.
+
+        Args:
+            function: Gives the tensor of an item, which is its own to change, or None where there is nothing to add.
+            items: Alike in cost, the same on every process.
+
+        Returns:
+            The sum, the same on every process; None of nothing.
+
+        Raises:
+            LLFCError: Work failed, here or on another process; all processes get the error.
+        """
+        whole = range(len(items))
+        branches = dict(_branches(whole, range(self.ranks)))
+        device = None
+
+        def add(branch: range) -> Tensor | None:
+            if self.threads > 1:
+                found = dict(
+                    zip(branch, self._map_here(function, [items[place] for place in branch], None), strict=True)
+                )
+                return _tree(branch, lambda leaf: found.pop(leaf[0]), is_leaf=lambda part: len(part) == 1)
+            return _tree(branch, lambda leaf: function(items[leaf[0]]), is_leaf=lambda part: len(part) == 1)
+
+        def work() -> Any:
+            nonlocal device
+            branch = branches.get(self.rank)
+            total = add(branch) if branch is not None and len(branch) else None
+            if total is None or self.ranks == 1:
+                return total
+            device = total.device
+            return total.cpu().numpy()  # as bytes alone, where a tensor brings its storage
+
+        outcomes = self._together(work)
+        if self.ranks == 1:
+            return outcomes[0]
+        import torch
+
+        of_branch = {
+            branch: None if outcomes[rank] is None else torch.from_numpy(outcomes[rank]).to(device)
+            for rank, branch in branches.items()
+        }
+        return _tree(whole, of_branch.__getitem__, is_leaf=of_branch.__contains__)
 
     def each(
         self,
@@ -159,6 +210,40 @@ class Workers:
 
 ALONE = Workers()
 """One process that does one piece after the other."""
+
+
+def _halves(part: range) -> tuple[range, range]:
+    middle = (len(part) + 1) // 2
+    return part[:middle], part[middle:]
+
+
+def _branches(items: range, ranks: range) -> Iterator[tuple[int, range]]:
+    """Which process makes which branch of a tree; those for whom nothing is left make none."""
+    if len(ranks) < 2 or len(items) < 2:
+        yield ranks[0], items
+        return
+    for some, their in zip(_halves(items), _halves(ranks), strict=True):
+        yield from _branches(some, their)
+
+
+def _tree(part: range, value: Callable[[range], Tensor | None], *, is_leaf: Callable[[range], bool]) -> Tensor | None:
+    """The sum of a branch, from the values of its leaves."""
+    if is_leaf(part):
+        return value(part)
+    left, right = (_tree(half, value, is_leaf=is_leaf) for half in _halves(part))
+    if left is None or right is None:
+        return right if left is None else left
+    return left.add_(right)
+
+
+def largest_share(costs: Sequence[float], ranks: int) -> float:
+    """What the process has to do that has most, where several make a `Workers.sum`.
+
+    Args:
+        costs: Of the items, in any unit.
+        ranks: How many processes there are.
+    """
+    return max(sum(costs[place] for place in branch) for _, branch in _branches(range(len(costs)), range(ranks)))
 
 
 def _owners(costs: Sequence[float], ranks: int) -> list[int]:

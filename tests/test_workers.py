@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_llfc.errors import AlignmentError
-from hf_llfc.workers import ALONE, Workers
+from hf_llfc.workers import ALONE, Workers, largest_share
 
 
 class Together:
@@ -69,6 +69,29 @@ def test_an_expensive_item_is_all_that_its_process_does():
     done: dict[int, list[int]] = {0: [], 1: []}
     on_all(2, lambda workers: workers.map(done[workers.rank].append, [0, 1, 2, 3], costs=[1, 1, 5, 1]))
     assert sorted(done.values()) == [[0, 1, 3], [2]]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8, 11])
+@pytest.mark.parametrize("empty", [set(), {0}, {1, 2, 7}])
+def test_a_sum_does_not_depend_on_who_makes_it(count, empty, generator):
+    tensors = [torch.randn(5, generator=generator) * 10.0**place for place in range(count)]
+
+    def give(place: int) -> torch.Tensor | None:
+        return None if place in empty else tensors[place].clone()
+
+    alone = ALONE.sum(give, range(count))
+    left = [tensors[place] for place in range(count) if place not in empty]
+    assert (alone is None) == (not left)
+    if left:
+        torch.testing.assert_close(alone.double(), torch.stack(left).double().sum(0))
+    for ranks, threads in ((1, 3), (2, 1), (3, 2), (5, 1), (16, 1)):
+        for found in on_all(ranks, lambda workers: workers.sum(give, range(count)), threads):
+            assert (found is None and alone is None) or torch.equal(found, alone)
+
+
+def test_the_largest_share_of_a_sum():
+    assert [largest_share([1, 1, 1, 1], ranks) for ranks in (1, 2, 3, 4, 9)] == [4, 2, 2, 1, 1]
+    assert [largest_share([1, 1, 1], ranks) for ranks in (1, 2, 3)] == [3, 2, 1]
 
 
 def test_an_error_reaches_all_processes():

@@ -42,7 +42,7 @@ from hf_llfc.symmetry.orthogonal import Orthogonal
 from hf_llfc.symmetry.spec import PERMUTATION
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
-from hf_llfc.workers import ALONE, Workers
+from hf_llfc.workers import ALONE, Workers, largest_share
 
 # Up to this width gains are accumulated in float64; wider ones in float32, whose matrix products are twice as fast.
 DOUBLE_UP_TO = 1024
@@ -68,6 +68,9 @@ PARTS = 8
 
 # What one assignment of a pair of root entries takes, in operations of a matrix product: half a millisecond.
 ONE_ASSIGNMENT = 2e7
+
+# What it takes to send an entry of a gain matrix to another process, in operations of a matrix product: 10 ns.
+SENT = 1500
 
 # A tensor: its declared name, and its index along the axes in the name.
 Key = tuple[str, tuple[int, ...]]
@@ -165,6 +168,12 @@ class Gains:
         pairs = group.size**2 if group.moves else group.size
         return self.operations(group) + (ONE_ASSIGNMENT * pairs * tried(group) if group.children else 0.0)
 
+    def cost_together(self, group: Group, workers: Workers) -> float:
+        """What it takes a worker to solve a group whose gains all share, in the same unit: its part and to send it."""
+        parts = [sum(self._elements(part)) for part in self._shares(self.keys(group.axes), frozenset())]
+        share = largest_share(parts, workers.ranks) / sum(parts) / workers.threads
+        return share * self.cost(group) + (SENT * group.size**2 if workers.ranks > 1 else 0.0)
+
     def is_shared(self, group: Group) -> bool:
         """Whether workers can share the gains of one group."""
         return not (
@@ -251,11 +260,7 @@ class Gains:
         if not self.is_shared(group):
             gain_ij = gain_of(keys)
         else:
-            parts = self._shares(keys, undetermined - group.axes)
-            costs = [sum(self._elements(part)) for part in parts]
-            gain_ij = None
-            for gain in workers.map(gain_of, parts, costs=costs):
-                gain_ij = gain if gain_ij is None or gain is None else gain_ij.add_(gain)
+            gain_ij = workers.sum(gain_of, self._shares(keys, undetermined - group.axes))
         if gain_ij is None:
             return Solution({group.axis: present}, 0.0)
         proposal, gap = self._best(group, gain_ij)

@@ -185,12 +185,22 @@ def test_groups_are_matched_in_waves_after_those_they_share_tensors_with():
 def test_groups_that_others_would_wait_for_are_solved_by_all(axes, workers, together, monkeypatch):
     monkeypatch.setattr(hf_llfc.alignment.gains, "SHARED_FROM", 0)
     monkeypatch.setattr(hf_llfc.alignment.gains, "ONE_ASSIGNMENT", 1)
+    monkeypatch.setattr(hf_llfc.alignment.gains, "SENT", 0)
     spec, a, b = two_models("llama", "causal-lm")
     gains = Gains(parameters(spec, a), parameters(spec, b), workers=Workers(workers // 2, 0, 2))
     groups = {group.axis: group for group in groups_of(gains.a.binding)}
     found, apart = _divided(gains, {place: groups[axis] for place, axis in enumerate(axes)})
     assert [axes[place] for place in found] == together
     assert sorted([*found, *apart]) == list(range(len(axes)))
+
+
+def test_what_takes_longer_to_send_than_to_compute_is_solved_by_one(monkeypatch):
+    monkeypatch.setattr(hf_llfc.alignment.gains, "SHARED_FROM", 0)
+    spec, a, b = two_models("llama", "causal-lm")
+    for ranks, together in ((1, [0]), (2, [])):
+        gains = Gains(parameters(spec, a), parameters(spec, b), workers=Workers(2 // ranks, 0, ranks))
+        (group,) = (group for group in groups_of(gains.a.binding) if group.axis == "residual")
+        assert _divided(gains, {0: group})[0] == together
 
 
 def test_the_solver_with_a_gap_says_how_large_it_is(monkeypatch):
