@@ -46,6 +46,26 @@ def test_the_optimum_of_scipy(kind, dtype, generator):
     assert value(gain, assign(gain)) == pytest.approx(float(gain.double()[rows, columns].sum()), rel=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e290])
+@pytest.mark.parametrize("kind", ["noise", "decaying", "columns apart", "one far row", "constant", "ties", "low rank"])
+def test_the_optimum_of_scipy_from_prices(kind, scale, generator):
+    size = 300
+    noise, other = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
+    gain = {
+        "noise": noise,
+        "decaying": noise / torch.arange(1, size + 1) @ other,
+        "columns apart": noise + 1e6 * other[0],
+        "one far row": noise * (1 + 1e8 * (torch.arange(size) == 3))[:, None],
+        "constant": torch.full((size, size), 0.5, dtype=torch.float64),
+        "ties": noise.round(),
+        "low rank": noise[:, :1] @ other[:1],
+    }[kind] * scale
+    for each in (gain, gain.float()) if scale < 1e30 else (gain,):
+        rows, columns = linear_sum_assignment(each.double().numpy(), maximize=True)
+        best = float((each.double() / scale)[rows, columns].sum())
+        assert value(each.double() / scale, assign(each)) == pytest.approx(best, rel=1e-11)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_refused(bad):
     gain = torch.eye(3)
