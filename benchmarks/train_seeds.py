@@ -22,8 +22,14 @@ SEEDS = range(1, 7)
 TRAIN_BLOCKS, TEST_BLOCKS = 4000, 400
 
 
+# What is not as in the other families: epochs, and a decay under which weights forget their initial values, as those of
+# large models do in their long trainings; a weight keeps e^(-Σ learning rate × decay) of its own.
+EPOCHS = {"vit-128-short": 3}
+DECAY = {"llama-decay": 2.0}
+
+
 # Width and side of the patches of each ViT.
-VITS = {"vit": (64, 4), "vit-64": (64, 7), "vit-128": (128, 7), "vit-256": (256, 7)}
+VITS = {"vit": (64, 4), "vit-64": (64, 7), "vit-128": (128, 7), "vit-256": (256, 7), "vit-128-short": (128, 7)}
 
 
 def vit_config(width: int, patch: int) -> transformers.ViTConfig:
@@ -60,6 +66,7 @@ def train_fashion(out: Path, seeds: Sequence[int], family: str) -> None:
     parents.add_fashion_data(group)
     train, test = parents.fashion_inputs("train"), parents.fashion_inputs("test")
     training = parents.Training(6, 64, 1e-3, 0) if family in VITS else parents.Training(4, 64, 3e-3, 0)
+    training = parents.replace(training, epochs=EPOCHS.get(family, training.epochs))
 
     def make(seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
@@ -74,7 +81,7 @@ def train_fashion(out: Path, seeds: Sequence[int], family: str) -> None:
 
 
 # Width of each language model.
-LANGUAGE_MODELS = {"gpt2": 128, "llama": 128, "llama-256": 256}
+LANGUAGE_MODELS = {"gpt2": 128, "llama": 128, "llama-256": 256, "llama-decay": 128}
 
 
 def language_config(family: str, vocabulary: int) -> transformers.PreTrainedConfig:
@@ -123,7 +130,10 @@ def train_language(out: Path, seeds: Sequence[int], family: str) -> None:
     def make(seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(language_config(family, len(tokenizer)))
-        return parents.fit(model, inputs(train), parents.Training(2, 8, 2e-3, seed))
+        training = parents.Training(2, 8, 2e-3, seed)
+        return parents.fit(
+            model, inputs(train), parents.replace(training, weight_decay=DECAY.get(family, training.weight_decay))
+        )
 
     for seed in seeds:
         group.add(f"{family}-{seed}", partial(make, seed), tokenizer, {"brown": inputs(test)})
