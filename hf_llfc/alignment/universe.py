@@ -182,11 +182,17 @@ class _Universe:
                 seed=seed,
                 solver=self.solver,
                 workers=self.workers,
-                progress=lambda step, done, total, count=count: self.progress(  # type: ignore[misc]
-                    f"universe of {count} of {len(self.models)} models: {step}", done, total
-                ),
+                progress=self._progress_of(f"universe of {count} of {len(self.models)} models"),
             )
         return alignments
+
+    def _progress_of(self, part: str) -> Progress:
+        """The progress of a part of the work, told under its name."""
+
+        def tell(step: str, done: int, total: int) -> None:
+            self.progress(f"{part}: {step}", done, total)
+
+        return tell
 
     def ascend(
         self, label: str, start: Sequence[Alignment], max_sweeps: int, generator: torch.Generator, history: list[Sweep]
