@@ -163,6 +163,8 @@ def plot(points: dict[int, float], exponent: float) -> Path:
 
     figure, axes = pyplot.subplots(figsize=(5, 3.5))
     axes.loglog(list(points), list(points.values()), "o-", label=f"one sweep, exponent {exponent:.2f}")
+    axes.set_xticks(list(points), labels=[str(width) for width in points])
+    axes.minorticks_off()
     axes.set_xlabel("width")
     axes.set_ylabel("seconds")
     axes.legend()
