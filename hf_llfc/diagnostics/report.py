@@ -212,8 +212,8 @@ class ConnectivityReport:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            # JSON may escape half a character, which no file can hold as text.
-            json.dumps(values, ensure_ascii=False).encode()
+            # JSON may escape half a character, which no file can hold as text, and Python's reads infinities.
+            json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
         except OSError as error:
             raise EvaluationError(f"report {path} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

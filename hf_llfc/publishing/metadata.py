@@ -69,14 +69,15 @@ def _eval_results(task: str | None, data: Mapping[str, Any], rows: Sequence[Mapp
     dataset, revision = split_revision(str(data["dataset"]))
     if not is_hub_id(dataset):
         dataset = file_name(dataset)
+    config, split = (str(data[key]) if data.get(key) else None for key in ("name", "split"))
     values = {"loss": merged["loss"], **merged["metrics"]}
     return [
         EvalResult(
             task_type=task,
             dataset_type=dataset,
-            dataset_name=" ".join(filter(None, [dataset, data.get("name")])),
-            dataset_config=data.get("name"),
-            dataset_split=data.get("split"),
+            dataset_name=" ".join(filter(None, [dataset, config])),
+            dataset_config=config,
+            dataset_split=split,
             dataset_revision=revision,
             dataset_args={key: data[key] for key in ("samples", "seed") if key in data} or None,
             metric_type=metric,

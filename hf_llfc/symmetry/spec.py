@@ -297,7 +297,7 @@ class PermutationSpec:
             layouts = tuple(TensorSpec.from_list(each) for each in values["layouts"])
             return cls(
                 str(values["model_type"]),
-                {str(each[0]): Axis(*each) for each in values["axes"]},
+                _axes_of(values["axes"]),
                 tuple(TensorSpec.from_list(each) for each in values["tensors"]),
                 str(values["prefix"]),
                 tuple(values["other_prefixes"]),
@@ -472,6 +472,28 @@ class PermutationSpec:
             }
             for tensor in self.declarations
         ]
+
+
+def _axes_of(values: Sequence[Any]) -> dict[str, Axis]:
+    """Axes from JSON values.
+
+    Raises:
+        ValueError: One is not an axis, or depends on none of them.
+    """
+    from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
+
+    axes = {}
+    for each in values:
+        axis = Axis(*each)
+        kinds = {"name": str, "size": int | None, "symmetric": bool, "parent": str | None, "group": str}
+        wrong = [part for part, kind in kinds.items() if not isinstance(getattr(axis, part), kind)]
+        if wrong or axis.group not in (PERMUTATION, *MATRIX_GROUPS):
+            raise ValueError(f"{', '.join(wrong) or 'group'} of the axis {axis.name!r}")
+        axes[axis.name] = axis
+    for axis in axes.values():
+        if axis.parent is not None and axis.parent not in axes:
+            raise ValueError(f"the axis {axis.name!r} depends on {axis.parent!r}, which is none")
+    return axes
 
 
 def _given_layouts(layouts: tuple[TensorSpec, ...], spec: PermutationSpec) -> tuple[TensorSpec, ...]:

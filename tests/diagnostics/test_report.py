@@ -101,8 +101,10 @@ def test_what_is_no_report_is_refused(tmp_path):
     (tmp_path / "other.json").write_text('{"schema": "other/2"}')
     (tmp_path / "part.json").write_text(json.dumps({**GOLDEN, "path": [{"alpha": 0}]}))
     (tmp_path / "half.json").write_text(json.dumps({**GOLDEN, "data": {"dataset": "\ud800"}}))
+    (tmp_path / "infinite.json").write_text(json.dumps({**GOLDEN, "data": {"samples": float("inf")}}))
     for name, message in (
         ("missing", "cannot be read"),
+        ("infinite", "is not JSON: .*not JSON compliant"),
         ("half", "is not JSON: .*surrogates not allowed"),
         ("text", "is not JSON"),
         ("list", "holds no report"),

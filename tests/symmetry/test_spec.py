@@ -3,6 +3,7 @@ import torch
 
 from hf_llfc.errors import SpecError
 from hf_llfc.symmetry import PermutationSpec, TensorSpec, parse
+from tests.tiny_models import tiny_config
 
 LINES = [
     "net.embed.weight  vocab residual",
@@ -221,3 +222,16 @@ def test_the_table_reads_as_the_declarations_were_written(spec):
     assert rows[4]["tensor"] == "net.norm.weight?"
     assert len(rows) == len(LINES)
     assert spec.fix("residual").table()[0]["symmetric"] == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(0, 8), (1, "many"), (2, None), (3, ["residual"]), (3, "nobody"), (4, "any"), (4, [])],
+    ids=str,
+)
+def test_an_axis_that_is_none_is_refused_as_it_is_read(place, value):
+    values = PermutationSpec.from_config(tiny_config("bert")).to_dict()
+    assert PermutationSpec.from_dict(values).to_dict() == values
+    values["axes"][1][place] = value
+    with pytest.raises(SpecError, match=r"not a permutation spec: .*(of the axis|which is none)"):
+        PermutationSpec.from_dict(values)
