@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hf_llfc.alignment import Parameters
     from hf_llfc.evaluation import EvaluationConfig
 
+
+Found = TypeVar("Found")
 
 NEEDS_CALIBRATION = "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
 
@@ -86,8 +88,8 @@ def align_checkpoints(
         assert from_activations is not None
         alignment = from_activations
     if options.method == "commutativity_matching":
-        found = _match_commutativity(reference, model, alignment, options, progress) if workers.rank == 0 else None
-        alignment = workers.gather(found)[0]
+        start = alignment
+        alignment = _on_first(workers, lambda: _match_commutativity(reference, model, start, options, progress))
     if options.method == "learned_matching":
         alignment = _learn(reference, model, alignment, options, workers, device, progress)
     return identified(alignment, reference, model, options, workers)
@@ -110,18 +112,20 @@ def match_by_activations(
 ) -> Alignment:
     """Activation matching, for which both models are in memory of the first process alone; all get what it found."""
     spec = alignment_spec(reference, options)
-    found = _match_activations(reference, model, spec, options) if workers.rank == 0 else None
-    alignment: Alignment = workers.gather(found)[0]
-    return alignment
+    return _on_first(workers, lambda: _match_activations(reference, model, spec, options))
 
 
 def match_universe_by_activations(
     checkpoints: Sequence[Checkpoint], reference: int, options: AlignSection, workers: Workers
 ) -> list[Alignment]:
     """All models aligned to each other by their activations, all in memory of the first process alone."""
-    found = _match_universe_by_activations(checkpoints, reference, options) if workers.rank == 0 else None
-    alignments: list[Alignment] = workers.gather(found)[0]
-    return alignments
+    return _on_first(workers, lambda: _match_universe_by_activations(checkpoints, reference, options))
+
+
+def _on_first(workers: Workers, match: Callable[[], Found]) -> Found:
+    """What the first process finds, on all."""
+    found: Found = workers.gather(match() if workers.rank == 0 else None)[0]
+    return found
 
 
 def _match_universe_by_activations(
@@ -223,7 +227,7 @@ def _learn(
         average=_mean_over_processes if workers.ranks > 1 else None,
         progress=progress,
     )
-    return workers.gather(learned if workers.rank == 0 else None)[0]
+    return _on_first(workers, lambda: learned)
 
 
 def _in_random_order(batches: Sequence[Mapping[str, Tensor]], seed: int) -> Iterator[Mapping[str, Tensor]]:

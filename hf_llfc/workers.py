@@ -8,7 +8,7 @@ result of a run does not depend on how many threads and processes there are.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -96,17 +96,15 @@ class Workers:
         device = None
 
         def add(branch: range) -> Tensor | None:
-            if self.threads > 1:
-                found = dict(
-                    zip(branch, self._map_here(function, [items[place] for place in branch], None), strict=True)
-                )
-                return _tree(branch, lambda leaf: found.pop(leaf[0]), is_leaf=lambda part: len(part) == 1)
-            return _tree(branch, lambda leaf: function(items[leaf[0]]), is_leaf=lambda part: len(part) == 1)
+            if self.threads == 1:  # one after the other, so that no more of them are in memory than the tree is deep
+                return _tree(branch, lambda leaf: function(items[leaf[0]]))
+            made = self._map_here(function, [items[place] for place in branch], None)
+            return _tree(branch, lambda leaf: made[branch.index(leaf[0])])
 
         def work() -> Any:
             nonlocal device
             branch = branches.get(self.rank)
-            total = add(branch) if branch is not None and len(branch) else None
+            total = add(branch) if branch else None
             if total is None or self.ranks == 1:
                 return total
             device = total.device
@@ -121,7 +119,7 @@ class Workers:
             branch: None if outcomes[rank] is None else torch.from_numpy(outcomes[rank]).to(device)
             for rank, branch in branches.items()
         }
-        return _tree(whole, of_branch.__getitem__, is_leaf=of_branch.__contains__)
+        return _tree(whole, of_branch.__getitem__, of_branch)
 
     def each(
         self,
@@ -226,11 +224,11 @@ def _branches(items: range, ranks: range) -> Iterator[tuple[int, range]]:
         yield from _branches(some, their)
 
 
-def _tree(part: range, value: Callable[[range], Tensor | None], *, is_leaf: Callable[[range], bool]) -> Tensor | None:
-    """The sum of a branch, from the values of its leaves."""
-    if is_leaf(part):
+def _tree(part: range, value: Callable[[range], Tensor | None], known: Collection[range] = ()) -> Tensor | None:
+    """The sum of a branch, from the values of its leaves: of single items, and of the branches that are known."""
+    if len(part) == 1 or part in known:
         return value(part)
-    left, right = (_tree(half, value, is_leaf=is_leaf) for half in _halves(part))
+    left, right = (_tree(half, value, known) for half in _halves(part))
     if left is None or right is None:
         return right if left is None else left
     return left.add_(right)

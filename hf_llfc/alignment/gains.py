@@ -168,11 +168,11 @@ class Gains:
         pairs = group.size**2 if group.moves else group.size
         return self.operations(group) + (ONE_ASSIGNMENT * pairs * tried(group) if group.children else 0.0)
 
-    def cost_together(self, group: Group, workers: Workers) -> float:
+    def cost_together(self, group: Group) -> float:
         """What it takes a worker to solve a group whose gains all share, in the same unit: its part and to send it."""
         parts = [sum(self._elements(part)) for part in self._shares(self.keys(group.axes), frozenset())]
-        share = largest_share(parts, workers.ranks) / sum(parts) / workers.threads
-        return share * self.cost(group) + (SENT * group.size**2 if workers.ranks > 1 else 0.0)
+        share = largest_share(parts, self.workers.ranks) / sum(parts) / self.workers.threads
+        return share * self.cost(group) + (SENT * group.size**2 if self.workers.ranks > 1 else 0.0)
 
     def is_shared(self, group: Group) -> bool:
         """Whether workers can share the gains of one group."""

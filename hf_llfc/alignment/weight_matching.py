@@ -359,7 +359,7 @@ def _divided(gains: Gains, groups: Mapping[int, Group]) -> tuple[list[int], list
             loads[loads.index(min(loads))] += cost
         return max(loads)
 
-    in_turn = sum(gains.cost_together(groups[place], gains.workers) for place in shared) + longest(alone)
+    in_turn = sum(gains.cost_together(groups[place]) for place in shared) + longest(alone)
     if shared and longest([*groups]) > IDLE * in_turn:
         return shared, alone
     return [], list(groups)

@@ -32,6 +32,7 @@ class Settings:
 
     Attributes:
         raw: What config.json says; None where the config is in memory.
+        is_kept: Whether config.json is written as it was read, with what older ones say of generation.
     """
 
     def __init__(
@@ -44,15 +45,15 @@ class Settings:
         """Takes what loads the objects; it is called when they are asked for, once.
 
         Args:
-            raw: See the attribute.
+            raw: See the attributes.
             load: The config.
             load_generation: The generation config, given the config; None if there is none.
-            is_kept: Whether config.json is written as it was read.
+            is_kept: See the attributes.
         """
         self.raw = raw
         self._load = load
         self._load_generation = load_generation
-        self._is_kept = is_kept
+        self.is_kept = is_kept
 
     @classmethod
     def in_memory(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None = None) -> Settings:
@@ -117,11 +118,6 @@ class Settings:
         return self._load_generation(self.config)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether config.json is written as it was read, with the values in it that older ones have for generation."""
-        return self._is_kept
-
-    @property
     def model_type(self) -> str:
         """The model type."""
         named = self.raw.get("model_type") if self.raw is not None else None
@@ -146,7 +142,9 @@ class Settings:
         if self.is_kept and self.raw is not None:
             raw = dict(self.raw)
             if dtype is not None:
-                raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = str(dtype)[6:]
+                raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = str(
+                    dtype
+                ).removeprefix("torch.")
             (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             return
         config = copy.deepcopy(self.config)

@@ -34,9 +34,6 @@ PART = 1 << 20
 MEMORY = 1 << 28
 """Bytes of whole tensors that are in memory together, unless a single one needs more."""
 
-READ = 1 << 23
-"""Bytes of a whole tensor that are read at a time."""
-
 KEPT = 1 << 26
 """Bytes that a worker keeps for whole tensors from one to the next."""
 
@@ -244,20 +241,28 @@ class _Room:
 class _Matrix:
     """A matrix of a file in memory, that is given out by rows with its rows and columns moved."""
 
-    dtype: torch.dtype
-
     def __init__(self) -> None:
         self._bytes = np.empty(0, dtype=np.uint8)
         self._rows = np.empty(0, dtype=np.uint8)
         self._moved: Moved | None = None
 
+    @property
+    def moved(self) -> Moved:
+        """What is in memory."""
+        assert self._moved is not None, "a matrix is read first"
+        return self._moved
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements."""
+        return self.moved.span.dtype
+
     def read(self, moved: Moved) -> None:
         """Reads a matrix in the place of an earlier one."""
-        self._moved, self.dtype = moved, moved.span.dtype
+        self._moved = moved
         if len(self._bytes) < moved.span.nbytes:
             self._bytes = np.empty(moved.span.nbytes, dtype=np.uint8)
-        for start in range(0, moved.span.nbytes, READ):
-            moved.span.read_into(self._bytes[start : min(start + READ, moved.span.nbytes)].data, start)
+        moved.span.read_into(self._bytes[: moved.span.nbytes].data)
 
     def leave(self) -> None:
         """Keeps no more memory than a matrix of ordinary size takes: to ask for it anew takes as long as to fill it."""
@@ -271,31 +276,25 @@ class _Matrix:
             room: Where to put them, of format `B`.
             start: The first byte.
         """
-        assert self._moved is not None, "a matrix is read first"
-        (count, width), size = self._moved.shape, self.dtype.itemsize
+        (count, width), size = self.moved.shape, self.dtype.itemsize
         numbers = np.dtype(f"i{size}")
         original = self._bytes[: count * width * size].view(numbers).reshape(count, width)
         result = np.frombuffer(room, dtype=numbers).reshape(-1, width)
         first, few = start // (width * size), max(1, CHUNK // width)
-        rows, columns = self._moved.rows, self._moved.columns
+        rows, columns = self.moved.rows, self.moved.columns
         if len(self._rows) < few * width * size:
             self._rows = np.empty(few * width * size, dtype=np.uint8)
         for begin in range(0, len(result), few):
-            end = min(begin + few, len(result))
-            result_r = result[begin:end]
+            result_r = result[begin : begin + few]
+            part = slice(first + begin, first + begin + len(result_r))
+            # All places are there; to be told so spares NumPy looking.
             if rows is None:
-                original_r = original[first + begin : first + end]
+                moved_r = original[part]
             else:
-                original_r = self._rows[: result_r.nbytes].view(numbers).reshape(result_r.shape)
-                # All places are there; to be told so spares NumPy looking.
-                np.take(
-                    original,
-                    rows[first + begin : first + end],
-                    axis=0,
-                    mode="clip",
-                    out=result_r if columns is None else original_r,
-                )
+                room_r = self._rows[: result_r.nbytes].view(numbers).reshape(result_r.shape)
+                moved_r = result_r if columns is None else room_r
+                np.take(original, rows[part], axis=0, out=moved_r, mode="clip")
             if columns is not None:
-                np.take(original_r, columns, axis=1, out=result_r, mode="clip")
+                np.take(moved_r, columns, axis=1, out=result_r, mode="clip")
             elif rows is None:
-                result_r[:] = original_r
+                result_r[:] = moved_r
