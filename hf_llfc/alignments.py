@@ -83,7 +83,7 @@ def align_all(
         return [None if each is reference else align(reference, each, options) for each in models]
     place = next(place for place, each in enumerate(everyone) if each is reference)
     if options.together == "universe":
-        found = _in_universe(everyone, place, options, workers, progress)
+        found = _in_universe(everyone, place, options, workers, device, progress)
     else:
         found = _around_centre(everyone, place, options, align, workers)
     return [
@@ -93,20 +93,25 @@ def align_all(
 
 
 def _in_universe(
-    models: Sequence[Checkpoint], reference: int, options: AlignSection, workers: Workers, progress: Progress
+    models: Sequence[Checkpoint],
+    reference: int,
+    options: AlignSection,
+    workers: Workers,
+    device: torch.device | None,
+    progress: Progress,
 ) -> list[Alignment]:
     """All models aligned to each other at once."""
     from hf_llfc.alignment import match_universe
 
-    parameters = parameters_of(models, options)
+    parameters = parameters_of(models, options, workers)
     if options.method == "activation_matching":
-        return _in_universe_of_activations(models, reference, options, parameters, workers)
+        return _in_universe_of_activations(models, reference, options, parameters, workers, device)
     starts = None
     if options.start == "activation_matching":
         starts = [
             parameters[0].binding.spec.identity_alignment()
             if place == reference
-            else match_by_activations(models[reference], each, options, workers)
+            else match_by_activations(models[reference], each, options, workers, device)
             for place, each in enumerate(models)
         ]
     return match_universe(
@@ -128,12 +133,13 @@ def _in_universe_of_activations(
     options: AlignSection,
     parameters: Sequence[Parameters],
     workers: Workers,
+    device: torch.device | None,
 ) -> list[Alignment]:
     """The same by activations; how close the weights are then is told as of any method."""
     from hf_llfc.alignment.universe import closeness_of_all
     from hf_llfc.alignment.weight_matching import closeness_of
 
-    found = match_universe_by_activations(models, reference, options, workers)
+    found = match_universe_by_activations(models, reference, options, workers, device)
     universe = closeness_of_all(parameters, found, workers)
     return [
         alignment.with_metadata(**closeness_of(parameters[reference], each, alignment, workers), universe=universe)
@@ -160,7 +166,7 @@ def _around_centre(
         for place in (first, second):
             squares[place] += found.metadata["distance_after"] ** 2
     centre = squares.index(min(squares))
-    parameters = parameters_of(models, options)
+    parameters = parameters_of(models, options, workers)
     onto = [
         parameters[centre].binding.spec.identity_alignment()
         if place == centre

@@ -12,6 +12,7 @@ from hf_llfc.errors import AlignmentError, RecipeError
 from hf_llfc.progress import Progress, silent
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from hf_llfc.diagnostics import ConnectivityReport
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hf_llfc.pipeline import Result
     from hf_llfc.recipe import AlignSection
     from hf_llfc.symmetry import Alignment, PermutationSpec
+    from hf_llfc.workers import Workers
 
     Model = str | Path | PreTrainedModel
 
@@ -160,6 +162,7 @@ def align(
     learning_rate: float | None = None,
     calibration: EvaluationConfig | None = None,
     allow_pickle: bool = False,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> Alignment:
     """Finds the transforms that bring a model into the coordinates of a reference, without changing its function.
@@ -184,6 +187,8 @@ def align(
         calibration: Data for activation matching and learned matching; with labels, what is learned has a low loss at
             the midpoint, without a small LLFC gap.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
+        device: Where models run and tensors are multiplied: `auto`, `cpu`, `cuda`, `cuda:1`, …; the processor where
+            None.
         progress: Shown meanwhile.
 
     Returns:
@@ -194,10 +199,12 @@ def align(
         AlignmentError: An option is not valid.
     """
     from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.devices import device_alone
     from hf_llfc.matching import align_checkpoints
     from hf_llfc.parents import in_groups, refuse_incompatible
     from hf_llfc.recipe import AlignSection
 
+    place = device_alone(device)
     reference, moving = (open_checkpoint(each, allow_pickle=allow_pickle) for each in (to, model))
     refuse_incompatible([reference, moving])
     options = AlignSection(
@@ -216,7 +223,7 @@ def align(
         calibration=calibration,
     )
     reference, moving = in_groups([reference, moving], options)
-    alignment = align_checkpoints(reference, moving, options, progress=progress)
+    alignment = align_checkpoints(reference, moving, options, workers=_workers(place), device=place, progress=progress)
     if alignment is None:
         raise AlignmentError(
             "the method `none` aligns nothing; use weight_matching, activation_matching or learned_matching"
@@ -230,6 +237,7 @@ def align_all(
     together: str = "universe",
     reference: int = 0,
     allow_pickle: bool = False,
+    device: str | None = None,
     progress: Progress = silent,
     **settings: Any,
 ) -> list[Alignment]:
@@ -241,6 +249,8 @@ def align_all(
             from which the others are least far; or `reference`, each onto the reference.
         reference: Index of the model that stays.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
+        device: Where models run and tensors are multiplied: `auto`, `cpu`, `cuda`, `cuda:1`, …; the processor where
+            None.
         progress: Shown meanwhile.
         settings: Any other key of the section `align` of a recipe (`method`, `groups`, `restarts`, …).
 
@@ -254,6 +264,7 @@ def align_all(
     """
     from hf_llfc import alignments
     from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.devices import device_alone
     from hf_llfc.parents import in_groups, refuse_incompatible
     from hf_llfc.recipe import load_align
     from hf_llfc.specs import alignment_spec
@@ -261,11 +272,14 @@ def align_all(
     options = load_align({"together": together, **settings})
     if not -len(models) <= reference < len(models):
         raise AlignmentError(f"there is no model {reference}; models are counted from 0, and there are {len(models)}")
+    place = device_alone(device)
     opened = [open_checkpoint(each, allow_pickle=allow_pickle) for each in models]
     refuse_incompatible(opened)
     opened = in_groups(opened, options)
     identity = alignment_spec(opened[0], options).identity_alignment()
-    found = alignments.align_all(opened[reference], opened, options, progress=progress)
+    found = alignments.align_all(
+        opened[reference], opened, options, workers=_workers(place), device=place, progress=progress
+    )
     return [identity if alignment is None else alignment for alignment in found]
 
 
@@ -352,6 +366,7 @@ def diagnose(
     offload: bool = False,
     heads: str = "own",
     allow_pickle: bool = False,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Measures loss, metric and layerwise linear feature connectivity between models.
@@ -374,6 +389,8 @@ def diagnose(
         offload: Let every module read its weights when it runs, for models that do not fit into memory.
         heads: `own`, or `first`: models of different tasks are compared by their base model, under the head of A.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
+        device: Where models run and tensors are multiplied: `auto`, `cpu`, `cuda`, `cuda:1`, …; the processor where
+            None.
         progress: Shown meanwhile.
 
     Returns:
@@ -384,12 +401,15 @@ def diagnose(
     """
     from hf_llfc.alignments import align_all
     from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.devices import device_alone
     from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
     from hf_llfc.diagnostics import DEFAULT_ALPHAS
     from hf_llfc.parents import Parent, comparable, in_groups, open_data
     from hf_llfc.provenance import refuse_foreign_alignment
+    from hf_llfc.ranks import OneProcess
     from hf_llfc.recipe import AlignSection, DiagnoseSection
 
+    place = device_alone(device)
     checkpoints = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b, *more)]
     base = open_checkpoint(base_model, allow_pickle=allow_pickle) if base_model is not None else None
     given, options = None, AlignSection(method="none")
@@ -405,7 +425,7 @@ def diagnose(
     section = DiagnoseSection(data, grid, tuple(layers), unit, tuple(measures), suggest, offload)
     reference = base if base is not None else checkpoints[0]
     if given is None:
-        found = align_all(reference, checkpoints, options, progress=progress)
+        found = align_all(reference, checkpoints, options, workers=_workers(place), device=place, progress=progress)
     else:
         if len(checkpoints) > 2 or base is not None:
             raise AlignmentError("an alignment moves B onto A; with more models name a method instead")
@@ -422,8 +442,19 @@ def diagnose(
         base=Parent(base, None, head) if base is not None else None,
         weights=weights,
         calibration=batch_norm_data(checkpoints[0], section),
+        processes=OneProcess(place) if place is not None else None,
         progress=progress,
     )
+
+
+def _workers(device: torch.device | None) -> Workers:
+    """The threads of this process, and where they multiply."""
+    import torch
+
+    from hf_llfc.workers import Workers
+
+    accelerator = device if device is not None and device.type != "cpu" else None
+    return Workers(torch.get_num_threads(), device=accelerator)
 
 
 def _align_options(align: str | Mapping[str, Any], data: EvaluationConfig) -> AlignSection:

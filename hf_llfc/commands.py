@@ -44,6 +44,7 @@ def write_aligned(
     overwrite: bool = False,
     restart: bool = False,
     allow_pickle: bool = False,
+    device: str | None = None,
     progress: Progress = silent,
 ) -> Alignment:
     """Writes a model as an ordinary checkpoint in the coordinates of a reference, with its alignment file.
@@ -59,6 +60,7 @@ def write_aligned(
         overwrite: Whether an earlier output may be replaced.
         restart: Whether to discard what an interrupted run into the same folder had finished.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
+        device: As for `Processes`.
         progress: Shown meanwhile.
 
     Returns:
@@ -72,7 +74,7 @@ def write_aligned(
             "the method `none` aligns nothing; use weight_matching, activation_matching or learned_matching"
         )
     output = OutputFolder(out, overwrite, restart)
-    with Processes() as processes:
+    with Processes(device) as processes:
         progress = progress if processes.is_main else silent
         return _write_aligned(model, to, output, options, file, allow_pickle, processes, progress)
 
@@ -159,6 +161,7 @@ def write_diagnosis(
     allow_pickle: bool = False,
     log_with: Sequence[str] = (),
     logging_dir: str | Path = "runs",
+    device: str | None = None,
     progress: Progress = silent,
 ) -> ConnectivityReport:
     """Diagnoses models as they would be merged and, given a folder, writes report, plots and the interactive report.
@@ -176,12 +179,13 @@ def write_diagnosis(
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
         log_with: Trackers of accelerate that it is logged to; see `hf_llfc.trackers`.
         logging_dir: Where trackers write that write files.
+        device: As for `Processes`.
         progress: Shown meanwhile.
 
     Raises:
         LLFCError: The models do not fit each other or the data.
     """
-    with Processes() as processes:
+    with Processes(device) as processes:
         processes.on_main(lambda: refuse_missing_trackers(log_with))
         progress = progress if processes.is_main else silent
         output = OutputFolder(out, overwrite, restart) if out is not None else None

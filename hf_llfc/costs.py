@@ -46,7 +46,9 @@ def matching_memory(checkpoint: Checkpoint, options: AlignSection, models: int =
     return max(by_weights, 5 * checkpoint.nbytes + 4 * 4 * squares)
 
 
-def matching_cost(checkpoint: Checkpoint, options: AlignSection, models: int = 2) -> dict[str, float]:
+def matching_cost(
+    checkpoint: Checkpoint, options: AlignSection, models: int = 2, device: torch.device | None = None
+) -> dict[str, float]:
     """What one sweep of weight matching over one model takes, which other methods but activation matching start from.
 
     It is known from the headers alone.
@@ -55,6 +57,7 @@ def matching_cost(checkpoint: Checkpoint, options: AlignSection, models: int = 2
         checkpoint: One of the models.
         options: How they are aligned.
         models: How many are aligned; in a universe each is matched to all others.
+        device: Where matrices are multiplied; the processor where None.
 
     Returns:
         `operations`, additions and multiplications of the matrix products; `bytes` to read from the models; and
@@ -72,15 +75,19 @@ def matching_cost(checkpoint: Checkpoint, options: AlignSection, models: int = 2
     read = sum(gains.elements(group) for group in groups)
     assigned = sum(float(group.size) ** 2 for group in groups if group.moves)
     itemsize = max((info.dtype.itemsize for info in checkpoint.tensors.values()), default=4)
-    per_operation, per_byte = machine_costs()
+    per_operation, per_byte = machine_costs(device)
     involved = models if options.together == "universe" else 2
     seconds = operations * per_operation + (read * (involved * itemsize + CASTS * 4) + assigned * PASSES * 4) * per_byte
     return {"operations": operations, "bytes": float(involved * itemsize) * read, "seconds": seconds}
 
 
-def machine_costs() -> tuple[float, float]:
-    """Seconds that an operation of a float32 matrix product and a byte copied in memory take, measured in a moment."""
-    factor = torch.rand(1024, 1024)
+def machine_costs(device: torch.device | None = None) -> tuple[float, float]:
+    """Seconds that an operation of a float32 matrix product and a byte copied in memory take, measured in a moment.
+
+    Args:
+        device: Where matrices are multiplied; the processor where None.
+    """
+    factor = torch.rand(1024, 1024, device=device)
     source = torch.rand(1 << 24)
     target = torch.empty_like(source)
 
@@ -92,5 +99,7 @@ def machine_costs() -> tuple[float, float]:
             times.append(perf_counter() - start)
         return sorted(times)[2]
 
-    product, copy = median_seconds(lambda: factor @ factor), median_seconds(lambda: target.copy_(source))
+    # To read a number of the result waits until an accelerator has it.
+    product = median_seconds(lambda: (factor @ factor)[0, 0].item())
+    copy = median_seconds(lambda: target.copy_(source))
     return product / (2 * 1024**3), copy / (4 * source.numel())

@@ -16,7 +16,7 @@ from hf_llfc.version import __version__
 LIBRARIES = ("torch", "transformers")
 """Those whose other version may round otherwise."""
 
-IRRELEVANT = ("output_dir", "overwrite", "max_memory", "log_with", "logging_dir")
+IRRELEVANT = ("output_dir", "overwrite", "max_memory", "device", "log_with", "logging_dir")
 """Keys of a recipe that say where a result goes and how it is made, not what it is."""
 
 

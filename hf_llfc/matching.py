@@ -18,7 +18,7 @@ from hf_llfc.provenance import identified
 from hf_llfc.recipe import AlignSection
 from hf_llfc.specs import alignment_spec, bind
 from hf_llfc.symmetry import Alignment, PermutationSpec
-from hf_llfc.workers import Workers
+from hf_llfc.workers import ALONE, Workers
 
 # What opens data and runs models is imported where it is called: a merge alone does not wait for it to load.
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def align_checkpoints(
         reference: The model that stays.
         model: The model that moves.
         options: How.
-        workers: Threads and processes that share the work; as many threads as torch has where None.
+        workers: Threads and processes that share the work, and where tensors are multiplied; as many threads as torch
+            has where None.
         device: Where models run that matching looks at or learns from; the CPU where None.
         progress: Shown meanwhile.
 
@@ -72,10 +73,10 @@ def align_checkpoints(
     workers = workers if workers is not None else Workers(torch.get_num_threads())
     from_activations = None
     if "activation_matching" in (options.method, options.start):
-        from_activations = match_by_activations(reference, model, options, workers)
+        from_activations = match_by_activations(reference, model, options, workers, device)
     if options.method != "activation_matching":
         alignment = match_weights(
-            *parameters_of([reference, model], options),
+            *parameters_of([reference, model], options, workers),
             restarts=options.restarts,
             max_sweeps=options.max_sweeps,
             seed=options.seed,
@@ -89,14 +90,16 @@ def align_checkpoints(
         alignment = from_activations
     if options.method == "commutativity_matching":
         start = alignment
-        alignment = _on_first(workers, lambda: _match_commutativity(reference, model, start, options, progress))
+        alignment = _on_first(workers, lambda: _match_commutativity(reference, model, start, options, device, progress))
     if options.method == "learned_matching":
         alignment = _learn(reference, model, alignment, options, workers, device, progress)
     return identified(alignment, reference, model, options, workers)
 
 
-def parameters_of(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[Parameters]:
-    """What weight matching reads of checkpoints of one architecture."""
+def parameters_of(
+    checkpoints: Sequence[Checkpoint], options: AlignSection, workers: Workers = ALONE
+) -> list[Parameters]:
+    """What weight matching reads of checkpoints of one architecture, where the workers multiply it."""
     from hf_llfc.alignment import Parameters
     from hf_llfc.alignment.sources import anchors_of
 
@@ -104,22 +107,32 @@ def parameters_of(checkpoints: Sequence[Checkpoint], options: AlignSection) -> l
     weight = options.anchors if options.anchors is not None else anchors_of(spec)
     if not 0 < weight < float("inf"):
         raise AlignmentError(f"anchors: a number above 0 is expected, found {weight:g}")
-    return [Parameters(bind(spec, each), each.read, each.label).with_anchors(weight) for each in checkpoints]
+    return [
+        Parameters(bind(spec, each), each.read, each.label, workers.device).with_anchors(weight) for each in checkpoints
+    ]
 
 
 def match_by_activations(
-    reference: Checkpoint, model: Checkpoint, options: AlignSection, workers: Workers
+    reference: Checkpoint,
+    model: Checkpoint,
+    options: AlignSection,
+    workers: Workers,
+    device: torch.device | None = None,
 ) -> Alignment:
     """Activation matching, for which both models are in memory of the first process alone; all get what it found."""
     spec = alignment_spec(reference, options)
-    return _on_first(workers, lambda: _match_activations(reference, model, spec, options))
+    return _on_first(workers, lambda: _match_activations(reference, model, spec, options, device))
 
 
 def match_universe_by_activations(
-    checkpoints: Sequence[Checkpoint], reference: int, options: AlignSection, workers: Workers
+    checkpoints: Sequence[Checkpoint],
+    reference: int,
+    options: AlignSection,
+    workers: Workers,
+    device: torch.device | None = None,
 ) -> list[Alignment]:
     """All models aligned to each other by their activations, all in memory of the first process alone."""
-    return _on_first(workers, lambda: _match_universe_by_activations(checkpoints, reference, options))
+    return _on_first(workers, lambda: _match_universe_by_activations(checkpoints, reference, options, device))
 
 
 def _on_first(workers: Workers, match: Callable[[], Found]) -> Found:
@@ -129,7 +142,7 @@ def _on_first(workers: Workers, match: Callable[[], Found]) -> Found:
 
 
 def _match_universe_by_activations(
-    checkpoints: Sequence[Checkpoint], reference: int, options: AlignSection
+    checkpoints: Sequence[Checkpoint], reference: int, options: AlignSection, device: torch.device | None
 ) -> list[Alignment]:
     if options.calibration is None:
         raise AlignmentError(NEEDS_CALIBRATION)
@@ -137,7 +150,7 @@ def _match_universe_by_activations(
     from hf_llfc.alignment.universe_of_activations import match_universe_of_activations
 
     spec = alignment_spec(checkpoints[reference], options)
-    with _running(checkpoints, options.calibration) as (models, batches):
+    with _running(checkpoints, options.calibration, device) as (models, batches):
         held = match_universe_of_activations(
             models,
             batches,
@@ -169,25 +182,30 @@ def _match_universe_by_activations(
 
 @contextmanager
 def _running(
-    checkpoints: Sequence[Checkpoint], calibration: EvaluationConfig
+    checkpoints: Sequence[Checkpoint], calibration: EvaluationConfig, device: torch.device | None
 ) -> Iterator[tuple[list[PreTrainedModel], Iterator[dict[str, Tensor]]]]:
     """Models in evaluation mode, and the inputs of calibration data as the first of them takes them."""
     from hf_llfc.evaluation.models import evaluation_mode, model_inputs
 
-    models = [Parent(checkpoint).load() for checkpoint in checkpoints]
+    models = [Parent(checkpoint).load().to(device or "cpu") for checkpoint in checkpoints]  # type: ignore[arg-type]
     data = open_data(calibration, checkpoints[0])
     with evaluation_mode(*models):
         yield models, (model_inputs(batch, models[0]) for batch, _ in data.batches())
 
 
 def _match_commutativity(
-    reference: Checkpoint, model: Checkpoint, start: Alignment, options: AlignSection, progress: Progress
+    reference: Checkpoint,
+    model: Checkpoint,
+    start: Alignment,
+    options: AlignSection,
+    device: torch.device | None,
+    progress: Progress,
 ) -> Alignment:
     if options.calibration is None:
         raise AlignmentError("commutativity matching needs data: give `align.calibration` in a recipe, or --dataset")
     from hf_llfc.alignment.commutativity_matching import match_commutativity
 
-    with _running([reference, model], options.calibration) as (models, batches):
+    with _running([reference, model], options.calibration, device) as (models, batches):
         return match_commutativity(models[0], models[1], batches, start.spec, start, progress=progress)
 
 
@@ -248,13 +266,17 @@ def _mean_over_processes(tensors: Sequence[Tensor]) -> None:
 
 
 def _match_activations(
-    reference: Checkpoint, model: Checkpoint, spec: PermutationSpec, options: AlignSection
+    reference: Checkpoint,
+    model: Checkpoint,
+    spec: PermutationSpec,
+    options: AlignSection,
+    device: torch.device | None,
 ) -> Alignment:
     if options.calibration is None:
         raise AlignmentError(NEEDS_CALIBRATION)
     from hf_llfc.alignment import Parameters, match_activations, match_weights
 
-    with _running([reference, model], options.calibration) as (models, batches):
+    with _running([reference, model], options.calibration, device) as (models, batches):
         alignment = match_activations(models[0], models[1], batches, spec)
     if alignment.metadata["unmatched"]:
         # What no linear map shows (experts fused into one tensor) is matched by its weights, the rest held.

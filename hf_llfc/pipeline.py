@@ -85,7 +85,7 @@ def run(
         LLFCError: Something is wrong with the recipe, the parents or the data; nothing is written then.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    with Processes() as processes:
+    with Processes(recipe.device) as processes:
         return _run(recipe, models, processes, restart, progress if processes.is_main else silent)
 
 

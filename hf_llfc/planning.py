@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.costs import matching_cost
+from hf_llfc.devices import device_alone
 from hf_llfc.inputs import Models, open_models, refuse_replacing_inputs
 from hf_llfc.pipeline import versions_of_programs
 from hf_llfc.recipe import Recipe
@@ -31,6 +32,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """
     output = OutputFolder(recipe.output_dir, recipe.overwrite)
     output.check()
+    device = device_alone(recipe.device)
     opened = open_models(recipe)
     refuse_replacing_inputs(output, opened.all)
     first = opened.parents[0]
@@ -69,7 +71,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         steps.append({"step": "publish", "what": recipe.publish.repo_id})
     held = peak_memory(recipe, opened.all, infos)
     by_weights = recipe.align.method not in ("none", "activation_matching")
-    matching = {"matching": matching_cost(first, recipe.align, len(opened.all))} if by_weights else {}
+    matching = {"matching": matching_cost(first, recipe.align, len(opened.all), device)} if by_weights else {}
     reads = read * (1 if recipe.align.method == "none" else 2)
     cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching}
     return {"steps": steps, "cost": cost}

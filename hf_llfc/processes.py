@@ -58,18 +58,24 @@ class Processes:
 
     On leaving with an error all other processes get it too; on leaving without one, all have got that far.
 
+    Args:
+        device: Where models run and tensors of checkpoints are summed and multiplied, see `chosen_device`. Where None,
+            models run where accelerate puts them, and all else is the processor's.
+
     Raises:
-        LLFCError: A launcher asked for several processes and accelerate sees one, or the processes have no way to
-            exchange Python objects (TPUs).
+        LLFCError: A launcher asked for several processes and accelerate sees one, the processes have no way to
+            exchange Python objects (TPUs), or the device is not there.
 
     Example:
         with Processes() as processes:
             found = processes.on_main(search)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         import torch
         from accelerate import Accelerator
+
+        from hf_llfc.devices import chosen_device
 
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -84,6 +90,10 @@ class Processes:
             )
         if self.count > 1 and not torch.distributed.is_initialized():
             raise LLFCError(f"{accelerator.distributed_type}: processes share work through torch.distributed only")
+        self._of_tensors: torch.device | None = None
+        if device is not None:
+            self.device = chosen_device(device, self.device, self.count)
+            self._of_tensors = self.device if self.device.type != "cpu" else None
 
     def __enter__(self) -> Processes:
         """Lets the processes find each other."""
@@ -138,7 +148,7 @@ class Processes:
         """The threads of this process, as many as torch has, and the other processes."""
         import torch
 
-        return Workers(torch.get_num_threads(), self.rank, self.count, self.gather)
+        return Workers(torch.get_num_threads(), self.rank, self.count, self.gather, self._of_tensors)
 
     def on_main(self, work: Callable[[], Value]) -> Value:
         """Runs work on the main process; all processes get its value, or its error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Ranks(Protocol):
-    """The processes of one run; `hf_llfc.processes.Processes` is the one implementation.
+    """The processes of one run; `hf_llfc.processes.Processes` are those of a launcher, `OneProcess` is alone.
 
     Attributes:
         rank: Which process this is, from 0.
@@ -35,3 +36,22 @@ class Ranks(Protocol):
         Raises:
             LLFCError: Another process failed or is gone.
         """
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """A process that shares its work with no other, whatever launched it.
+
+    Attributes:
+        device: Where its models run.
+        rank: 0.
+        count: 1.
+    """
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of the only process."""
+        return [value]

@@ -17,7 +17,7 @@ from hf_llfc.errors import LLFCError
 from hf_llfc.forked import can_fork, run_forked
 
 if TYPE_CHECKING:  # takes long to load
-    from torch import Tensor
+    from torch import Tensor, device
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,12 +38,15 @@ class Workers:
         ranks: How many there are.
         gather: Sends a picklable value to all processes and returns those of all, in the order of ranks; every
             process calls it at the same points.
+        device: The accelerator of this process where tensors of checkpoints are summed and multiplied; None where that
+            is done by the processor.
     """
 
     threads: int = 1
     rank: int = 0
     ranks: int = 1
     gather: Callable[[Any], list[Any]] = _alone
+    device: device | None = None
 
     def map(
         self,
@@ -137,8 +140,9 @@ class Workers:
             items: What to work on, the same on every process.
             on_result: Told what came of an item of this process, by the thread that did it.
             costs: How much work each is, in any unit; alike where None.
-            forked: Whether copies of this process take the place of its threads, where `can_fork`: what they change
-                in memory is not seen here. `run_forked` says what else the function must keep to.
+            forked: Whether copies of this process take the place of its threads, where `can_fork` and there is no
+                accelerator, which a copy cannot use: what they change in memory is not seen here. `run_forked` says
+                what else the function must keep to.
 
         Raises:
             LLFCError: Work failed, here or on another process; all processes get the error.
@@ -146,7 +150,7 @@ class Workers:
         mine = [items[place] for place in self._share(items, costs)]
 
         def work() -> None:
-            if forked and self.threads > 1 and len(mine) > 1 and can_fork():
+            if forked and self.device is None and self.threads > 1 and len(mine) > 1 and can_fork():
                 run_forked(function, mine, self.threads, on_result)
             else:
                 self._map_here(lambda item: on_result(item, function(item)), mine, None)

@@ -24,6 +24,7 @@ ORDER = (
     "forked",
     "workers",
     "ranks",
+    "devices",
     "extension",
     "symmetry",
     "adapters",

@@ -27,14 +27,21 @@ class Parameters:
 
     Attributes:
         binding: Their declarations, by the model's own names.
-        read: Gives a tensor by name, in its stored dtype. Matching computes on the device where it puts the
-            reference's tensors.
+        stored: Gives a tensor by name, in its stored dtype.
         label: What error messages call the model.
+        device: Where tensors are put as they are read; they stay where they are where None. Matching computes where
+            those of the reference are.
     """
 
     binding: Binding
-    read: Callable[[str], Tensor]
+    stored: Callable[[str], Tensor]
     label: str = ""
+    device: torch.device | None = None
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype, on the device."""
+        tensor = self.stored(name)
+        return tensor if self.device is None else tensor.to(self.device)
 
     @classmethod
     def from_state_dict(cls, spec: PermutationSpec, state_dict: Mapping[str, Tensor]) -> Parameters:
@@ -73,7 +80,7 @@ class Parameters:
             # Both models are weighted, each by the root.
             return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weight**0.5
 
-        return replace(self, read=read)
+        return replace(self, stored=read)
 
     def _is_anchor(self, tensor: TensorSpec) -> bool:
         moving = [use for use in tensor.axes if self.binding.spec.axes[use.axis].symmetric]

@@ -38,6 +38,7 @@ def execute(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             restart=options.restart,
             allow_pickle=options.allow_pickle,
+            device=options.device,
             progress=progress,
         )
     if not is_main_process():

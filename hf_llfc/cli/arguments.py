@@ -140,6 +140,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     _add_restart(parser)
     _add_pickle(parser)
+    parser.add_argument(
+        "--device",
+        help="where models run, matching multiplies and tensors are summed: auto, cpu, cuda, cuda:1 (default: models "
+        "where accelerate puts them, all else on the processor)",
+    )
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:

@@ -49,6 +49,7 @@ def execute(options: argparse.Namespace) -> int:
             allow_pickle=options.allow_pickle,
             log_with=options.log_with,
             logging_dir=options.logging_dir,
+            device=options.device,
             progress=progress,
         )
     if is_main_process():

@@ -33,6 +33,7 @@ def execute(options: argparse.Namespace) -> int:
         "output_dir": options.out,
         "overwrite": options.overwrite,
         "allow_pickle": options.allow_pickle,
+        "device": options.device,
         "log_with": options.log_with,
         "logging_dir": options.logging_dir,
     }

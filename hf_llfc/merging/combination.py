@@ -57,7 +57,7 @@ _BITS = {
 
 
 @dataclass(frozen=True)
-class _Half:
+class Half:
     """What rounding to a half type takes.
 
     Attributes:
@@ -71,9 +71,9 @@ class _Half:
     unit: float
 
 
-_HALVES = {
-    torch.bfloat16: _Half(2.0**45 + 1, 0x0080, 2.0**-133),
-    torch.float16: _Half(2.0**42 + 1, 0x0400, 2.0**-24),
+HALVES = {
+    torch.bfloat16: Half(2.0**45 + 1, 0x0080, 2.0**-133),
+    torch.float16: Half(2.0**42 + 1, 0x0400, 2.0**-24),
 }
 
 
@@ -200,7 +200,7 @@ class Scratch:
     ) -> bool:
         """Combines one chunk; its result is given as a tensor and as integers."""
         n = result_bits.size
-        half = _HALVES.get(result_c.dtype)
+        half = HALVES.get(result_c.dtype)
         self._accumulate(combination, columns, n)
         if half is not None:
             self._round_to(half, n)
@@ -248,7 +248,7 @@ class Scratch:
             np.multiply(value_c, weight, out=value_c)
             np.add(sum_c, value_c, out=sum_c)
 
-    def _round_to(self, half: _Half, n: int) -> None:
+    def _round_to(self, half: Half, n: int) -> None:
         """Leaves the sum rounded to the significant bits of a half type in the room for values, and spoils the sum."""
         sum_c, value_c = self._sum[:n], self._value[:n]
         np.multiply(sum_c, half.splitter, out=value_c)
@@ -259,7 +259,7 @@ class Scratch:
         self,
         combination: Combination,
         columns: Sequence[Tensor],
-        half: _Half,
+        half: Half,
         result_c: Tensor,
         tiny_k: np.ndarray[tuple[int], np.dtype[np.int64]],
     ) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from hf_llfc.checkpoints import FileSpan, Sink, Written, tensor_bytes
 from hf_llfc.merging.combination import CHUNK, DTYPES, Scratch
+from hf_llfc.merging.on_device import DeviceScratch
 from hf_llfc.merging.tensors import Merge, Moved
 from hf_llfc.workers import ALONE, Workers
 
@@ -75,7 +76,8 @@ def merge_streamed(
         merge: What becomes of every tensor.
         sink: Takes the merged bytes, in any order.
         names: The tensors to be made; all where None.
-        workers: Workers and processes that share the tensors; the sinks of the processes must write to the same place.
+        workers: Workers and processes that share the tensors, and the device that sums them; the sinks of the processes
+            must write to the same place.
         memory: Bytes of whole tensors that may be in memory together in one process. One tensor is always read, so
             that a single one may need more.
         on_bytes: Told how many bytes this process has done and how many it will do, about.
@@ -86,7 +88,7 @@ def merge_streamed(
     """
     parts = [part for name in (merge.infos if names is None else names) for part in _parts(merge, name)]
     total = sum(part.cost for part in parts) // workers.ranks
-    forked = total >= FORKED
+    forked = total >= FORKED and workers.device is None
     done = 0
     lock = threading.Lock()
 
@@ -99,7 +101,7 @@ def merge_streamed(
                 done = min(total, done + part.cost)
                 on_bytes(done, total)
 
-    make = _Merging(merge, sink, _Budget(memory, forked=forked))
+    make = _Merging(merge, sink, _Budget(memory, forked=forked), workers.device)
     workers.each(make, parts, costs=[float(part.cost) for part in parts], on_result=note, forked=forked)
 
 
@@ -157,11 +159,11 @@ class _Budget:
 class _Merging(threading.local):
     """What merges parts; every worker that uses it gets room of its own for a part of each model and of the result."""
 
-    def __init__(self, merge: Merge, sink: Sink, budget: _Budget) -> None:
+    def __init__(self, merge: Merge, sink: Sink, budget: _Budget, device: torch.device | None) -> None:
         self._merge = merge
         self._sink = sink
         self._budget = budget
-        self._scratch = Scratch(CHUNK)
+        self._scratch = Scratch(CHUNK) if device is None else DeviceScratch(device)
         self._rooms = [_Room() for _ in (*merge.everyone, sink)]
         self._matrices = [_Matrix() for _ in merge.everyone]
 

@@ -223,6 +223,8 @@ class Recipe:
         max_shard_size: Bytes above which weights are split into several files; in YAML also as `5GB`.
         max_memory: Bytes of tensors that have to be moved or made as they are merged and may be in memory together;
             the largest one always may. In YAML also as `1GB`.
+        device: Where models run, products of matching are made and tensors summed: `auto`, `cpu`, `cuda`, `cuda:1`, …;
+            where None, models run where accelerate puts them, and all else is the processor's.
         log_with: Trackers of accelerate that the run is logged to, any of `TRACKERS`; see `hf_llfc.trackers`.
         logging_dir: Where trackers write that write files, in a folder named like the output folder.
     """
@@ -244,6 +246,7 @@ class Recipe:
     allow_pickle: bool = False
     max_shard_size: int = 5_000_000_000
     max_memory: int = 1 << 28
+    device: str | None = None
     log_with: tuple[str, ...] = ()
     logging_dir: str = "runs"
 

@@ -1,0 +1,84 @@
+"""The device that a user names: what is there is taken, all else is one clear error before anything is written."""
+
+import pytest
+import torch
+
+import hf_llfc
+from hf_llfc.devices import chosen_device, device_alone
+from hf_llfc.errors import LLFCError
+from hf_llfc.processes import Processes
+from tests.tiny_models import tiny_model
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As if the machine had two."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+def test_what_is_there_is_taken(two_gpus):
+    assert chosen_device("auto", CPU) == CPU
+    assert chosen_device("auto", CUDA, 2) == CUDA
+    assert chosen_device("cuda", CUDA, 2) == CUDA
+    assert chosen_device("cuda", CPU) == torch.device("cuda", 0)
+    assert chosen_device("cuda:0", CUDA) == torch.device("cuda", 0)
+    assert chosen_device("cpu", CUDA) == CPU
+
+
+def test_what_is_not_there_is_refused(two_gpus):
+    with pytest.raises(LLFCError, match=r"no cuda:2 here .*2 of cuda"):
+        chosen_device("cuda:2", CUDA)
+    with pytest.raises(LLFCError, match=r"no xpu here .*only cuda"):
+        chosen_device("xpu", CUDA)
+    with pytest.raises(LLFCError, match="cuda:0 cannot be that of 2 processes"):
+        chosen_device("cuda:0", CUDA, 2)
+    with pytest.raises(LLFCError, match="ACCELERATE_USE_CPU"):
+        chosen_device("cpu", CUDA, 2)
+    with pytest.raises(LLFCError, match="'gpu' is no device of torch"):
+        chosen_device("gpu", CPU)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(LLFCError, match="mps has no float64"):
+        chosen_device("mps", CPU)
+    with pytest.raises(LLFCError, match="mps has no float64"):
+        device_alone("auto")
+
+
+def test_only_an_accelerator_takes_work_from_the_processor():
+    assert Processes().workers().device is None
+    assert Processes("cpu").workers().device is None
+    assert device_alone(None) is None
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "gpu"])
+def test_a_run_on_what_is_not_there_writes_nothing(tmp_path, device):
+    for seed in (1, 2):
+        tiny_model("llama", "causal-lm", seed=seed).save_pretrained(tmp_path / str(seed))
+    models = [tmp_path / "1", tmp_path / "2"]
+    with pytest.raises(LLFCError, match="device: "):
+        hf_llfc.merge(models, out=tmp_path / "out", device=device)
+    with pytest.raises(LLFCError, match="device: "):
+        hf_llfc.align(models[1], to=models[0], device=device)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.gpu
+def test_an_accelerator_merges_and_aligns_as_the_processor_does(tmp_path):
+    for seed in (1, 2):
+        tiny_model("llama", "causal-lm", seed=seed).save_pretrained(tmp_path / str(seed))
+    models = [tmp_path / "1", tmp_path / "2"]
+    found = [hf_llfc.align(models[1], to=models[0], device=device) for device in ("cpu", "auto")]
+    assert found[0].transforms == found[1].transforms
+    for device in ("cpu", "auto"):
+        hf_llfc.merge(models, out=tmp_path / device, align="weight_matching", device=device)
+    merged = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "auto")]
+    assert merged[0] == merged[1]
