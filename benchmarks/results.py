@@ -16,6 +16,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def table_of(name: str) -> list[dict[str, str]]:
+    """The rows of the first table of a section, as they are shown; none where there is no such section."""
+    found = re.search(rf"<!-- {name} -->(.*?)<!-- /{name} -->", RESULTS.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for line in (found[1] if found else "").splitlines() if line.startswith("|")]
+    names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] or [[], []]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
 def replace_section(name: str, text: str) -> None:
     """Puts a section between its markers in RESULTS.md, at the end if it is new."""
     content = RESULTS.read_text(encoding="utf-8")

@@ -22,9 +22,10 @@ SEEDS = range(1, 7)
 TRAIN_BLOCKS, TEST_BLOCKS = 4000, 400
 
 
-# What is not as in the other families: epochs, and a decay under which weights forget their initial values, as those of
-# large models do in their long trainings; a weight keeps e^(-Σ learning rate × decay) of its own.
-EPOCHS = {"vit-128-short": 3}
+# What is not as in the other families: epochs, blocks of text, and a decay under which weights forget their initial
+# values, as those of large models do in their long trainings; a weight keeps e^(-Σ learning rate × decay) of its own.
+EPOCHS = {"vit-128-short": 3, "gpt2-long": 8}
+BLOCKS = {"llama-short": 1000}
 DECAY = {"llama-decay": 2.0}
 
 
@@ -81,14 +82,21 @@ def train_fashion(out: Path, seeds: Sequence[int], family: str) -> None:
 
 
 # Width of each language model.
-LANGUAGE_MODELS = {"gpt2": 128, "llama": 128, "llama-256": 256, "llama-decay": 128}
+LANGUAGE_MODELS = {
+    "gpt2": 128,
+    "gpt2-long": 128,
+    "llama": 128,
+    "llama-256": 256,
+    "llama-decay": 128,
+    "llama-short": 128,
+}
 
 
 def language_config(family: str, vocabulary: int) -> transformers.PreTrainedConfig:
     """Four layers: a GPT-2 with a tied head, or a Llama with grouped queries and rotary positions."""
     width = LANGUAGE_MODELS[family]
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    if family == "gpt2":
+    if family.startswith("gpt2"):
         return transformers.GPT2Config(
             vocab_size=vocabulary,
             n_embd=width,
@@ -130,10 +138,9 @@ def train_language(out: Path, seeds: Sequence[int], family: str) -> None:
     def make(seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(language_config(family, len(tokenizer)))
-        training = parents.Training(2, 8, 2e-3, seed)
-        return parents.fit(
-            model, inputs(train), parents.replace(training, weight_decay=DECAY.get(family, training.weight_decay))
-        )
+        training = parents.Training(EPOCHS.get(family, 2), 8, 2e-3, seed)
+        training = parents.replace(training, weight_decay=DECAY.get(family, training.weight_decay))
+        return parents.fit(model, inputs(train[: BLOCKS.get(family)]), training)
 
     for seed in seeds:
         group.add(f"{family}-{seed}", partial(make, seed), tokenizer, {"brown": inputs(test)})

@@ -1,13 +1,14 @@
 """Linear assignment: exact, or with a certified gap.
 
 Seconds for n × n float32 gains on two cores, planted permutation under noise / product of Gaussians / decaying spectrum
-(`benchmarks/assignment.py`):
+(`benchmarks/assignment.py`; the others are lapx and OR-tools):
 
-| n | SciPy | here |
-|---|---|---|
-| 768 | .003 / .015 / .04 | .001 / .014 / .03 |
-| 4096 | .19 / .9 / 3.9 | .014 / .3 / .3 |
-| 8192 | 1.0 / 5 / 23 | .11 / 1.0 / 1.1 |
+| n | SciPy | best other solver | here |
+|---|---|---|---|
+| 768 | .003 / .016 / .04 | .001 / .011 / .04 | .001 / .012 / .014 |
+| 4096 | .20 / 1.0 / 4.3 | .04 / .66 / 1.6 | .018 / .34 / .31 |
+| 8192 | .8 / 6 / 25 | .17 / 3.1 / 7 | .12 / 1.0 / 1.2 |
+| 14336 | 2.4 / 22 / – | .5 / 12 / 26 | .29 / 2.8 / 7 |
 
 So where nearly all rows prefer a column of their own, the others are given theirs one by one; else SciPy decides below
 a width of `WIDE`, given good prices to start from, and beyond it the auction with its exact finish.
