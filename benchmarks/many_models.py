@@ -1,9 +1,11 @@
 """Several independently trained models, averaged: not aligned, each onto the first, around a centre, in one universe.
 
     python benchmarks/many_models.py MODEL MODEL MODEL … --name NAME [--data fashion|brown] [--groups full]
+        [--calibration FILE]
 
 Measured on held-out data are the models, the middle of every pair, and the mean of all. A barrier is what a merge lies
-above the mean of its models. For comparison every pair is also matched alone. Writes the section NAME of RESULTS.md.
+above the mean of its models. For comparison every pair is also matched alone. With calibration data, whose labels are
+not looked at, models are matched by activations, else by weights. Writes the section NAME of RESULTS.md.
 """
 
 import argparse
@@ -26,11 +28,13 @@ from hf_llfc.alignments import align_all
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.choices import GROUPS, TOGETHER
+from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.parents import in_groups
 from hf_llfc.recipe import AlignSection
 from tests import mlp_model, real_data  # noqa: F401  the adapter of the MLP
 
 TEST_BLOCKS = 200
+CALIBRATION_SAMPLES = {"fashion": 1024, "brown": 128}
 TITLES = {"reference": "each onto the first", "star": "star", "universe": "universe"}
 # Quantity → how it is shown: factor, unit and digits.
 QUANTITIES = {"error": (100, "points", 2), "loss": (1, "nats", 3)}
@@ -125,6 +129,15 @@ def compare(names: Sequence[str], data: parents.Tensors, options: AlignSection) 
     return rows, centre
 
 
+def calibration(file: str, data: str) -> EvaluationConfig:
+    """Samples on which activations are compared."""
+    samples = CALIBRATION_SAMPLES[data]
+    if data == "fashion":
+        return EvaluationConfig("image-classification", file, samples=samples, batch_size=64)
+    length = parents.BLOCK_BYTES
+    return EvaluationConfig("text-generation", file, samples=samples, batch_size=8, max_length=length, blocks=False)
+
+
 def main() -> None:
     """Measures, prints, and writes the section."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -134,12 +147,15 @@ def main() -> None:
     parser.add_argument("--groups", choices=GROUPS, default="permutation")
     parser.add_argument("--restarts", type=int, default=2)
     parser.add_argument("--anchors", type=float, help="how often anchors count; as recipes have it if left out")
+    parser.add_argument("--calibration", metavar="FILE", help="training images or texts, to match by activations")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     how = AlignSection(groups=options.groups, restarts=options.restarts, anchors=options.anchors)
+    if options.calibration:
+        how = replace(how, method="activation_matching", calibration=calibration(options.calibration, options.data))
     rows, centre = compare(options.models, held_out(options.data), how)
     command = f"`python benchmarks/many_models.py {shlex.join(sys.argv[1:])}`"
     text = f"{command}\n\n{markdown(rows)}\n\nThe centre of the star is {Path(centre).name}."

@@ -126,7 +126,7 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
     Raises:
         CheckpointError: A tensor cannot be read or is not finite.
     """
-    from hf_llfc.merging.tensors import CONSTANTS
+    from hf_llfc.checkpoints.buffers import CONSTANTS
     from hf_llfc.parents import refuse_not_finite
 
     rows = []

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint, FileSpan
+from hf_llfc.checkpoints.buffers import CONSTANTS
 from hf_llfc.choices import GROUPS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.merging import Source
-from hf_llfc.merging.tensors import CONSTANTS, Moved
+from hf_llfc.merging.tensors import Moved
 from hf_llfc.progress import Progress, silent
 from hf_llfc.recipe import AlignSection
 from hf_llfc.specs import bind, spec_of

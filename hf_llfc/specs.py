@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
+from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.checkpoints.shards import MAX_SHARD_SIZE
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError
 from hf_llfc.recipe import AlignSection
@@ -19,6 +21,11 @@ from hf_llfc.symmetry import Binding, PermutationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+SAVED_IN_OTHER_ORDER = frozenset({"aria_text", "gpt_neox", "granitemoe", "granitemoeshared"})
+"""Model types with a hand-written spec whose tensors `save_pretrained` does not sort by the names that it writes."""
+
+_SEPARATE_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
@@ -58,8 +65,8 @@ def open_weights(
 ) -> Checkpoint:
     """Opens a checkpoint of which only the weights are needed: without its model class, where that is known to do.
 
-    Loading the model class takes longer than merging a small model. It is loaded for models of several files all the
-    same: the order of its tensors decides what lies in which file of the result.
+    Loading the model class takes memory, and longer than merging a small model. It is loaded for models of several
+    files where it alone knows in which order tensors are saved: that decides what lies in which file of the result.
 
     Args:
         model: See `open_checkpoint`.
@@ -71,10 +78,27 @@ def open_weights(
     """
     opening = partial(open_checkpoint, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     if isinstance(model, str | Path):
-        stored = opening(as_stored=True)
-        if stored.nbytes <= MAX_SHARD_SIZE and (light := as_saved(stored)) is not None:
+        light = as_saved(opening(as_stored=True))
+        if light is not None and is_sorted_as_saved(light):
+            return replace(
+                light, tensors={name: light.tensors[name] for name in sorted(light.tensors, key=natural_order)}
+            )
+        if light is not None and light.nbytes <= MAX_SHARD_SIZE:
             return light
     return opening()
+
+
+def is_sorted_as_saved(checkpoint: Checkpoint) -> bool:
+    """Whether `save_pretrained` is known to sort a checkpoint's tensors by the names that it writes.
+
+    It sorts them by their names in memory, where experts, say, are stacked.
+
+    Args:
+        checkpoint: As `as_saved` returns it.
+    """
+    if not checkpoint.settings.is_kept or checkpoint.settings.model_type in SAVED_IN_OTHER_ORDER:
+        return False
+    return not any(_SEPARATE_EXPERT.search(name) for name in checkpoint.tensors)
 
 
 def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:

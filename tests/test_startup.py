@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import hf_llfc
 from hf_llfc.checkpoints import open_checkpoint
@@ -112,8 +113,18 @@ def test_other_names_are_for_the_model_class(change, tmp_path):
 def test_a_merge_of_weights_alone_loads_no_transformers(shelf, tmp_path):
     other = saved(byte_llama(1), tmp_path / "other")
     words = [str(shelf / "llama"), str(other), "--align", "none", "--out", str(tmp_path / "merged")]
+    without = {"accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "yaml"}
     code, modules = loaded_by("merge", *words)
-    assert code == 0 and modules <= {"accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "yaml"}
+    assert code == 0 and modules <= without
+    recipe = {"models": [{"model": words[0]}], "output_dir": str(tmp_path / "sharded"), "max_shard_size": 20_000}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code, modules = loaded_by("run", str(tmp_path / "recipe.yaml"))
+    assert code == 0 and modules <= without
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_parameters"] == byte_llama(1).num_parameters()
+    loaded = AutoModelForCausalLM.from_pretrained(shelf / "llama")
+    loaded.save_pretrained(tmp_path / "theirs", max_shard_size=20_000)
+    assert index == json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config_of(shelf / "llama")
     assert open_checkpoint(tmp_path / "merged").config.to_dict() == open_checkpoint(shelf / "llama").config.to_dict()
 

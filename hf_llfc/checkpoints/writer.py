@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_llfc.checkpoints.buffers import is_parameter
 from hf_llfc.checkpoints.companions import copy_companion
 from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
 from hf_llfc.checkpoints.header import TensorInfo
@@ -135,15 +136,21 @@ def _write_each(
 def _write_index(folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo], settings: Settings) -> None:
     if layout.metadata is None:
         return
-    metadata = {"total_parameters": _parameters(infos, settings.config), **layout.metadata}
+    metadata = {"total_parameters": _parameters(infos, settings), **layout.metadata}
     text = json.dumps({"metadata": metadata, "weight_map": layout.weight_map}, indent=2, sort_keys=True) + "\n"
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _parameters(infos: Mapping[str, TensorInfo], config: PreTrainedConfig) -> int:
-    """The number of parameters; where the model class is not known, of all elements."""
+def _parameters(infos: Mapping[str, TensorInfo], settings: Settings) -> int:
+    """The number of parameters; where the model class is not known, of all elements.
+
+    Where config.json is kept, all tensors are known, and what is no parameter by its name: no class has to be loaded.
+    """
+    if settings.is_kept:
+        return sum(info.elements for name, info in infos.items() if is_parameter(name, info))
     from hf_llfc.checkpoints.names import Layout, find_model_class
 
+    config = settings.config
     for architecture in config.architectures or ():
         try:
             model_class = find_model_class(architecture, config)

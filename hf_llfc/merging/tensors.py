@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import FileSpan, TensorInfo
+from hf_llfc.checkpoints.buffers import CONSTANTS, COUNTER, VARIANCE
 from hf_llfc.errors import CheckpointError
 from hf_llfc.merging.combination import Combination, linear_combination, task_arithmetic
 from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
-
-COUNTER = "num_batches_tracked"
-VARIANCE = "running_var"
-CONSTANTS = ("inv_freq", "original_inv_freq", "masked_bias", "position_ids", "token_type_ids")
-"""Last parts of the names of buffers that follow from the config and are not trained."""
-
 
 Places = np.ndarray[tuple[int], np.dtype[np.int64]]
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from hf_llfc.adapters import known_model_types
-from hf_llfc.errors import SpecError
+from hf_llfc.checkpoints import open_checkpoint
+from hf_llfc.checkpoints.header import natural_order
+from hf_llfc.errors import CheckpointError, SpecError
+from hf_llfc.specs import SAVED_IN_OTHER_ORDER, is_sorted_as_saved, open_weights
 from tests import zoo_page
 from tests.zoo import zoo_result, zoo_types
 from tests.zoo_table import examine, reason_not_to_run
@@ -28,6 +31,9 @@ FAST = (
     "poolformer",
     "xlnet",
 )
+
+# Saved in the order of names, and in another.
+ORDERED = ("bert", "gpt_neox", "llama", "olmoe", "opt")
 
 
 def rows() -> dict[str, str]:
@@ -78,3 +84,22 @@ def test_a_model_type_is_as_its_row_says(model_type: str):
     stage = "done" if isinstance(found, dict) else "check"
     examined = {"type": model_type, "stage": stage, "class": type(result.model).__name__, "reason": None, **facts}
     assert zoo_page.page_row(examined) == row
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(each, marks=() if each in ORDERED else pytest.mark.zoo) for each in sorted(known_model_types())],
+)
+def test_weights_alone_are_in_the_order_in_which_the_class_saves_them(model_type: str, tmp_path: Path):
+    result = zoo_result(model_type)
+    if result.model is None:
+        pytest.skip(str(result.reason))
+    result.model.save_pretrained(tmp_path)
+    try:
+        light, full = open_weights(tmp_path), open_checkpoint(tmp_path)
+    except CheckpointError as error:
+        pytest.skip(str(error))  # a shrunken config that its class does not read back
+    if is_sorted_as_saved(light):
+        assert list(light.tensors) == list(full.tensors)
+    elif model_type in SAVED_IN_OTHER_ORDER:
+        assert sorted(full.tensors, key=natural_order) != list(full.tensors)
