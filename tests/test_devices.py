@@ -6,7 +6,9 @@ import torch
 import hf_llfc
 from hf_llfc.devices import chosen_device, device_alone
 from hf_llfc.errors import LLFCError
+from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.processes import Processes
+from tests.runs import byte_llama, saved, text_data
 from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
@@ -69,6 +71,19 @@ def test_a_run_on_what_is_not_there_writes_nothing(tmp_path, device):
     with pytest.raises(LLFCError, match="device: "):
         hf_llfc.align(models[1], to=models[0], device=device)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_the_processor_named_is_the_processor_unnamed(tmp_path):
+    a, b = (saved(byte_llama(seed), tmp_path / str(seed)) for seed in (1, 2))
+    data = EvaluationConfig("text-generation", str(text_data(tmp_path)), tokenizer="bytes", max_length=32)
+    methods = ("weight_matching", "activation_matching")
+    by_name, unnamed = (
+        [hf_llfc.align(b, to=a, method=each, calibration=data, device=device).transforms for each in methods]
+        for device in ("cpu", None)
+    )
+    assert by_name == unnamed
+    found = [hf_llfc.diagnose(a, b, data, alphas=[0.0, 0.5, 1.0], device=device) for device in ("cpu", None)]
+    assert found[0].to_dict() == found[1].to_dict()
 
 
 @pytest.mark.gpu
