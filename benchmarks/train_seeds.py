@@ -22,11 +22,13 @@ SEEDS = range(1, 7)
 TRAIN_BLOCKS, TEST_BLOCKS = 4000, 400
 
 
-# What is not as in the other families: epochs, blocks of text, and a decay under which weights forget their initial
-# values, as those of large models do in their long trainings; a weight keeps e^(-Σ learning rate × decay) of its own.
+# What is not as in the other families: epochs, blocks of text, a tied head, and a decay under which weights forget
+# their initial values, as those of large models do in their long trainings; a weight keeps e^(-Σ learning rate × decay)
+# of its own.
 EPOCHS = {"vit-128-short": 3, "gpt2-long": 8}
 BLOCKS = {"llama-short": 1000}
 DECAY = {"llama-decay": 2.0}
+TIED = ("llama-tied",)
 
 
 # Width and side of the patches of each ViT.
@@ -89,6 +91,7 @@ LANGUAGE_MODELS = {
     "llama-256": 256,
     "llama-decay": 128,
     "llama-short": 128,
+    "llama-tied": 128,
 }
 
 
@@ -116,7 +119,7 @@ def language_config(family: str, vocabulary: int) -> transformers.PreTrainedConf
         num_key_value_heads=2,
         intermediate_size=width * 43 // 16,
         max_position_embeddings=parents.BLOCK_BYTES,
-        tie_word_embeddings=False,
+        tie_word_embeddings=family in TIED,
         **special,
     )
 
