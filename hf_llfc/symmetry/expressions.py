@@ -28,6 +28,12 @@ from math import prod
 
 from hf_llfc.errors import SpecError
 
+DEEPEST = 32
+"""How many parentheses may lie inside each other; no real expression has more than two."""
+
+LARGEST = 2**63 - 1
+"""The largest fixed size, that of torch."""
+
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d+(?![\w.]))|(?P<axis>[A-Za-z_]\w*(?:\.\w+)*)|(?P<mark>[()+\[\]]))")
 
 
@@ -155,6 +161,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.position = 0
+        self._depth = 0
 
     def shape(self) -> tuple[Expression, ...]:
         dimensions = []
@@ -180,8 +187,8 @@ class _Parser:
             self.fail("an axis, a number or '(' is expected here")
         self.take()
         if token.isdigit():
-            if int(token) == 0:
-                self.fail("a fixed size must be at least 1", back=len(token))
+            if len(token) > len(str(LARGEST)) or not 1 <= int(token) <= LARGEST:
+                self.fail(f"a fixed size must be at least 1 and at most {LARGEST}", back=len(token))
             return Fixed(int(token))
         if self.peek() != "[":
             return AxisUse(token)
@@ -197,6 +204,9 @@ class _Parser:
 
     def product(self) -> Expression:
         opening = self.position
+        self._depth += 1
+        if self._depth > DEEPEST:
+            self.fail(f"more than {DEEPEST} parentheses inside each other")
         self.take()
         factors = []
         while (token := self.peek()) != ")":
@@ -207,6 +217,7 @@ class _Parser:
         if not factors:
             self.fail("a product needs at least one axis")
         self.take()
+        self._depth -= 1
         return factors[0] if len(factors) == 1 else Product(tuple(factors))
 
     def peek(self) -> str:

@@ -75,6 +75,8 @@ def test_what_an_expression_means(text, dimensions):
         ("+ a", 1, "an axis, a number or '(' is expected"),
         ("a + + b", 5, "an axis, a number or '(' is expected"),
         ("a  0", 4, "at least 1"),
+        ("a " + "9" * 5000, 3, "at most 9223372036854775807"),
+        ("(" * 5000, 33, "more than 32 parentheses"),
         ("q[3]", 3, "the name of the axis it depends on"),
         ("q[", 3, "the name of the axis it depends on"),
         ("q[kv", 5, "']' is expected"),
