@@ -11,6 +11,7 @@ error, in the middle of long work too. None of this passes through an accelerato
 from __future__ import annotations
 
 import _thread
+import atexit
 import base64
 import os
 import pickle
@@ -279,6 +280,12 @@ class _Link:
                 time.sleep(0.01)
                 gone = self._store.add("left", 0)
         self._watcher.join(timeout=LEAVING)
+        if error is None:
+            from torch import distributed
+
+            distributed.destroy_process_group(self._group)
+            atexit.unregister(_end_groups)
+            atexit.register(_end_groups)
         if self._handler_before is not None and self._interrupt is not None:
             signal.signal(self._interrupt, self._handler_before)
         return error
@@ -345,6 +352,17 @@ class _Link:
         if not self._left.wait(self._silence):
             print(f"hf-llfc: error: process {self._rank}: {failure}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _end_groups() -> None:
+    """Ends the threads of torch's groups of processes while Python can still wait for them.
+
+    A process that leaves this to the end of its interpreter may abort there, after all its work.
+    """
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _way_to_interrupt() -> tuple[signal.Signals | None, Any]:
