@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from many_models import mean_cosine
 from results import markdown, replace_section
 from symmetries import FAMILIES, PAIRS, Pair, learned
 from torch import Tensor
@@ -23,15 +24,6 @@ from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.alignment.learned_matching import Learning
 from hf_llfc.alignment.sources import anchors_of
 from hf_llfc.symmetry import Alignment, PermutationSpec
-
-
-def similarity(pair: Pair, of_b: Mapping[str, Tensor]) -> float:
-    """The cosine of all weights."""
-    products = torch.zeros(3, dtype=torch.float64)
-    for name, value in pair.state_a.items():
-        a, b = value.double().flatten(), of_b[name].double().flatten()
-        products += torch.stack([a @ b, a @ a, b @ b])
-    return float(products[0] / (products[1] * products[2]) ** 0.5)
 
 
 def matched_again(pair: Pair, of_b: Mapping[str, Tensor], spec: PermutationSpec) -> dict[str, Tensor]:
@@ -48,12 +40,13 @@ def measure(folder: Path, family: str, steps: int) -> list[dict[str, str]]:
     rows = []
 
     def add(title: str, of_b: Mapping[str, Tensor]) -> None:
+        cosine = mean_cosine([pair.state_a, {name: of_b[name] for name in pair.state_a}])
         rows.append(
             {
                 "model": family,
                 "alignment": title,
                 "barrier": f"{pair.barrier_of(of_b):.3f}",
-                "cosine of the weights": f"{similarity(pair, of_b):.3f}",
+                "cosine of the weights": f"{cosine:.3f}",
             }
         )
         print(rows[-1], flush=True)

@@ -451,10 +451,10 @@ def _workers(device: torch.device | None) -> Workers:
     """The threads of this process, and where they multiply."""
     import torch
 
+    from hf_llfc.devices import accelerator_of
     from hf_llfc.workers import Workers
 
-    accelerator = device if device is not None and device.type != "cpu" else None
-    return Workers(torch.get_num_threads(), device=accelerator)
+    return Workers(torch.get_num_threads(), device=accelerator_of(device))
 
 
 def _align_options(align: str | Mapping[str, Any], data: EvaluationConfig) -> AlignSection:

@@ -18,8 +18,12 @@ def device_alone(wanted: str | None) -> torch.device | None:
     """
     if wanted is None:
         return None
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return chosen_device(wanted, here or torch.device("cpu"))
+    return chosen_device(wanted, _accelerator_here() or torch.device("cpu"))
+
+
+def accelerator_of(device: torch.device | None) -> torch.device | None:
+    """The device, unless it is the processor."""
+    return device if device is not None and device.type != "cpu" else None
 
 
 def chosen_device(wanted: str, of_process: torch.device, processes: int = 1) -> torch.device:
@@ -46,7 +50,7 @@ def chosen_device(wanted: str, of_process: torch.device, processes: int = 1) -> 
                 "instead"
             )
         return torch.device("cpu")
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = _accelerator_here()
     count = torch.accelerator.device_count() if here is not None and here.type == device.type else 0
     if (device.index or 0) >= count:
         found = f"{count} of {device.type}" if count else "none" if here is None else f"only {here.type}"
@@ -62,3 +66,7 @@ def chosen_device(wanted: str, of_process: torch.device, processes: int = 1) -> 
     if device.index is None:
         return of_process if of_process.type == device.type else torch.device(device.type, 0)
     return device
+
+
+def _accelerator_here() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

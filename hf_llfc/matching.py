@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -180,6 +180,12 @@ def _match_universe_by_activations(
     ]
 
 
+def _loaded(checkpoints: Sequence[Checkpoint], device: torch.device | None) -> list[PreTrainedModel]:
+    """Models on a device; the CPU where None."""
+    place: Any = device or "cpu"  # the signature of `to` is hidden
+    return [Parent(checkpoint).load().to(place) for checkpoint in checkpoints]
+
+
 @contextmanager
 def _running(
     checkpoints: Sequence[Checkpoint], calibration: EvaluationConfig, device: torch.device | None
@@ -187,7 +193,7 @@ def _running(
     """Models in evaluation mode, and the inputs of calibration data as the first of them takes them."""
     from hf_llfc.evaluation.models import evaluation_mode, model_inputs
 
-    models = [Parent(checkpoint).load().to(device or "cpu") for checkpoint in checkpoints]  # type: ignore[arg-type]
+    models = _loaded(checkpoints, device)
     data = open_data(calibration, checkpoints[0])
     with evaluation_mode(*models):
         yield models, (model_inputs(batch, models[0]) for batch, _ in data.batches())
@@ -225,7 +231,7 @@ def _learn(
     from hf_llfc.diagnostics.layers import select_layers
     from hf_llfc.diagnostics.objectives import LLFCGap, TaskLoss
 
-    models = [Parent(checkpoint).load().to(device or "cpu") for checkpoint in (reference, model)]  # type: ignore[arg-type]
+    models = _loaded([reference, model], device)
     data = open_data(options.calibration, reference)
     share = (workers.rank, workers.ranks) if len(data.sample_ids) >= workers.ranks else (0, 1)
     batches = [batch for batch, _ in data.batches(*share)]

@@ -126,13 +126,13 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
     Raises:
         CheckpointError: A tensor cannot be read or is not finite.
     """
-    from hf_llfc.checkpoints.buffers import CONSTANTS
+    from hf_llfc.checkpoints.buffers import is_constant
     from hf_llfc.parents import refuse_not_finite
 
     rows = []
     for done, (name, info) in enumerate(a.tensors.items()):
         progress("comparing weights", done, len(a.tensors))
-        if not info.dtype.is_floating_point or name.rpartition(".")[2] in CONSTANTS:
+        if not info.dtype.is_floating_point or is_constant(name):
             continue
         aa, ab, bb = _products(a.read(name).flatten(), b.read(name).flatten())
         for checkpoint, square in ((a, aa), (b, bb)):

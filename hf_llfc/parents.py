@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint, FileSpan
-from hf_llfc.checkpoints.buffers import CONSTANTS
+from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.choices import GROUPS, HEADS
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.merging import Source
@@ -203,7 +203,7 @@ def refuse_not_finite(checkpoint: Checkpoint) -> None:
         CheckpointError: There is one.
     """
     for name, tensor in checkpoint.state_dict():
-        if name.rpartition(".")[2] not in CONSTANTS and not bool(tensor.isfinite().all()):
+        if not is_constant(name) and not bool(tensor.isfinite().all()):
             raise CheckpointError(
                 f"{name} of {checkpoint.label}: some elements are NaN or infinite; the file is damaged or the training "
                 "diverged: use another checkpoint or revision"

@@ -76,7 +76,7 @@ class Processes:
         import torch
         from accelerate import Accelerator
 
-        from hf_llfc.devices import chosen_device
+        from hf_llfc.devices import accelerator_of, chosen_device
 
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -94,7 +94,7 @@ class Processes:
         self._of_tensors: torch.device | None = None
         if device is not None:
             self.device = chosen_device(device, self.device, self.count)
-            self._of_tensors = self.device if self.device.type != "cpu" else None
+            self._of_tensors = accelerator_of(self.device)
 
     def __enter__(self) -> Processes:
         """Lets the processes find each other."""
@@ -284,7 +284,6 @@ class _Link:
             from torch import distributed
 
             distributed.destroy_process_group(self._group)
-            atexit.unregister(_end_groups)
             atexit.register(_end_groups)
         if self._handler_before is not None and self._interrupt is not None:
             signal.signal(self._interrupt, self._handler_before)

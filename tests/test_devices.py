@@ -9,7 +9,6 @@ from hf_llfc.errors import LLFCError
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.processes import Processes
 from tests.runs import byte_llama, saved, text_data
-from tests.tiny_models import tiny_model
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 1)
@@ -21,6 +20,11 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+def two_models(folder):
+    """Two small models, saved in folders `1` and `2`."""
+    return [saved(byte_llama(seed), folder / str(seed)) for seed in (1, 2)]
 
 
 def test_what_is_there_is_taken(two_gpus):
@@ -63,9 +67,7 @@ def test_only_an_accelerator_takes_work_from_the_processor():
 
 @pytest.mark.parametrize("device", ["cuda:77", "gpu"])
 def test_a_run_on_what_is_not_there_writes_nothing(tmp_path, device):
-    for seed in (1, 2):
-        tiny_model("llama", "causal-lm", seed=seed).save_pretrained(tmp_path / str(seed))
-    models = [tmp_path / "1", tmp_path / "2"]
+    models = two_models(tmp_path)
     with pytest.raises(LLFCError, match="device: "):
         hf_llfc.merge(models, out=tmp_path / "out", device=device)
     with pytest.raises(LLFCError, match="device: "):
@@ -74,7 +76,7 @@ def test_a_run_on_what_is_not_there_writes_nothing(tmp_path, device):
 
 
 def test_the_processor_named_is_the_processor_unnamed(tmp_path):
-    a, b = (saved(byte_llama(seed), tmp_path / str(seed)) for seed in (1, 2))
+    a, b = two_models(tmp_path)
     data = EvaluationConfig("text-generation", str(text_data(tmp_path)), tokenizer="bytes", max_length=32)
     methods = ("weight_matching", "activation_matching")
     by_name, unnamed = (
@@ -88,9 +90,7 @@ def test_the_processor_named_is_the_processor_unnamed(tmp_path):
 
 @pytest.mark.gpu
 def test_an_accelerator_merges_and_aligns_as_the_processor_does(tmp_path):
-    for seed in (1, 2):
-        tiny_model("llama", "causal-lm", seed=seed).save_pretrained(tmp_path / str(seed))
-    models = [tmp_path / "1", tmp_path / "2"]
+    models = two_models(tmp_path)
     found = [hf_llfc.align(models[1], to=models[0], device=device) for device in ("cpu", "auto")]
     assert found[0].transforms == found[1].transforms
     for device in ("cpu", "auto"):

@@ -13,6 +13,11 @@ CONSTANTS = ("inv_freq", "original_inv_freq", "masked_bias", "position_ids", "to
 """Last parts of the names of buffers that follow from the config and are not trained."""
 
 
+def is_constant(name: str) -> bool:
+    """Whether a stored tensor is a buffer that follows from the config."""
+    return name.rpartition(".")[2] in CONSTANTS
+
+
 def is_parameter(name: str, info: TensorInfo) -> bool:
     """Whether a stored tensor is one that is trained; a guess where a class has buffers of its own."""
-    return info.dtype.is_floating_point and name.rpartition(".")[2] not in (*STATISTICS, *CONSTANTS)
+    return info.dtype.is_floating_point and not is_constant(name) and name.rpartition(".")[2] not in STATISTICS

@@ -25,16 +25,7 @@ class DeviceScratch:
         self.device = device
 
     def combine(self, combination: Combination, columns: Sequence[Tensor], result_n: Tensor) -> bool:
-        """Combines tensors, or parts of them.
-
-        Args:
-            combination: What to do.
-            columns: The same elements of every tensor, one-dimensional, of types among `DTYPES`.
-            result_n: Where to put the result.
-
-        Returns:
-            Whether all of the result is finite; there is none otherwise.
-        """
+        """What `Scratch.combine` does; there is no result at all where it would not be finite."""
         sum_n = self._sum(combination, columns)
         half = HALVES.get(result_n.dtype)
         if half is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import FileSpan, TensorInfo
-from hf_llfc.checkpoints.buffers import CONSTANTS, COUNTER, VARIANCE
+from hf_llfc.checkpoints.buffers import COUNTER, VARIANCE, is_constant
 from hf_llfc.errors import CheckpointError
 from hf_llfc.merging.combination import Combination, linear_combination, task_arithmetic
 from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
@@ -71,7 +71,7 @@ class Merge:
     """What becomes of every tensor: Σ wᵢ θᵢ, or over a base θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic).
 
     Floating-point tensors, BatchNorm's running statistics among them, are summed in float64 and rounded once. Integers,
-    truth values and constants (`CONSTANTS`) must be equal in all models and are kept; BatchNorm's count of batches
+    truth values and constants (`is_constant`) must be equal in all models and are kept; BatchNorm's count of batches
     becomes the largest.
 
     Attributes:
@@ -188,7 +188,7 @@ class Merge:
 
 
 def _is_kept(name: str, dtype: torch.dtype) -> bool:
-    return not dtype.is_floating_point or name.rpartition(".")[2] in CONSTANTS
+    return not dtype.is_floating_point or is_constant(name)
 
 
 def _equal_in_all(name: str, tensors: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
