@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import markdown, replace_section, table_of
-from hf_llfc.alignment.assignment import assign, assign_with_gap
+from hf_llfc.alignment.assignment.assignment import assign, assign_with_gap
 
 KINDS = ("planted", "product", "decaying")
 OURS, NEAR = "ours, exact", "ours, solver: auction"

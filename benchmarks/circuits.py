@@ -21,7 +21,7 @@ from symmetries import FAMILIES, PAIRS, Pair
 from torch import Tensor
 
 from hf_llfc.alignment import Parameters, match_weights
-from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.alignment.sources import ANCHORS
 from hf_llfc.symmetry import Alignment, Permutation
 

@@ -29,7 +29,7 @@ from benchmarks.llama_pair import make_pair
 from benchmarks.results import markdown, replace_section
 from hf_llfc.adapters import spec_for
 from hf_llfc.alignment import Parameters
-from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.alignment.gains import Gains
 from hf_llfc.alignment.groups import groups_of
 from hf_llfc.checkpoints.names import Layout, find_model_class

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tests.mlp_model  # noqa: F401 - registers the adapter of the MLPs
-from hf_llfc.layout import CARD_FILE, LLFC_FOLDER
-from hf_llfc.pipeline import run
+from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER
+from hf_llfc.pipeline.flow import run
 from hf_llfc.publishing import write_card
 from hf_llfc.recipe import load_recipe
 

@@ -30,12 +30,12 @@ from benchmarks.results import markdown, replace_section
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics import diagnose_models, select_layers
 from hf_llfc.diagnostics.combination import CombinedModel
-from hf_llfc.diagnostics.layers import handing_over, sample_vectors
+from hf_llfc.diagnostics.features.layers import handing_over, sample_vectors
 from hf_llfc.diagnostics.points import line
 from hf_llfc.diagnostics.statistics import cosine_distance, products
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
-from hf_llfc.parents import Parent, open_data
+from hf_llfc.parents.parent import Parent, open_data
 
 PAIRS = {
     "minilm": (

@@ -24,12 +24,12 @@ import transformers
 from results import markdown, replace_section
 from torch import Tensor
 
-from hf_llfc.alignments import align_all
+from hf_llfc.alignment.together import align_all
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.models import load_model
-from hf_llfc.choices import GROUPS, TOGETHER
 from hf_llfc.evaluation import EvaluationConfig
-from hf_llfc.parents import in_groups
+from hf_llfc.foundation.choices import GROUPS, TOGETHER
+from hf_llfc.parents.parent import in_groups
 from hf_llfc.recipe import AlignSection
 from tests import mlp_model, real_data  # noqa: F401  the adapter of the MLP
 

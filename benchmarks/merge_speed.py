@@ -287,11 +287,11 @@ def inside(folder: Path, size: str, way: str) -> float:
     import torch
 
     from benchmarks.llama_pair import make_pair
-    from hf_llfc.checkpoints.shards import ShardFiles, ShardLayout
+    from hf_llfc.checkpoints.writing.shards import ShardFiles, ShardLayout
     from hf_llfc.merging import Merge, WeightSchedule, merge_streamed
-    from hf_llfc.parents import Parent
-    from hf_llfc.specs import open_weights, spec_of
-    from hf_llfc.workers import Workers
+    from hf_llfc.parallel.workers import Workers
+    from hf_llfc.parents.parent import Parent
+    from hf_llfc.parents.specs import open_weights, spec_of
 
     pair = make_pair(folder, size)
     os.sync()

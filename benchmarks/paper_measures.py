@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tests.mlp_model  # noqa: F401  (registers the MLP)
 from benchmarks.results import markdown, replace_section
+from hf_llfc.alignment.checkpoints import align_checkpoints
 from hf_llfc.checkpoints import open_checkpoint
-from hf_llfc.diagnostics.measures import run_measures
+from hf_llfc.diagnostics.measures.measures import run_measures
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model
-from hf_llfc.matching import align_checkpoints
-from hf_llfc.parents import Parent, open_data
+from hf_llfc.parents.parent import Parent, open_data
 from hf_llfc.recipe import AlignSection
 
 MEASURES = ("additivity", "commutativity", "stitching", "geometry")

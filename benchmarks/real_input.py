@@ -27,7 +27,7 @@ import hf_llfc
 import tests.mlp_model  # noqa: F401  registers the MLP and its adapter
 from benchmarks.results import markdown, replace_section
 from hf_llfc.checkpoints import load_model, open_checkpoint
-from hf_llfc.pipeline import Result
+from hf_llfc.pipeline.flow import Result
 from hf_llfc.recipe import load_recipe
 
 Rows = list[dict[str, Any]]

@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import markdown, replace_section
+from hf_llfc.alignment.checkpoints import align_checkpoints
 from hf_llfc.checkpoints import open_checkpoint
-from hf_llfc.diagnosis import diagnose_checkpoints
+from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
 from hf_llfc.evaluation import EvaluationConfig
-from hf_llfc.matching import align_checkpoints
-from hf_llfc.parents import Parent, open_data
-from hf_llfc.processes import Processes
+from hf_llfc.parallel.processes import Processes
+from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.specs import spec_of
 from hf_llfc.recipe import AlignSection, DiagnoseSection
-from hf_llfc.specs import spec_of
 
 SHAPES = {
     "matching": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16},

@@ -5,16 +5,16 @@ The public names are loaded when they are first used, so that `import hf_llfc` s
 
 from __future__ import annotations
 
-from hf_llfc.lazy import lazy_names
-from hf_llfc.version import __version__
+from hf_llfc.foundation.lazy import lazy_names
+from hf_llfc.foundation.version import __version__
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # as in hf_llfc.lazy
+if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy
     from hf_llfc.adapters import register_adapter
     from hf_llfc.api import align, align_all, check, diagnose, inspect, merge
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.errors import LLFCError
-    from hf_llfc.pipeline import run
+    from hf_llfc.pipeline.flow import run
     from hf_llfc.publishing import publish
     from hf_llfc.recipe import load_recipe
     from hf_llfc.symmetry import Alignment, PermutationSpec
@@ -54,9 +54,9 @@ __getattr__ = lazy_names(
         "inspect": ".api",
         "load_recipe": ".recipe",
         "merge": ".api",
-        "publish": ".publishing.push",
+        "publish": ".publishing.hub.push",
         "register_adapter": ".adapters",
-        "run": ".pipeline",
+        "run": ".pipeline.flow",
     },
 )
 

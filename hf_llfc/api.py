@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import AlignmentError, RecipeError
-from hf_llfc.progress import Progress, silent
+from hf_llfc.foundation.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.evaluation import EvaluationConfig
-    from hf_llfc.mergeability import CheckResult
-    from hf_llfc.pipeline import Result
+    from hf_llfc.parallel.workers import Workers
+    from hf_llfc.pipeline.flow import Result
+    from hf_llfc.pipeline.mergeability import CheckResult
     from hf_llfc.recipe import AlignSection
     from hf_llfc.symmetry import Alignment, PermutationSpec
-    from hf_llfc.workers import Workers
 
     Model = str | Path | PreTrainedModel
 
@@ -69,7 +69,7 @@ def inspect(
         SpecError: There is no adapter for its architecture.
     """
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.specs import as_saved, bind, spec_of
+    from hf_llfc.parents.specs import as_saved, bind, spec_of
 
     open_it = partial(open_checkpoint, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     by_headers = isinstance(model, str | Path) and not verify
@@ -91,7 +91,7 @@ def inspect(
     ]
     verification: dict[str, Any] | None = None
     if verify:
-        from hf_llfc.invariance import largest_logit_change
+        from hf_llfc.parents.invariance import largest_logit_change
 
         verification = {**largest_logit_change(checkpoint, seed=seed)}
         verification["verified"] = verification["change"] <= 10 * max(verification["noise"], 1e-12)
@@ -138,7 +138,7 @@ def check(
         EvaluationError: The level and the data do not go together, or the models cannot be run on the data.
     """
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.mergeability import check_checkpoints
+    from hf_llfc.pipeline.mergeability import check_checkpoints
 
     opened = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b)]
     return check_checkpoints(*opened, level=level, data=data, seed=seed, progress=progress)
@@ -174,7 +174,7 @@ def align(
         axes: Patterns of the axes that may move (`neurons`, `heads.*`); all symmetric axes where empty.
         exclude: Patterns of axes that stay (`residual`).
         groups: `permutation`, or `full`: all that the architecture allows. The alignment is then one of the canonical
-            forms of both models (`hf_llfc.checkpoints.canonical`), which `merge` and `hf-llfc align` make themselves.
+            forms of both models (`hf_llfc.checkpoints.views.canonical`), which `merge` and `hf-llfc align` make.
         anchors: How often weight matching counts weights that hold the residual stream beside fixed axes, such as
             embeddings; where None 16 with the groups `full`, else 1.
         start: `identity`, or `activation_matching` as the start of weight matching.
@@ -198,10 +198,10 @@ def align(
         CheckpointError: The two do not fit each other.
         AlignmentError: An option is not valid.
     """
+    from hf_llfc.alignment.checkpoints import align_checkpoints
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.devices import device_alone
-    from hf_llfc.matching import align_checkpoints
-    from hf_llfc.parents import in_groups, refuse_incompatible
+    from hf_llfc.parallel.devices import device_alone
+    from hf_llfc.parents.parent import in_groups, refuse_incompatible
     from hf_llfc.recipe import AlignSection
 
     place = device_alone(device)
@@ -262,12 +262,12 @@ def align_all(
         RecipeError: A setting is not valid.
         AlignmentError: Settings do not go together.
     """
-    from hf_llfc import alignments
+    from hf_llfc.alignment import together as alignments
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.devices import device_alone
-    from hf_llfc.parents import in_groups, refuse_incompatible
+    from hf_llfc.parallel.devices import device_alone
+    from hf_llfc.parents.parent import in_groups, refuse_incompatible
+    from hf_llfc.parents.specs import alignment_spec
     from hf_llfc.recipe import load_align
-    from hf_llfc.specs import alignment_spec
 
     options = load_align({"together": together, **settings})
     if not -len(models) <= reference < len(models):
@@ -303,8 +303,8 @@ def merge(
         weights: One weight a model; equal weights where None, and none for a method that mergekit computes.
         out: The folder to write.
         align: Alignment method, or the whole `align` section of a recipe.
-        merge_method: `linear` or `task_arithmetic`, or one of `hf_llfc.methods.MERGEKIT_METHODS`, whose parameters are
-            given as in a recipe: `parameters={"density": 0.5}`.
+        merge_method: `linear`, `task_arithmetic`, or one of `hf_llfc.merging.mergekit_methods.MERGEKIT_METHODS`, whose
+            parameters are given as in a recipe: `parameters={"density": 0.5}`.
         base_model: The base of task arithmetic, or of a method that mergekit computes.
         restart: Whether to discard what an interrupted merge into the same folder had finished.
         progress: Shown meanwhile.
@@ -316,8 +316,8 @@ def merge(
     Raises:
         LLFCError: The recipe is not valid or a stage fails; nothing is written then.
     """
-    from hf_llfc.methods import MERGEKIT_METHODS
-    from hf_llfc.pipeline import run
+    from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
+    from hf_llfc.pipeline.flow import run
     from hf_llfc.recipe import load_recipe
 
     shares: list[float] | list[None] = list(weights) if weights is not None else [1 / len(models) for _ in models]
@@ -399,14 +399,14 @@ def diagnose(
     Raises:
         LLFCError: The models do not fit each other, the alignment or the data.
     """
-    from hf_llfc.alignments import align_all
+    from hf_llfc.alignment.together import align_all
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.devices import device_alone
-    from hf_llfc.diagnosis import batch_norm_data, diagnose_checkpoints
     from hf_llfc.diagnostics import DEFAULT_ALPHAS
-    from hf_llfc.parents import Parent, comparable, in_groups, open_data
-    from hf_llfc.provenance import refuse_foreign_alignment
-    from hf_llfc.ranks import OneProcess
+    from hf_llfc.diagnostics.checkpoints import batch_norm_data, diagnose_checkpoints
+    from hf_llfc.parallel.devices import device_alone
+    from hf_llfc.parallel.ranks import OneProcess
+    from hf_llfc.parents.parent import Parent, comparable, in_groups, open_data
+    from hf_llfc.parents.provenance import refuse_foreign_alignment
     from hf_llfc.recipe import AlignSection, DiagnoseSection
 
     place = device_alone(device)
@@ -451,8 +451,8 @@ def _workers(device: torch.device | None) -> Workers:
     """The threads of this process, and where they multiply."""
     import torch
 
-    from hf_llfc.devices import accelerator_of
-    from hf_llfc.workers import Workers
+    from hf_llfc.parallel.devices import accelerator_of
+    from hf_llfc.parallel.workers import Workers
 
     return Workers(torch.get_num_threads(), device=accelerator_of(device))
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
     from hf_llfc.diagnostics import ConnectivityReport
-    from hf_llfc.pipeline import Result
+    from hf_llfc.pipeline.flow import Result
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class MergeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Merges or diagnoses what was collected."""
-        from hf_llfc.processes import Processes
+        from hf_llfc.parallel.processes import Processes
 
         try:
             with Processes() as processes:
@@ -223,7 +223,7 @@ class MergeCallback(TrainerCallback):
         return f"{self.base}+{path}" if is_adapter and self.base is not None else str(path)
 
     def _diagnose(self, found: Mapping[int, Path], final: Path) -> None:
-        from hf_llfc.commands import write_diagnosis
+        from hf_llfc.pipeline.single_stages import write_diagnosis
         from hf_llfc.recipe import AlignSection
 
         assert self.recipe.diagnose is not None, "asked for without a merge"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_llfc.cli import main
 from hf_llfc.cli.arguments import parse
-from hf_llfc.methods import MERGEKIT_METHODS
+from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
 from hf_llfc.recipe import load_recipe
 from tests.docs_inputs import make_inputs
 from tests.runs import byte_llama
@@ -231,7 +231,7 @@ def test_every_block_is_of_a_kind_that_is_checked():
 
 def test_the_adapter_that_is_shown_is_the_one_that_is_there():
     (patch,) = (block.text for block in blocks_of("CONTRIBUTING.md") if block.language == "diff")
-    shown = patch.split("+++ b/hf_llfc/adapters/modernbert.py\n")[1]
+    shown = patch.split("+++ b/hf_llfc/adapters/families/modernbert.py\n")[1]
     lines = [line.removeprefix("+") for line in shown.splitlines()]
     assert lines == (ROOT / "hf_llfc" / "adapters" / "modernbert.py").read_text(encoding="utf-8").splitlines()
 

@@ -11,10 +11,10 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from hf_llfc.adapters.derived.spec import model_with_random_weights
+from hf_llfc.adapters.model_classes import model_class_for
 from tests.tiny_models import FullDouble
 
 __all__ = [

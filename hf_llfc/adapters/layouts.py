@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.adapters.derived.classes import model_class_for
+from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression
 from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
 

@@ -284,7 +284,7 @@ def spec_for(config: PreTrainedConfig) -> PermutationSpec:
         return _registered[model_type][0](config)
     if model_type in FAMILIES:
         module, function = FAMILIES[model_type]
-        spec: PermutationSpec = getattr(import_module(f"hf_llfc.adapters.{module}"), function)(config)
+        spec: PermutationSpec = getattr(import_module(f"hf_llfc.adapters.families.{module}"), function)(config)
         return replace(spec, notes=(_HOW_TESTED,))
     from hf_llfc.adapters.derived import derived_spec
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.alignment.gains import ROLES
 from hf_llfc.alignment.groups import Group, groups_of, signs_of, solve_group, solve_signed
 from hf_llfc.errors import AlignmentError

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_llfc.alignment.activation_matching import Site, captured, input_sites, samples
-from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.alignment.gains import ROLES
 from hf_llfc.alignment.relaxations import Multiplied
 from hf_llfc.errors import AlignmentError
-from hf_llfc.progress import Progress, silent
+from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import Expression, Fixed, axis_uses
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS

@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_llfc.alignment.assignment import assign_with_gap
+from hf_llfc.alignment.assignment.assignment import assign_with_gap
 from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, signs_of, solve_group, solve_signed, tried
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
+from hf_llfc.parallel.workers import ALONE, Workers, largest_share
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import Atom, AxisUse, atoms_of_pieces
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
@@ -42,7 +43,6 @@ from hf_llfc.symmetry.orthogonal import Orthogonal
 from hf_llfc.symmetry.spec import PERMUTATION
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
-from hf_llfc.workers import ALONE, Workers, largest_share
 
 # Up to this width gains are accumulated in float64; wider ones in float32, whose matrix products are twice as fast.
 DOUBLE_UP_TO = 1024

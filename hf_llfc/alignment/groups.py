@@ -33,7 +33,7 @@ from math import factorial, prod
 import torch
 from torch import Tensor
 
-from hf_llfc.alignment.assignment import assign, assign_with_gap
+from hf_llfc.alignment.assignment.assignment import assign, assign_with_gap
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
 from hf_llfc.symmetry.orthogonal import Orthogonal
 from hf_llfc.symmetry.spec import PERMUTATION, Binding

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_llfc.alignment.assignment import assign
+from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS, cayley
 from hf_llfc.symmetry.orthogonal import Orthogonal, multiply_along
 from hf_llfc.symmetry.spec import PERMUTATION, PermutationSpec

@@ -43,9 +43,9 @@ from hf_llfc.alignment.weight_matching import (
     sweep_over,
 )
 from hf_llfc.errors import AlignmentError, raise_all
-from hf_llfc.progress import Progress, silent
+from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.workers import ALONE, Workers
 
 logger = logging.getLogger(__name__)
 

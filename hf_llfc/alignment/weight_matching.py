@@ -14,13 +14,13 @@ import torch
 from hf_llfc.alignment.gains import ROLES, Gains, Key
 from hf_llfc.alignment.groups import Group, Solution, groups_of
 from hf_llfc.alignment.sources import Parameters
-from hf_llfc.choices import SOLVERS
 from hf_llfc.errors import AlignmentError, raise_all, suggest
-from hf_llfc.progress import Progress, silent
+from hf_llfc.foundation.choices import SOLVERS
+from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.spec import PermutationSpec
 from hf_llfc.symmetry.transforms import Transform
-from hf_llfc.workers import ALONE, Workers
 
 # A group, and the axes that are not determined when it is its turn.
 Visit = tuple[Group, frozenset[str]]

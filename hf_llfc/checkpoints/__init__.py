@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING
 
+from hf_llfc.checkpoints.checkpoint import Checkpoint, open_checkpoint, state_dict_on_disk, tensor_bytes
 from hf_llfc.checkpoints.files import FileSpan
 from hf_llfc.checkpoints.header import TensorInfo
-from hf_llfc.checkpoints.output import OutputFolder
-from hf_llfc.checkpoints.reader import Checkpoint, open_checkpoint, state_dict_on_disk, tensor_bytes
-from hf_llfc.checkpoints.shards import ShardFiles, Sink, Written
-from hf_llfc.lazy import lazy_names
+from hf_llfc.checkpoints.writing.output import OutputFolder
+from hf_llfc.checkpoints.writing.shards import ShardFiles, Sink, Written
+from hf_llfc.foundation.lazy import lazy_names
 
 if TYPE_CHECKING:  # what knows model classes takes seconds to load
     from hf_llfc.checkpoints.comparison import body_tensors, compare
     from hf_llfc.checkpoints.models import load_model
     from hf_llfc.checkpoints.names import tensors_of
-    from hf_llfc.checkpoints.writer import write_checkpoint, write_share
+    from hf_llfc.checkpoints.writing.writer import write_checkpoint, write_share
 
 __all__ = [
     "Checkpoint",
@@ -41,7 +41,7 @@ __getattr__ = lazy_names(
         "compare": ".comparison",
         "load_model": ".models",
         "tensors_of": ".names",
-        "write_checkpoint": ".writer",
-        "write_share": ".writer",
+        "write_checkpoint": ".writing.writer",
+        "write_share": ".writing.writer",
     },
 )

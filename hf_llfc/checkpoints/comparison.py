@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.companions import has_vocabulary
-from hf_llfc.checkpoints.reader import Checkpoint
 
 logger = logging.getLogger(__name__)
 

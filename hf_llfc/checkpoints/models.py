@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.names import Layout
-from hf_llfc.checkpoints.reader import Checkpoint
 from hf_llfc.errors import CheckpointError, raise_all
 
 

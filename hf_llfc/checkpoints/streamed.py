@@ -10,9 +10,9 @@ from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.models import most_common_dtype
 from hf_llfc.checkpoints.names import Layout
-from hf_llfc.checkpoints.reader import Checkpoint
 from hf_llfc.errors import CheckpointError
 
 ReadOnDisk = Callable[[str], torch.Tensor]

@@ -14,7 +14,7 @@ from hf_llfc.cli.arguments import parse
 from hf_llfc.errors import LLFCError, ProcessError
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # as in hf_llfc.lazy: `--help` loads nothing that it does not need
+if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy: `--help` loads nothing that it does not need
     import argparse
     from collections.abc import Sequence
 
@@ -116,7 +116,7 @@ def _report_error(message: str, options: argparse.Namespace, *, speaks: bool | N
     """
     if is_main_process() if speaks is None else speaks:
         if options.format == "json":
-            from hf_llfc.console import print_json
+            from hf_llfc.cli.console import print_json
 
             print_json({"error": message})
         print(f"hf-llfc: error: {message}", file=sys.stderr)

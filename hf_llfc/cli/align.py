@@ -6,6 +6,7 @@ import argparse
 
 from hf_llfc.cli import is_main_process
 from hf_llfc.cli.arguments import DATA_FIELDS, MATCHING_OPTIONS
+from hf_llfc.cli.console import print_json, print_table, progress_bars
 from hf_llfc.cli.settings import (
     align_section,
     evaluation_config,
@@ -13,9 +14,8 @@ from hf_llfc.cli.settings import (
     refuse_unused_data,
     refuse_unused_learning,
 )
-from hf_llfc.commands import write_aligned
-from hf_llfc.console import print_json, print_table, progress_bars
-from hf_llfc.provenance import alignment_summary
+from hf_llfc.parents.provenance import alignment_summary
+from hf_llfc.pipeline.single_stages import write_aligned
 
 
 def execute(options: argparse.Namespace) -> int:

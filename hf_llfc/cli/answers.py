@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hf_llfc.console import print_json, print_table
+from hf_llfc.cli.console import print_json, print_table
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.publishing.tables import report_tables
 

@@ -6,7 +6,8 @@ import argparse
 import re
 
 from hf_llfc import __version__
-from hf_llfc.choices import (
+from hf_llfc.errors import suggest
+from hf_llfc.foundation.choices import (
     ALIGNMENT_METHODS,
     GROUPS,
     HEADS,
@@ -18,10 +19,9 @@ from hf_llfc.choices import (
     TRACKERS,
     UNITS,
 )
-from hf_llfc.errors import suggest
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # as in hf_llfc.lazy: `--help` loads nothing that it does not need
+if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy: `--help` loads nothing that it does not need
     from collections.abc import Callable, Sequence
 
 MATCHING_OPTIONS = ("axes", "exclude", "groups", "together", "start", "restarts", "max_sweeps", "solver")

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import asdict
 
 from hf_llfc.api import check
+from hf_llfc.cli.console import print_json, print_table, progress_bars
 from hf_llfc.cli.settings import evaluation_config, refuse_given
-from hf_llfc.console import print_json, print_table, progress_bars
 from hf_llfc.diagnostics import LayerRow
 
 

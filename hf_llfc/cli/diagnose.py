@@ -7,10 +7,10 @@ import argparse
 from hf_llfc.cli import is_main_process
 from hf_llfc.cli.answers import show_report
 from hf_llfc.cli.arguments import MATCHING_OPTIONS
+from hf_llfc.cli.console import progress_bars
 from hf_llfc.cli.settings import align_section, evaluation_config, refuse_given, refuse_unused_learning
-from hf_llfc.commands import write_diagnosis
-from hf_llfc.console import progress_bars
 from hf_llfc.errors import EvaluationError
+from hf_llfc.pipeline.single_stages import write_diagnosis
 from hf_llfc.recipe import DiagnoseSection
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from hf_llfc.api import inspect
-from hf_llfc.console import fold_layers, print_json, print_table
+from hf_llfc.cli.console import fold_layers, print_json, print_table
 
 
 def execute(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from hf_llfc.cli.arguments import MATCHING_OPTIONS
 from hf_llfc.cli.run import run_recipe
 from hf_llfc.cli.settings import matching_section, refuse_given, refuse_unused_data, refuse_unused_learning
 from hf_llfc.errors import RecipeError
-from hf_llfc.methods import MERGEKIT_METHODS
+from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
 from hf_llfc.recipe import load_recipe
 
 

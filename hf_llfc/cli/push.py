@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from hf_llfc.console import print_json
+from hf_llfc.cli.console import print_json
 from hf_llfc.publishing import publish
 
 

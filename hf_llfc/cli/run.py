@@ -6,7 +6,7 @@ import argparse
 
 from hf_llfc.cli import is_main_process
 from hf_llfc.cli.answers import show_report
-from hf_llfc.console import format_bytes, print_json, print_table, progress_bars
+from hf_llfc.cli.console import format_bytes, print_json, print_table, progress_bars
 from hf_llfc.recipe import Recipe, load_recipe
 
 
@@ -18,7 +18,7 @@ def execute(options: argparse.Namespace) -> int:
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     """Runs a recipe, or with --dry-run plans it, and prints what came of it."""
     if options.dry_run:
-        from hf_llfc.planning import plan
+        from hf_llfc.pipeline.planning import plan
 
         planned = plan(recipe)
         if not is_main_process():
@@ -41,7 +41,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
                 }
                 print_table("one sweep of weight matching over one model", [row])
         return 0
-    from hf_llfc.pipeline import run
+    from hf_llfc.pipeline.flow import run
 
     with progress_bars(shown=not options.quiet) as progress:
         result = run(recipe, restart=options.restart, progress=progress)

@@ -19,12 +19,12 @@ from hf_llfc.diagnostics.rows import (
     Suggestion,
     Verdict,
 )
-from hf_llfc.lazy import lazy_names
+from hf_llfc.foundation.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_llfc.diagnostics.batch_norm import has_batch_norm, recompute_batch_norm
     from hf_llfc.diagnostics.diagnose import diagnose_models
-    from hf_llfc.diagnostics.layers import select_layers
+    from hf_llfc.diagnostics.features.layers import select_layers
     from hf_llfc.diagnostics.points import DEFAULT_ALPHAS
 
 __all__ = [
@@ -54,6 +54,6 @@ __getattr__ = lazy_names(
         "recompute_batch_norm": ".batch_norm",
         "DEFAULT_ALPHAS": ".points",
         "diagnose_models": ".diagnose",
-        "select_layers": ".layers",
+        "select_layers": ".features.layers",
     },
 )

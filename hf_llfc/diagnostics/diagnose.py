@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_llfc.choices import UNITS
 from hf_llfc.diagnostics.batch_norm import batch_norm_state, has_batch_norm, recompute_batch_norm
 from hf_llfc.diagnostics.combination import CombinedModel, MovingModel
-from hf_llfc.diagnostics.layers import LOGITS, Layer, select_layers
+from hf_llfc.diagnostics.features.layers import LOGITS, Layer, select_layers
 from hf_llfc.diagnostics.lockstep import Lockstep, PathSums
 from hf_llfc.diagnostics.points import Point, Region, line
 from hf_llfc.diagnostics.report import ConnectivityReport
@@ -30,9 +29,10 @@ from hf_llfc.errors import EvaluationError, suggest
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import evaluation_mode
 from hf_llfc.evaluation.scoring import ScoreSums
+from hf_llfc.foundation.choices import UNITS
 
 if TYPE_CHECKING:
-    from hf_llfc.ranks import Ranks
+    from hf_llfc.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.combination import MovingModel
-from hf_llfc.diagnostics.layers import LOGITS, Layer, handing_over, sample_vectors
+from hf_llfc.diagnostics.features.layers import LOGITS, Layer, handing_over, sample_vectors
 from hf_llfc.diagnostics.points import Region
 from hf_llfc.diagnostics.statistics import (
     Distribution,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from hf_llfc.diagnostics.layers import handing_over, sample_vectors
-from hf_llfc.diagnostics.trial import LOGITS, Layer
+from hf_llfc.diagnostics.features.layers import handing_over, sample_vectors
+from hf_llfc.diagnostics.features.trial import LOGITS, Layer
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import forward_logits
 from hf_llfc.evaluation.scoring import task_loss

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from hf_llfc.diagnostics.trial import Layer
+from hf_llfc.diagnostics.features.trial import Layer
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
 
 if TYPE_CHECKING:
-    from hf_llfc.ranks import Ranks
+    from hf_llfc.parallel.ranks import Ranks
 
 
 class Sums(Protocol):

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.rows import Suggestion
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.config import CLASSIFICATION_TASKS
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.encoding import IGNORED_LABEL
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
+from hf_llfc.recipe.data import CLASSIFICATION_TASKS
 
 if TYPE_CHECKING:
-    from hf_llfc.ranks import Ranks
+    from hf_llfc.parallel.ranks import Ranks
 
 STEPS = 60
 """Of gradient descent, one batch each."""

@@ -5,8 +5,8 @@ The configuration is importable without torch; everything that touches data or m
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.evaluation.config import TASKS, EvaluationConfig
-from hf_llfc.lazy import lazy_names
+from hf_llfc.foundation.lazy import lazy_names
+from hf_llfc.recipe.data import TASKS, EvaluationConfig
 
 if TYPE_CHECKING:
     from hf_llfc.evaluation.data import EvaluationData, load_evaluation_data

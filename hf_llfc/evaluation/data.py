@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from hf_llfc.errors import EvaluationError, raise_all
-from hf_llfc.evaluation.config import CLASSIFICATION_TASKS, EvaluationConfig
 from hf_llfc.evaluation.encoding import (
     IGNORED_LABEL,
     TextEncoder,
@@ -32,6 +31,7 @@ from hf_llfc.evaluation.encoding import (
 )
 from hf_llfc.evaluation.metrics import default_metrics, load_metric
 from hf_llfc.evaluation.sources import MAX_LISTED, choose_column, choose_samples, class_indices, open_dataset, pinned
+from hf_llfc.recipe.data import CLASSIFICATION_TASKS, EvaluationConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.config import BYTES_TOKENIZER, EvaluationConfig
+from hf_llfc.recipe.data import BYTES_TOKENIZER, EvaluationConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

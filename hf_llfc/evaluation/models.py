@@ -17,7 +17,7 @@ from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
 from hf_llfc.evaluation.scoring import ScoreSums, score_samples
 
 if TYPE_CHECKING:
-    from hf_llfc.ranks import Ranks
+    from hf_llfc.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import evaluate
 import torch
 
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.config import CLASSIFICATION_TASKS
 from hf_llfc.evaluation.encoding import IGNORED_LABEL
 from hf_llfc.evaluation.metrics import classification_metric, language_model_metric
+from hf_llfc.recipe.data import CLASSIFICATION_TASKS
 
 ELEMENTS_AT_ONCE = 2**24
 """Logits converted to float64 at a time; bounds the memory a large vocabulary takes."""

@@ -15,7 +15,7 @@ from datasets.arrow_writer import SchemaInferenceError
 from pandas.errors import EmptyDataError
 
 from hf_llfc.errors import EvaluationError, raise_all, suggest
-from hf_llfc.evaluation.config import EvaluationConfig
+from hf_llfc.recipe.data import EvaluationConfig
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -27,7 +27,7 @@ from hf_llfc.checkpoints import FileSpan, Sink, Written, tensor_bytes
 from hf_llfc.merging.combination import CHUNK, DTYPES, Scratch
 from hf_llfc.merging.on_device import DeviceScratch
 from hf_llfc.merging.tensors import Merge, Moved
-from hf_llfc.workers import ALONE, Workers
+from hf_llfc.parallel.workers import ALONE, Workers
 
 PART = 1 << 20
 """Elements that are read and written at a time: a system call for less costs the kernel more a byte."""

@@ -2,23 +2,23 @@
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.lazy import lazy_names
+from hf_llfc.foundation.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hf_llfc.publishing.card import render_card, write_card
+    from hf_llfc.publishing.card.card import render_card, write_card
+    from hf_llfc.publishing.hub.preflight import check_access
+    from hf_llfc.publishing.hub.push import publish
     from hf_llfc.publishing.plots import save_plots
-    from hf_llfc.publishing.preflight import check_access
-    from hf_llfc.publishing.push import publish
 
 __all__ = ["check_access", "publish", "render_card", "save_plots", "write_card"]
 
 __getattr__ = lazy_names(
     __name__,
     {
-        "check_access": ".preflight",
-        "publish": ".push",
-        "render_card": ".card",
+        "check_access": ".hub.preflight",
+        "publish": ".hub.push",
+        "render_card": ".card.card",
         "save_plots": ".plots",
-        "write_card": ".card",
+        "write_card": ".card.card",
     },
 )

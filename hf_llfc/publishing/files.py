@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_llfc.errors import PublishingError
-from hf_llfc.layout import LLFC_FOLDER, METHOD_FILE
-from hf_llfc.limited_yaml import read_yaml
+from hf_llfc.foundation.layout import LLFC_FOLDER, METHOD_FILE
+from hf_llfc.foundation.limited_yaml import read_yaml
 
 
 def computed_by(folder: Path) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_llfc.version import __version__
+from hf_llfc.foundation.version import __version__
 
 if TYPE_CHECKING:
-    from hf_llfc.ranks import Ranks
+    from hf_llfc.parallel.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_llfc.errors import PublishingError
-from hf_llfc.layout import LLFC_FOLDER, RUN_FILE
-from hf_llfc.publishing.parents import relevant
+from hf_llfc.foundation.layout import LLFC_FOLDER, RUN_FILE
+from hf_llfc.publishing.lineage import relevant
 from hf_llfc.publishing.words import display_name
 
 SCHEMA = "hf_llfc.run/1"
@@ -22,7 +22,7 @@ class RunRecord:
     """What a run did.
 
     Attributes:
-        alignments: A summary of each, as `hf_llfc.provenance.alignment_summary` gives it.
+        alignments: A summary of each, as `hf_llfc.parents.provenance.alignment_summary` gives it.
         results: Loss and metrics of every parent and of the merge on the same data: mappings with `id`, `loss`,
             `metrics` and, for the merge, `is_merge`.
         versions: Of the libraries.

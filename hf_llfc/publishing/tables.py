@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow, LayerRow, Statistic
-from hf_llfc.publishing.facts import (
+from hf_llfc.publishing.plots.layer_axis import common_prefix
+from hf_llfc.publishing.reading import (
     LOSS,
     blend_of_models,
     metric_names,
@@ -24,7 +25,6 @@ from hf_llfc.publishing.facts import (
     shown_additivity,
     shown_layers,
 )
-from hf_llfc.publishing.plots.layer_axis import common_prefix
 
 Row = dict[str, str]
 

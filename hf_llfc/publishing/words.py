@@ -8,8 +8,8 @@ from pathlib import PurePath
 from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.facts import not_finite, point_name, shown_layers
-from hf_llfc.publishing.parents import ParentInfo, is_hub_id, split_revision
+from hf_llfc.publishing.lineage import ParentInfo, is_hub_id, split_revision
+from hf_llfc.publishing.reading import not_finite, point_name, shown_layers
 
 _AXES = {
     "head_dim": "channels of queries and keys",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_llfc.choices import METHODS_WITH_DATA, UNION, UNIVERSE_METHODS
 from hf_llfc.errors import suggest
-from hf_llfc.methods import MergekitMethod
+from hf_llfc.foundation.choices import METHODS_WITH_DATA, UNION, UNIVERSE_METHODS
+from hf_llfc.merging.mergekit_methods import MergekitMethod
 from hf_llfc.recipe.sections import MERGE_METHODS, Recipe, Weight
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from hf_llfc.methods import SHARES, SWITCHES
+from hf_llfc.merging.mergekit_methods import SHARES, SWITCHES
 from hf_llfc.recipe.sections import Weight
 
 

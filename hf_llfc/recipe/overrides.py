@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_llfc.errors import RecipeError
-from hf_llfc.limited_yaml import parse_yaml
+from hf_llfc.foundation.limited_yaml import parse_yaml
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from hf_llfc.choices import (
+from hf_llfc.errors import RecipeError, raise_all, suggest
+from hf_llfc.foundation.choices import (
     ALIGNMENT_METHODS,
     GROUPS,
     MEASURES,
@@ -23,11 +24,10 @@ from hf_llfc.choices import (
     UNION,
     UNITS,
 )
-from hf_llfc.errors import RecipeError, raise_all, suggest
-from hf_llfc.evaluation.config import EvaluationConfig
-from hf_llfc.limited_yaml import read_yaml
-from hf_llfc.methods import MERGEKIT_METHODS, MergekitMethod
+from hf_llfc.foundation.limited_yaml import read_yaml
+from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
 from hf_llfc.recipe.agreement import disagreements
+from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.fitting import as_weight, describe, fit, is_number, is_weight, setting_problem
 from hf_llfc.recipe.overrides import apply_override
 from hf_llfc.recipe.sections import (

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_llfc.choices import METHODS_WITH_DATA
-from hf_llfc.evaluation.config import EvaluationConfig
-from hf_llfc.methods import MERGEKIT_METHODS, MergekitMethod
+from hf_llfc.foundation.choices import METHODS_WITH_DATA
+from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
+from hf_llfc.recipe.data import EvaluationConfig
 
 MERGE_METHODS = ("linear", "task_arithmetic", *MERGEKIT_METHODS)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -225,7 +225,7 @@ class Recipe:
             the largest one always may. In YAML also as `1GB`.
         device: Where models run, products of matching are made and tensors summed: `auto`, `cpu`, `cuda`, `cuda:1`, …;
             where None, models run where accelerate puts them, and all else is the processor's.
-        log_with: Trackers of accelerate that the run is logged to, any of `TRACKERS`; see `hf_llfc.trackers`.
+        log_with: Trackers of accelerate that the run is logged to, any of `TRACKERS`; see `hf_llfc.pipeline.trackers`.
         logging_dir: Where trackers write that write files, in a folder named like the output folder.
     """
 

@@ -13,9 +13,9 @@ from hf_llfc.adapters.canonical_forms import canonical_form
 from hf_llfc.alignment.learned_matching import Learning, learn_matching
 from hf_llfc.alignment.relaxations import Multiplied, RelaxedMatrix, RelaxedPermutation, sinkhorn
 from hf_llfc.checkpoints import open_checkpoint
-from hf_llfc.checkpoints.canonical import canonical_checkpoint
 from hf_llfc.checkpoints.models import load_model
-from hf_llfc.diagnostics.layers import select_layers
+from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
+from hf_llfc.diagnostics.features.layers import select_layers
 from hf_llfc.diagnostics.objectives import LLFCGap, TaskLoss
 from hf_llfc.errors import AlignmentError, LLFCError
 from hf_llfc.evaluation import EvaluationConfig
@@ -280,7 +280,7 @@ def test_without_data_there_is_nothing_to_learn_from():
 
 
 def test_batches_come_without_end_in_changing_order():
-    from hf_llfc.matching import _in_random_order
+    from hf_llfc.alignment.checkpoints import _in_random_order
 
     batches = [{"place": torch.tensor(place)} for place in range(4)]
     seen = [int(batch["place"]) for batch in itertools.islice(_in_random_order(batches, 0), 12)]

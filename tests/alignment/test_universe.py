@@ -10,14 +10,14 @@ from hf_llfc.adapters.canonical_forms import canonical_form
 from hf_llfc.alignment import Parameters, match_universe, match_weights
 from hf_llfc.alignment.universe import summed
 from hf_llfc.checkpoints import open_checkpoint
-from hf_llfc.checkpoints.canonical import canonical_checkpoint
 from hf_llfc.checkpoints.models import load_model
+from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
 from hf_llfc.errors import AlignmentError
+from hf_llfc.parallel.workers import Workers
 from hf_llfc.symmetry import Alignment, PermutationSpec
-from hf_llfc.workers import Workers
 from tests.alignment.oracle import TOY, objective, parameters, toy_state
 from tests.alignment.test_full_groups import CASES, all_in_float64, canonical_state, logits, made, stored
-from tests.test_workers import on_all
+from tests.parallel.test_workers import on_all
 from tests.tiny_models import tiny_model
 
 __all__ = ["all_in_float64"]

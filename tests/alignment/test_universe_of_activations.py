@@ -10,8 +10,8 @@ from hf_llfc.adapters.canonical_forms import canonical_form
 from hf_llfc.alignment import match_activations
 from hf_llfc.alignment.universe_of_activations import match_universe_of_activations
 from hf_llfc.checkpoints import open_checkpoint
-from hf_llfc.checkpoints.canonical import canonical_checkpoint
 from hf_llfc.checkpoints.models import load_model
+from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
 from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry import Alignment
 from tests.alignment.test_activation_matching import NET, Net, moved, tokens

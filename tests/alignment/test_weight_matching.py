@@ -4,17 +4,17 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-import hf_llfc.alignment.assignment
+import hf_llfc.alignment.assignment.assignment
 import hf_llfc.alignment.gains
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.alignment.gains import Gains
 from hf_llfc.alignment.groups import groups_of
 from hf_llfc.alignment.weight_matching import _divided, _waves
 from hf_llfc.errors import AlignmentError
+from hf_llfc.parallel.workers import Workers
 from hf_llfc.symmetry import Alignment, PermutationSpec
-from hf_llfc.workers import Workers
 from tests.alignment.oracle import TOY, objective, parameters, toy_state
-from tests.test_workers import on_all
+from tests.parallel.test_workers import on_all
 from tests.tiny_models import tiny_model
 
 
@@ -208,8 +208,8 @@ def test_the_solver_with_a_gap_says_how_large_it_is(monkeypatch):
     exact = match(spec, a, b)
     assert "assignment_gap" not in exact.metadata
     assert match(spec, a, b, solver="auction").metadata["assignment_gap"] == 0.0, "small axes are exact"
-    monkeypatch.setattr(hf_llfc.alignment.assignment, "WIDE", 8)
-    monkeypatch.setattr(hf_llfc.alignment.assignment, "GAP", 0.5)
+    monkeypatch.setattr(hf_llfc.alignment.assignment.assignment, "WIDE", 8)
+    monkeypatch.setattr(hf_llfc.alignment.assignment.assignment, "GAP", 0.5)
     found = match(spec, a, b, solver="auction")
     assert found.metadata["solver"] == "auction" and 0 < found.metadata["assignment_gap"] < 1
     with pytest.raises(AlignmentError, match="unknown solver 'auctoin'; did you mean 'auction'"):

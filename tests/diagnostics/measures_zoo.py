@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_llfc.adapters.derived.verify import randomise
-from hf_llfc.diagnostics.additivity import Additivity
-from hf_llfc.diagnostics.commutativity import Commutativity
-from hf_llfc.diagnostics.geometry import Geometry
-from hf_llfc.diagnostics.layers import LOGITS, select_layers
-from hf_llfc.diagnostics.stitching import changed_in_place, recorded, replaced
+from hf_llfc.diagnostics.features.layers import LOGITS, select_layers
+from hf_llfc.diagnostics.measures.additivity import Additivity
+from hf_llfc.diagnostics.measures.commutativity import Commutativity
+from hf_llfc.diagnostics.measures.geometry import Geometry
+from hf_llfc.diagnostics.measures.stitching import changed_in_place, recorded, replaced
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import evaluation_mode, model_inputs
 from tests.tiny_models import FullDouble

@@ -16,7 +16,7 @@ from hf_llfc.diagnostics.points import line
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model, load_evaluation_data
-from hf_llfc.processes import Processes
+from hf_llfc.parallel.processes import Processes
 from tests.evaluation.tiny_data import text_rows, word_tokenizer
 from tests.tiny_models import tiny_model
 

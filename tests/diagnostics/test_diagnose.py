@@ -10,7 +10,7 @@ import torch
 from hf_llfc.diagnostics import ConnectivityReport, diagnose_models, recompute_batch_norm
 from hf_llfc.diagnostics.combination import CombinedModel
 from hf_llfc.diagnostics.diagnose import barrier_height
-from hf_llfc.diagnostics.layers import select_layers
+from hf_llfc.diagnostics.features.layers import select_layers
 from hf_llfc.diagnostics.lockstep import Lockstep
 from hf_llfc.diagnostics.points import DEFAULT_ALPHAS, Point, arithmetic, line, simplex
 from hf_llfc.errors import EvaluationError

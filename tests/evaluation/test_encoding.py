@@ -6,7 +6,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.config import EvaluationConfig
 from hf_llfc.evaluation.encoding import (
     IGNORED_LABEL,
     ByteEncoder,
@@ -19,6 +18,7 @@ from hf_llfc.evaluation.encoding import (
     load_text_encoder,
     mask_tokens,
 )
+from hf_llfc.recipe.data import EvaluationConfig
 from tests.evaluation.tiny_data import SPECIAL, sentences, word_tokenizer
 from tests.tiny_models import tiny_config
 

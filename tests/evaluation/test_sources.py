@@ -5,8 +5,8 @@ from PIL import Image
 from transformers import PretrainedConfig
 
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.config import EvaluationConfig
 from hf_llfc.evaluation.sources import choose_column, choose_samples, class_indices, open_dataset, pinned
+from hf_llfc.recipe.data import EvaluationConfig
 
 ROWS = {"text": ["a b", "c", "d e f"], "label": [0, 1, 0]}
 

@@ -38,7 +38,7 @@ def commands(bench) -> dict[str, Callable[..., int]]:
         return main([str(word) for word in words])
 
     def align(*more: object) -> int:
-        from hf_llfc.sharing import write_shared
+        from hf_llfc.pipeline.sharing import write_shared
 
         assert write_shared.__kwdefaults__ is not None
         write_shared.__kwdefaults__["max_shard_size"] = 20_000  # in the fork alone

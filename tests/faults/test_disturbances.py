@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_llfc.processes import SILENCE_VARIABLE
+from hf_llfc.parallel.processes import SILENCE_VARIABLE
 from tests.faults.harness import Points, assert_same, counted, disturbed, draws, forked, working_in
 
 ROOT = Path(__file__).parents[2]
@@ -144,10 +144,10 @@ def unchecked(run):
     """The same run, on a disk that only fills up while it works."""
 
     def work() -> int:
-        import hf_llfc.commands
-        import hf_llfc.pipeline
+        import hf_llfc.pipeline.flow
+        import hf_llfc.pipeline.single_stages
 
-        for module in (hf_llfc.commands, hf_llfc.pipeline):
+        for module in (hf_llfc.pipeline.single_stages, hf_llfc.pipeline.flow):
             module.refuse_without_room = lambda output, infos, copies=0: None
         shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
         return run()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from hf_llfc.checkpoints.files import LocalFiles, open_weights
 from hf_llfc.checkpoints.header import parse_header, read_header
-from hf_llfc.checkpoints.journal import Journal
+from hf_llfc.checkpoints.writing.journal import Journal
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import LLFCError
 from hf_llfc.publishing import render_card

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.files import LocalFiles, open_weights
-from hf_llfc.checkpoints.shards import ShardFiles, ShardLayout
+from hf_llfc.checkpoints.writing.shards import ShardFiles, ShardLayout
 from hf_llfc.errors import CheckpointError
-from hf_llfc.forked import can_fork
 from hf_llfc.merging import Merge, Source, WeightSchedule, merge_streamed, streaming
 from hf_llfc.merging.tensors import Moved
-from hf_llfc.workers import Workers
+from hf_llfc.parallel.forked import can_fork
+from hf_llfc.parallel.workers import Workers
 
 WEIGHTS = (0.3, 0.7)
 

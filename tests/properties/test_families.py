@@ -23,9 +23,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_llfc.adapters.declare import returns_features
-from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
+from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.adapters.registry import FAMILIES
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.symmetry import Alignment, PermutationSpec

@@ -9,7 +9,7 @@ from hf_llfc.adapters import known_model_types
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.errors import CheckpointError, SpecError
-from hf_llfc.specs import SAVED_IN_OTHER_ORDER, is_sorted_as_saved, open_weights
+from hf_llfc.parents.specs import SAVED_IN_OTHER_ORDER, is_sorted_as_saved, open_weights
 from tests import zoo_page
 from tests.zoo import zoo_result, zoo_types
 from tests.zoo_table import examine, reason_not_to_run

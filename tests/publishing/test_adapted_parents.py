@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import hf_llfc
-from hf_llfc.publishing.parents import ParentInfo, combined_license, parts_of
+from hf_llfc.publishing.lineage import ParentInfo, combined_license, parts_of
 from tests.runs import byte_llama
 
 

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_llfc.publishing import write_card
-from hf_llfc.publishing.templates import template_folder
+from hf_llfc.publishing.card.templates import template_folder
 from hf_llfc.recipe import load_recipe
 from tests.hub_double import validate_card
 from tests.publishing.card_page import write_card_page

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
+from hf_llfc.foundation.version import __version__
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
-from hf_llfc.version import __version__
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_llfc.errors import PublishingError
-from hf_llfc.layout import PAGE_FILE
+from hf_llfc.foundation.layout import PAGE_FILE
 from hf_llfc.publishing import write_card
 from hf_llfc.publishing.page import render_page, write_page
 from tests.publishing.samples import (

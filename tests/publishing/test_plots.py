@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from hf_llfc.errors import PublishingError
-from hf_llfc.publishing.facts import read_report
 from hf_llfc.publishing.plots import (
     PLOTS,
     plot_additivity,
@@ -23,6 +22,7 @@ from hf_llfc.publishing.plots import (
 )
 from hf_llfc.publishing.plots.canvas import GROUND
 from hf_llfc.publishing.plots.layer_axis import layer_panels, short_layer_names
+from hf_llfc.publishing.reading import read_report
 from tests.publishing.samples import BERT_MAPS, layer, make_measured_report, make_report, make_simplex_report
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_llfc.console import print_table
-from hf_llfc.publishing.facts import read_report
+from hf_llfc.cli.console import print_table
 from hf_llfc.publishing.plots import PLOT_FILES
+from hf_llfc.publishing.reading import read_report
 from hf_llfc.publishing.tables import report_tables
 from tests.publishing.samples import make_measured_report, make_report, make_simplex_report
 

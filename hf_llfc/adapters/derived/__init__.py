@@ -5,11 +5,11 @@ reads the axes off them (`derive`, `nesting`), and proves them on a small copy o
 weights (`shrink`, `inputs`, `verify`) before it gives them away.
 """
 
-from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from hf_llfc.adapters.derived.spec import derived_spec, verified_copy
 from hf_llfc.adapters.derived.verify import answer_of, relative_change, verify
+from hf_llfc.adapters.model_classes import model_class_for
 
 __all__ = [
     "answer_of",

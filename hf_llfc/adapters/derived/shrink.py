@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_llfc.adapters.derived.classes import model_class_for
+from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.errors import SpecError
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.adapters.derived.derive import derive, folded, generalised
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from hf_llfc.adapters.derived.verify import Verification, randomise, verify
+from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.errors import SpecError
 
 if TYPE_CHECKING:

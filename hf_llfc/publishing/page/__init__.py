@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.layout import PAGE_FILE, RECIPE_FILE, REPORT_FILE
-from hf_llfc.publishing.facts import merge_point, read_report
+from hf_llfc.foundation.layout import PAGE_FILE, RECIPE_FILE, REPORT_FILE
 from hf_llfc.publishing.page.charts import path_charts
-from hf_llfc.publishing.page.facts import key_facts, meaning, provenance
 from hf_llfc.publishing.page.layers import layer_map
+from hf_llfc.publishing.page.summary import key_facts, meaning, provenance
 from hf_llfc.publishing.page.tables import measure_tables, path_table
+from hf_llfc.publishing.reading import merge_point, read_report
 from hf_llfc.publishing.words import headline, layer_summary
 
 if TYPE_CHECKING:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.facts import (
+from hf_llfc.publishing.lineage import split_revision
+from hf_llfc.publishing.plots.canvas import cut, known
+from hf_llfc.publishing.reading import (
     LOSS,
     MetricStyle,
     blend_of_models,
@@ -18,8 +20,6 @@ from hf_llfc.publishing.facts import (
     number_text,
     point_name,
 )
-from hf_llfc.publishing.parents import split_revision
-from hf_llfc.publishing.plots.canvas import cut, known
 from hf_llfc.publishing.words import display_name
 
 WIDTH = 400.0

@@ -10,9 +10,9 @@ from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import LayerRow
-from hf_llfc.publishing.facts import is_model, point_name, point_weights, shown_layers
 from hf_llfc.publishing.page.tables import Column, layer_cells, layer_columns
 from hf_llfc.publishing.plots.layer_axis import common_prefix
+from hf_llfc.publishing.reading import is_model, point_name, point_weights, shown_layers
 from hf_llfc.publishing.tables import LONG_NAME
 
 # Fixed limits, so that maps of different reports can be compared by eye; each doubles as the legend.

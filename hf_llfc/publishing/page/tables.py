@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import GeometryRow, LayerRow, Statistic
-from hf_llfc.publishing.facts import (
+from hf_llfc.publishing.reading import (
     LOSS,
     blend_of_models,
     metric_names,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.facts import read_report
 from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
 from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
 from hf_llfc.publishing.plots.geometry import plot_feature_geometry, plot_weight_geometry
 from hf_llfc.publishing.plots.measures import plot_additivity, plot_commutativity, plot_stitching
 from hf_llfc.publishing.plots.path import plot_path
+from hf_llfc.publishing.reading import read_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

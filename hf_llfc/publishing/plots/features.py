@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import LayerRow
-from hf_llfc.publishing.facts import is_model, point_name, point_weights, shown_layers
 from hf_llfc.publishing.plots.canvas import (
     BLUE,
     FONT_SIZE,
@@ -32,6 +31,7 @@ from hf_llfc.publishing.plots.series import (
     limits_around_one,
     spread_note,
 )
+from hf_llfc.publishing.reading import is_model, point_name, point_weights, shown_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.facts import LOSS, MetricStyle, metric_style, model_points, shown_additivity
 from hf_llfc.publishing.plots.canvas import (
     BLUE,
     GREEN,
@@ -21,6 +20,7 @@ from hf_llfc.publishing.plots.canvas import (
 from hf_llfc.publishing.plots.layer_axis import layer_grid
 from hf_llfc.publishing.plots.path import label_values
 from hf_llfc.publishing.plots.series import LogScale, Series, draw_distances, draw_line, marker_size, spread_note
+from hf_llfc.publishing.reading import LOSS, MetricStyle, metric_style, model_points, shown_additivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

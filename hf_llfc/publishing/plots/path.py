@@ -8,17 +8,6 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import PathPoint
-from hf_llfc.publishing.facts import (
-    LOSS,
-    MetricStyle,
-    blend_of_models,
-    is_model,
-    merge_point,
-    metric_names,
-    metric_style,
-    point_name,
-    point_weights,
-)
 from hf_llfc.publishing.plots.canvas import (
     BLUE,
     FONT_SIZE,
@@ -33,6 +22,17 @@ from hf_llfc.publishing.plots.canvas import (
     plain_axes,
     plain_name,
     plot_style,
+)
+from hf_llfc.publishing.reading import (
+    LOSS,
+    MetricStyle,
+    blend_of_models,
+    is_model,
+    merge_point,
+    metric_names,
+    metric_style,
+    point_name,
+    point_weights,
 )
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from hf_llfc.adapters.derived.classes import model_class_for
 from hf_llfc.adapters.derived.shrink import MAX_PARAMETERS, build_on_meta, parameter_count, shrunken
+from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.errors import SpecError
 from tests import zoo
 

@@ -1,0 +1,1 @@
+"""Hand-written permutation specs, one file a family."""

@@ -1,0 +1,1 @@
+"""Linear assignment, exact or with a certified gap."""

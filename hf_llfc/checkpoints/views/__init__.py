@@ -1,0 +1,1 @@
+"""A checkpoint seen otherwise: an adapter folded in, the canonical form, a united vocabulary."""

@@ -1,0 +1,266 @@
+"""A base and an adapter of peft as one checkpoint: the base's tensors under its names, the adapter folded in.
+
+Nothing is written. What the adapter does not change is read from the base's files where it lies; a tensor that it
+changes is folded in float32 when it is read, one module at a time, so that memory stays that of the adapter and of a
+few tensors. `read` rounds it to the dtype that the base has, for whoever runs or compares the model;
+`read_unrounded` does not, so that a merge rounds once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_llfc.checkpoints.checkpoint import Adapter, Checkpoint, state_dict_on_disk
+from hf_llfc.checkpoints.companions import companion_names, has_vocabulary, is_of_tokenizer
+from hf_llfc.checkpoints.files import ADAPTER_CONFIG, Files, FileSpan, Weights, open_adapter_weights
+from hf_llfc.checkpoints.models import load_model, most_common_dtype
+from hf_llfc.checkpoints.names import Group, Layout
+from hf_llfc.checkpoints.views.adapted_base import as_adapted
+from hf_llfc.checkpoints.views.folding import Folding, fold_whole, is_independent, kind_of
+from hf_llfc.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+logger = logging.getLogger(__name__)
+
+_SMALL = 1 << 16  # elements of a tensor that is kept when the module it belongs to was folded for another one
+
+
+def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bool = False) -> Checkpoint:
+    """Opens an adapter over its base as one checkpoint.
+
+    Args:
+        base: The base, opened with its model class.
+        files: Those of the adapter.
+        config: Of the adapter.
+        allow_pickle: Whether an adapter that is pickled, not safetensors, may be opened.
+
+    Raises:
+        CheckpointError: The adapter cannot be read, does not fit the base, or changes one of two tied weights only.
+    """
+    if base.model_class is None:
+        raise CheckpointError(
+            f"{base.label}: the model class {base.architecture or '(the config names none)'} is not known, so the "
+            f"adapter {files.where} cannot be added to it; register the class, or allow trust_remote_code"
+        )
+    stored = open_adapter_weights(files, allow_pickle=allow_pickle)
+    # peft takes what the file holds of the base itself, trained embeddings say, in the type that it has there.
+    state = {
+        name: tensor.to(_wide(base)) if tensor.is_floating_point() else tensor
+        for name, tensor in ((name, stored.read(name)) for name in stored.infos)
+    }
+    named = base
+    base, state = as_adapted(files.where, base, config, state)
+    folded = _folded(files.where, base, config, state)
+    own = companion_names(files.sizes())
+    files.fetch(own)
+    adapter = Adapter(files.id, files.revision, files.folder, kind_of(config), named)
+    pinned = [each for each in (base.revision, files.revision) if each is not None]
+    return replace(
+        base,
+        id=f"{base.id}+{files.id}",
+        label=f"{base.label}+{files.where}",
+        revision="+".join(pinned) if len(pinned) == 2 else None,
+        folder=files.folder if has_vocabulary(own) else base.folder,
+        companion_files=(*(files.folder / name for name in own), *_kept(base, own)),
+        adapter=adapter,
+        _weights=AdaptedWeights(base, files, stored, folded),
+    )
+
+
+def _folded(where: str, base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> _ByModule | _Whole:
+    """What folds an adapter: by module where that is possible."""
+    if is_independent(config):
+        by_module = _ByModule(where, base, config, state)
+        if by_module.is_of_base:
+            return by_module
+    logger.warning(
+        "%s: this adapter can only be folded with all of its base at hand: the base is loaded in float32, and stays in "
+        "memory",
+        where,
+    )
+    return _Whole(where, base, config, state)
+
+
+def _kept(base: Checkpoint, own: list[str]) -> list[Path]:
+    """The base's companions beside those of the adapter: none of its tokenizer if the adapter has one."""
+    replaced = {name.rpartition("/")[2] for name in own}
+    return [
+        path
+        for path in base.companion_files
+        if path.name not in replaced and not (has_vocabulary(own) and is_of_tokenizer(path.name))
+    ]
+
+
+class _ByModule:
+    """Tensors folded when they are asked for."""
+
+    def __init__(self, where: str, base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> None:
+        assert base.model_class is not None
+        self._layout = Layout(base.model_class, base.config)
+        self._make_memory = self._layout.memory_reader(base.tensors)
+        self._read = base.read
+        self._dtype = _wide(base)
+        self._folding = Folding(where, self._layout.empty_model(), config, state, self._dtype)
+        self._groups = {
+            name: group
+            for group in self._layout.groups
+            if any(memory in self._folding.changes for memory in group.memory)
+            for name in group.disk
+        }
+        self._made: dict[str, torch.Tensor] = {}
+        self._making = threading.Lock()
+        self._refuse_torn_ties(where)
+
+    @property
+    def is_of_base(self) -> bool:
+        """Whether everything that changes has a name of the base, which the parts of some modules have not."""
+        return set(self._folding.changes) <= set(self._layout.names_in_memory)
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names on disk of what the adapter may change."""
+        return self._groups.keys()
+
+    def _read_memory(self, name: str) -> torch.Tensor:
+        return self._make_memory(name, self._read)
+
+    def make(self, name: str) -> torch.Tensor:
+        """One tensor, unrounded; what comes of the same module or group is kept until it is asked for, if it is small.
+
+        A tensor on disk that is a part of a larger one in memory is kept with the other parts, one group at a time.
+        """
+        with self._making:
+            if name in self._made:
+                return self._made.pop(name)
+        group = self._groups[name]
+        made = self._make_group(group)
+        tensor = made.pop(name)
+        with self._making:
+            if len(group.disk) > 1:
+                self._made = {kept: each for kept, each in self._made.items() if each.numel() <= _SMALL}
+            self._made |= {kept: each for kept, each in made.items() if each.numel() <= _SMALL or kept in group.disk}
+        return tensor
+
+    def _make_group(self, group: Group) -> dict[str, torch.Tensor]:
+        """Tensors of a group on disk, and small ones of the same modules."""
+        memory: dict[str, torch.Tensor] = {}
+        beside: dict[str, torch.Tensor] = {}
+        for name in group.memory:
+            if name in memory:
+                continue
+            path = self._folding.changes.get(name)
+            if path is None:
+                memory[name] = self._read_memory(name).to(self._dtype)
+                continue
+            folded = self._folding.fold(path, self._read_memory)
+            memory |= {each: tensor for each, tensor in folded.items() if each in group.memory}
+            beside |= {
+                each: tensor
+                for each, tensor in folded.items()
+                # Under the same name on disk, and not as a part of anything.
+                if tensor.numel() <= _SMALL and self._groups.get(each) == Group((each,), (each,)) != group
+            }
+        return {**beside, **self._layout.to_disk(memory)}
+
+    def _refuse_torn_ties(self, where: str) -> None:
+        changes = self._folding.changes
+        for name, other in self._layout.ties.items():
+            if name not in changes and other not in changes:
+                continue
+            if name in changes and other in changes:
+                both = [self._folding.fold(changes[each], self._read_memory)[each] for each in (name, other)]
+                if torch.equal(*both):
+                    continue
+            raise CheckpointError(
+                f"{where}: the base ties {name} to {other}, and after the adapter the two differ, so that the folded "
+                "model is of another architecture; fold it with merge_and_unload() of peft, save it with "
+                "tie_word_embeddings set to false, and name the saved folder"
+            )
+
+
+class _Whole:
+    """Tensors of the whole base, folded together at the first question."""
+
+    def __init__(self, where: str, base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> None:
+        self._where = where
+        self._base = base
+        self._config = config
+        self._state = state
+        self._folding = threading.Lock()
+        self._folded: dict[str, torch.Tensor] | None = None
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names on disk of what the adapter may change."""
+        return [name for name, info in self._base.tensors.items() if info.dtype.is_floating_point]
+
+    def make(self, name: str) -> torch.Tensor:
+        """One tensor, unrounded."""
+        with self._folding:
+            if self._folded is None:
+                model = load_model(self._base, dtype=_wide(self._base))
+                self._folded = state_dict_on_disk(fold_whole(self._where, model, self._config, self._state))
+                if self._folded.keys() != self._base.tensors.keys():
+                    raise CheckpointError(f"{self._where}: with this adapter the model has other tensors than its base")
+            return self._folded[name].detach()
+
+
+class AdaptedWeights:
+    """The base's tensors, with an adapter folded in."""
+
+    def __init__(self, base: Checkpoint, files: Files, stored: Weights, folded: _ByModule | _Whole) -> None:
+        """Takes what folds; nothing of the base is read.
+
+        Args:
+            base: The base.
+            files: Those of the adapter.
+            stored: The weights of the adapter.
+            folded: Makes what the adapter changes.
+        """
+        self.infos = base.tensors
+        self._base = base
+        self._stored = stored
+        self._folded = folded
+        self._changed = frozenset(folded.names)
+        self._config_digest = hashlib.sha256((files.folder / ADAPTER_CONFIG).read_bytes()).hexdigest()
+
+    def identity(self) -> Mapping[str, Any]:
+        """Of the files of both, with the adapter's config and the version of peft, which may round otherwise."""
+        return {
+            **self._base.identity().get("files", {}),
+            **self._stored.identity(),
+            ADAPTER_CONFIG: {"sha256": self._config_digest, "peft": version("peft")},
+        }
+
+    def refuse_changed(self) -> None:
+        """Refuses files of either that were written to since they were opened."""
+        self._base.refuse_changed()
+        self._stored.refuse_changed()
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in the dtype of the base."""
+        return self.read_unrounded(name).to(self.infos[name].dtype)
+
+    def read_unrounded(self, name: str) -> torch.Tensor:
+        """One tensor, in float32 where the adapter may change it."""
+        return self._folded.make(name) if name in self._changed else self._base.read(name)
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where the bytes of a tensor lie that the adapter leaves alone."""
+        return None if name in self._changed else self._base.span(name)
+
+
+def _wide(base: Checkpoint) -> torch.dtype:
+    """The type in which weights are folded: float32, or float64 where the base has that."""
+    return torch.promote_types(most_common_dtype(base.tensors) or torch.float32, torch.float32)

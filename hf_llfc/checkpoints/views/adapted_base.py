@@ -1,0 +1,230 @@
+"""The base of an adapter as it was when the adapter was trained: under the head of its task, and with all its rows.
+
+A classification head that the base was saved without, and embeddings with rows for new tokens, lie in the adapter's own
+file. The base gets room for them here, which the adapter fills when it is folded: a number that neither file holds is
+never made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from hf_llfc.checkpoints.checkpoint import Checkpoint, planned
+from hf_llfc.checkpoints.files import FileSpan
+from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.models import most_common_dtype
+from hf_llfc.checkpoints.names import Layout, find_class_in_transformers
+from hf_llfc.checkpoints.views.reindexed import resized_shape, vocabulary_dimensions, with_rows
+from hf_llfc.checkpoints.views.vocabulary import rows_of
+from hf_llfc.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_PREFIX = "base_model.model."
+_COPIES = (".modules_to_save.", ".original_module.")
+_TRAINED_TOKENS = ".trainable_tokens_delta"
+
+_CLASSES = {
+    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+}
+"""Task of peft → type of config → model class."""
+
+
+def as_adapted(
+    where: str, base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]
+) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
+    """The base with the head and the rows that an adapter brings; as it is where the adapter brings none.
+
+    Args:
+        where: What messages call the adapter.
+        base: The base, opened with its model class.
+        config: Of the adapter.
+        state: The adapter's tensors by their names in its file.
+
+    Returns:
+        The base, and the adapter's tensors without those that peft saved twice.
+
+    Raises:
+        CheckpointError: The adapter brings a part of what its model needs and the base lacks.
+    """
+    state = _without_copies(base, state)
+    own = {_name_in_base(name): tensor for name, tensor in state.items()}
+    return _with_rows_of(where, _with_head_of(where, base, config, own), config, own), state
+
+
+def _without_copies(base: Checkpoint, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter without the copies that peft saves beside embeddings of another size."""
+    assert base.model_class is not None
+    kept = {
+        name: tensor
+        for name, tensor in state.items()
+        if not any(copy in name and name.replace(copy, ".") in state for copy in _COPIES)
+    }
+    trained = [name for name in kept if name.endswith(_TRAINED_TOKENS)]
+    for tied, source in Layout(base.model_class, base.config).ties.items() if len(trained) > 1 else ():
+        modules = [_PREFIX + each.rpartition(".")[0] + "." for each in (tied, source)]
+        for name in trained:
+            twin = name.replace(modules[0], modules[1], 1)
+            if name.startswith(modules[0]) and twin in kept and torch.equal(kept[name], kept[twin]):
+                del kept[name]
+    return kept
+
+
+def _name_in_base(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _with_head_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping[str, torch.Tensor]) -> Checkpoint:
+    """The base in the model class of the adapter's task, if only that has a place for what the adapter brings."""
+    assert base.model_class is not None
+    model_class = _class_of(base.config, config)
+    if model_class is None or model_class is base.model_class or model_class.config_class is not type(base.config):
+        return base
+    of_base = Layout(base.model_class, base.config).names_in_memory
+    layout = Layout(model_class, base.config)
+    head = [name for name in own if name in layout.names_in_memory and name not in of_base]
+    if not head:
+        return base
+    changed = deepcopy(base.config)
+    changed.architectures = [model_class.__name__]
+    labels = _labels(model_class, changed, own)
+    if labels is not None and labels != changed.num_labels:
+        changed.num_labels = labels
+    dtype = most_common_dtype(base.tensors) or torch.float32
+    shapes = Layout(model_class, changed).shapes
+    brought = {
+        name: TensorInfo(dtype, shape) for name, shape in shapes.items() if name in own and name not in base.tensors
+    }
+    opened = replace(
+        base, settings=base.settings.with_config(changed), architecture=model_class.__name__, model_class=model_class
+    )
+    heading = f"{base.label}: with the head that {where} brings, it is no {model_class.__name__}"
+    return planned(opened, _Room(base, {**base.tensors, **brought}), heading)
+
+
+def _class_of(base: PreTrainedConfig, config: PeftConfig) -> type[PreTrainedModel] | None:
+    """The model class that an adapter was trained in, as far as its config says it."""
+    named: Any = config.auto_mapping
+    if named and named.get("base_model_class"):
+        return find_class_in_transformers(named["base_model_class"])
+    mapping: Any = _CLASSES.get(str(config.task_type).rpartition(".")[2])
+    if mapping is None or type(base) not in mapping:
+        return None
+    found = mapping[type(base)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _labels(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, own: Mapping[str, torch.Tensor]
+) -> int | None:
+    """The number of labels that the adapter's head has; None where none of its tensors has one row a label."""
+    shapes = []
+    for count in (1, 2):
+        config = deepcopy(config)
+        config.num_labels = count
+        shapes.append(Layout(model_class, config).shapes)
+    for name, shape in shapes[0].items():
+        grown = [new - old for new, old in zip(shapes[1][name], shape, strict=True)]
+        if name in own and sum(grown) == 1:
+            return own[name].shape[grown.index(1)]
+    return None
+
+
+def _with_rows_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping[str, torch.Tensor]) -> Checkpoint:
+    """The base with as many rows of embeddings as the adapter brings."""
+    tokens = {name: each for name, each in _trained_tokens(config, own).items() if name in base.tensors}
+    resized = {
+        name: own[name].shape
+        for name, info in base.tensors.items()
+        if name in own and own[name].dim() == len(info.shape) and own[name].shape != info.shape
+    }
+    if not resized and all(max(each, default=-1) < base.tensors[name].shape[0] for name, each in tokens.items()):
+        return base
+    dimensions = vocabulary_dimensions(base)
+    if not dimensions.keys() & {*resized, *tokens}:
+        return base  # of another base altogether, which is said where it is folded
+    brought = {name: own[name].shape[dimension] for name, dimension in dimensions.items() if name in own}
+    count = max([*brought.values(), *(1 + max(each) for each in tokens.values())])
+    unknown = [
+        name
+        for name, dimension in dimensions.items()
+        if brought.get(name) != count
+        and not set(range(base.tensors[name].shape[dimension], count)) <= set(tokens.get(name, ()))
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: its model has {count} rows of embeddings, {base.label} has {rows_of(base)}, and the file does "
+            f"not hold the others of {', '.join(unknown)}; save the adapter with save_embedding_layers=True"
+        )
+    infos = {
+        name: replace(info, shape=resized_shape(info.shape, dimensions[name], count)) if name in dimensions else info
+        for name, info in base.tensors.items()
+    }
+    settings = base.settings.with_config(with_rows(base, count))
+    return replace(base, settings=settings, tensors=infos, _weights=_Room(base, infos, dimensions))
+
+
+def _trained_tokens(config: PeftConfig, own: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Name in memory of an embedding of which single rows were trained → which."""
+    settings = config.to_dict()
+    indices = settings.get("trainable_token_indices") or settings.get("token_indices") or []
+    found = {}
+    for name in own:
+        if name.endswith(_TRAINED_TOKENS):
+            module = name.removesuffix(_TRAINED_TOKENS).removesuffix(".token_adapter")
+            by_module = indices if isinstance(indices, dict) else {module: indices}
+            found[f"{module}.weight"] = [
+                index for key, each in by_module.items() if f".{module}".endswith(f".{key}") for index in each
+            ]
+    return found
+
+
+class _Room:
+    """The tensors of a base, and room for what an adapter brings: zeros, which it replaces."""
+
+    def __init__(
+        self, base: Checkpoint, infos: Mapping[str, TensorInfo], resized: Mapping[str, int] | None = None
+    ) -> None:
+        self.infos = infos
+        self._base = base
+        self._resized = resized or {}
+
+    def _is_of_base(self, name: str) -> bool:
+        return name in self._base.tensors and self._base.tensors[name].shape == self.infos[name].shape
+
+    def identity(self) -> Mapping[str, Any]:
+        """Of the files of the base."""
+        files: Mapping[str, Any] = self._base.identity().get("files", {})
+        return files
+
+    def refuse_changed(self) -> None:
+        """Refuses files that were written to since they were opened."""
+        self._base.refuse_changed()
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor of the base, or zeros, or the rows of the base and zeros."""
+        if self._is_of_base(name):
+            return self._base.read(name)
+        info = self.infos[name]
+        room = torch.zeros(info.shape, dtype=info.dtype)
+        if name in self._base.tensors:
+            rows, dimension = self._base.read(name), self._resized[name]
+            kept = min(rows.shape[dimension], room.shape[dimension])
+            room.narrow(dimension, 0, kept).copy_(rows.narrow(dimension, 0, kept))
+        return room
+
+    def span(self, name: str) -> FileSpan | None:
+        """Where the bytes of a tensor of the base lie."""
+        return self._base.span(name) if self._is_of_base(name) else None

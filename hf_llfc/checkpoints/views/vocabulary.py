@@ -1,0 +1,324 @@
+"""The union of several vocabularies: one tokenizer that knows every token of its models, and each model's row for it.
+
+The tokens of the first model keep their ids, so that special tokens stay what its configs say; those that it lacks
+follow in the order of the models and of their ids there. They join as what they are: pieces with their merges or
+scores, added tokens with their flags. What happens to a text before it is cut into pieces is as in the first model.
+
+Shape suffixes: `t` ids of the union.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+
+from hf_llfc.checkpoints.checkpoint import Checkpoint
+from hf_llfc.checkpoints.companions import copy_companion, has_vocabulary
+from hf_llfc.errors import CheckpointError, raise_all
+
+logger = logging.getLogger(__name__)
+
+# Of embeddings that are not those of tokens.
+_OTHER_SIZES = ("type_vocab_size",)
+
+LACKING = -1
+"""In place of a row, of a model that lacks a token."""
+
+_TOKENIZER_FILE = "tokenizer.json"
+_SETTINGS_FILE = "tokenizer_config.json"
+# These say of the first model's tokens what tokenizer.json says of all.
+_SUPERSEDED = ("merges.txt", "vocab.bpe", "bpe.codes", "added_tokens.json")
+# What must be the same for a piece to mean the same, and what only decides how often it is found.
+_SPELLING = ("type", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+_SPLITTING = ("normalizer", "pre_tokenizer", "decoder")
+
+Description = dict[str, Any]
+"""What tokenizer.json holds."""
+
+
+class Union:
+    """Every token of several models.
+
+    Attributes:
+        tokens: Token → id.
+        size: Rows of the embeddings: one more than the highest id.
+        rows: One a model: for every id its row there, or `LACKING`.
+        base: Place among the models of the one whose row stands in where another lacks it; None: the mean of all that
+            have one.
+        is_of_each: Whether every model has this vocabulary, and as many rows as the others.
+        digest: Tells this union from another.
+        folder: Where the tokenizer lies; it lasts as long as this object.
+        companions: What lies there, and belongs beside the merged weights.
+    """
+
+    def __init__(self, models: Sequence[Checkpoint], base: int | None = None) -> None:
+        """Reads the tokenizers and joins them.
+
+        Args:
+            models: The first gives ids, special tokens and chat template.
+            base: See `Union.base`.
+
+        Raises:
+            CheckpointError: A model has no tokenizer that can be read, or they cannot be joined.
+        """
+        labels = [each.label for each in models]
+        descriptions = [_description(each) for each in models]
+        joined = _joined(descriptions, labels)
+        self.base = base
+        self.tokens: Mapping[str, int] = _vocabulary(joined)
+        self.size = 1 + max(self.tokens.values())
+        counts = [rows_of(each) for each in models]
+        self.is_of_each = len(set(counts)) == 1 and all(_vocabulary(each) == self.tokens for each in descriptions)
+        if self.size > sum(counts):  # a damaged id, for which no room is to be made
+            raise CheckpointError(
+                f"tokenizer_source: the union of the vocabularies reaches id {self.size - 1}, and the models have "
+                f"{sum(counts)} rows together; a tokenizer does not belong to its model, or is damaged"
+            )
+        self.rows: Sequence[Tensor] = [
+            self._rows_of(_vocabulary(description), count)
+            for count, description in zip(counts, descriptions, strict=True)
+        ]
+        self._keep_rows_without_token(counts[0])
+        self._refuse_tokens_of_nobody(labels)
+        text = json.dumps(joined, ensure_ascii=False)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.folder = Path(tempfile.mkdtemp(prefix="hf-llfc-union-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.companions = _written(self.folder, models[0], joined, text)
+
+    def lacking(self, place: int) -> Tensor:
+        """The ids that one of the models has no row for."""
+        return (self.rows[place] == LACKING).nonzero().flatten()
+
+    def lenders(self, ids_t: Tensor) -> Sequence[Tensor]:
+        """Who stands in for a model that lacks some tokens.
+
+        Args:
+            ids_t: Ids of the union.
+
+        Returns:
+            One tensor a model: whether its row is one of those that are averaged. The base alone, where it has the
+            token, else all models that have it.
+        """
+        has = [rows_t[ids_t] != LACKING for rows_t in self.rows]
+        if self.base is None:
+            return has
+        by_base = has[self.base]
+        return [each & (~by_base if place != self.base else True) for place, each in enumerate(has)]
+
+    def _rows_of(self, vocabulary: Mapping[str, int], rows: int) -> Tensor:
+        # A tokenizer may know more tokens than the model has rows.
+        known = [(self.tokens[token], index) for token, index in vocabulary.items() if index < rows]
+        found_t = torch.full((self.size,), LACKING)
+        if known:
+            ids, own = torch.tensor(known).unbind(dim=1)
+            found_t[ids] = own
+        return found_t
+
+    def _keep_rows_without_token(self, rows: int) -> None:
+        """An id below others that is no token of the first model keeps the row that it has there."""
+        used = set(self.tokens.values())
+        for index in range(min(rows, self.size)):
+            if index not in used:
+                self.rows[0][index] = index
+
+    def _refuse_tokens_of_nobody(self, labels: Sequence[str]) -> None:
+        nowhere = torch.stack([rows_t == LACKING for rows_t in self.rows]).all(dim=0)
+        if bool(nowhere.any()):
+            by_id = {index: token for token, index in self.tokens.items()}
+            first = int(nowhere.nonzero()[0])
+            raise CheckpointError(
+                f"tokenizer_source: no model has a row for {int(nowhere.sum())} of the {self.size} ids of the union, "
+                f"{by_id.get(first, f'id {first}')!r} first: the embeddings of {', '.join(labels)} have fewer rows "
+                "than their tokenizers have tokens"
+            )
+
+
+def rows_of(checkpoint: Checkpoint) -> int:
+    """The number of rows of a model's embeddings, as its config says it.
+
+    Raises:
+        CheckpointError: It does not say it, or has several vocabularies.
+    """
+    config = text_config(checkpoint.config, checkpoint.label)
+    named = config.attribute_map.get("vocab_size", "vocab_size")
+    sizes = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key == named or ("vocab_size" in key and key not in _OTHER_SIZES)
+    }
+    if not isinstance(sizes.get(named), int) or len([each for each in sizes.values() if each is not None]) > 1:
+        raise CheckpointError(
+            f"{checkpoint.label}: the union of vocabularies needs a model of one vocabulary; its config names "
+            f"{', '.join(sizes) or 'none'}"
+        )
+    return int(sizes[named])
+
+
+def text_config(config: PreTrainedConfig, label: str) -> Any:
+    """The part of a config that describes the language model, which may be all of it.
+
+    Raises:
+        CheckpointError: There are several.
+    """
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise CheckpointError(f"{label}: has several vocabularies, which cannot be united") from error
+
+
+def _description(checkpoint: Checkpoint) -> Description:
+    files = {path.name: path for path in checkpoint.companion_files}
+    try:
+        if _TOKENIZER_FILE in files:
+            text = Tokenizer.from_file(str(files[_TOKENIZER_FILE])).to_str()
+        elif has_vocabulary(files):
+            folder = next(iter(files.values())).parent
+            slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if not isinstance(slow, PreTrainedTokenizerFast):
+                raise CheckpointError(
+                    f"{checkpoint.label}: {type(slow).__name__} cannot be written as {_TOKENIZER_FILE}, which the "
+                    "union of vocabularies needs"
+                )
+            text = slow.backend_tokenizer.to_str()
+        else:
+            raise CheckpointError(
+                f"{checkpoint.label}: has no tokenizer, and the union of vocabularies needs that of every model; leave "
+                "tokenizer_source out if the models share one"
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # both libraries raise whatever they meet in a tokenizer's files
+        raise CheckpointError(f"{checkpoint.label}: the tokenizer cannot be read: {error}") from error
+    description: Description = json.loads(text)
+    return description
+
+
+def _vocabulary(description: Description) -> dict[str, int]:
+    """Token → id."""
+    pieces = description["model"]["vocab"]
+    if isinstance(pieces, list):
+        pieces = {piece: index for index, (piece, _) in enumerate(pieces)}
+    return {**pieces, **{token["content"]: token["id"] for token in description["added_tokens"]}}
+
+
+def _joined(descriptions: Sequence[Description], labels: Sequence[str]) -> Description:
+    """The first tokenizer with the tokens of all others."""
+    first = descriptions[0]
+    problems = []
+    for label, other in zip(labels[1:], descriptions[1:], strict=True):
+        problems += [
+            f"{label}: {key} of its tokenizer is {other['model'].get(key)!r}, that of {labels[0]} {value!r}"
+            for key in _SPELLING
+            if (value := first["model"].get(key)) != other["model"].get(key)
+        ]
+        differing = [key for key in _SPLITTING if first.get(key) != other.get(key)]
+        if differing:
+            logger.warning(
+                "%s: its tokenizer has another %s than that of %s, by which text is cut: some of its tokens may not be "
+                "found in a text any more",
+                label,
+                " and ".join(differing),
+                labels[0],
+            )
+    raise_all(problems, CheckpointError, "tokenizer_source: the vocabularies of these models cannot be united")
+    joined = deepcopy(first)
+    known = _vocabulary(joined)
+    following = 1 + max(known.values())
+    for other in descriptions[1:]:
+        flags = {token["content"]: token for token in other["added_tokens"]}
+        for token, _ in sorted(_vocabulary(other).items(), key=lambda each: each[1]):
+            if token in known:
+                continue
+            known[token] = following
+            following += 1
+            if token in flags:
+                joined["added_tokens"].append({**flags[token], "id": known[token]})
+        _join_pieces(joined["model"], other["model"], known)
+    return joined
+
+
+def _join_pieces(model: dict[str, Any], other: Mapping[str, Any], known: Mapping[str, int]) -> None:
+    """Adds the pieces of another model of text, with what puts them together, under ids that are known."""
+    if isinstance(model["vocab"], list):
+        model["vocab"] += _scored(model["vocab"], dict(other["vocab"]), known)
+        return
+    # Added tokens among them: one that is no piece would get the id after all pieces, when the file is read.
+    model["vocab"] = dict(known)
+    if "merges" in model:
+        merges = [_pair(each) for each in model["merges"]]
+        present = {tuple(each) for each in merges}
+        # A merge later in the list is one of lower rank: those of the first model come before all others.
+        model["merges"] = [*merges, *(pair for each in other["merges"] if tuple(pair := _pair(each)) not in present)]
+
+
+def _pair(merge: str | Sequence[str]) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else list(merge)
+
+
+def _scored(
+    pieces: Sequence[Sequence[Any]], scores: Mapping[str, float], known: Mapping[str, int]
+) -> Iterator[list[Any]]:
+    """What follows the pieces of a unigram model, where the place of each is its id."""
+    by_id = {index: token for token, index in known.items()}
+    lowest = min(score for _, score in pieces)
+    for index in range(len(pieces), 1 + max(by_id)):
+        if index not in by_id:
+            raise CheckpointError(f"tokenizer_source: id {index} of the first model is no token, so none can follow it")
+        # An added token is found before the pieces are, whatever its score.
+        yield [by_id[index], scores.get(by_id[index], lowest)]
+
+
+def _written(folder: Path, first: Checkpoint, joined: Description, text: str) -> tuple[Path, ...]:
+    """Writes the tokenizer, beside all other companions of the first model.
+
+    Raises:
+        CheckpointError: transformers makes another tokenizer of it.
+    """
+    for path in first.companion_files:
+        if path.name not in _SUPERSEDED and (path.name == _TOKENIZER_FILE or not has_vocabulary([path.name])):
+            copy_companion(path, folder)
+    (folder / _TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    settings = folder / _SETTINGS_FILE
+    if settings.is_file():
+        content = json.loads(settings.read_text(encoding="utf-8"))
+        if "added_tokens_decoder" in content:
+            tokens = {str(token["id"]): dict(token) for token in joined["added_tokens"]}
+            content["added_tokens_decoder"] = {index: token for index, token in tokens.items() if token.pop("id") >= 0}
+            settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    companions = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
+    first.config.save_pretrained(folder)  # where the settings name no class of tokenizers, the model type does
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = tokenizer.get_vocab()
+    except Exception as error:  # the class of the tokenizer may raise anything
+        raise CheckpointError(f"tokenizer_source: the union of the vocabularies cannot be loaded: {error}") from error
+    expected = _vocabulary(joined)
+    lost = [token for token, index in expected.items() if found.get(token) != index]
+    if lost:
+        raise CheckpointError(
+            f"tokenizer_source: {type(tokenizer).__name__} of {first.label} does not keep {len(lost)} of the "
+            f"{len(expected)} tokens of the union, {lost[0]!r} first; name a model first whose tokenizer is of a class "
+            "that does"
+        )
+    if own := [token for token in found if token not in expected]:
+        logger.warning(
+            "%s adds %d tokens of its own to the union, %r first, for which the result has no rows",
+            type(tokenizer).__name__,
+            len(own),
+            own[0],
+        )
+    return companions

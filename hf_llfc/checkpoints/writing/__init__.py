@@ -1,0 +1,1 @@
+"""Writing a checkpoint, all of it or nothing: shards, journal, output folder."""

@@ -1,0 +1,1 @@
+"""Where features are: layers, blocks, a trial run that finds them, hooks that take them."""

@@ -1,0 +1,131 @@
+"""What the LLFC paper measures besides LLFC: additivity, commutativity, stitching, geometry; on one pass of the data.
+
+Each measure runs both models itself, so that none can disturb another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_llfc.diagnostics.measures.additivity import Additivity
+from hf_llfc.diagnostics.measures.commutativity import Commutativity
+from hf_llfc.diagnostics.measures.geometry import Geometry
+from hf_llfc.diagnostics.measures.stitching import Stitching
+from hf_llfc.diagnostics.points import DEFAULT_ALPHAS
+from hf_llfc.diagnostics.streaming import over_batches
+from hf_llfc.errors import EvaluationError, suggest
+from hf_llfc.evaluation.data import EvaluationData
+from hf_llfc.evaluation.models import evaluation_mode
+from hf_llfc.foundation.choices import MEASURES
+
+if TYPE_CHECKING:
+    from hf_llfc.parallel.ranks import Ranks
+
+
+class Measure(Protocol):
+    """One of `MEASURES`, under way."""
+
+    sums: Any
+
+    def add(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
+        """Runs both models on a batch and adds to the sums."""
+
+    def rows(self, sums: Any) -> tuple[Any, ...]:
+        """What a report says, from the sums of all processes."""
+
+
+@dataclass
+class _AllSums:
+    """The sums of several measures, by their names."""
+
+    by_name: dict[str, Any]
+
+    def merge(self, other: _AllSums) -> None:
+        for name, sums in self.by_name.items():
+            sums.merge(other.by_name[name])
+
+    def cpu(self) -> _AllSums:
+        return _AllSums({name: sums.cpu() for name, sums in self.by_name.items()})
+
+
+def check_measures(names: Sequence[str], data: EvaluationData, alphas: Sequence[float]) -> None:
+    """Refuses measures that cannot be taken, before anything is run.
+
+    Args:
+        names: Of `MEASURES`.
+        data: The samples.
+        alphas: Where additivity is to be measured.
+
+    Raises:
+        EvaluationError: A name is unknown, or data or alphas do not fit a measure.
+    """
+    for name in names:
+        if name not in MEASURES:
+            raise EvaluationError(f"unknown measure {name!r}{suggest(name, MEASURES)}; one of {', '.join(MEASURES)}")
+    if "additivity" in names and not any(0 < alpha < 1 for alpha in alphas):
+        raise EvaluationError("additivity is measured between the models: give an alpha between 0 and 1")
+    if "stitching" in names and not data.labelled:
+        raise EvaluationError(
+            "stitching measures loss and metrics, and the data have no labels; give labelled data, or leave stitching "
+            "out of the measures"
+        )
+
+
+def run_measures(
+    names: Sequence[str],
+    model_a: PreTrainedModel,
+    model_b: PreTrainedModel,
+    data: EvaluationData,
+    *,
+    alphas: Sequence[float] = DEFAULT_ALPHAS,
+    layers: Sequence[str] | None = None,
+    processes: Ranks | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> dict[str, tuple[Any, ...]]:
+    """Measures a pair.
+
+    Args:
+        names: Of `MEASURES`.
+        model_a: The model with weight α.
+        model_b: The model with weight 1 − α, already aligned onto the first, on the same device.
+        data: The samples; stitching needs labels.
+        alphas: Where additivity is measured; the ends, where it holds by definition, are left out.
+        layers: Where to stitch, and whose features' geometry to measure: patterns or words of `select_layers`; every
+            block without them.
+        processes: Share the samples; every process gets the rows of all.
+        on_batch: Called with the number of batches done and the number there are, for progress bars.
+
+    Returns:
+        Rows by the name of the measure, which is also that of the report's part: `AdditivityRow`, `CommutativityRow`,
+        `StitchingPoint` or `GeometryRow`.
+
+    Raises:
+        EvaluationError: A name is unknown, a model or the data do not fit a measure, or a feature is not finite.
+    """
+    check_measures(names, data, alphas)
+    if not names:
+        return {}
+    rank, world = (0, 1) if processes is None else (processes.rank, processes.count)
+    inside = [alpha for alpha in alphas if 0 < alpha < 1]
+    with evaluation_mode(model_a, model_b):
+        batch, _ = next(data.batches())
+        makers: dict[str, Callable[[], Measure]] = {
+            "additivity": lambda: Additivity(model_a, model_b, batch, inside),
+            "commutativity": lambda: Commutativity(model_a, model_b, batch),
+            "stitching": lambda: Stitching(model_a, model_b, batch, data, layers),
+            "geometry": lambda: Geometry(model_a, model_b, batch, layers, rank=rank, world=world),
+        }
+        measures = {name: makers[name]() for name in MEASURES if name in names}
+
+        def add(batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
+            for measure in measures.values():
+                measure.add(batch, sample_ids)
+
+        own = _AllSums({name: measure.sums for name, measure in measures.items()})
+        sums = over_batches(data, add, own, processes=processes, on_batch=on_batch)
+        return {name: measure.rows(sums.by_name[name]) for name, measure in measures.items()}

@@ -1,0 +1,140 @@
+"""What is ours in an output folder: recipe as run, alignments, report and card; written, and read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.checkpoints.writing.journal import Journal, storing
+from hf_llfc.foundation.choices import UNION
+from hf_llfc.foundation.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.parents.opening import Models
+from hf_llfc.parents.parent import refuse_changed
+from hf_llfc.parents.provenance import alignment_summary
+from hf_llfc.publishing import write_card
+from hf_llfc.publishing.card.card import parent_card
+from hf_llfc.publishing.machine import hardware_in_words, installed_versions
+from hf_llfc.publishing.record import RunRecord
+from hf_llfc.publishing.shares import models_of
+from hf_llfc.recipe import Recipe, dump_recipe
+from hf_llfc.symmetry import Alignment, PermutationSpec
+
+# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
+if TYPE_CHECKING:
+    from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.parallel.ranks import Ranks
+
+
+def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None = None) -> Recipe:
+    """The recipe with every revision as the commit it stood for, that of the data included where the report says it."""
+    entries = [
+        replace(entry, model=_pinned(entry.model, each))
+        for entry, each in zip(recipe.models, opened.parents, strict=True)
+    ]
+    reference = recipe.align.reference
+    align = recipe.align if isinstance(reference, int) else replace(recipe.align, reference=recipe.reference_index)
+    base, source = recipe.base_model, recipe.tokenizer_source
+    if base is not None and opened.base is not None:
+        base = _pinned(base, opened.base)
+    if isinstance(source, str) and source not in ("base", UNION):
+        source = _pinned(source, opened.tokenizer_source)
+    section = recipe.diagnose
+    measured = dict(report.data) if report is not None else {}
+    if section is not None and str(measured.get("dataset")).startswith(f"{section.data.dataset}@"):
+        data = replace(section.data, dataset=measured["dataset"], split=measured.get("split"))
+        section = replace(section, data=data)
+    return replace(
+        recipe, models=tuple(entries), align=align, base_model=base, tokenizer_source=source, diagnose=section
+    )
+
+
+def _pinned(name: str, checkpoint: Checkpoint) -> str:
+    """A model at its commits; as the user named it where it has none, as loaded models have."""
+    return checkpoint.pinned if checkpoint.revision or checkpoint.adapter else name
+
+
+def write_evidence(
+    journal: Journal,
+    recipe: Recipe,
+    opened: Models,
+    alignments: Sequence[Alignment | None],
+    report: ConnectivityReport | None,
+    table: Sequence[Mapping[str, Any]],
+    ranks: Ranks,
+) -> None:
+    """Writes what is ours beside alignments and report: recipe as run, record of the run, plots and the card."""
+    if journal.is_complete:
+        return
+    refuse_changed(opened.all)
+    ours = journal.folder / LLFC_FOLDER
+    as_run = resolved(recipe, opened, report)
+    models = models_of(as_run.to_dict(), report)
+    models = [{**model, "card": parent_card(model)} for model in models]
+    record = RunRecord(
+        alignments=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
+        results=[row for row in table if "loss" in row],
+        versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.all) else [])),
+        hardware=hardware_in_words(ranks),
+        cards=[model["card"] for model in models],
+    )
+    with storing(journal.folder):
+        ours.mkdir(exist_ok=True)
+        (ours / RECIPE_FILE).write_text(dump_recipe(as_run), encoding="utf-8")
+        record.save(journal.folder)
+        write_card(
+            journal.folder,
+            recipe=as_run.to_dict(),
+            report=report,
+            models=models,
+            name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
+            license=recipe.publish.licence if recipe.publish is not None else None,
+        )
+
+
+def write_method(folder: Path, description: Mapping[str, Any]) -> None:
+    """Writes which program computed the weights, and how, where it lies in an output."""
+    path = folder / LLFC_FOLDER / METHOD_FILE
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> tuple[list[str | None], list[Path]]:
+    """Writes what moved which model; with several, the file's name says which.
+
+    Returns:
+        The name of each alignment's file, None where nothing moved; and the files.
+    """
+    folder.mkdir(exist_ok=True)
+    is_alone = sum(alignment is not None for alignment in alignments) == 1
+    names = [
+        None if alignment is None else "alignment.safetensors" if is_alone else f"alignment-{place}.safetensors"
+        for place, alignment in enumerate(alignments)
+    ]
+    for name, alignment in zip(names, alignments, strict=True):
+        if name is not None and alignment is not None:
+            alignment.save(folder / name)
+    return names, [folder / name for name in names if name is not None]
+
+
+def load_alignments(names: Sequence[str | None], folder: Path, spec: PermutationSpec) -> list[Alignment | None]:
+    """Reads what `save_alignments` wrote."""
+    return [None if name is None else Alignment.load(folder / name, spec) for name in names]
+
+
+def save_report(journal: Journal, report: ConnectivityReport) -> tuple[None, list[Path]]:
+    """Writes the report where it lies in an output."""
+    path = journal.folder / LLFC_FOLDER / REPORT_FILE
+    path.parent.mkdir(exist_ok=True)
+    report.save(path)
+    return None, [path]
+
+
+def load_report(journal: Journal, _: None) -> ConnectivityReport:
+    """Reads what `save_report` wrote."""
+    from hf_llfc.diagnostics import ConnectivityReport
+
+    return ConnectivityReport.load(journal.folder / LLFC_FOLDER / REPORT_FILE)

@@ -1,0 +1,91 @@
+"""What a run would do and what it costs, told before it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_llfc.alignment.costs import matching_cost
+from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.parallel.devices import device_alone
+from hf_llfc.parents.opening import Models, open_models, refuse_replacing_inputs
+from hf_llfc.parents.specs import alignment_spec, bind
+from hf_llfc.pipeline.flow import versions_of_programs
+from hf_llfc.pipeline.resources import peak_memory
+from hf_llfc.pipeline.weighting import merge_infos, plan_merge, shares
+from hf_llfc.recipe import Recipe
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a run would do and what it costs, from configs and headers alone.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
+        models take (Python, its libraries and activations come on top), as JSON values. Where weights are matched, if
+        only for another method to start from, `matching` in `cost` holds what one sweep over one model takes:
+        `operations`, `bytes`, and `seconds` as a short measurement on this machine predicts them.
+
+    Raises:
+        LLFCError: The recipe or its parents are at fault.
+    """
+    output = OutputFolder(recipe.output_dir, recipe.overwrite)
+    output.check()
+    device = device_alone(recipe.device)
+    opened = open_models(recipe)
+    refuse_replacing_inputs(output, opened.all)
+    first = opened.parents[0]
+    if recipe.mergekit_method is None:
+        infos = plan_merge(*opened.moved([None] * len(opened.parents)), recipe).infos
+    else:
+        versions_of_programs(recipe)
+        infos = merge_infos(first, recipe)
+    written = sum(info.nbytes for info in infos.values())
+    read = sum(each.nbytes for each in opened.all)
+    steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
+    if opened.union is not None:
+        lacking = [len(opened.union.lacking(place)) for place in range(len(opened.all))]
+        of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(opened.all, lacking, strict=True))
+        steps.append({"step": "vocabulary", "what": f"union of {len(opened.union.tokens)} tokens; {of_each}"})
+    if recipe.align.method != "none":
+        spec = alignment_spec(first, recipe.align)
+        kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})
+        onto = opened.reference(recipe).id
+        what = f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"
+        if recipe.align.together != "reference" and len(opened.all) > 2:
+            what += f", in a {recipe.align.together} of {len(opened.all)} models"
+        steps.append({"step": "align", "what": what})
+    steps.append(
+        {
+            "step": "merge",
+            "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"
+            + (", by mergekit" if recipe.mergekit_method is not None else ""),
+        }
+    )
+    if recipe.diagnose is not None:
+        data = recipe.diagnose.data
+        steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
+    steps.append({"step": "write", "what": str(recipe.output_dir)})
+    if recipe.publish is not None:
+        steps.append({"step": "publish", "what": recipe.publish.repo_id})
+    held = peak_memory(recipe, opened.all, infos)
+    by_weights = recipe.align.method not in ("none", "activation_matching")
+    matching = {"matching": matching_cost(first, recipe.align, len(opened.all), device)} if by_weights else {}
+    reads = read * (1 if recipe.align.method == "none" else 2)
+    cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching}
+    return {"steps": steps, "cost": cost}
+
+
+def _points(recipe: Recipe, opened: Models) -> int:
+    """How many models a diagnosis runs on every batch."""
+    from hf_llfc.diagnostics.checkpoints import region_of
+
+    assert recipe.diagnose is not None
+    is_mergekit = recipe.mergekit_method is not None
+    count = 2 if is_mergekit and opened.base is not None and len(opened.parents) == 1 else len(opened.parents)
+    weights = shares(recipe, opened.parents) or [1 / count] * count
+    if len(weights) < 2 and opened.base is None:
+        return 1
+    over_base = opened.base is not None and not is_mergekit
+    return len(region_of(weights, recipe.diagnose, arithmetic_over_base=over_base).points)

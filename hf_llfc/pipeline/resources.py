@@ -1,0 +1,98 @@
+"""What a run needs of disk and memory, and whether it is there, asked before the work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from hf_llfc.alignment.costs import matching_memory
+from hf_llfc.checkpoints import Checkpoint, OutputFolder, TensorInfo
+from hf_llfc.errors import CheckpointError
+from hf_llfc.foundation.choices import UNION
+from hf_llfc.recipe import Recipe
+
+# The card, plots, tokenizer and alignments beside the weights.
+_ROOM_BESIDE = 50_000_000
+# What the kernel tells of a container in its interfaces of version 2 and 1: limit, usage, and the statistic that says
+# how much of the usage only caches files.
+_CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+)
+
+
+def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mapping[str, TensorInfo]) -> int:
+    """Bytes that tensors of the models take at the peak of a run; Python and its libraries come on top.
+
+    Args:
+        recipe: What is run.
+        checkpoints: All that are merged, the first of them first.
+        infos: What is written.
+    """
+    # Merged in parts, except what an alignment moves.
+    largest = max((info.nbytes for info in infos.values()), default=0)
+    held = min(largest * (len(checkpoints) + 2), recipe.max_memory)
+    if recipe.align.method != "none":
+        held = max(held, 2 * largest)
+    if recipe.tokenizer_source == UNION:
+        # The embeddings of all models, and those of one before and after rows of the others stand in.
+        held = max(held, (len(checkpoints) + 3) * largest)
+    if recipe.align.method != "none":
+        held = max(held, matching_memory(checkpoints[0], recipe.align, len(checkpoints)))
+    if recipe.diagnose is not None and not recipe.diagnose.offload:
+        # The models, and the one between them, in the dtype in which they are stored.
+        held = max(held, sum(each.nbytes for each in checkpoints) + sum(info.nbytes for info in infos.values()))
+    return held
+
+
+def refuse_without_room(output: OutputFolder, infos: Mapping[str, TensorInfo], *, copies: int = 0) -> None:
+    """Refuses to begin where the weights will not fit on the disk.
+
+    Args:
+        output: Where they go.
+        infos: What is written.
+        copies: How many other models of that size lie there on the way.
+
+    Raises:
+        CheckpointError: They do not.
+    """
+    needed = (1 + copies) * sum(info.nbytes for info in infos.values()) + _ROOM_BESIDE
+    free = output.free_bytes()
+    if needed > free:
+        raise CheckpointError(
+            f"{output.path}: the output takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there; make room"
+            " or choose another output folder"
+        )
+
+
+def refuse_without_memory(needed: int) -> None:
+    """Refuses to begin what will not fit into memory and swap.
+
+    Args:
+        needed: Bytes.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    free = available_memory()
+    if needed > free:
+        raise CheckpointError(
+            f"tensors take {needed / 1e9:.2f} GB of memory at the peak of this run, and {free / 1e9:.2f} GB are free;"
+            " free some, or ask for less: `offload` in `diagnose`, or `exclude` the widest axis of `align`"
+        )
+
+
+def available_memory() -> int:
+    """Bytes of memory and swap that are free for this process, within the limit of its container."""
+    free = psutil.virtual_memory().available
+    for folder, limit, usage, cache in _CONTAINERS:
+        try:
+            bound, used = (int((Path(folder) / name).read_text(encoding="ascii")) for name in (limit, usage))
+            statistics = (Path(folder) / "memory.stat").read_text(encoding="ascii").splitlines()
+            cached = {name: int(count) for name, count in map(str.split, statistics)}[cache]
+        except (OSError, ValueError, KeyError):  # there is no container, or it sets no limit
+            continue
+        free = min(free, max(bound - used + cached, 0))
+    return int(free + psutil.swap_memory().free)

@@ -1,0 +1,247 @@
+"""What the parents of a merge say about themselves, and what follows for the merge: licence, languages, data."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from hf_llfc.foundation.layout import CARD_FILE
+
+logger = logging.getLogger(__name__)
+
+HUB_TIMEOUT = 10.0
+PARTS = "parts"
+"""Under which the metadata of two cards lie, of a base and of the adapter that is folded into it."""
+LARGEST_CARD = 5_000_000
+"""In bytes; a larger one is not read."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_RELEVANT = ("license", "license_name", "license_link", "language", "datasets")
+_LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
+_DATASET = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
+# https://huggingface.co/docs/hub/repositories-licenses
+KNOWN_LICENSES = frozenset(
+    [
+        "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
+        "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
+        "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0",
+        "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0",
+        "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+        "cdla-sharing-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0",
+        "etalab-2.0", "eupl-1.1", "eupl-1.2", "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1",
+        "lgpl-3.0", "isc", "h-research", "intel-research", "lppl-1.3c", "ms-pl", "apple-ascl", "apple-amlr", "mpl-2.0",
+        "odc-by", "odbl", "openrail++", "osl-3.0", "postgresql", "ofl-1.1", "ncsa", "unlicense", "zlib", "pddl",
+        "lgpl-lr", "deepfloyd-if-license", "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1",
+        "llama3.2", "llama3.3", "llama4", "gemma", "unknown", "other",
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ParentInfo:
+    """One parent, as the card names it.
+
+    Args:
+        id: Hub id, or the path of a local folder as the user gave it; `base@commit+adapter@commit` for a base with an
+            adapter folded in.
+        revision: The commit, for a parent on the Hub.
+        weight: Its share in the merge.
+        is_base: Whether it is the base of task arithmetic and not itself a parent.
+        card: The metadata of its own card, as `read_parent_card` gives it.
+        share: In words what it was given in the merge, where that is no one weight.
+    """
+
+    id: str
+    revision: str | None = None
+    weight: float | None = None
+    is_base: bool = False
+    card: Mapping[str, Any] = field(default_factory=dict)
+    share: str | None = None
+
+    @property
+    def share_in_words(self) -> str:
+        """Its weight, or what it was given in its place."""
+        return self.share or ("by layer" if self.weight is None else f"{self.weight:.4g}")
+
+    @property
+    def parts(self) -> tuple[ParentInfo, ...]:
+        """Itself; or a base and the adapter that is folded into it."""
+        names = parts_of(self.id)
+        if len(names) == 1:
+            return (self,)
+        cards = self.card.get(PARTS)
+        cards = cards if isinstance(cards, list) and len(cards) == len(names) else [{}] * len(names)
+        return tuple(ParentInfo(*split_revision(name), card=card) for name, card in zip(names, cards, strict=True))
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether others can find it by its id."""
+        if len(self.parts) > 1:
+            return all(part.is_on_hub for part in self.parts)
+        return is_hub_id(self.id) or (self.revision is not None and HUB_ID.fullmatch(self.id) is not None)
+
+    @property
+    def name(self) -> str:
+        """The Hub id, or the last part of a path: a card tells nobody how a disk is laid out."""
+        if len(self.parts) > 1:
+            return " + ".join(part.name for part in self.parts)
+        return self.id if self.is_on_hub else PurePath(self.id).name or self.id
+
+    @property
+    def license(self) -> str | None:
+        """The licence's identifier; its own name where the Hub knows it only as `other`. Of two parts both."""
+        if len(self.parts) > 1:
+            stated = dict.fromkeys(part.license for part in self.parts)
+            return None if None in stated else " and ".join(str(license) for license in stated)
+        value = self.card.get("license")
+        if isinstance(value, list):
+            value = value[0] if len(value) == 1 else None
+        if not isinstance(value, str) or value == "unknown":
+            return None
+        name = self.card.get("license_name")
+        return name if value == "other" and isinstance(name, str) else value
+
+
+@dataclass(frozen=True)
+class License:
+    """The licence that a merge can state.
+
+    Args:
+        metadata: `license`, and where needed `license_name` and `license_link`, for the card's metadata.
+        problem: What a reader must be told; None where all parents agree.
+    """
+
+    metadata: Mapping[str, str]
+    problem: str | None = None
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """The two parts of `id@revision`; a path that holds an @ stays whole."""
+    model_id, at, revision = model.rpartition("@")
+    return (model_id, revision) if at and revision and HUB_ID.fullmatch(model_id) else (model, None)
+
+
+def parts_of(model: str) -> list[str]:
+    """A model as a recipe names it: one name, or of `base+adapter` the two."""
+    if "+" not in model or Path(model).exists():
+        return [model]
+    from hf_llfc.checkpoints.checkpoint import split_adapter
+
+    base, adapter = split_adapter(model)
+    return [base] if adapter is None else [base, adapter]
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a model is named by its id on the Hub and not by a folder that exists here."""
+    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def read_parent_card(
+    model: str, revision: str | None = None, *, token: str | bool | None = None, endpoint: str | None = None
+) -> dict[str, Any]:
+    """The metadata of a parent's own card; empty if it has none, or if the Hub cannot be asked.
+
+    Args:
+        model: Hub id or local folder; of `base+adapter` the cards of both are under the key `PARTS`.
+        revision: For a model on the Hub.
+        token: For a private or gated one.
+        endpoint: Of the Hub, where it is not the usual one.
+    """
+    names = parts_of(model)
+    if len(names) > 1:
+        parts = [split_revision(name) for name in names]
+        return {PARTS: [read_parent_card(*part, token=token, endpoint=endpoint) for part in parts]}
+    from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
+
+    path = Path(model) / CARD_FILE
+    if revision is not None or is_hub_id(model):
+        cached = try_to_load_from_cache(model, CARD_FILE, revision=revision)
+        if not isinstance(cached, str):
+            # A missing licence is a line in the card: one question without retries, whatever goes wrong with it.
+            try:
+                info = HfApi(endpoint=endpoint, token=token).model_info(model, revision=revision, timeout=HUB_TIMEOUT)
+            except Exception as error:  # the client lets errors of network and server through
+                logger.info("%s: its card cannot be read (%s)", model, type(error).__name__)
+                return {}
+            return {} if info.card_data is None else info.card_data.to_dict()
+        path = Path(cached)
+    if not path.is_file() or path.stat().st_size > LARGEST_CARD:
+        return {}
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # a stranger's card may hold anything
+        logger.warning("%s: the metadata of its card is not valid (%s)", model, type(error).__name__)
+        return {}
+
+
+def relevant(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a parent's card that of a merge depends on."""
+    kept = {
+        key: card[key] for key in ("license", "license_name", "license_link", "language", "datasets") if key in card
+    }
+    parts = card.get(PARTS)
+    return {**kept, PARTS: [relevant(part) for part in parts]} if isinstance(parts, list) else kept
+
+
+def combined_license(parents: Sequence[ParentInfo], chosen: str | None = None) -> License:
+    """The licence of a merge: that of its parents where they agree.
+
+    Args:
+        parents: All of them, the base of task arithmetic included.
+        chosen: What the user says it is, if anything.
+
+    Returns:
+        The metadata, and what a reader must be told where the parents disagree or say nothing.
+    """
+    parents = [part for parent in parents for part in parent.parts]
+    stated = {parent.name: parent.license for parent in parents}
+    known = list(dict.fromkeys(license for license in stated.values() if license is not None))
+    silent = [name for name, license in stated.items() if license is None]
+    problem = None
+    if len(known) > 1:
+        listed = ", ".join(f"{name}: {license or 'not stated'}" for name, license in stated.items())
+        problem = (
+            f"The parents carry different licences ({listed}). A merge is bound by all of them at once: read them."
+        )
+    elif chosen is not None and known and chosen != known[0]:
+        problem = (
+            f"It is published under {chosen}, while what it was made from carries {known[0]}: read both before you use "
+            "or redistribute this model."
+        )
+    elif silent and len(parents) > 0:
+        problem = f"No licence is stated by {', '.join(silent)}: ask before you use or redistribute this model."
+    if chosen is not None:
+        return License(_license_metadata(chosen), problem)
+    if len(known) > 1:
+        return License({"license": "other", "license_name": "licences-of-the-parents"}, problem)
+    if silent or not known:
+        return License({}, problem)
+    link = next((parent.card.get("license_link") for parent in parents if parent.license), None)
+    return License(_license_metadata(known[0], link), problem)
+
+
+def _license_metadata(license: str, link: Any = None) -> dict[str, str]:
+    if license in KNOWN_LICENSES:
+        return {"license": license}
+    metadata = {"license": "other"}
+    if _LICENSE_NAME.fullmatch(license):
+        metadata["license_name"] = license
+    if isinstance(link, str) and re.fullmatch(r"https?://[^\s<>\"']+", link):
+        metadata["license_link"] = link
+    return metadata
+
+
+def union(parents: Sequence[ParentInfo], key: str) -> list[str]:
+    """What any parent's card lists under `language` or `datasets`, without what the Hub would refuse."""
+    pattern = {"language": _LANGUAGE, "datasets": _DATASET}[key]
+    found: list[str] = []
+    for part in (part for parent in parents for part in parent.parts):
+        values = part.card.get(key)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str) and pattern.fullmatch(value):
+                found.append(value)
+    return list(dict.fromkeys(found))
