@@ -180,7 +180,7 @@ def test_a_merge_is_diagnosed_where_data_are_given(tmp_path: Path) -> None:
         ({"every": 0}, "every=0; at least 1"),
         ({"last": 1}, "last=1; at least 2"),
         ({"last": 3, "weights": [0.5, 0.5]}, "2 weights for the last 3 checkpoints"),
-        ({"weights": [0.5, 0.6]}, "the weights sum to 1.1"),
+        ({"weights": [0.5, -0.5]}, r"the weights 0.5 \+ -0.5 sum to 0"),
         ({"merge": False}, "`diagnose` must say on what to measure"),
         ({"merge": False, "diagnose": DATA | {"dataset": "d"}, "dtype": "float16"}, "dtype: has no meaning without"),
         ({"diagnose": {"task": "text-generation", "dataset": "d", "sample": 3}}, "did you mean 'samples'"),

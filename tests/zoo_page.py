@@ -21,8 +21,8 @@ which builds a tiny model of each type from its default config, with random weig
 `verified` means: every tensor in memory and on disk is declared, a random transform of every symmetric axis changes
 no answer by more than 1e-9 of its largest entry, the inverse restores every bit, names in memory and on disk move
 alike, and weight matching finds a planted transform exactly. `hand-written` specs are functions in
-`hf_llfc/adapters/families`; `derived` ones are found by running the model (`hf_llfc/adapters/derived`), at the size of the
-config at hand.
+`hf_llfc/adapters/families`; `derived` ones are found by running the model (`hf_llfc/adapters/derived`), at the size of
+the config at hand.
 
 `residual` is a stream through several layers, `neurons` are the units between two maps of one layer (channels of a
 block of convolutions too), `heads` whole heads or groups, `within heads` query heads of a group and channels of a

@@ -186,7 +186,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        help="divide the weights by their sum, or take them although their sum is not one",
+        help="divide the weights by their sum: the default of linear; other methods take them as they are",
     )
     parser.add_argument(
         "--merge-method", default="linear", help="linear, task_arithmetic, or of mergekit ties, slerp, …"

@@ -1,4 +1,8 @@
-"""Which weight a model has for which tensor: one number, a gradient over the layers, or rules by pattern."""
+"""The one rule of weights: what a recipe gives a model, and what the model has in the merge.
+
+A recipe gives one number, a gradient over the layers, or rules by pattern. Where the merge is normalized, what is given
+is divided by its sum; then it is multiplied by λ. Merge, diagnosis and card all ask `effective_weights`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from hf_llfc.errors import RecipeError, raise_all
-from hf_llfc.symmetry.spec import matches_axis
 
-SUM_TOLERANCE = 1e-6
-"""How far the weights of a linear merge may be from a sum of one: enough for 0.333333 three times."""
+ZERO_SUM = 1e-6
+"""Weights whose sum is nearer to zero cannot be divided by it."""
 
 _LAYER = re.compile(r"(?:^|\.)(?P<index>\d+)(?=\.|$)")
 
@@ -35,6 +38,8 @@ class Rule:
         pattern = self.pattern
         if pattern is None or pattern in name or fnmatchcase(name, pattern):
             return True
+        from hf_llfc.symmetry.spec import matches_axis  # reading a recipe does not wait for torch
+
         return any(matches_axis(axis, pattern) for axis in axes_of(name))
 
 
@@ -70,26 +75,44 @@ class WeightSchedule:
         return next((i for i, rule in enumerate(self.rules) if rule.matches(name, self.axes_of)), None)
 
 
+def effective_weights(weights: Sequence[float], *, normalize: bool, scale: float = 1.0) -> tuple[float, ...]:
+    """The weights that models have in a merge.
+
+    Args:
+        weights: What is given, one number a model.
+        normalize: Whether they are divided by their sum.
+        scale: λ of task arithmetic; multiplies what the division leaves.
+
+    Raises:
+        RecipeError: The weights sum to zero and are to be divided by that.
+    """
+    total = math.fsum(weights)
+    if normalize and abs(total) < ZERO_SUM:
+        shown = " + ".join(f"{weight:.6g}" for weight in weights)
+        raise RecipeError(
+            f"the weights {shown} sum to 0 and cannot be divided by their sum; change them, or write "
+            "`parameters: {normalize: false}` to take them as they are"
+        )
+    return tuple(scale * (weight / total if normalize else weight) for weight in weights)
+
+
 def resolve_weights(
     names: Sequence[str],
     schedules: Sequence[WeightSchedule],
     *,
-    normalize: bool | None = None,
+    normalize: bool = True,
     scale: float = 1.0,
-    sum_to_one: bool = True,
 ) -> dict[str, tuple[float, ...]]:
     """The weights of every tensor, one a model, from what a recipe says of the models.
 
     Args:
         names: The tensors.
         schedules: One a model.
-        normalize: True divides the weights of each tensor by their sum, False takes them as they are, None does so
-            too but heeds `sum_to_one`.
-        scale: Factor on all weights, after normalisation: λ of task arithmetic.
-        sum_to_one: Whether weights that do not sum to one are an error, as in a linear merge.
+        normalize: As for `effective_weights`, tensor by tensor.
+        scale: As for `effective_weights`.
 
     Raises:
-        RecipeError: A tensor that no rule matches, a rule that decides nothing, or weights of a wrong sum.
+        RecipeError: A tensor that no rule matches, a rule that decides nothing, or weights that sum to zero.
     """
     depths = layer_depths(names)
     problems: list[str] = []
@@ -98,18 +121,10 @@ def resolve_weights(
 
     weights: dict[str, tuple[float, ...]] = {}
     for name, row in zip(names, zip(*columns, strict=True), strict=True):
-        total = math.fsum(row)
-        shown = " + ".join(f"{weight:.6g}" for weight in row)
-        if normalize and abs(total) < SUM_TOLERANCE:
-            problems.append(f"{name}: the weights {shown} sum to 0 and cannot be normalized")
-        elif normalize:
-            row = tuple(weight / total for weight in row)
-        elif normalize is None and sum_to_one and abs(total - 1) > SUM_TOLERANCE:
-            problems.append(
-                f"{name}: the weights {shown} sum to {total:.6g}, not to 1; write `parameters: {{normalize: true}}` to "
-                "divide them by their sum, or `normalize: false` if this is meant"
-            )
-        weights[name] = tuple(scale * weight for weight in row)
+        try:
+            weights[name] = effective_weights(row, normalize=normalize, scale=scale)
+        except RecipeError as error:
+            problems.append(f"{name}: {error}")
     if len(problems) > 3:
         problems[2:] = [f"and {len(problems) - 2} more tensors"]
     raise_all(problems, RecipeError, "the weights cannot be used")

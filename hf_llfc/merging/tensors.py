@@ -98,7 +98,7 @@ class Merge:
         infos: Mapping[str, TensorInfo],
         schedules: Sequence[WeightSchedule],
         *,
-        normalize: bool | None = None,
+        normalize: bool = True,
         base: Source | None = None,
         scale: float = 1.0,
         kept: Mapping[str, int] | None = None,
@@ -109,16 +109,15 @@ class Merge:
             sources: The models, in the coordinates of one reference.
             infos: Name → dtype and shape of what is to be written.
             schedules: One a model.
-            normalize: Whether the weights of every tensor are divided by their sum. None: they are not, and those of a
-                merge without a base must sum to one.
+            normalize: Whether the weights of every tensor are divided by their sum.
             base: θ₀ of task arithmetic.
             scale: λ of task arithmetic.
             kept: Tensors that are one model's own, by name: its place among the sources.
 
         Raises:
-            RecipeError: Weights of a wrong sum, or rules that do not fit the tensors.
+            RecipeError: Weights that sum to zero, or rules that do not fit the tensors.
         """
-        weights = resolve_weights(list(infos), schedules, normalize=normalize, scale=scale, sum_to_one=base is None)
+        weights = resolve_weights(list(infos), schedules, normalize=normalize, scale=scale)
         for name, place in (kept or {}).items():
             weights[name] = tuple(float(own == place) for own in range(len(sources)))
         return cls(sources, infos, weights, base)

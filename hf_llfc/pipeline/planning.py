@@ -11,7 +11,7 @@ from hf_llfc.parents.opening import Models, open_models, refuse_replacing_inputs
 from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.flow import versions_of_programs
 from hf_llfc.pipeline.resources import peak_memory
-from hf_llfc.pipeline.weighting import merge_infos, plan_merge, shares
+from hf_llfc.pipeline.weighting import merge_infos, plan_merge
 from hf_llfc.recipe import Recipe
 
 
@@ -84,7 +84,7 @@ def _points(recipe: Recipe, opened: Models) -> int:
     assert recipe.diagnose is not None
     is_mergekit = recipe.mergekit_method is not None
     count = 2 if is_mergekit and opened.base is not None and len(opened.parents) == 1 else len(opened.parents)
-    weights = shares(recipe, opened.parents) or [1 / count] * count
+    weights = recipe.weights or [1 / count] * count
     if len(weights) < 2 and opened.base is None:
         return 1
     over_base = opened.base is not None and not is_mergekit

@@ -22,7 +22,7 @@ from hf_llfc.parents.parent import Parent, evaluate_parents, refuse_changed
 from hf_llfc.parents.specs import alignment_spec
 from hf_llfc.pipeline.evidence import load_alignments, load_report, save_alignments, save_report, write_method
 from hf_llfc.pipeline.sharing import shared_stage, write_shared
-from hf_llfc.pipeline.weighting import Broken, merge_infos, plan_merge, shares
+from hf_llfc.pipeline.weighting import Broken, merge_infos, plan_merge
 from hf_llfc.recipe import Recipe
 from hf_llfc.symmetry import Alignment
 
@@ -84,7 +84,7 @@ def find_broken(
     if recipe.keep_where_broken is None:
         return None
     assert data is not None and recipe.diagnose is not None, "the reader of recipes asks for both"
-    weights = shares(recipe, [parent.checkpoint for parent in parents])
+    weights = recipe.weights
     if weights is None:
         raise RecipeError("keep_where_broken: needs one weight a model, and these differ among tensors")
     from hf_llfc.diagnostics.checkpoints import broken_tensors
@@ -212,7 +212,7 @@ def measure(
             data,
             section,
             base=base,
-            weights=shares(recipe, opened.parents),
+            weights=recipe.weights,
             calibration=calibration,
             processes=processes,
             progress=progress,

@@ -38,7 +38,7 @@ def plan_merge(parents: Sequence[Parent], base: Parent | None, recipe: Recipe, b
         [parent.source for parent in parents],
         merge_infos(parents[0].checkpoint, recipe),
         [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
-        normalize=recipe.parameters.normalize,
+        normalize=recipe.normalizes,
         base=base.source if base is not None else None,
         scale=recipe.parameters.scale,
         kept=dict.fromkeys(broken.tensors, keeper) if broken is not None else None,
@@ -59,17 +59,3 @@ def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
         for rule in weight
     ]
     return WeightSchedule(tuple(rules), entry.model, parent.axes_of)
-
-
-def shares(recipe: Recipe, parents: Sequence[Checkpoint]) -> list[float] | None:
-    """The weight of every parent in the merge; None where one differs among tensors, or the merge is no sum."""
-    if recipe.mergekit_method is not None:
-        return None
-    schedules = [
-        schedule(entry, len(parents), Parent(each)) for entry, each in zip(recipe.models, parents, strict=True)
-    ]
-    if not all(each.is_constant for each in schedules):
-        return None
-    weights = [recipe.parameters.scale * each.rules[0].values[0] for each in schedules]
-    total = sum(weights) if recipe.parameters.normalize else 1.0
-    return [weight / total for weight in weights]

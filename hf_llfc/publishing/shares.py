@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
+from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.publishing.lineage import split_revision
 
 
@@ -47,12 +47,13 @@ def _weights(recipe: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) ->
         return [1 / len(entries) for _ in entries]
     given = [(entry.get("parameters") or {}).get("weight", 1.0) for entry in entries]
     settings = recipe.get("parameters") or {}
+    normalize = settings.get("normalize", recipe.get("merge_method", "linear") == "linear")
     weights = [float(weight) if isinstance(weight, int | float) else None for weight in given]
-    total = math.fsum(weight for weight in weights if weight is not None)
-    if settings.get("normalize") is True:
-        weights = [None if None in weights or total == 0 or weight is None else weight / total for weight in weights]
-    scale = settings.get("lambda", 1.0)
-    return [None if weight is None else weight * scale for weight in weights]
+    numbers = [weight for weight in weights if weight is not None]
+    if normalize and len(numbers) < len(weights):
+        return [None for _ in weights]
+    effective = iter(effective_weights(numbers, normalize=normalize, scale=settings.get("lambda", 1.0)))
+    return [None if weight is None else next(effective) for weight in weights]
 
 
 def _settings(entry: Mapping[str, Any]) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from hf_llfc.errors import suggest
+from hf_llfc.errors import RecipeError, suggest
 from hf_llfc.foundation.choices import METHODS_WITH_DATA, UNION, UNIVERSE_METHODS
 from hf_llfc.merging.mergekit_methods import MergekitMethod
-from hf_llfc.recipe.sections import MERGE_METHODS, Recipe, Weight
+from hf_llfc.recipe.sections import MERGE_METHODS, Recipe
 
 
 def disagreements(recipe: Recipe) -> list[str]:
@@ -31,16 +29,10 @@ def disagreements(recipe: Recipe) -> list[str]:
     if any(given) and not all(given) and recipe.mergekit_method is None:
         missing = [f"models.{place}" for place, has in enumerate(given) if not has]
         problems.append(f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none")
-    weights = [entry.parameters.weight for entry in recipe.models if entry.parameters is not None]
-    plain = [weight for weight in weights if isinstance(weight, float) or isinstance(weight[0], float)]
-    is_checked = recipe.merge_method == "linear" and recipe.parameters.normalize is None
-    if is_checked and len(plain) == len(given):
-        wrong = [total for total in _sums(plain) if abs(total - 1) > 1e-6]  # type: ignore[arg-type]
-        if wrong:
-            problems.append(
-                f"models: the weights sum to {wrong[0]:g}, not to 1; write `parameters: {{normalize: true}}` to "
-                "divide them by their sum, or `normalize: false` if this is meant"
-            )
+    try:
+        _ = recipe.weights
+    except RecipeError as error:
+        problems.append(f"models: {error}")
     names = [entry.model for entry in recipe.models]
     reference = recipe.align.reference
     if isinstance(reference, int) and not 0 <= reference < len(names):
@@ -110,17 +102,3 @@ def _disagreements_with_mergekit(recipe: Recipe, method: MergekitMethod) -> list
         also = "; give every model one, or one for all under `parameters`" if key in method.of_model else ""
         problems.append(f"{where}: missing, and {name} has no default for it{also}")
     return problems
-
-
-def _sums(weights: Sequence[Weight]) -> list[float]:
-    """The sums of numbers and gradients at every depth where one of the gradients bends."""
-    gradients = [weight if isinstance(weight, tuple) else (weight,) for weight in weights]
-    depths = {place / max(len(values) - 1, 1) for values in gradients for place in range(len(values))}
-
-    def at(values: tuple[float, ...], depth: float) -> float:
-        place = depth * (len(values) - 1)
-        below = min(int(place), max(len(values) - 2, 0))
-        above = min(below + 1, len(values) - 1)
-        return values[below] + (values[above] - values[below]) * (place - below)
-
-    return [sum(at(values, depth) for values in gradients) for depth in sorted(depths)]

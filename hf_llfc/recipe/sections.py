@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_llfc.foundation.choices import METHODS_WITH_DATA
 from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
+from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.recipe.data import EvaluationConfig
 
 MERGE_METHODS = ("linear", "task_arithmetic", *MERGEKIT_METHODS)
@@ -68,8 +69,8 @@ class MergeParameters:
     """Parameters of the merge.
 
     Attributes:
-        normalize: True divides the weights by their sum; False allows weights that do not sum to one. Without it a
-            linear merge whose weights do not sum to one is an error.
+        normalize: Whether the weights of every tensor are divided by their sum. Where None, those of a linear merge
+            are, and those of task arithmetic are not.
         scale: Key `lambda`; task arithmetic: factor on every model's weight.
         settings: Of a method that mergekit computes all parameters, as in its YAML.
     """
@@ -256,6 +257,27 @@ class Recipe:
         return MERGEKIT_METHODS.get(self.merge_method)
 
     @property
+    def normalizes(self) -> bool:
+        """Whether the weights of every tensor are divided by their sum."""
+        return self.merge_method == "linear" if self.parameters.normalize is None else self.parameters.normalize
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weight that every model has in the merge; None where one differs among tensors, or the merge is no sum.
+
+        Raises:
+            RecipeError: The weights sum to zero and are to be divided by that.
+        """
+        given = [
+            _one_number(entry.parameters.weight) if entry.parameters is not None else 1 / len(self.models)
+            for entry in self.models
+        ]
+        numbers = [weight for weight in given if weight is not None]
+        if self.mergekit_method is not None or len(numbers) < len(given):
+            return None
+        return effective_weights(numbers, normalize=self.normalizes, scale=self.parameters.scale)
+
+    @property
     def reference_index(self) -> int:
         """Which model stays."""
         if isinstance(self.align.reference, int):
@@ -271,6 +293,14 @@ class Recipe:
         """As plain data that `load_recipe` reads back; defaults left out."""
         plain: dict[str, Any] = _plain(self)
         return plain
+
+
+def _one_number(weight: Weight | tuple[WeightRule | float, ...]) -> float | None:
+    """The weight of every tensor, where it is the same for all."""
+    while isinstance(weight, tuple) and len(weight) == 1:
+        rule = weight[0]
+        weight = rule.value if isinstance(rule, WeightRule) and rule.filter is None else rule
+    return weight if isinstance(weight, int | float) else None
 
 
 def copied(value: Any) -> Any:

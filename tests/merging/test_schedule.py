@@ -39,7 +39,7 @@ def weights_of(*schedules, names=NAMES, **settings):
 
 
 def test_one_number_is_the_weight_of_every_tensor():
-    weights = weights_of(WeightSchedule.constant(0.25), WeightSchedule.constant(0.75), normalize=None)
+    weights = weights_of(WeightSchedule.constant(0.25), WeightSchedule.constant(0.75), normalize=True)
     assert list(weights) == NAMES
     assert set(weights.values()) == {(0.25, 0.75)}
     assert WeightSchedule.constant(0.25).is_constant
@@ -118,29 +118,25 @@ def test_a_tensor_without_a_rule_is_an_error():
         weights_of(WeightSchedule((Rule("mlp", (1.0,)), Rule("attn", (1.0,))), "org/a"))
 
 
-def test_weights_of_a_linear_merge_sum_to_one_for_every_tensor():
-    rising, falling = WeightSchedule((Rule(None, (0.0, 1.0)),)), WeightSchedule((Rule(None, (1.0, 0.0)),))
-    weights = weights_of(rising, falling, normalize=None)
-    assert weights["model.layers.1.norm.weight"] == pytest.approx((1 / 3, 2 / 3))
-    with pytest.raises(RecipeError) as caught:
-        weights_of(rising, WeightSchedule((Rule(None, (1.0, 0.5)),)), normalize=None)
-    message = str(caught.value)
-    assert "model.layers.1.self_attn.q_proj.weight: the weights 0.333333 + 0.833333 sum to 1.16667, not to 1" in message
-    assert "normalize: true" in message
-    assert "and 10 more tensors" in message
+def test_weights_are_divided_by_their_sum_tensor_by_tensor():
+    rising, falling = WeightSchedule((Rule(None, (0.0, 1.0)),)), WeightSchedule((Rule(None, (1.0, 0.5)),))
+    weights = weights_of(rising, falling, normalize=True)
+    assert weights["model.layers.1.norm.weight"] == pytest.approx((2 / 7, 5 / 7))
+    assert weights["model.layers.3.norm.weight"] == pytest.approx((2 / 3, 1 / 3))
 
 
-def test_thirds_written_with_six_digits_sum_to_one():
-    weights_of(*[WeightSchedule.constant(0.333333)] * 2, WeightSchedule.constant(0.333334), normalize=None)
-
-
-def test_normalising_divides_by_the_sum_and_scale_comes_after_it():
-    weights = weights_of(*[WeightSchedule.constant(w) for w in (1.0, 3.0)], normalize=True, scale=0.5, sum_to_one=False)
+def test_lambda_comes_after_the_division():
+    weights = weights_of(*[WeightSchedule.constant(w) for w in (1.0, 3.0)], normalize=True, scale=0.5)
     assert set(weights.values()) == {(0.125, 0.375)}
-    with pytest.raises(RecipeError, match="sum to 0 and cannot be normalized"):
+
+
+def test_weights_that_cancel_cannot_be_divided():
+    with pytest.raises(RecipeError) as caught:
         weights_of(*[WeightSchedule.constant(w) for w in (1.0, -1.0)], normalize=True)
+    message = str(caught.value)
+    assert "model.embed_tokens.weight: the weights 1 + -1 sum to 0" in message and "normalize: false" in message
+    assert f"and {len(NAMES) - 2} more tensors" in message
 
 
-@pytest.mark.parametrize("settings", [{"normalize": False}, {"normalize": None, "sum_to_one": False}])
-def test_any_sum_on_request_and_for_task_arithmetic(settings):
-    assert set(weights_of(*[WeightSchedule.constant(0.8)] * 2, **settings).values()) == {(0.8, 0.8)}
+def test_any_sum_is_taken_as_it_is_on_request():
+    assert set(weights_of(*[WeightSchedule.constant(0.8)] * 2, normalize=False).values()) == {(0.8, 0.8)}

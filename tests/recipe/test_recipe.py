@@ -419,7 +419,10 @@ class TestProblems:
             (changed(merge_method="task_arithmetic"), "base_model: task_arithmetic needs one"),
             (changed(tokenizer_source="base"), "tokenizer_source: `base` needs a base_model"),
             (changed(models=[PAIR["models"][0], {"model": "org/b"}]), "models.1: parameters.weight is missing"),
-            (changed(models=PAIR["models"] * 2), "models: the weights sum to 2, not to 1"),
+            (
+                changed(models=[{"model": f"org/{n}", "parameters": {"weight": n}} for n in (1, -1)]),
+                "models: the weights 1 + -1 sum to 0",
+            ),
             (changed(diagnose={**DATA, "image_column": "img"}), "diagnose: image_column has no meaning"),
             (changed(diagnose={**DATA, "batch_norm": {"smaples": 2}}), "diagnose.batch_norm.smaples: unknown key"),
             (changed(diagnose={**DATA, "alphas": [0, 1.5]}), "diagnose.alphas"),
@@ -429,18 +432,20 @@ class TestProblems:
     def test_what_cannot_be_run_is_refused(self, content, message):
         assert message in problems_of(content)
 
-    def test_gradients_must_sum_to_one_where_they_bend(self):
-        def content(*weights):
-            models = [{"model": f"m{i}", "parameters": {"weight": weight}} for i, weight in enumerate(weights)]
-            return {"models": models, "output_dir": "o"}
-
-        load_recipe(content([0, 1], [1, 0]))
-        load_recipe(content([0, 1], [1, 0.5, 0]))
-        load_recipe(content(0.5, [0.5, 0.5, 0.5]))
-        load_recipe(content(0.333333, 0.333333, 0.333334))
-        assert "sum to 1.5, not to 1" in problems_of(content([0, 1], [1, 1, 0]))
-        load_recipe({**content([0, 1], [1, 1, 0]), "parameters": {"normalize": True}})
-        load_recipe({**content(2, 3), "parameters": {"normalize": False}})
+    @pytest.mark.parametrize(
+        ("weights", "parameters", "effective"),
+        [
+            ((1.0, 0.3, 0.7), {}, (0.5, 0.15, 0.35)),
+            ((2, 3), {"normalize": False}, (2, 3)),
+            (([0.25], [{"value": 0.75}]), {}, (0.25, 0.75)),
+            (([0, 1], 1), {}, None),
+            (([{"filter": "mlp", "value": 1}, {"value": 0.5}], 1), {}, None),
+        ],
+    )
+    def test_weights_of_a_linear_merge_are_divided_by_their_sum(self, weights, parameters, effective):
+        models = [{"model": f"m{i}", "parameters": {"weight": weight}} for i, weight in enumerate(weights)]
+        recipe = load_recipe({"models": models, "parameters": parameters, "output_dir": "o"})
+        assert recipe.weights == (effective and pytest.approx(effective))
 
 
 class TestFiles:
