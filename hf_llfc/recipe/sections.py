@@ -295,12 +295,13 @@ class Recipe:
         return plain
 
 
-def _one_number(weight: Weight | tuple[WeightRule | float, ...]) -> float | None:
+def _one_number(weight: Weight | WeightRule | tuple[WeightRule | float, ...]) -> float | None:
     """The weight of every tensor, where it is the same for all."""
-    while isinstance(weight, tuple) and len(weight) == 1:
-        rule = weight[0]
-        weight = rule.value if isinstance(rule, WeightRule) and rule.filter is None else rule
-    return weight if isinstance(weight, int | float) else None
+    if isinstance(weight, WeightRule):
+        return None if weight.filter is not None else _one_number(weight.value)
+    if isinstance(weight, tuple):
+        return _one_number(weight[0]) if len(weight) == 1 else None
+    return weight
 
 
 def copied(value: Any) -> Any:

@@ -581,8 +581,12 @@ def test_local_parents_are_read_without_a_network(monkeypatch: pytest.MonkeyPatc
         ([{}, {}], {}, ["0.5", "0.5"]),
         ([{"parameters": {}}, {"parameters": {"weight": 0.5}}], {"normalize": False}, ["1", "0.5"]),
         ([{"parameters": {"weight": 3}}, {"parameters": {}}], {"normalize": True}, ["0.75", "0.25"]),
-        ([{"parameters": {}}, {"parameters": {}}], {"lambda": 0.3}, ["0.3", "0.3"]),
-        ([{"parameters": {"weight": [0, 1]}}, {"parameters": {"weight": 0.5}}], {}, ["by layer", "0.5"]),
+        ([{"parameters": {}}, {"parameters": {}}], {"method": "task_arithmetic", "lambda": 0.3}, ["0.3", "0.3"]),
+        (
+            [{"parameters": {"weight": [0, 1]}}, {"parameters": {"weight": 0.5}}],
+            {"normalize": False},
+            ["by layer", "0.5"],
+        ),
         ([{"parameters": {"weight": [0, 1]}}, {"parameters": {}}], {"normalize": True}, ["by layer", "by layer"]),
         (
             [{"parameters": {"weight": 0.5, "density": 0.25}}, {"parameters": {"density": [0.25, 1], "weight": 2}}],
