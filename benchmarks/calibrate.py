@@ -52,7 +52,8 @@ from hf_llfc.diagnostics.verdict import (
 )
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.evaluation.models import evaluate_model
-from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.parent import Parent
 from hf_llfc.pipeline.mergeability import FeatureEvidence, compare_features, compare_weights
 
 TRUTH_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)

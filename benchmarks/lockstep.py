@@ -35,7 +35,8 @@ from hf_llfc.diagnostics.points import line
 from hf_llfc.diagnostics.statistics import cosine_distance, products
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
-from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.parent import Parent
 
 PAIRS = {
     "minilm": (

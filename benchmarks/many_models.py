@@ -29,7 +29,7 @@ from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.foundation.choices import GROUPS, TOGETHER
-from hf_llfc.parents.parent import in_groups
+from hf_llfc.parents.fitting import in_groups
 from hf_llfc.recipe import AlignSection
 from tests import mlp_model, real_data  # noqa: F401  the adapter of the MLP
 

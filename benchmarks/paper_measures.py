@@ -25,7 +25,8 @@ from hf_llfc.alignment.checkpoints import align_checkpoints
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.measures.measures import run_measures
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model
-from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.parent import Parent
 from hf_llfc.recipe import AlignSection
 
 MEASURES = ("additivity", "commutativity", "stitching", "geometry")

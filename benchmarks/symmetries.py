@@ -37,7 +37,8 @@ from hf_llfc.diagnostics.diagnose import barrier_height
 from hf_llfc.diagnostics.objectives import TaskLoss
 from hf_llfc.diagnostics.points import line
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
-from hf_llfc.parents.parent import in_groups, open_data
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.fitting import in_groups
 from hf_llfc.parents.specs import spec_of
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment, PermutationSpec

@@ -31,7 +31,8 @@ from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.parallel.processes import Processes
-from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import spec_of
 from hf_llfc.recipe import AlignSection, DiagnoseSection
 

@@ -23,7 +23,8 @@ from benchmarks.results import markdown, replace_section
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.evaluation import EvaluationConfig
-from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.parent import Parent
 
 MINILM = {"task": "text-classification", "dataset": "minilm/data/all-test.jsonl", "batch_size": 16, "max_length": 48}
 IMAGES = {"task": "image-classification", "dataset": "fashion/data/test.parquet", "batch_size": 100}

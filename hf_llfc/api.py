@@ -140,8 +140,8 @@ def check(
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.pipeline.mergeability import check_checkpoints
 
-    opened = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b)]
-    return check_checkpoints(*opened, level=level, data=data, seed=seed, progress=progress)
+    pair = (open_checkpoint(a, allow_pickle=allow_pickle), open_checkpoint(b, allow_pickle=allow_pickle))
+    return check_checkpoints(pair, level=level, data=data, seed=seed, progress=progress)
 
 
 def align(
@@ -199,14 +199,11 @@ def align(
         AlignmentError: An option is not valid.
     """
     from hf_llfc.alignment.checkpoints import align_checkpoints
-    from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.parallel.devices import device_alone
-    from hf_llfc.parents.parent import in_groups, refuse_incompatible
+    from hf_llfc.parents.opening import open_models
     from hf_llfc.recipe import AlignSection
 
     place = device_alone(device)
-    reference, moving = (open_checkpoint(each, allow_pickle=allow_pickle) for each in (to, model))
-    refuse_incompatible([reference, moving])
     options = AlignSection(
         method=method,
         axes=tuple(axes),
@@ -222,7 +219,7 @@ def align(
         learning_rate=learning_rate,
         calibration=calibration,
     )
-    reference, moving = in_groups([reference, moving], options)
+    reference, moving = open_models([to, model], align=options, allow_pickle=allow_pickle).parents
     alignment = align_checkpoints(reference, moving, options, workers=_workers(place), device=place, progress=progress)
     if alignment is None:
         raise AlignmentError(
@@ -263,9 +260,8 @@ def align_all(
         AlignmentError: Settings do not go together.
     """
     from hf_llfc.alignment import together as alignments
-    from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.parallel.devices import device_alone
-    from hf_llfc.parents.parent import in_groups, refuse_incompatible
+    from hf_llfc.parents.opening import open_models
     from hf_llfc.parents.specs import alignment_spec
     from hf_llfc.recipe import load_align
 
@@ -273,9 +269,7 @@ def align_all(
     if not -len(models) <= reference < len(models):
         raise AlignmentError(f"there is no model {reference}; models are counted from 0, and there are {len(models)}")
     place = device_alone(device)
-    opened = [open_checkpoint(each, allow_pickle=allow_pickle) for each in models]
-    refuse_incompatible(opened)
-    opened = in_groups(opened, options)
+    opened = open_models(models, align=options, allow_pickle=allow_pickle).parents
     identity = alignment_spec(opened[0], options).identity_alignment()
     found = alignments.align_all(
         opened[reference], opened, options, workers=_workers(place), device=place, progress=progress
@@ -400,48 +394,39 @@ def diagnose(
         LLFCError: The models do not fit each other, the alignment or the data.
     """
     from hf_llfc.alignment.together import align_all
-    from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.diagnostics import DEFAULT_ALPHAS
-    from hf_llfc.diagnostics.checkpoints import batch_norm_data, diagnose_checkpoints
+    from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
     from hf_llfc.parallel.devices import device_alone
     from hf_llfc.parallel.ranks import OneProcess
-    from hf_llfc.parents.parent import Parent, comparable, in_groups, open_data
+    from hf_llfc.parents.data import batch_norm_data, open_data
+    from hf_llfc.parents.opening import NOT_ALIGNED, open_models
     from hf_llfc.parents.provenance import refuse_foreign_alignment
-    from hf_llfc.recipe import AlignSection, DiagnoseSection
+    from hf_llfc.recipe import DiagnoseSection
 
     place = device_alone(device)
-    checkpoints = [open_checkpoint(model, allow_pickle=allow_pickle) for model in (a, b, *more)]
-    base = open_checkpoint(base_model, allow_pickle=allow_pickle) if base_model is not None else None
-    given, options = None, AlignSection(method="none")
-    if isinstance(align, str | Mapping):
-        options = _align_options(align, data)
-    else:
-        given = align
-    checkpoints = in_groups(checkpoints, options)
-    base = in_groups([base], options)[0] if base is not None else None
-    everyone = [*checkpoints, *([base] if base is not None else [])]
-    head = comparable(everyone, heads, aligned=given is not None or options.method != "none")
+    given = None if isinstance(align, str | Mapping) else align
+    options = _align_options(align, data) if isinstance(align, str | Mapping) else NOT_ALIGNED
+    if given is not None and (more or base_model is not None or heads != "own"):
+        raise AlignmentError("an alignment moves B onto A under its own head; with more models name a method instead")
+    opened = open_models([a, b, *more], base=base_model, align=options, heads=heads, allow_pickle=allow_pickle)
+    if given is not None and "model" in given.metadata:  # one that was written by hand names no inputs
+        refuse_foreign_alignment(given, *opened.parents)
     grid = tuple(alphas or DEFAULT_ALPHAS)
     section = DiagnoseSection(data, grid, tuple(layers), unit, tuple(measures), suggest, offload)
-    reference = base if base is not None else checkpoints[0]
+    first = opened.parents[0]
+    alignments = [None, given]
     if given is None:
-        found = align_all(reference, checkpoints, options, workers=_workers(place), device=place, progress=progress)
-    else:
-        if len(checkpoints) > 2 or base is not None:
-            raise AlignmentError("an alignment moves B onto A; with more models name a method instead")
-        if "model" in given.metadata:  # one that was written by hand names no inputs
-            refuse_foreign_alignment(given, *checkpoints)
-        found = [None, given]
+        alignments = align_all(
+            opened.reference, opened.parents, options, workers=_workers(place), device=place, progress=progress
+        )
+    parents, base = opened.moved(alignments)
     return diagnose_checkpoints(
-        [
-            Parent(each, alignment, head if each is not head else None)
-            for each, alignment in zip(checkpoints, found, strict=True)
-        ],
-        open_data(data, checkpoints[0]),
+        parents,
+        open_data(data, first),
         section,
-        base=Parent(base, None, head) if base is not None else None,
+        base=base,
         weights=weights,
-        calibration=batch_norm_data(checkpoints[0], section),
+        calibration=batch_norm_data(first, section),
         processes=OneProcess(place) if place is not None else None,
         progress=progress,
     )

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,18 +225,14 @@ class MergeCallback(TrainerCallback):
 
     def _diagnose(self, found: Mapping[int, Path], final: Path) -> None:
         from hf_llfc.pipeline.single_stages import write_diagnosis
-        from hf_llfc.recipe import AlignSection
+        from hf_llfc.recipe import ModelEntry
 
         assert self.recipe.diagnose is not None, "asked for without a merge"
         for step, path in found.items():
             if path != final:
-                self.reports[step] = write_diagnosis(
-                    [self._named(final), self._named(path)],
-                    self.recipe.diagnose,
-                    align=AlignSection(method="none"),
-                    out=self.out / path.name,
-                    overwrite=self.recipe.overwrite,
-                )
+                models = (ModelEntry(self._named(final)), ModelEntry(self._named(path)))
+                recipe = replace(self.recipe, models=models, output_dir=str(self.out / path.name))
+                self.reports[step] = write_diagnosis(recipe)
         if not self.reports:
             raise RecipeError(
                 "MergeCallback: only the final model was saved, nothing to compare it with: save more often"

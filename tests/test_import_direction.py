@@ -38,8 +38,6 @@ ORDER = (
 # PermutationSpec.from_config is the public way from a config to a spec, and adapters build specs.
 LAZY_EXCEPTIONS = {
     ("symmetry/spec.py", "from_config", "adapters"),
-    ("parallel/processes.py", None, "checkpoints"),
-    ("parents/opening.py", "open_recipe_data", "diagnostics"),
 }
 
 # Answering `hf-llfc --help` or refusing a recipe must not take the seconds that these libraries need to load.

@@ -14,7 +14,8 @@ from hf_llfc.errors import AlignmentError, suggest
 from hf_llfc.foundation.choices import ALIGNMENT_METHODS
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.workers import ALONE, Workers
-from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.provenance import identified
 from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.recipe import AlignSection

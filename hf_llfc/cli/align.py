@@ -16,6 +16,7 @@ from hf_llfc.cli.settings import (
 )
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.single_stages import write_aligned
+from hf_llfc.recipe import ModelEntry, Recipe
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -29,18 +30,17 @@ def execute(options: argparse.Namespace) -> int:
         refuse_given(options, names, "with --use, which matches nothing")
     settings = align_section(options, calibration=evaluation_config(options, required=False))
     with progress_bars(shown=not options.quiet) as progress:
-        alignment = write_aligned(
-            options.model,
-            to=options.to,
-            out=options.out,
-            options=settings,
-            file=options.use,
+        recipe = Recipe(
+            models=(ModelEntry(options.model),),
+            merge_method="task_arithmetic",
+            base_model=options.to,
+            align=settings,
+            output_dir=options.out,
             overwrite=options.overwrite,
-            restart=options.restart,
             allow_pickle=options.allow_pickle,
             device=options.device,
-            progress=progress,
         )
+        alignment = write_aligned(recipe, file=options.use, restart=options.restart, progress=progress)
     if not is_main_process():
         return 0
     summary = alignment_summary(alignment)

@@ -11,7 +11,7 @@ from hf_llfc.cli.console import progress_bars
 from hf_llfc.cli.settings import align_section, evaluation_config, refuse_given, refuse_unused_learning
 from hf_llfc.errors import EvaluationError
 from hf_llfc.pipeline.single_stages import write_diagnosis
-from hf_llfc.recipe import DiagnoseSection
+from hf_llfc.recipe import DiagnoseSection, ModelEntry, ModelParameters, Recipe
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -35,23 +35,28 @@ def execute(options: argparse.Namespace) -> int:
         options.suggest,
         options.offload,
     )
+    weights = options.weights or [None] * len(options.models)
+    if len(weights) != len(options.models):
+        raise EvaluationError(f"{len(weights)} weights for {len(options.models)} models; give one weight a model")
+    models = [
+        ModelEntry(model, None if weight is None else ModelParameters(weight))
+        for model, weight in zip(options.models, weights, strict=True)
+    ]
     with progress_bars(shown=not options.quiet) as progress:
-        report = write_diagnosis(
-            options.models,
-            section,
-            align=settings,
-            weights=options.weights,
+        recipe = Recipe(
+            models=tuple(models),
+            merge_method="linear" if options.base_model is None else "task_arithmetic",
             base_model=options.base_model,
-            heads=options.heads,
-            out=options.out,
+            align=settings,
+            diagnose=section,
+            output_dir=options.out or "",
             overwrite=options.overwrite,
-            restart=options.restart,
             allow_pickle=options.allow_pickle,
-            log_with=options.log_with,
+            log_with=tuple(options.log_with),
             logging_dir=options.logging_dir,
             device=options.device,
-            progress=progress,
         )
+        report = write_diagnosis(recipe, heads=options.heads, restart=options.restart, progress=progress)
     if is_main_process():
         show_report(report, options)
     return 0

@@ -19,9 +19,9 @@ from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation import EvaluationConfig, EvaluationData
+from hf_llfc.evaluation import EvaluationData
 from hf_llfc.foundation.progress import Progress, silent
-from hf_llfc.parents.parent import Parent, open_data
+from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.recipe import DiagnoseSection
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from hf_llfc.checkpoints import Checkpoint
     from hf_llfc.parallel.ranks import Ranks
 
 
@@ -238,16 +237,6 @@ def region_of(weights: Sequence[float], section: DiagnoseSection, *, arithmetic_
     if len(weights) < 2:
         raise EvaluationError("a diagnosis compares two models or more; give another model, or a base model")
     return line(section.alphas) if len(weights) == 2 else simplex(weights)
-
-
-def batch_norm_data(
-    checkpoint: Checkpoint, section: DiagnoseSection, *, tokenizer_source: Checkpoint | None = None
-) -> EvaluationData | None:
-    """The samples from which BatchNorm is recomputed: those of the diagnosis, unlabelled, where none are named."""
-    if not section.batch_norm.recompute or not any(name.endswith("running_mean") for name in checkpoint.tensors):
-        return None
-    config: EvaluationConfig = section.batch_norm.data or replace(section.data, labels=False)
-    return open_data(config, checkpoint, tokenizer_source=tokenizer_source)
 
 
 def _how_aligned(parents: Sequence[Parent]) -> Mapping[str, Any] | None:

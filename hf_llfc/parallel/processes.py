@@ -19,10 +19,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,8 +30,6 @@ from hf_llfc.parallel.workers import Workers
 
 if TYPE_CHECKING:
     import torch
-
-    from hf_llfc.checkpoints import OutputFolder
 
 Value = TypeVar("Value")
 
@@ -174,18 +171,6 @@ class Processes:
         done: list[Value] = []
         self.on_main(lambda: done.append(work()))
         return done[0] if done else work()
-
-    @contextmanager
-    def output(self, folder: OutputFolder) -> Iterator[Path]:
-        """The staging folder of an output; the main process makes and finishes it."""
-        staging = self.on_main(folder.__enter__)
-        try:
-            yield staging
-        except BaseException as error:
-            if self.is_main:
-                folder.__exit__(type(error), error, error.__traceback__)
-            raise
-        self.on_main(lambda: folder.__exit__(None, None, None))
 
 
 class _Link:

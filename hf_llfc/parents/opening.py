@@ -1,4 +1,4 @@
-"""What a recipe reads: its models, opened and compared, and its data."""
+"""The models of a merge, an alignment or a diagnosis: opened, compared, and in the groups in which they are aligned."""
 
 from __future__ import annotations
 
@@ -15,34 +15,41 @@ from hf_llfc.checkpoints import (
 )
 from hf_llfc.errors import CheckpointError, RecipeError, raise_all, suggest
 from hf_llfc.foundation.choices import UNION
-from hf_llfc.parents.parent import Parent, in_groups, open_data, refuse_incompatible
+from hf_llfc.parents.fitting import comparable, in_groups
+from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import open_weights
-from hf_llfc.recipe import Recipe
+from hf_llfc.recipe import AlignSection, Recipe
 from hf_llfc.symmetry import Alignment
 
-# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_llfc.checkpoints.views.vocabulary import Union
-    from hf_llfc.evaluation import EvaluationData
+
+    Model = str | Path | PreTrainedModel
+
+NOT_ALIGNED = AlignSection(method="none")
 
 
 @dataclass(frozen=True)
 class Models:
-    """The checkpoints of a recipe.
+    """Checkpoints that fit each other.
 
     Attributes:
         parents: One a model, the first gives config and names.
         base: θ₀ of task arithmetic.
         tokenizer_source: Whose tokenizer and processor files are carried over.
-        union: Of their vocabularies, where the recipe asks for it; `tokenizer_source` is then the first parent with it.
+        union: Of their vocabularies, where a recipe asks for it; `tokenizer_source` is then the first parent with it.
+        head_of: The checkpoint whose head all others are given; None where each has its own.
+        reference_index: Which parent stays in alignment, where there is no base.
     """
 
     parents: Sequence[Checkpoint]
     base: Checkpoint | None
     tokenizer_source: Checkpoint
     union: Union | None = None
+    head_of: Checkpoint | None = None
+    reference_index: int = 0
 
     @property
     def everything(self) -> list[Checkpoint]:
@@ -55,9 +62,10 @@ class Models:
         """All that are merged: the parents and the base."""
         return [*self.parents, *([self.base] if self.base is not None else [])]
 
-    def reference(self, recipe: Recipe) -> Checkpoint:
-        """The one that stays in alignment: the base of task arithmetic, or what the recipe says."""
-        return self.base if self.base is not None else self.parents[recipe.reference_index]
+    @property
+    def reference(self) -> Checkpoint:
+        """The one that stays in alignment: the base, or one of the parents."""
+        return self.base if self.base is not None else self.parents[self.reference_index]
 
     def moved(self, alignments: Sequence[Alignment | None]) -> tuple[list[Parent], Parent | None]:
         """The parents and the base in the coordinates of the reference.
@@ -65,38 +73,82 @@ class Models:
         Args:
             alignments: One a parent; the base stays.
         """
-        moved = [Parent(each, alignment) for each, alignment in zip(self.parents, alignments, strict=True)]
-        moved += [Parent(self.base)] if self.base is not None else []
+        moved = [
+            Parent(checkpoint, alignment, self.head_of if checkpoint is not self.head_of else None)
+            for checkpoint, alignment in zip(self.parents, alignments, strict=True)
+        ]
+        moved += [Parent(self.base, None, self.head_of)] if self.base is not None else []
         everyone = [replace(each, lenders=moved) for each in moved] if self.union is not None else moved
         return everyone[: len(self.parents)], everyone[-1] if self.base is not None else None
 
 
-def open_models(recipe: Recipe, models: Sequence[str | Path | PreTrainedModel] | None = None) -> Models:
-    """Opens all checkpoints of a recipe, or `models` in place of its parents, and compares them.
+def open_models(
+    models: Sequence[Model],
+    *,
+    base: Model | None = None,
+    align: AlignSection = NOT_ALIGNED,
+    heads: str = "own",
+    allow_pickle: bool = False,
+) -> Models:
+    """Opens models and compares them.
+
+    Args:
+        models: One or more.
+        base: θ₀ of task arithmetic.
+        align: How they are to be aligned, which says in which form they are compared.
+        heads: One of `HEADS`.
+        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
 
     Raises:
         LLFCError: One cannot be opened, or they do not fit each other.
     """
-    given = models if models is not None else [entry.model for entry in recipe.models]
-    if len(given) != len(recipe.models):
-        raise RecipeError(f"{len(given)} models are given in place of the {len(recipe.models)} of the recipe")
+    opening = partial(open_checkpoint, allow_pickle=allow_pickle)
+    parents = [opening(model) for model in models]
+    opened = Models(parents, opening(base) if base is not None else None, parents[0])
+    return fitted(opened, align, heads)
+
+
+def open_recipe(recipe: Recipe, given: Sequence[Model] | None = None, *, heads: str = "own") -> Models:
+    """Opens all checkpoints of a recipe, and compares them.
+
+    Args:
+        recipe: Names the models.
+        given: What to take in place of the models that the recipe names, one for each.
+        heads: One of `HEADS`.
+
+    Raises:
+        LLFCError: One cannot be opened, or they do not fit each other.
+    """
+    models = given if given is not None else [entry.model for entry in recipe.models]
+    if len(models) != len(recipe.models):
+        raise RecipeError(f"{len(models)} models are given in place of the {len(recipe.models)} of the recipe")
     opening = partial(
         open_checkpoint if runs_models(recipe) or recipe.tokenizer_source == UNION else open_weights,
         allow_pickle=recipe.allow_pickle,
     )
     parents = [
         opening(model, trust_remote_code=entry.trust_remote_code)
-        for model, entry in zip(given, recipe.models, strict=True)
+        for model, entry in zip(models, recipe.models, strict=True)
     ]
     base = opening(recipe.base_model) if recipe.base_model is not None else None
-    opened = Models(parents, base, parents[0])
+    opened = Models(parents, base, parents[0], reference_index=recipe.reference_index)
     if recipe.tokenizer_source == UNION:
         opened = united(opened)
-    refuse_incompatible(opened.all)
-    parents = in_groups(opened.parents, recipe.align)
-    base = in_groups([opened.base], recipe.align)[0] if opened.base is not None else None
-    opened = replace(opened, parents=parents, base=base)
+    opened = fitted(opened, recipe.align, heads)
     return replace(opened, tokenizer_source=tokenizer_source(recipe, opened, opening))
+
+
+def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
+    """The same models as they are aligned, after refusing those that do not fit each other.
+
+    Raises:
+        LLFCError: They do not, or what is asked for is not possible with them.
+    """
+    head_of = comparable(opened.all, heads, aligned=align.method != "none")
+    everyone = in_groups(opened.all, align)
+    count = len(opened.parents)
+    base = everyone[count] if opened.base is not None else None
+    return replace(opened, parents=everyone[:count], base=base, head_of=head_of)
 
 
 def united(opened: Models) -> Models:
@@ -113,10 +165,11 @@ def united(opened: Models) -> Models:
     union = Union(opened.all, base=len(opened.parents) if opened.base is not None else None)
     if union.is_of_each:
         return opened
-    everyone = [reindexed(each, union, place) for place, each in enumerate(opened.all)]
+    everyone = [reindexed(checkpoint, union, index) for index, checkpoint in enumerate(opened.all)]
     parents = everyone[: len(opened.parents)]
     source = replace(parents[0], folder=union.folder, companion_files=union.companions)
-    return Models(parents, everyone[-1] if opened.base is not None else None, source, union)
+    base = everyone[-1] if opened.base is not None else None
+    return replace(opened, parents=parents, base=base, tokenizer_source=source, union=union)
 
 
 def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Checkpoint]) -> Checkpoint:
@@ -162,18 +215,9 @@ def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoi
     Raises:
         CheckpointError: It does.
     """
-    for each in checkpoints:
-        folders = [folder.resolve() for folder in each.folders]
+    for checkpoint in checkpoints:
+        folders = [folder.resolve() for folder in checkpoint.folders]
         if any(output.path in (folder, *folder.parents) for folder in folders):
-            raise CheckpointError(f"{output.path}: the output would replace its own input {each.label}; name another")
-
-
-def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | None, EvaluationData | None]:
-    """The data to measure on, and those to recompute BatchNorm from: the same without labels if none are named."""
-    if recipe.diagnose is None:
-        return None, None
-    from hf_llfc.diagnostics.checkpoints import batch_norm_data
-
-    first, source = opened.parents[0], opened.tokenizer_source
-    data = open_data(recipe.diagnose.data, first, tokenizer_source=source)
-    return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
+            raise CheckpointError(
+                f"{output.path}: the output would replace its own input {checkpoint.label}; name another"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.writing.journal import Journal, storing
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import Models
-from hf_llfc.parents.parent import refuse_changed
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.publishing import write_card
 from hf_llfc.publishing.card.card import parent_card
@@ -26,7 +26,7 @@ from hf_llfc.symmetry import Alignment, PermutationSpec
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
-    from hf_llfc.parallel.ranks import Ranks
+    from hf_llfc.pipeline.run_context import RunContext
 
 
 def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None = None) -> Recipe:
@@ -57,16 +57,9 @@ def _pinned(name: str, checkpoint: Checkpoint) -> str:
     return checkpoint.pinned if checkpoint.revision or checkpoint.adapter else name
 
 
-def write_evidence(
-    journal: Journal,
-    recipe: Recipe,
-    opened: Models,
-    alignments: Sequence[Alignment | None],
-    report: ConnectivityReport | None,
-    table: Sequence[Mapping[str, Any]],
-    ranks: Ranks,
-) -> None:
+def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Sequence[Mapping[str, Any]]) -> None:
     """Writes what is ours beside alignments and report: recipe as run, record of the run, plots and the card."""
+    journal, recipe, opened = run.output.journal, run.recipe, run.models
     if journal.is_complete:
         return
     refuse_changed(opened.all)
@@ -75,10 +68,10 @@ def write_evidence(
     models = models_of(as_run.to_dict(), report)
     models = [{**model, "card": parent_card(model)} for model in models]
     record = RunRecord(
-        alignments=[alignment_summary(alignment) for alignment in alignments if alignment is not None],
+        alignments=[alignment_summary(alignment) for alignment in run.alignments if alignment is not None],
         results=[row for row in table if "loss" in row],
         versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.all) else [])),
-        hardware=hardware_in_words(ranks),
+        hardware=hardware_in_words(run.processes),
         cards=[model["card"] for model in models],
     )
     with storing(journal.folder):
@@ -118,6 +111,25 @@ def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> tup
         if name is not None and alignment is not None:
             alignment.save(folder / name)
     return names, [folder / name for name in names if name is not None]
+
+
+def keep_alignments(
+    run: RunContext, find: Callable[[], Sequence[Alignment | None]], spec: PermutationSpec
+) -> RunContext:
+    """The run with the alignments of its parents, which its journal keeps.
+
+    Args:
+        run: The run.
+        find: Finds them.
+        spec: What they are of.
+    """
+    alignments = run.stage(
+        "align",
+        find,
+        save=lambda journal, alignments: save_alignments(alignments, journal.folder / LLFC_FOLDER),
+        load=lambda journal, names: load_alignments(names, journal.folder / LLFC_FOLDER, spec),
+    )
+    return replace(run, alignments=alignments)
 
 
 def load_alignments(names: Sequence[str | None], folder: Path, spec: PermutationSpec) -> list[Alignment | None]:

@@ -12,11 +12,11 @@ from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
-from hf_llfc.parents.opening import Models, open_models, open_recipe_data, refuse_replacing_inputs
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.evidence import write_evidence
 from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.pipeline.resources import peak_memory, refuse_without_memory, refuse_without_room
+from hf_llfc.pipeline.run_context import RunContext, open_run
 from hf_llfc.pipeline.stages import align_parents, find_broken, measure, score, write_merge
 from hf_llfc.pipeline.trackers import refuse_missing_trackers, tracking
 from hf_llfc.pipeline.weighting import merge_infos
@@ -26,9 +26,8 @@ from hf_llfc.publishing.hub.preflight import parents_in
 from hf_llfc.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.parents.opening import Model
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Result:
 def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
-    models: Sequence[str | Path | PreTrainedModel] | None = None,
+    models: Sequence[Model] | None = None,
     restart: bool = False,
     progress: Progress = silent,
 ) -> Result:
@@ -90,45 +89,44 @@ def run(
 
 
 def _run(
-    recipe: Recipe,
-    models: Sequence[str | Path | PreTrainedModel] | None,
-    processes: Processes,
-    restart: bool,
-    progress: Progress,
+    recipe: Recipe, given: Sequence[Model] | None, processes: Processes, restart: bool, progress: Progress
 ) -> Result:
     output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
-    processes.on_main(output.check)
-    if recipe.publish is not None:
-        processes.on_main(lambda: check_target(recipe))
-    processes.on_main(lambda: refuse_missing_trackers(recipe.log_with))
-    programs = processes.on_main(lambda: versions_of_programs(recipe))
-    opened = processes.main_first(lambda: open_models(recipe, models))
-    refuse_replacing_inputs(output, opened.all)
-    data, calibration = open_recipe_data(recipe, opened)
-    processes.on_main(lambda: refuse_too_large(output, recipe, opened))
-    processes.on_main(lambda: output.made_from(identity_of_run(recipe, opened.everything, programs)))
-
-    logged = tracking(
-        recipe.log_with,
-        logging_dir=recipe.logging_dir,
-        name=output.path.name,
-        config=recipe.to_dict(),
-        is_main=processes.is_main,
-    )
-    with processes.output(output) as folder, logged as trackers:
-        alignments = align_parents(output, processes, opened, recipe, progress)
-        trackers.alignments(alignments)
-        parents, base = opened.moved(alignments)
-        broken = find_broken(output, processes, parents, recipe, data, calibration, progress)
-        write_merge(output, processes, folder, parents, base, opened, recipe, calibration, progress, broken)
-        report = measure(output, processes, parents, base, opened, recipe, data, calibration, broken, progress)
+    processes.on_main(lambda: refuse_early(recipe, output))
+    run = open_run(recipe, output, processes, progress, given)
+    run.on_main(refuse_too_large)
+    run.on_main(identify)
+    with run.staged() as run, tracking(recipe, is_main=processes.is_main) as trackers:
+        run = align_parents(run)
+        trackers.alignments(run.alignments)
+        broken = find_broken(run)
+        write_merge(run, broken)
+        report = measure(run, broken)
         trackers.report(report)
-        table = score(output, processes, folder, parents, opened, recipe, data, progress)
+        table = score(run)
         trackers.table(table)
-        processes.on_main(lambda: write_evidence(output.journal, recipe, opened, alignments, report, table, processes))
-    summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
-    url = processes.on_main(lambda: push(recipe)) if recipe.publish is not None else None
+        run.on_main(lambda run: write_evidence(run, report, table))
+    summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
+    url = run.on_main(push) if recipe.publish is not None else None
     return Result(output.path, report, summaries, table, url, processes.is_main)
+
+
+def refuse_early(recipe: Recipe, output: OutputFolder) -> None:
+    """Refuses a run before anything is opened: its folder, its target on the Hub, what it is logged to.
+
+    Raises:
+        LLFCError: What is wrong.
+    """
+    output.check()
+    if recipe.publish is not None:
+        check_target(recipe)
+    refuse_missing_trackers(recipe.log_with)
+
+
+def identify(run: RunContext) -> None:
+    """Tells the output folder what it is made from, so that only the same run goes on there."""
+    programs = versions_of_programs(run.recipe)
+    run.output.made_from(identity_of_run(run.recipe, run.models.everything, programs))
 
 
 def versions_of_programs(recipe: Recipe) -> dict[str, str]:
@@ -144,19 +142,20 @@ def versions_of_programs(recipe: Recipe) -> dict[str, str]:
     return {"mergekit": mergekit_version()}
 
 
-def refuse_too_large(output: OutputFolder, recipe: Recipe, opened: Models) -> None:
+def refuse_too_large(run: RunContext) -> None:
     """Refuses a run for which there is not enough room on the disk, in memory or on the Hub, before it begins.
 
     Raises:
         CheckpointError: There is not.
         PublishingError: The Hub would not take what is to be pushed.
     """
+    recipe, opened = run.recipe, run.models
     infos = merge_infos(opened.parents[0], recipe)
     if recipe.publish is not None:
         refuse_too_large_for_the_hub(infos, recipe.max_shard_size)
     # mergekit's own output, and a copy of every parent that it cannot read where it lies: of all of them at most.
     copies = 1 + len(opened.all) if recipe.mergekit_method is not None else 0
-    refuse_without_room(output, infos, copies=copies)
+    refuse_without_room(run.output, infos, copies=copies)
     refuse_without_memory(peak_memory(recipe, opened.all, infos))
 
 
@@ -178,12 +177,13 @@ def check_target(recipe: Recipe) -> None:
     )
 
 
-def push(recipe: Recipe) -> str:
+def push(run: RunContext) -> str:
     """Pushes the output folder as the recipe says.
 
     Raises:
         PublishingError: It could not be pushed; the folder stays.
     """
+    recipe = run.recipe
     assert recipe.publish is not None
     target = recipe.publish
     try:

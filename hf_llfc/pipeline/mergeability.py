@@ -127,7 +127,7 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
         CheckpointError: A tensor cannot be read or is not finite.
     """
     from hf_llfc.checkpoints.buffers import is_constant
-    from hf_llfc.parents.parent import refuse_not_finite
+    from hf_llfc.parents.fitting import refuse_not_finite
 
     rows = []
     for done, (name, info) in enumerate(a.tensors.items()):
@@ -265,8 +265,7 @@ class CheckResult:
 
 
 def check_checkpoints(
-    a: Checkpoint,
-    b: Checkpoint,
+    pair: tuple[Checkpoint, Checkpoint],
     *,
     level: int | None = None,
     data: EvaluationConfig | None = None,
@@ -276,8 +275,7 @@ def check_checkpoints(
     """Answers whether two models may be merged; each level may settle it before the next begins.
 
     Args:
-        a: The model that would stay where it is.
-        b: The model that would move.
+        pair: The model that would stay where it is, and the one that would move.
         level: The highest level: 0 configs, tokenizers and headers; 1 weights; 2 features. Where None, 2 with data and
             1 without.
         data: What both models run on at level 2; labels are not looked at.
@@ -296,14 +294,14 @@ def check_checkpoints(
         raise EvaluationError("level 2 runs both models: give task and dataset (labels are not needed), or ask level 1")
     if highest < 2 and data is not None:
         raise EvaluationError(f"data have no meaning at level {highest}, which runs no model; leave them out")
-    problems = compare((a, b))
+    problems = compare(pair)
     if problems:
         return CheckResult("do not merge", f"the checkpoints do not fit each other: {problems[0]}", 0, problems)
     if highest == 0:
         return CheckResult(UNDECIDED, "configs, tokenizers and headers fit; weights have not been looked at", 0)
     from hf_llfc.diagnostics.verdict import judge_weights, judged_by_weights
 
-    weights = compare_weights(a, b, seed=seed, progress=progress)
+    weights = compare_weights(*pair, seed=seed, progress=progress)
     cosine = weights.alignment.metadata["cosine_before"]
     verdict = judge_weights(cosine=cosine, gain=weights.gain, moved=weights.moved, units=weights.units)
     because = verdict.because
@@ -328,12 +326,11 @@ def check_checkpoints(
     if highest == 1 or weights.settled:
         return found
     assert data is not None
-    return _check_features(a, b, weights, found, open_calibration(data, a), progress)
+    return _check_features(pair, weights, found, open_calibration(data, pair[0]), progress)
 
 
 def _check_features(
-    a: Checkpoint,
-    b: Checkpoint,
+    pair: tuple[Checkpoint, Checkpoint],
     weights: WeightEvidence,
     found: CheckResult,
     data: EvaluationData,
@@ -345,7 +342,7 @@ def _check_features(
     from hf_llfc.parents.parent import Parent
 
     runs = "running both models and their midpoint"
-    model_a = Parent(a).load()
+    model_a, b = Parent(pair[0]).load(), pair[1]
     progress(runs, 0, 2)
     features = compare_features(model_a, Parent(b).load(), data)
     verdict = judge(Barrier(None, None), features.layers, aligned=True, outputs=features.outputs)
@@ -389,7 +386,7 @@ def open_calibration(data: EvaluationConfig, checkpoint: Checkpoint) -> Evaluati
         EvaluationError: They cannot be opened, or do not fit the model.
     """
     from hf_llfc.evaluation.sources import open_dataset
-    from hf_llfc.parents.parent import open_data
+    from hf_llfc.parents.data import open_data
 
     unlabelled = replace(data, labels=False, metric=None)
     if data.samples is not None:

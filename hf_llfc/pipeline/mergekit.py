@@ -22,7 +22,8 @@ from hf_llfc.checkpoints import ShardFiles, TensorInfo, open_checkpoint, write_c
 from hf_llfc.errors import CheckpointError, raise_all
 from hf_llfc.merging import Merge, merge_streamed, merged_infos
 from hf_llfc.parallel.workers import Workers
-from hf_llfc.parents.parent import Parent, refuse_not_finite
+from hf_llfc.parents.fitting import refuse_not_finite
+from hf_llfc.parents.parent import Parent
 from hf_llfc.recipe import Recipe
 
 PYTHON = "HF_LLFC_MERGEKIT"

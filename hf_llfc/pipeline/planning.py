@@ -7,7 +7,7 @@ from typing import Any
 from hf_llfc.alignment.costs import matching_cost
 from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.parallel.devices import device_alone
-from hf_llfc.parents.opening import Models, open_models, refuse_replacing_inputs
+from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs
 from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.flow import versions_of_programs
 from hf_llfc.pipeline.resources import peak_memory
@@ -33,7 +33,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     output = OutputFolder(recipe.output_dir, recipe.overwrite)
     output.check()
     device = device_alone(recipe.device)
-    opened = open_models(recipe)
+    opened = open_recipe(recipe)
     refuse_replacing_inputs(output, opened.all)
     first = opened.parents[0]
     if recipe.mergekit_method is None:
@@ -51,7 +51,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     if recipe.align.method != "none":
         spec = alignment_spec(first, recipe.align)
         kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})
-        onto = opened.reference(recipe).id
+        onto = opened.reference.id
         what = f"{recipe.align.method} over {', '.join(kinds)}; onto {onto}"
         if recipe.align.together != "reference" and len(opened.all) > 2:
             what += f", in a {recipe.align.together} of {len(opened.all)} models"

@@ -2,65 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from hf_llfc.alignment.checkpoints import align_checkpoints
 from hf_llfc.alignment.costs import matching_memory
 from hf_llfc.alignment.together import align_all
-from hf_llfc.checkpoints import OutputFolder, open_checkpoint
-from hf_llfc.checkpoints.writing.journal import Journal, storing
+from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.shards import checksum
 from hf_llfc.diagnostics import ConnectivityReport
-from hf_llfc.diagnostics.checkpoints import batch_norm_data, diagnose_checkpoints
+from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
 from hf_llfc.errors import AlignmentError
 from hf_llfc.foundation.layout import LLFC_FOLDER, REPORT_FILE
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.merging import Merge
 from hf_llfc.parallel.processes import Processes
-from hf_llfc.parents.opening import refuse_replacing_inputs
-from hf_llfc.parents.parent import Parent, comparable, in_groups, open_data, refuse_changed, refuse_incompatible
+from hf_llfc.parents.data import open_recipe_data
+from hf_llfc.parents.fitting import refuse_changed
+from hf_llfc.parents.opening import open_recipe, refuse_replacing_inputs
 from hf_llfc.parents.provenance import refuse_foreign_alignment
-from hf_llfc.parents.specs import alignment_spec, spec_of
-from hf_llfc.pipeline.evidence import load_alignments, save_alignments
+from hf_llfc.parents.specs import spec_of
+from hf_llfc.pipeline.evidence import keep_alignments, save_alignments
 from hf_llfc.pipeline.identity import as_settings, identity_of
 from hf_llfc.pipeline.resources import refuse_without_memory, refuse_without_room
-from hf_llfc.pipeline.sharing import shared_stage, write_shared
+from hf_llfc.pipeline.run_context import RunContext, open_run, staging_of
+from hf_llfc.pipeline.sharing import write_shared
+from hf_llfc.pipeline.stages import align_parents
 from hf_llfc.pipeline.trackers import refuse_missing_trackers, tracking
 from hf_llfc.publishing import save_plots
 from hf_llfc.publishing.page import write_page
-from hf_llfc.recipe import AlignSection, DiagnoseSection
+from hf_llfc.recipe import Recipe
 from hf_llfc.symmetry import Alignment
 
 
 def write_aligned(
-    model: str | Path,
-    *,
-    to: str | Path,
-    out: str | Path,
-    options: AlignSection,
-    file: str | Path | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    allow_pickle: bool = False,
-    device: str | None = None,
-    progress: Progress = silent,
+    recipe: Recipe, *, file: str | Path | None = None, restart: bool = False, progress: Progress = silent
 ) -> Alignment:
     """Writes a model as an ordinary checkpoint in the coordinates of a reference, with its alignment file.
 
     Goes on where the same was interrupted.
 
     Args:
-        model: The model that moves.
-        to: The reference.
-        out: The folder to write.
-        options: How to align.
+        recipe: Its only model moves onto its base model.
         file: An alignment file to apply instead of matching; it must have been made for these two models.
-        overwrite: Whether an earlier output may be replaced.
         restart: Whether to discard what an interrupted run into the same folder had finished.
-        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
-        device: As for `Processes`.
         progress: Shown meanwhile.
 
     Returns:
@@ -69,162 +53,85 @@ def write_aligned(
     Raises:
         LLFCError: The models do not fit each other, an option or the alignment file.
     """
-    if file is None and options.method == "none":
+    if file is None and recipe.align.method == "none":
         raise AlignmentError(
             "the method `none` aligns nothing; use weight_matching, activation_matching or learned_matching"
         )
-    output = OutputFolder(out, overwrite, restart)
-    with Processes(device) as processes:
-        progress = progress if processes.is_main else silent
-        return _write_aligned(model, to, output, options, file, allow_pickle, processes, progress)
+    output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
+    with Processes(recipe.device) as processes:
+        processes.on_main(output.check)
+        run = open_run(recipe, output, processes, progress if processes.is_main else silent)
+        (moving,), reference = run.models.parents, run.models.reference
+        given = Alignment.load(file, spec_of(reference)) if file is not None else None
 
+        def begin(run: RunContext) -> None:
+            refuse_without_room(output, moving.tensors)
+            if given is not None:
+                refuse_foreign_alignment(given, reference, moving)
+            else:
+                refuse_without_memory(matching_memory(reference, recipe.align))
+            made_by = checksum(Path(file)) if file is not None else None
+            settings = {"align": as_settings(recipe.align), "file": made_by}
+            output.made_from(identity_of(settings, [reference, moving], [recipe.align.calibration]))
 
-def _write_aligned(
-    model: str | Path,
-    to: str | Path,
-    output: OutputFolder,
-    options: AlignSection,
-    file: str | Path | None,
-    allow_pickle: bool,
-    processes: Processes,
-    progress: Progress,
-) -> Alignment:
-    processes.on_main(output.check)
-    opening = partial(open_checkpoint, allow_pickle=allow_pickle)
-    reference, moving = processes.main_first(lambda: [opening(each) for each in (to, model)])
-    refuse_incompatible([reference, moving])
-    reference, moving = in_groups([reference, moving], options)
-    refuse_replacing_inputs(output, [reference, moving])
-    processes.on_main(lambda: refuse_without_room(output, moving.tensors))
-    given = Alignment.load(file, spec_of(reference)) if file is not None else None
-    settings = {"align": as_settings(options), "file": checksum(Path(file)) if file is not None else None}
-
-    def begin() -> None:
-        if given is not None:
-            refuse_foreign_alignment(given, reference, moving)
-        else:
-            refuse_without_memory(matching_memory(reference, options))
-        output.made_from(identity_of(settings, [reference, moving], [options.calibration]))
-
-    def find() -> Alignment:
-        if given is not None:
-            return given
-        found = align_checkpoints(
-            reference, moving, options, workers=processes.workers(), device=processes.device, progress=progress
-        )
-        assert found is not None
-        refuse_changed([reference, moving])
-        return found
-
-    def load(journal: Journal, names: Sequence[str | None]) -> Alignment:
-        spec = spec_of(reference) if file is not None else alignment_spec(reference, options)
-        (found,) = load_alignments(names, journal.folder / LLFC_FOLDER, spec)
-        assert found is not None
-        return found
-
-    processes.on_main(begin)
-    with processes.output(output) as folder:
-        alignment = shared_stage(
-            output,
-            processes,
-            "align",
-            find,
-            save=lambda journal, found: save_alignments([found], journal.folder / LLFC_FOLDER),
-            load=load,
-        )
-        if processes.on_main(lambda: output.journal.is_complete):
-            return alignment
-        write_shared(
-            output,
-            processes,
-            folder,
-            Merge.copy(Parent(moving, alignment).source, moving.tensors),
-            moving,
-            companions=moving.companion_files,
-            on_bytes=partial(progress, "writing"),
-        )
-        processes.on_main(lambda: refuse_changed([reference, moving]))
-    return alignment
+        run.on_main(begin)
+        with run.staged() as run:
+            run = align_parents(run) if given is None else keep_alignments(run, lambda: [given], spec_of(reference))
+            (alignment,) = run.alignments
+            assert alignment is not None
+            if not run.on_main(lambda run: output.journal.is_complete):
+                write_shared(run, Merge.copy(run.parents[0].source, moving.tensors), doing="writing")
+                run.on_main(lambda run: refuse_changed(run.models.all))
+        return alignment
 
 
 def write_diagnosis(
-    models: Sequence[str | Path],
-    section: DiagnoseSection,
-    *,
-    align: AlignSection,
-    weights: Sequence[float] | None = None,
-    base_model: str | Path | None = None,
-    heads: str = "own",
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    allow_pickle: bool = False,
-    log_with: Sequence[str] = (),
-    logging_dir: str | Path = "runs",
-    device: str | None = None,
-    progress: Progress = silent,
+    recipe: Recipe, *, heads: str = "own", restart: bool = False, progress: Progress = silent
 ) -> ConnectivityReport:
-    """Diagnoses models as they would be merged and, given a folder, writes report, plots and the interactive report.
+    """Diagnoses models and, given a folder, writes report, plots and the interactive report.
 
     Args:
-        models: Two or more; the first is the reference, and on a line has weight α. One is enough with a base model.
-        section: What to measure, and on what.
-        align: How the others are aligned to the first, or all to the base.
-        weights: Of the merge that more than two models, or task vectors, would make; equal ones where None.
-        base_model: θ₀ of task arithmetic.
+        recipe: With a section `diagnose`. The first model is the reference, and on a line has weight α; one model is
+            enough with a base model. An empty `output_dir` writes nothing.
         heads: One of `HEADS`.
-        out: The folder to write.
-        overwrite: Whether an earlier output may be replaced.
         restart: Whether to discard what an interrupted run into the same folder had finished.
-        allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
-        log_with: Trackers of accelerate that it is logged to; see `hf_llfc.pipeline.trackers`.
-        logging_dir: Where trackers write that write files.
-        device: As for `Processes`.
         progress: Shown meanwhile.
 
     Raises:
         LLFCError: The models do not fit each other or the data.
     """
-    with Processes(device) as processes:
-        processes.on_main(lambda: refuse_missing_trackers(log_with))
+    section = recipe.diagnose
+    assert section is not None, "what to measure"
+    output = OutputFolder(recipe.output_dir, recipe.overwrite, restart) if recipe.output_dir else None
+    with Processes(recipe.device) as processes:
         progress = progress if processes.is_main else silent
-        output = OutputFolder(out, overwrite, restart) if out is not None else None
+        processes.on_main(lambda: refuse_early(recipe, output))
+        opened = processes.main_first(lambda: open_recipe(recipe, heads=heads))
         if output is not None:
-            processes.on_main(output.check)
-            processes.on_main(lambda: refuse_without_room(output, {}))
-        opening = partial(open_checkpoint, allow_pickle=allow_pickle)
-        checkpoints = processes.main_first(lambda: [opening(model) for model in models])
-        base = processes.main_first(lambda: opening(base_model)) if base_model is not None else None
-        checkpoints = in_groups(checkpoints, align)
-        base = in_groups([base], align)[0] if base is not None else None
-        everyone = [*checkpoints, *([base] if base is not None else [])]
-        head = comparable(everyone, heads, aligned=align.method != "none")
-        if output is not None:
-            refuse_replacing_inputs(output, everyone)
-        data = open_data(section.data, checkpoints[0])
-        reference = base if base is not None else checkpoints[0]
+            refuse_replacing_inputs(output, opened.all)
+        data, calibration = open_recipe_data(recipe, opened)
+        assert data is not None
         alignments = align_all(
-            reference, checkpoints, align, workers=processes.workers(), device=processes.device, progress=progress
+            opened.reference,
+            opened.parents,
+            recipe.align,
+            workers=processes.workers(),
+            device=processes.device,
+            progress=progress,
         )
+        parents, base = opened.moved(alignments)
+        has_weights = any(entry.parameters is not None for entry in recipe.models)
         report = diagnose_checkpoints(
-            [
-                Parent(each, alignment, head if each is not head else None)
-                for each, alignment in zip(checkpoints, alignments, strict=True)
-            ],
+            parents,
             data,
             section,
-            base=Parent(base, None, head) if base is not None else None,
-            weights=weights,
-            calibration=batch_norm_data(checkpoints[0], section),
+            base=base,
+            weights=recipe.weights if has_weights else None,
+            calibration=calibration,
             processes=processes,
             progress=progress,
         )
-
-        asked = {"models": [str(model) for model in models], "align": as_settings(align)}
-        name = output.path.name if output is not None else "diagnosis"
-        with tracking(
-            log_with, logging_dir=logging_dir, name=name, config=asked, is_main=processes.is_main
-        ) as trackers:
+        with tracking(recipe, is_main=processes.is_main) as trackers:
             trackers.alignments(alignments)
             trackers.report(report)
 
@@ -237,6 +144,18 @@ def write_diagnosis(
                 write_page(report, folder / LLFC_FOLDER)
 
         if output is not None:
-            with processes.output(output) as folder:
+            with staging_of(output, processes) as folder:
                 processes.on_main(lambda: save(folder))
         return report
+
+
+def refuse_early(recipe: Recipe, output: OutputFolder | None) -> None:
+    """Refuses a diagnosis before anything is opened: its folder, what it is logged to.
+
+    Raises:
+        LLFCError: What is wrong.
+    """
+    refuse_missing_trackers(recipe.log_with)
+    if output is not None:
+        output.check()
+        refuse_without_room(output, {})

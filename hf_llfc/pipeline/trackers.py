@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import LLFCError, suggest
 from hf_llfc.foundation.choices import TRACKERS
+from hf_llfc.recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -156,11 +157,14 @@ class Trackers:
 
 
 @contextmanager
-def tracking(
-    names: Sequence[str], *, logging_dir: str | Path, name: str, config: Mapping[str, Any], is_main: bool
-) -> Iterator[Trackers]:
+def tracking(recipe: Recipe, *, is_main: bool) -> Iterator[Trackers]:
     """Trackers for as long as a run takes; silent ones on all processes but the main one. See `Trackers`."""
-    trackers = Trackers(names if is_main else (), logging_dir=logging_dir, name=name, config=config)
+    trackers = Trackers(
+        recipe.log_with if is_main else (),
+        logging_dir=recipe.logging_dir,
+        name=Path(recipe.output_dir).name or "diagnosis",
+        config=recipe.to_dict(),
+    )
     try:
         yield trackers
     finally:

@@ -153,7 +153,7 @@ def test_dry_run_plans_every_method_of_alignment(shelf, tmp_path, capsys):
 
 def test_dry_run_finds_what_the_models_tell(shelf, tmp_path, capsys):
     recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out")
-    recipe["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.2}, {"value": 0.5}]}
+    recipe["models"][0]["parameters"] = {"weight": [{"filter": "mlp", "value": -0.5}, {"value": 0.5}]}
     assert main(["run", str(written(recipe, tmp_path)), "--dry-run"]) == 2
     assert "mlp.down_proj.weight" in capsys.readouterr().err
     recipe = text_recipe(shelf / "a", shelf / "b", shelf / "text.txt", tmp_path / "out", tokenizer_source="./nowhere")

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,10 @@ def commands(bench) -> dict[str, Callable[..., int]]:
         return main([str(word) for word in words])
 
     def align(*more: object) -> int:
-        from hf_llfc.pipeline.sharing import write_shared
+        from hf_llfc.cli import align
+        from hf_llfc.recipe import Recipe
 
-        assert write_shared.__kwdefaults__ is not None
-        write_shared.__kwdefaults__["max_shard_size"] = 20_000  # in the fork alone
+        align.Recipe = partial(Recipe, max_shard_size=20_000)  # in the fork alone
         return run("align", bench / "b", "--to", bench / "a", "--out", "out", *more)
 
     def diagnose(*more: object) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_llfc.parents.opening import open_models
+from hf_llfc.parents.opening import open_recipe
 from hf_llfc.pipeline.evidence import resolved
 from hf_llfc.publishing.reading import read_report
 from hf_llfc.recipe import Recipe, dump_recipe, load_recipe
@@ -32,11 +32,11 @@ def recipe_on(dataset: str, folder: Path) -> Recipe:
 def test_data_of_the_hub_are_pinned_as_they_were_read(tmp_path: Path, asked: str, split: str | None) -> None:
     recipe = recipe_on(asked, tmp_path)
     report = read_report(make_report(data={"dataset": f"ada/reviews@{COMMIT}", "split": split}))
-    found = resolved(recipe, open_models(recipe), report)
+    found = resolved(recipe, open_recipe(recipe), report)
     assert found.diagnose is not None and recipe.diagnose is not None
     if asked == "ada/reviews":
         assert (found.diagnose.data.dataset, found.diagnose.data.split) == (f"ada/reviews@{COMMIT}", split)
         assert f"dataset: ada/reviews@{COMMIT}" in dump_recipe(found)
     else:
         assert found.diagnose == recipe.diagnose
-    assert resolved(recipe, open_models(recipe)).diagnose == recipe.diagnose
+    assert resolved(recipe, open_recipe(recipe)).diagnose == recipe.diagnose

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import hf_llfc
 from hf_llfc.diagnostics.checkpoints import region_of
-from hf_llfc.parents.opening import open_models
+from hf_llfc.parents.opening import open_recipe
 from hf_llfc.pipeline.weighting import plan_merge
 from hf_llfc.publishing.shares import models_of
 from hf_llfc.recipe import load_recipe
@@ -62,7 +62,7 @@ def expected(method, normalize, scale):
 def test_merge_diagnosis_and_card_have_the_same_weights(shelf, tmp_path, method, normalize, scale, shape):
     content = recipe_of(shelf, method, normalize, scale, shape, output_dir=str(tmp_path / "out"))
     recipe = load_recipe(content)
-    opened = open_models(recipe)
+    opened = open_recipe(recipe)
     written = plan_merge(*opened.moved([None, None]), recipe).weights
     weights = expected(method, normalize, scale)
     on_card = [model["weight"] for model in models_of(recipe.to_dict(), None) if not model.get("is_base")]

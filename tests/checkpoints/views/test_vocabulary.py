@@ -20,7 +20,7 @@ from hf_llfc.checkpoints.views.reindexed import vocabulary_dimensions
 from hf_llfc.checkpoints.views.vocabulary import Union
 from hf_llfc.cli import main
 from hf_llfc.errors import CheckpointError, RecipeError
-from hf_llfc.parents.opening import open_models
+from hf_llfc.parents.opening import open_recipe
 from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.recipe import Recipe, load_recipe
 from tests.runs import moved
@@ -129,7 +129,7 @@ def test_rows_are_those_of_the_oracle(family, head, tensors, with_base, shelf):
 def test_a_parent_answers_over_the_union_as_it_did(shelf):
     model = save(shelf / "a", trained("WordLevel", "a"), "llama", "causal-lm", 1)
     save(shelf / "b", trained("WordLevel", "b"), "llama", "causal-lm", 2)
-    opened = open_models(recipe_of(["b", "a"]))
+    opened = open_recipe(recipe_of(["b", "a"]))
     (_, parent), _ = opened.moved([None, None])
     tokens = sorted(vocabulary("a"), key=vocabulary("a").get)
     places = torch.tensor([opened.union.tokens[token] for token in tokens])
@@ -211,7 +211,7 @@ def test_the_plan_says_who_lacks_how_many(shelf, capsys):
 def test_only_tensors_of_the_vocabulary_are_read_as_a_whole(shelf):
     for name in "ab":
         save(shelf / name, trained("WordLevel", name), "bert", "masked-lm", ord(name))
-    parents, _ = open_models(recipe_of(["a", "b"])).moved([None, None])
+    parents, _ = open_recipe(recipe_of(["a", "b"])).moved([None, None])
     whole = {name for name in parents[0].checkpoint.tensors if parents[0].span(name) is None}
     assert whole == {"bert.embeddings.word_embeddings.weight", "cls.predictions.bias"}
 
@@ -230,10 +230,10 @@ def test_what_an_interrupted_run_has_made_is_known_again(shelf):
     for name in "ab":
         save(shelf / name, trained("WordLevel", name), "llama", "causal-lm", ord(name))
     recipe = recipe_of(["a", "b"])
-    first, again = (identity_of_run(recipe, open_models(recipe).everything) for _ in range(2))
+    first, again = (identity_of_run(recipe, open_recipe(recipe).everything) for _ in range(2))
     assert first == again
     save(shelf / "b", trained("WordLevel", "c"), "llama", "causal-lm", ord("b"))
-    assert identity_of_run(recipe, open_models(recipe).everything) != first
+    assert identity_of_run(recipe, open_recipe(recipe).everything) != first
 
 
 def test_the_folder_of_the_tokenizer_is_gone_with_the_union(shelf):
