@@ -6,8 +6,8 @@
 Gains are float32, as matching makes them at these widths, and converted for a peer that wants something else before its
 clock starts. Kinds: a planted permutation under noise; a product of two Gaussian matrices; a product of two whose
 directions decay as 1/k, the hardest. Solvers take turns; a solver that took longer than the limit at a smaller size of
-the kind is left out at larger ones. Writes the section of RESULTS.md of this name, where rows of kinds and sizes that
-were not asked for stay.
+the kind is left out at larger ones. Writes the section of this name of
+results/matching.md, where rows of kinds and sizes that were not asked for stay.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Measures the pairs of `pairs.py` with and without labels, and how often `hf-llfc check` answers as the labels do.
 
     python benchmarks/calibrate.py --pairs DIR                # measures what is missing
-    python benchmarks/calibrate.py --pairs DIR --write        # fits, and writes the section of RESULTS.md
+    python benchmarks/calibrate.py --pairs DIR --write        # fits, and writes the section of results/verdict.md
 
 Records lie in DIR/records.jsonl, one pair a line, and are kept. `calibration.py` says what counts as sound.
 """
@@ -264,7 +264,7 @@ def weights_answer(example: Example) -> str:
 
 
 def section(folder: Path) -> str:
-    """The section of RESULTS.md."""
+    """The section of results/verdict.md."""
     found = examples(folder)
     held = [example for example in found if example.run in HELD_OUT]
     fitting = [example for example in found if example.run not in HELD_OUT]
@@ -364,7 +364,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=Path, required=True, metavar="DIR", help="what pairs.py wrote")
     parser.add_argument("--runs", nargs="*", help="measure the pairs of some runs")
-    parser.add_argument("--write", action="store_true", help="put the section into RESULTS.md; measures nothing")
+    parser.add_argument("--write", action="store_true", help="write results/verdict.md; measures nothing")
     arguments = parser.parse_args(words)
     if arguments.write:
         text = section(arguments.pairs)

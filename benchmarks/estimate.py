@@ -5,8 +5,8 @@
 Counts come from the shapes alone: bytes, operations of one sweep of weight matching over every axis, assignments by
 size. Costs are measured: seconds a byte of a whole merge (of a small pair, its files in the page cache), seconds an
 operation of a float32 product, seconds of an exact assignment of the hardest kind at three sizes, with the exponent
-fitted. Machines other than this one are assumptions, which the section states. Writes the section of RESULTS.md of this
-name.
+fitted. Machines other than this one are assumptions, which the section states. Writes the section of this name of
+results/merging.md.
 """
 
 import argparse

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import tests.mlp_model  # noqa: F401  registers the MLP
-from benchmarks.results import markdown, replace_section
+from benchmarks.results import markdown, replace_section, require_sections
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics import diagnose_models, select_layers
 from hf_llfc.diagnostics.combination import CombinedModel
@@ -70,7 +70,7 @@ WAYS = ("bare", "lockstep", "keep everything")
 
 
 def main() -> None:
-    """Measures every pair, the ways in turns, and writes its section of RESULTS.md."""
+    """Measures every pair, the ways in turns, and writes its section of results/llfc.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parents", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
@@ -82,6 +82,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one, options)))
         return
+    require_sections(*(f"lockstep_{pair}" for pair in options.only or PAIRS))
     for pair in options.only or PAIRS:
         runs: dict[tuple[str, int], list[dict[str, float]]] = {}
         for _ in range(options.repeats):

@@ -5,7 +5,8 @@
 
 Measured on held-out data are the models, the middle of every pair, and the mean of all. A barrier is what a merge lies
 above the mean of its models. For comparison every pair is also matched alone. With calibration data, whose labels are
-not looked at, models are matched by activations, else by weights. Writes the section NAME of RESULTS.md.
+not looked at, models are matched by activations, else by weights. Writes the section NAME of
+results/many_models.md, where a new one gets its two markers first.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from time import perf_counter
 import torch
 import train_parents as parents
 import transformers
-from results import markdown, replace_section
+from results import markdown, replace_section, require_sections
 from torch import Tensor
 
 from hf_llfc.alignment.together import align_all
@@ -142,7 +143,7 @@ def main() -> None:
     """Measures, prints, and writes the section."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of checkpoints, the first is the reference")
-    parser.add_argument("--name", required=True, help="of the section in RESULTS.md")
+    parser.add_argument("--name", required=True, help="of the section in results/many_models.md")
     parser.add_argument("--data", choices=("fashion", "brown"), default="fashion")
     parser.add_argument("--groups", choices=GROUPS, default="permutation")
     parser.add_argument("--restarts", type=int, default=2)
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--calibration", metavar="FILE", help="training images or texts, to match by activations")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     options = parser.parse_args()
+    require_sections(options.name)
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

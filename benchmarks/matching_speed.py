@@ -7,7 +7,7 @@ every axis with noise as large as the weights, so that no assignment is a mere r
 `match_weights(restarts=1, max_sweeps=1)` over all axes, with everything that belongs to it: reading, casting, norms and
 objectives. Bare are the same matrix products on float32 matrices in memory, one of each shape times its number, and
 the assignments of the largest matrices that the sweep solved, alone. Sweep and bare take turns. Writes the section of
-RESULTS.md of this name, with a plot beside it.
+this name of results/matching.md, and a plot beside RESULTS.md.
 """
 
 import argparse

@@ -36,7 +36,7 @@ AT_ONCE = 1 << 20
 
 
 def main() -> None:
-    """Runs the commands in turns, or the sizes, and writes RESULTS.md."""
+    """Runs the commands in turns, or the sizes, and writes the section."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--mergekit", type=Path, help="the executable mergekit-yaml")

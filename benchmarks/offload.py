@@ -4,7 +4,7 @@
 
 Each way runs in a process of its own. Memory is the largest anonymous memory of the process while it diagnoses, over
 what it held before: pages of the mapped files, which the system takes back when it needs them, do not count.
-Writes the section of RESULTS.md of this name.
+Writes the section of this name of results/llfc.md.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the LLFC paper measures besides LLFC, on pairs with and without a common ancestor, into a section of RESULTS.md.
+"""What the LLFC paper measures besides LLFC, on pairs with and without a common ancestor, into results/llfc.md.
 
     python benchmarks/paper_measures.py --parents DIR [--only NAME …] [--out runs/paper_measures] [--threads 1]
 

@@ -1,9 +1,9 @@
-"""Merges the real parents by the recipes, with every alignment, and writes what was measured into RESULTS.md.
+"""Merges the real parents by the recipes, with every alignment, and writes what was measured into results/.
 
     python benchmarks/real_input.py --parents DIR [--only minilm_sentiment_two …] [--out DIR]
 
-DIR is what `python benchmarks/train_parents.py --out DIR` made. Each section of RESULTS.md between its markers is
-replaced by this run's tables; sections that were not run stay.
+DIR is what `python benchmarks/train_parents.py --out DIR` made. Each section between its markers is replaced
+by this run's tables; sections that were not run stay.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import hf_llfc
 import tests.mlp_model  # noqa: F401  registers the MLP and its adapter
-from benchmarks.results import markdown, replace_section
+from benchmarks.results import markdown, replace_section, require_sections
 from hf_llfc.checkpoints import load_model, open_checkpoint
 from hf_llfc.pipeline.flow import Result
 from hf_llfc.recipe import load_recipe
@@ -34,12 +34,13 @@ Rows = list[dict[str, Any]]
 
 
 def main() -> None:
-    """Runs the sections asked for, each into RESULTS.md as soon as it is done."""
+    """Runs the sections asked for, each into its page of results/ as soon as it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parents", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS))
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
+    require_sections(*(options.only or SECTIONS))
     for name in options.only or SECTIONS:
         started = time.perf_counter()
         text = SECTIONS[name](options.parents.resolve(), options.out.resolve())

@@ -4,7 +4,7 @@
 
 DIR is that of `benchmarks/symmetries.py`; the pair is seeds 1 and 2. All other axes stay as they were learned, so that
 the search is easy, most of it in closed form: where the barrier rises again, the similarity of weights is another aim
-than a low barrier. Writes the section of RESULTS.md of this name.
+than a low barrier. Writes the section of this name of results/symmetries.md.
 """
 
 import argparse

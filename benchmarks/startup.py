@@ -4,8 +4,8 @@
 
 Every command runs in a process of its own, the commands in turn, the console script as an installer writes it. The
 checkpoints are tiny and made here, so that `inspect` reads and prints little: what is left is what it loads. The bare
-import of the model type's config class is what no `inspect` can go below. Writes the section
-of RESULTS.md of this name.
+import of the model type's config class is what no `inspect` can go below. Writes the section of this
+name of results/merging.md.
 """
 
 import argparse

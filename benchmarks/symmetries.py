@@ -5,7 +5,7 @@
 DIR is where `benchmarks/train_seeds.py` and, for the MLPs, `benchmarks/train_parents.py` put their models. The loss
 barrier is the loss at the midpoint less the mean of the parents', on held-out data; the accuracy barrier of ResNets and
 MLPs, which are judged by it, is at the worst of eleven points of the path. `--layers` shows LLFC of every
-layer of the first pair before and after. Writes the sections symmetries_FAMILY of RESULTS.md.
+layer of the first pair before and after. Writes the sections symmetries_FAMILY of results/symmetries.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 import train_parents as parents
 import train_seeds
 import transformers
-from results import markdown, replace_section
+from results import markdown, replace_section, require_sections
 from torch import Tensor
 
 from hf_llfc.alignment import Parameters, match_weights
@@ -332,7 +332,7 @@ def layer_table(layers: Mapping[str, Sequence[LayerRow]]) -> str:
 
 
 def section(command: str, family: str, measured: Sequence[Measured]) -> str:
-    """What RESULTS.md says of a family."""
+    """The section of a family."""
     text = f"{command}\n\n{barrier_table(measured)}"
     layers = measured[0].layers
     if layers:
@@ -353,6 +353,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of learned matching")
     parser.add_argument("--layers", action="store_true", help="LLFC per layer of the first pair")
     options = parser.parse_args()
+    require_sections(*(f"symmetries_{family}" for family in options.only))
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

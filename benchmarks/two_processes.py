@@ -5,7 +5,8 @@
 The pair is a Llama made here and the same moved by a random transform of every axis, with noise. Processes are started
 with torch's launcher, one and two in turns. Seconds are those of the stage, from the moment when all processes have
 opened the models to that when all have the result; starting Python and loading libraries takes the same with one and
-with two, and is told beside it. Needs two free cores. Writes the section of RESULTS.md of this name.
+with two, and is told beside it. Needs two free cores. Writes the section
+`processes` of results/merging.md.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/weights.py --parents DIR [--only suggested_weights layer_selective]
 
-Writes the sections of RESULTS.md of these names. Suggested weights are chosen on one half of the samples and judged on
-the other, see `hf_llfc.diagnostics.suggest`.
+Writes the sections of these names of results/merging.md. Suggested weights are chosen on one half of the samples and
+judged on the other, see `hf_llfc.diagnostics.suggest`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import hf_llfc
 import tests.mlp_model  # noqa: F401  registers the MLP
-from benchmarks.results import markdown, replace_section
+from benchmarks.results import markdown, replace_section, require_sections
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.evaluation import EvaluationConfig
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    require_sections(*(options.only or SECTIONS))
     for name in options.only or SECTIONS:
         started = time.perf_counter()
         text = SECTIONS[name](options.parents.resolve())

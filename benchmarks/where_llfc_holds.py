@@ -3,7 +3,7 @@
     python benchmarks/where_llfc_holds.py --pairs DIR
 
 DIR is that of `python benchmarks/pairs.py`, after `python benchmarks/calibrate.py --pairs DIR`. Midpoints, one feature
-vector a sample. Writes the section of RESULTS.md of this name.
+vector a sample. Writes the section of this name of results/llfc.md.
 """
 
 import argparse

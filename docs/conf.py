@@ -38,6 +38,9 @@ python_maximum_signature_line_length = 90
 # Pages of the repository that the site shows too; in the repository itself links lead to the files.
 PAGES_ELSEWHERE = {
     "](../benchmarks/RESULTS.md": "](results.md",
+    "](../benchmarks/results/": "](results/",
+    "](../RESULTS.md": "](../results.md",  # as the pages of benchmarks/results write it
+    "](../../docs/": "](../",
     "](../CHANGELOG.md": "](changelog.md",
     "](../CONTRIBUTING.md": "](contributing.md",
     "](docs/": "](",  # as CONTRIBUTING.md, one level up, writes them

@@ -22,6 +22,7 @@ PAGES = [
     "trainer",
     "api",
     "recipe",
+    "results",
 ]
 PUBLIC = ("align", "check", "diagnose", "inspect", "merge", "run", "publish", "register_adapter", "PermutationSpec")
 # Boxes that stand out of the window to the right and are not inside one that scrolls.

@@ -9,7 +9,7 @@ ratio to the baseline, the coefficients of all layers, and how the merged predic
 parents' (`outputs`), which stands in for labels.
 
 The thresholds were fitted on pairs whose barrier was measured with labels and tested on pairs of other training runs:
-`benchmarks/pairs.py`, `benchmarks/calibrate.py`, and the section on the verdict in `benchmarks/RESULTS.md`.
+`benchmarks/pairs.py`, `benchmarks/calibrate.py`, and `benchmarks/results/verdict.md`.
 """
 
 from __future__ import annotations
