@@ -12,7 +12,7 @@ import torch
 from hf_llfc.diagnostics.measures.measures import MEASURES, run_measures
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import EvaluationError
-from tests.diagnostics.over_processes import measure
+from tests.diagnostics.measures.over_processes import measure
 from tests.diagnostics.pairs import data_of, pair
 
 SCRIPT = Path(__file__).with_name("over_processes.py")

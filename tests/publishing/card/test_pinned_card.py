@@ -7,7 +7,7 @@ import datasets.config
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from tests.publishing.test_life import push_parent
+from tests.publishing.hub.test_life import push_parent
 
 from hf_llfc.pipeline.flow import run
 from tests.hub_double import HubDouble, validate_card
