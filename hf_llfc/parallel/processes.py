@@ -1,22 +1,22 @@
 """The processes of a run: who does what, who waits for whom, and how all of them end when one fails.
 
-Processes wait for each other in one way only: they *meet*. Each counts itself in at a small store that the main process
-keeps (torch's TCPStore), and asks every few milliseconds whether all are there; what is then exchanged takes no longer
-than the network needs. So nobody waits inside a collective for a process that never comes. Meanwhile a thread of each
-process leaves a sign of life in the store and looks for those of the others: a process that fails says why there, and
-one that is killed, hangs in the network or loses its machine falls silent. Either way every other process raises one
-error, in the middle of long work too. None of this passes through an accelerator: NCCL and gloo behave alike.
+Processes wait for each other in one way only: they *meet*. Each counts itself in at the store of the launcher (torch's
+TCPStore), and asks every few milliseconds whether all are there; what is then exchanged takes no longer than the
+network needs. So nobody waits inside a collective for a process that never comes, and an interrupt ends a wait at once.
+A thread of each process leaves a sign of life in the store. Who waits reads there why another one failed, or sees that
+it has fallen silent: it was killed, hangs, or lost its machine. None of this passes through an accelerator.
+
+Whatever crosses is JSON or a tensor, and signed: see `hf_llfc.parallel.messages`. The store answers everyone who reaches its
+port, so that what lies in it can delay or end a run, and can do no more.
 """
 
 from __future__ import annotations
 
-import _thread
 import atexit
-import base64
+import logging
 import os
-import pickle
-import signal
-import sys
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+logger = logging.getLogger(__name__)
+
 SILENCE_VARIABLE = "HF_LLFC_SILENCE"
 """Environment variable: seconds without a sign of life after which a process counts as gone, instead of `SILENCE`."""
 
@@ -46,7 +48,7 @@ EXCHANGE = timedelta(minutes=10)
 """What an exchange may take once all processes are there; alignments and statistics are megabytes."""
 
 LEAVING = 5.0
-"""Seconds for which the main process keeps the store open so that the others can read why a run failed."""
+"""Seconds that a process which ends with an error gives the others to read it."""
 
 _LONGEST_PAUSE = 0.01
 
@@ -76,7 +78,8 @@ class Processes:
         from hf_llfc.parallel.devices import accelerator_of, chosen_device
 
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        with _on_loopback(wanted):  # of processors alone, the group of all is gloo's too
+            accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
@@ -110,12 +113,9 @@ class Processes:
             try:
                 link.meet()
             except BaseException as failure:
-                error = failure
-        reason = link.leave(error)
-        if reason is not None and reason is not error:
-            raise reason from error
-        if kind is None and error is not None:
-            raise error
+                link.leave(failure)
+                raise
+        link.leave(error)
 
     @property
     def is_main(self) -> bool:
@@ -123,7 +123,10 @@ class Processes:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The picklable values of all processes, in the order of ranks; all processes call it at the same points.
+        """The values of all processes, in the order of ranks; all processes call it at the same points.
+
+        Args:
+            value: Made of what `hf_llfc.parallel.messages.pack` takes.
 
         Raises:
             LLFCError: Another process failed or is gone.
@@ -158,7 +161,7 @@ class Processes:
             try:
                 outcome = (work(), None)
             except Exception as error:
-                problem, outcome = error, (None, _sendable(error))
+                problem, outcome = error, (None, error)
         value, sent = self.gather(outcome)[0]
         if problem is not None:
             raise problem
@@ -179,33 +182,33 @@ class _Link:
     Args:
         rank: Which process this is.
         count: How many there are.
+
+    Raises:
+        ProcessError: The processes have no store or no secret in common.
     """
 
     def __init__(self, rank: int, count: int) -> None:
         from torch import distributed
 
+        from hf_llfc.parallel.messages import shared_secret
+
         self._rank = rank
         self._count = count
+        self._others = [other for other in range(count) if other != rank]
         self._silence = float(os.environ.get(SILENCE_VARIABLE) or SILENCE)
         self._meetings = 0
-        self._failure: BaseException | None = None
-        self._noticed = threading.Event()
+        self._received: BaseException | None = None
         self._left = threading.Event()
-        self._interrupt, self._handler_before = _way_to_interrupt()
-        self._group = distributed.new_group(backend="gloo", timeout=EXCHANGE)
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        timeout = timedelta(seconds=self._silence)
-        port: list[Any] = [None]
-        if rank == 0:
-            self._store = distributed.TCPStore(host, 0, None, True, timeout, wait_for_workers=False)
-            port = [self._store.port]
-        distributed.broadcast_object_list(port, src=0, group=self._group)
-        if rank > 0:
-            self._store = distributed.TCPStore(host, port[0], None, False, timeout)
+        with _on_loopback(count):
+            self._group = distributed.new_group(backend="gloo", timeout=EXCHANGE)
+        # A number that each has drawn: what was signed in another run is worth nothing in this one.
+        drawn = b"".join(self._exchange(secrets.token_bytes(16)))
+        self._key = shared_secret() + drawn
+        self._store = distributed.PrefixStore(f"hf_llfc/{drawn.hex()}", _launchers_store(self._silence))
         self._store.set(f"beat/{rank}", "0")
-        self.meet()
-        self._watcher = threading.Thread(target=self._watch, name="hf_llfc watch", daemon=True)
-        self._watcher.start()
+        self.gather(None)
+        self._heart = threading.Thread(target=self._beat, name="hf_llfc beat", daemon=True)
+        self._heart.start()
 
     def meet(self) -> None:
         """Waits until every process has got as far as this one.
@@ -218,81 +221,141 @@ class _Link:
         self._meetings += 1
         key = f"meeting/{self._meetings}"
         pause = 0.001
+        heard: dict[int, tuple[bytes, float]] = {}
+        asked = time.monotonic()
         try:
             here = self._store.add(key, 1)
             while here < self._count:
-                self._raise_failure()
+                if (failure := self._failure()) is not None:
+                    raise failure
+                now = time.monotonic()
+                if now - asked > self._silence / BEATS:
+                    # A machine that slept, or a terminal that stopped all processes, says nothing about the others.
+                    heard = self._listened(heard if now - asked < self._silence / 2 else {}, now)
+                    asked = now
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 here = self._store.add(key, 0)
-        except RuntimeError as error:  # of the store
-            raise self._cut_off() from error
+        except RuntimeError as error:
+            if error is self._received:
+                raise
+            raise self._lost(0) from error  # the store is gone
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of ranks."""
-        from torch import distributed
+        import torch
 
+        from hf_llfc.parallel.messages import is_signed, pack, sign, unpack
+
+        message = pack(value)
         self.meet()
-        values: list[Any] = [None] * self._count
+        about = f"{self._meetings} of %d"
+        mine = len(message).to_bytes(8, "little") + sign(self._key, about % self._rank, message)
         try:
-            distributed.all_gather_object(values, value, group=self._group)
+            starts = self._exchange(mine)
+            messages = [torch.empty(int.from_bytes(start[:8], "little"), dtype=torch.uint8) for start in starts]
+            messages[self._rank] = message
+            for rank in range(self._count):
+                torch.distributed.broadcast(messages[rank], src=rank, group=self._group)
         except RuntimeError as error:
+            with suppress(RuntimeError):  # the store may be gone too
+                self._failure()
+            if self._received is not None:
+                raise self._received from error
             raise ProcessError(
                 f"another process ended, or the network failed, during an exchange ({str(error).splitlines()[0]}); run"
                 " the same again"
             ) from error
-        return values
+        for rank in range(self._count):
+            if not is_signed(self._key, about % rank, messages[rank], starts[rank][8:]):
+                raise self._unsigned(rank)
+        return [unpack(each) for each in messages]
 
-    def leave(self, error: BaseException | None) -> BaseException | None:
-        """Ends the watch and, after an error, tells the others.
+    def leave(self, error: BaseException | None) -> None:
+        """Ends the signs of life and, after an error, tells the others.
 
         Args:
             error: What this process ends with.
-
-        Returns:
-            What it should end with: what another process failed with, where that is why this one was interrupted.
         """
-        self._noticed.set()
         self._left.set()
-        if self._failure is not None and isinstance(error, KeyboardInterrupt | RuntimeError):
-            error = self._failure
-        with suppress(RuntimeError):  # the store is gone with the main process
-            if error is not None and self._store.add("failures", 1) == 1:
-                self._store.set("failure", base64.b64encode(pickle.dumps(self._told(error))).decode())
+        is_first = error is not None and error is not self._received
+        with suppress(RuntimeError):  # the store is gone with the launcher, or with the main process
+            if error is not None and is_first:
+                self._tell(error)
             gone = self._store.add("left", 1)
-            deadline = time.monotonic() + LEAVING
-            while self._rank == 0 and gone < self._count and time.monotonic() < deadline:
+            is_stopped = error is not None and not isinstance(error, Exception | KeyboardInterrupt)
+            patience = LEAVING if (is_first or self._rank == 0) and not is_stopped else 0.0  # the store may be its own
+            deadline = time.monotonic() + patience
+            while gone < self._count and time.monotonic() < deadline:
                 time.sleep(0.01)
                 gone = self._store.add("left", 0)
-        self._watcher.join(timeout=LEAVING)
+            if gone < self._count and is_first and patience and self._rank > 0:
+                logger.warning("process %d of %d ends before the others: %s", self._rank, self._count, error)
+        self._heart.join(timeout=LEAVING)
         if error is None:
             from torch import distributed
 
             distributed.destroy_process_group(self._group)
             atexit.register(_end_groups)
-        if self._handler_before is not None and self._interrupt is not None:
-            signal.signal(self._interrupt, self._handler_before)
-        return error
 
-    def _told(self, error: BaseException) -> BaseException:
-        """What the other processes should end with when this one ends with an error."""
-        if isinstance(error, KeyboardInterrupt):
-            return KeyboardInterrupt()
-        if isinstance(error, Exception):
-            return _sendable(error)
-        return ProcessError(f"process {self._rank} of {self._count} was stopped; run the same again", self._rank)
+    def _exchange(self, mine: bytes) -> list[bytes]:
+        """As many bytes of every process, in the order of ranks."""
+        import torch
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            self._noticed.set()
-            raise self._failure
+        sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        found = [torch.empty_like(sent) for _ in range(self._count)]
+        torch.distributed.all_gather(found, sent, group=self._group)
+        return [each.numpy().tobytes() for each in found]
 
-    def _cut_off(self) -> BaseException:
-        """What there is to say when the store does not answer."""
-        self._noticed.set()
-        if self._failure is None:
-            self._failure = self._lost(0)
-        return self._failure
+    def _tell(self, error: BaseException) -> None:
+        """Leaves in the store what the other processes should end with when this one ends with an error."""
+        from hf_llfc.parallel.messages import pack, sign
+
+        if not isinstance(error, Exception | KeyboardInterrupt):
+            error = ProcessError(f"process {self._rank} of {self._count} was stopped; run the same again", self._rank)
+        message = pack(error)
+        signed = sign(self._key, f"failure of {self._rank}", message) + message.numpy().tobytes()
+        self._store.set(f"failure/{self._rank}", signed.hex())
+        self._store.add("failures", 1)
+
+    def _failure(self) -> BaseException | None:
+        """What another process failed with; what none of them has signed is no failure of theirs."""
+        import torch
+
+        from hf_llfc.parallel.messages import DIGEST_SIZE, is_signed, unpack
+
+        if not self._store.add("failures", 0):
+            return None
+        for rank in self._others:
+            if not self._store.check([f"failure/{rank}"]):
+                continue
+            try:
+                signed = bytearray.fromhex(self._store.get(f"failure/{rank}").decode())
+            except ValueError:
+                continue
+            if len(signed) <= DIGEST_SIZE:
+                continue
+            message = torch.frombuffer(signed, dtype=torch.uint8)[DIGEST_SIZE:]
+            if is_signed(self._key, f"failure of {rank}", message, bytes(signed[:DIGEST_SIZE])):
+                self._received = unpack(message)
+                return self._received
+        return None
+
+    def _listened(self, heard: dict[int, tuple[bytes, float]], now: float) -> dict[int, tuple[bytes, float]]:
+        """The last sign of life of every other process, and when it was first seen.
+
+        Raises:
+            ProcessError: One of them has been silent for too long.
+        """
+        keys = [f"beat/{rank}" for rank in self._others]
+        found = self._store.multi_get(keys) if self._store.check(keys) else [b""] * len(keys)
+        for rank, beat in zip(self._others, found, strict=True):
+            last, since = heard.get(rank, (None, now))
+            if beat != last:
+                heard[rank] = (beat, now)
+            elif now - since > self._silence:
+                raise self._lost(rank)
+        return heard
 
     def _lost(self, rank: int) -> ProcessError:
         return ProcessError(
@@ -301,41 +364,56 @@ class _Link:
             rank,
         )
 
-    def _watch(self) -> None:
-        """Leaves signs of life, and looks for failures and for processes that have fallen silent."""
-        others = [rank for rank in range(self._count) if rank != self._rank]
-        heard = dict.fromkeys(others, (b"", time.monotonic()))
+    def _unsigned(self, rank: int) -> ProcessError:
+        from hf_llfc.parallel.messages import SECRET_VARIABLE
+
+        return ProcessError(
+            f"process {rank} of {self._count} does not know the secret of this run, or another program stands in its"
+            f" place; set {SECRET_VARIABLE} to the same long random text for all processes, and run the same again"
+        )
+
+    def _beat(self) -> None:
+        """Leaves signs of life."""
         beats = 0
         while not self._left.wait(self._silence / BEATS):
             beats += 1
             try:
                 self._store.set(f"beat/{self._rank}", str(beats))
-                if self._store.check(["failure"]):
-                    # It comes from a process of this very run.
-                    self._end(pickle.loads(base64.b64decode(self._store.get("failure"))))
-                    return
-                found = self._store.multi_get([f"beat/{rank}" for rank in others])
-            except RuntimeError:
-                self._end(self._failure or self._lost(0))
+            except RuntimeError:  # the store is gone, which the next meeting tells
                 return
-            now = time.monotonic()
-            for rank, beat in zip(others, found, strict=True):
-                if beat != heard[rank][0]:
-                    heard[rank] = (beat, now)
-                elif now - heard[rank][1] > self._silence:
-                    self._end(self._lost(rank))
-                    return
 
-    def _end(self, failure: BaseException) -> None:
-        """Ends this process: by itself at its next meeting, by an interrupt in long work, or at once if it hangs."""
-        self._failure = failure
-        if self._noticed.wait(1.0):
-            return
-        if self._interrupt is not None:
-            _thread.interrupt_main(self._interrupt)
-        if not self._left.wait(self._silence):
-            print(f"hf-llfc: error: process {self._rank}: {failure}", file=sys.stderr, flush=True)
-            os._exit(1)
+
+def _launchers_store(patience: float) -> torch.distributed.TCPStore:
+    """The store at which the launcher let the processes find each other.
+
+    Args:
+        patience: Seconds for which it may keep one waiting.
+    """
+    from torch import distributed
+
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        return distributed.TCPStore(host, int(port), None, False, timedelta(seconds=patience))
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"the launcher's store cannot be reached at {host or '?'}:{port or '?'} ({str(error).splitlines()[0]}); "
+            "MASTER_ADDR and MASTER_PORT must name it"
+        ) from None
+
+
+@contextmanager
+def _on_loopback(count: int) -> Iterator[None]:
+    """Lets gloo listen where only this machine can reach it, if all processes are here and no network is named."""
+    name = "GLOO_SOCKET_IFNAME"
+    loopback = next((each for _, each in socket.if_nameindex() if each in ("lo", "lo0")), None)
+    if loopback is None or name in os.environ or os.environ.get("LOCAL_WORLD_SIZE") != str(count):
+        yield
+        return
+    os.environ[name] = loopback
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _end_groups() -> None:
@@ -347,24 +425,3 @@ def _end_groups() -> None:
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _way_to_interrupt() -> tuple[signal.Signals | None, Any]:
-    """The signal whose handler raises `KeyboardInterrupt` in the main thread, none elsewhere.
-
-    A shell starts what it runs in the background with the interrupt ignored, and this stays so for a terminal's; within
-    the process another signal then stands in for it.
-
-    Returns:
-        The signal, and the handler to put back in its place, if one was taken.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return None, None
-    if callable(signal.getsignal(signal.SIGINT)) or sys.platform == "win32":
-        return signal.SIGINT, None
-    return signal.SIGUSR1, signal.signal(signal.SIGUSR1, signal.default_int_handler)
-
-
-def _sendable(error: Exception) -> Exception:
-    """An error as another process may get it: not every one of a library can be sent."""
-    return error if isinstance(error, LLFCError) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -31,7 +31,10 @@ class Ranks(Protocol):
         """Where models of this process run."""
 
     def gather(self, value: Any) -> list[Any]:
-        """The picklable values of all processes, in the order of ranks; all processes call it at the same points.
+        """The values of all processes, in the order of ranks; all processes call it at the same points.
+
+        Args:
+            value: Made of what `hf_llfc.parallel.messages.pack` takes.
 
         Raises:
             LLFCError: Another process failed or is gone.

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hf_llfc.errors import LLFCError
 from hf_llfc.parallel.forked import can_fork, run_forked
 
 if TYPE_CHECKING:  # takes long to load
@@ -36,8 +35,8 @@ class Workers:
             thread, torch is left as it is.
         rank: Which process this is.
         ranks: How many there are.
-        gather: Sends a picklable value to all processes and returns those of all, in the order of ranks; every
-            process calls it at the same points.
+        gather: Sends a value to all processes and returns those of all, in the order of ranks; every process calls it
+            at the same points. See `hf_llfc.parallel.messages.pack` for what a value may be.
         device: The accelerator of this process where tensors of checkpoints are summed and multiplied; None where that
             is done by the processor.
     """
@@ -59,7 +58,7 @@ class Workers:
         """Does work on every item.
 
         Args:
-            function: The work; with several processes its results must be picklable.
+            function: The work; with several processes its results must be what `hf_llfc.parallel.messages.pack` takes.
             items: What to work on, the same on every process.
             costs: How much work each is, in any unit; alike where None.
             on_done: Called after every item of this process, one call at a time.
@@ -111,16 +110,13 @@ class Workers:
             if total is None or self.ranks == 1:
                 return total
             device = total.device
-            return total.cpu().numpy()  # as bytes alone, where a tensor brings its storage
+            return total.cpu()
 
         outcomes = self._together(work)
         if self.ranks == 1:
             return outcomes[0]
-        import torch
-
         of_branch = {
-            branch: None if outcomes[rank] is None else torch.from_numpy(outcomes[rank]).to(device)
-            for rank, branch in branches.items()
+            branch: None if outcomes[rank] is None else outcomes[rank].to(device) for rank, branch in branches.items()
         }
         return _tree(whole, of_branch.__getitem__, of_branch)
 
@@ -172,9 +168,7 @@ class Workers:
             done = work()
         except Exception as error:
             problem = error
-        # Not every error of a library can be sent.
-        is_ours = problem is None or isinstance(problem, LLFCError)
-        outcomes = self.gather((done, problem if is_ours else RuntimeError(f"{type(problem).__name__}: {problem}")))
+        outcomes = self.gather((done, problem))
         if problem is not None:
             raise problem
         for _, elsewhere in outcomes:

@@ -17,6 +17,16 @@ from hf_llfc.parallel.processes import Processes
 
 LONG = 300.0
 
+SHORT = 3.0
+
+UNPICKLED: list[str] = []
+
+
+def note_unpickled(event: str, arguments: tuple) -> None:
+    """Notes every class or function that a pickle names."""
+    if event == "pickle.find_class":
+        UNPICKLED.append(".".join(map(str, arguments)))
+
 
 def squared(number: int) -> int:
     """Work for a worker."""
@@ -45,7 +55,7 @@ def share(processes: Processes) -> dict:
             work()
         except Exception as error:
             found["errors"].append([type(error).__name__, str(error)])
-    return {**found, "calls": calls}
+    return {**found, "calls": calls, "unpickled": UNPICKLED}
 
 
 def wait(processes: Processes) -> None:
@@ -54,12 +64,27 @@ def wait(processes: Processes) -> None:
     processes.gather(None)
 
 
-def work_long(processes: Processes) -> None:
-    """Is busy elsewhere."""
+def work_for(seconds: float):
+    """Is busy elsewhere before it meets the others again."""
+
+    def work(processes: Processes) -> None:
+        processes.gather(None)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            torch.ones(64, 64) @ torch.ones(64, 64)
+        processes.gather(None)
+
+    return work
+
+
+def be_attacked(processes: Processes) -> dict:
+    """Waits for the other, which waits until someone has tried to break in."""
     processes.gather(None)
-    until = time.monotonic() + LONG
-    while time.monotonic() < until:
-        torch.ones(64, 64) @ torch.ones(64, 64)
+    folder = Path(sys.argv[2])
+    (folder / f"{processes.rank}.ready").touch()
+    while processes.is_main and not (folder / "attacked").exists():
+        time.sleep(0.01)
+    return {"gather": processes.gather(("from", processes.rank)), "unpickled": UNPICKLED}
 
 
 def fail(processes: Processes) -> None:
@@ -82,7 +107,9 @@ def end_by(number: int):
 WHAT = {
     "share": share,
     "wait": wait,
-    "work": work_long,
+    "work": work_for(SHORT),
+    "long": work_for(LONG),
+    "attacked": be_attacked,
     "fail": fail,
     "killed": end_by(signal.SIGKILL),
     "frozen": end_by(signal.SIGSTOP),
@@ -95,11 +122,17 @@ def main() -> None:
     what, folder = sys.argv[1].split(","), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
     try:
-        with Processes() as processes:
+        started = Processes()
+        sys.addaudithook(note_unpickled)
+        with started as processes:
             found = WHAT[what[rank]](processes)
     except Exception as error:
         found = [type(error).__name__, str(error)]
+        code = int(os.environ.get("EXIT_CODE", "0"))
+    else:
+        code = 0
     (folder / f"{rank}.json").write_text(json.dumps(found))
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-import pickle
 import threading
 
 import pytest
 import torch
 
 from hf_llfc.errors import AlignmentError
+from hf_llfc.parallel.messages import pack, unpack
 from hf_llfc.parallel.workers import ALONE, Workers, largest_share
 
 
@@ -17,9 +17,9 @@ class Together:
 
     def of(self, rank: int, threads: int = 1) -> Workers:
         def gather(value):
-            self.values[rank] = pickle.dumps(value)
+            self.values[rank] = pack(value)
             self.barrier.wait()
-            found = [pickle.loads(each) for each in self.values]
+            found = [unpack(each.clone()) for each in self.values]
             self.barrier.wait()
             return found
 
