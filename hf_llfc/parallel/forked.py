@@ -3,6 +3,10 @@
 A copy begins with everything that this process has in memory and in open files, so that nothing is sent to it. It takes
 the next piece from a counter that all share, and sends back what came of it. It dies with its parent: at the latest
 when it has a result that nobody takes.
+
+Results come back as pickles through pipes that have no name: only this process and its copies hold their ends, so that
+nobody else can write into one. `concurrent.futures.ProcessPoolExecutor` would do the same, but when a piece fails it
+waits for the pieces under way, for memory that the failed one holds too; these copies are ended at once.
 """
 
 from __future__ import annotations

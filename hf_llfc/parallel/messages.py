@@ -134,8 +134,9 @@ def shared_secret() -> bytes:
                 new.write(secrets.token_bytes(DIGEST_SIZE))
                 new.flush()
                 os.link(new.name, file)  # whole or not at all, and the first of several processes
-        status = file.stat()
-        secret = file.read_bytes()
+        with file.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            secret = opened.read()
     except OSError as error:
         raise ProcessError(
             f"{file}: the secret of this user's processes cannot be kept here ({error}); {advice}"

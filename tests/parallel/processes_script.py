@@ -120,17 +120,14 @@ def main() -> None:
     """What each process does is told as WHAT,WHAT."""
     torch.set_num_threads(1)
     what, folder = sys.argv[1].split(","), Path(sys.argv[2])
-    rank = int(os.environ["RANK"])
+    rank, code = int(os.environ["RANK"]), 0
     try:
         started = Processes()
         sys.addaudithook(note_unpickled)
         with started as processes:
             found = WHAT[what[rank]](processes)
     except Exception as error:
-        found = [type(error).__name__, str(error)]
-        code = int(os.environ.get("EXIT_CODE", "0"))
-    else:
-        code = 0
+        found, code = [type(error).__name__, str(error)], 1
     (folder / f"{rank}.json").write_text(json.dumps(found))
     sys.exit(code)
 
