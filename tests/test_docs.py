@@ -233,7 +233,9 @@ def test_the_adapter_that_is_shown_is_the_one_that_is_there():
     (patch,) = (block.text for block in blocks_of("CONTRIBUTING.md") if block.language == "diff")
     shown = patch.split("+++ b/hf_llfc/adapters/families/modernbert.py\n")[1]
     lines = [line.removeprefix("+") for line in shown.splitlines()]
-    assert lines == (ROOT / "hf_llfc" / "adapters" / "families" / "modernbert.py").read_text(encoding="utf-8").splitlines()
+    assert (
+        lines == (ROOT / "hf_llfc" / "adapters" / "families" / "modernbert.py").read_text(encoding="utf-8").splitlines()
+    )
 
 
 def test_links_lead_somewhere():

@@ -6,8 +6,8 @@ network needs. So nobody waits inside a collective for a process that never come
 A thread of each process leaves a sign of life in the store. Who waits reads there why another one failed, or sees that
 it has fallen silent: it was killed, hangs, or lost its machine. None of this passes through an accelerator.
 
-Whatever crosses is JSON or a tensor, and signed: see `hf_llfc.parallel.messages`. The store answers everyone who reaches its
-port, so that what lies in it can delay or end a run, and can do no more.
+Whatever crosses is JSON or a tensor, and signed: see `hf_llfc.parallel.messages`. The store answers everyone who
+reaches its port, so that what lies in it can delay or end a run, and can do no more.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar

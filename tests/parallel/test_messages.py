@@ -29,6 +29,8 @@ VALUES = st.recursive(
     max_leaves=20,
 )
 
+MESSAGES = "hf_llfc.parallel.messages"
+
 
 def header(message):
     """The JSON of a message, and where it ends."""
@@ -110,9 +112,19 @@ def test_nothing_else_is_sent(value):
     [
         {"": "instance", "module": "os", "class": "system", "fields": {"": "dict", "pairs": [["command", "touch it"]]}},
         {"": "instance", "module": "subprocess", "class": "Popen", "fields": {"": "dict", "pairs": [["args", "true"]]}},
-        {"": "instance", "module": "hf_llfc.parallel.messages", "class": "os.system", "fields": {"": "dict", "pairs": []}},
-        {"": "instance", "module": "hf_llfc.parallel.messages", "class": "import_module", "fields": {"": "dict", "pairs": []}},
-        {"": "instance", "module": "hf_llfc.parallel.messages", "class": "Path", "fields": {"": "dict", "pairs": []}},
+        {
+            "": "instance",
+            "module": "hf_llfc.parallel.messages",
+            "class": "os.system",
+            "fields": {"": "dict", "pairs": []},
+        },
+        {
+            "": "instance",
+            "module": "hf_llfc.parallel.messages",
+            "class": "import_module",
+            "fields": {"": "dict", "pairs": []},
+        },
+        {"": "instance", "module": MESSAGES, "class": "Path", "fields": {"": "dict", "pairs": []}},
         {"": "instance", "module": "hf_llfc.no_such", "class": "Class", "fields": {"": "dict", "pairs": []}},
         {"": "instance", "module": "hf_llfc../os", "class": "system", "fields": {"": "dict", "pairs": []}},
         {"": "error", "class": "SystemExit", "text": "", "rank": None},
