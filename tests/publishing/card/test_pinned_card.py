@@ -7,10 +7,10 @@ import datasets.config
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from tests.publishing.hub.test_life import push_parent
 
 from hf_llfc.pipeline.flow import run
 from tests.hub_double import HubDouble, validate_card
+from tests.publishing.hub.test_life import push_parent
 
 
 def test_everything_on_the_hub_is_named_by_its_commit(
