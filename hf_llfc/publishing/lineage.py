@@ -278,15 +278,13 @@ def combined_license(parents: Sequence[ParentInfo], chosen: str | None = None) -
     problem = None
     if len(known) > 1:
         listed = ", ".join(f"{name}: {license or 'not stated'}" for name, license in stated.items())
-        problem = (
-            f"The parents carry different licences ({listed}). A merge is bound by all of them at once: read them."
-        )
+        problem = f"The parents have different licences ({listed}). All of them apply to the merge: read each one."
     elif chosen is not None and known and chosen != known[0]:
         problem = (
-            f"It is published under {chosen}, while what it was made from carries {known[0]}: read both before you use "
-            "or redistribute this model."
+            f"This model is published under {chosen}, but its parents are published under {known[0]}: read both "
+            "licences before you use or redistribute it."
         )
-    elif silent and len(parents) > 0:
+    elif silent:
         problem = f"No licence is stated by {', '.join(silent)}: ask before you use or redistribute this model."
     if chosen is not None:
         return License(_license_metadata(chosen), problem)

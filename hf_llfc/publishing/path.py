@@ -93,12 +93,12 @@ def path_curves(report: ConnectivityReport, metrics: int) -> list[Curve]:
     """
     merged = merge_point(report)
     kinds = tuple("merge" if point is merged else "parent" if is_model(point) else "point" for point in report.path)
-    found = [("loss", LOSS, tuple(known(point.loss) for point in report.path))]
+    measured = [("loss", LOSS, tuple(known(point.loss) for point in report.path))]
     for name in metric_names(report)[:metrics]:
-        found.append((name, metric_style(name), tuple(known(point.metrics.get(name)) for point in report.path)))
+        measured.append((name, metric_style(name), tuple(known(point.metrics.get(name)) for point in report.path)))
     return [
         Curve(key, style, report.region == "line", report.path, kinds, values, blend_of_models(report.path, values))
-        for key, style, values in found
+        for key, style, values in measured
         if sum(map(math.isfinite, values)) >= 2
     ]
 

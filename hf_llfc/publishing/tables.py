@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow, LayerRow, Statistic
@@ -185,16 +185,16 @@ def _layers(report: ConnectivityReport) -> Table:
     return Table("layers", title, layer_columns(rows), tuple((row.layer, *layer_cells(row)) for row in rows))
 
 
-def _statistic_columns(title: str, note: str, found: Sequence[Statistic]) -> tuple[Column, Column]:
-    has_interval = any(statistic.interval is not None for statistic in found)
+def _statistic_columns(title: str, note: str, statistics: Sequence[Statistic]) -> tuple[Column, Column]:
+    has_interval = any(statistic.interval is not None for statistic in statistics)
     return Column(title, note), Column("95 % interval", "of that mean") if has_interval else Column("± std")
 
 
-def _statistic_cells(found: Statistic) -> tuple[str, str]:
+def _statistic_cells(statistic: Statistic) -> tuple[str, str]:
     """A mean with its interval, or with its standard deviation where it has none."""
-    if found.interval is None:
-        return distance_text(found.mean), distance_text(found.std)
-    return distance_text(found.mean), " to ".join(map(distance_text, found.interval))
+    if statistic.interval is None:
+        return distance_text(statistic.mean), distance_text(statistic.std)
+    return distance_text(statistic.mean), " to ".join(map(distance_text, statistic.interval))
 
 
 def _additivity(report: ConnectivityReport) -> Table:
@@ -275,15 +275,15 @@ def _angles(row: GeometryRow | None) -> str:
     """Smallest, median and largest."""
     if row is None or not row.angles:
         return NOTHING
-    chosen = (min(row.angles), statistics.median(row.angles), max(row.angles))
+    chosen = (min(row.angles), median(row.angles), max(row.angles))
     return " / ".join(f"{angle:.2g}" for angle in chosen)
 
 
 def _suggestion(report: ConnectivityReport) -> Table:
     by_pattern: Mapping[str, Sequence[float]] = {}
     if report.suggestion is not None:
-        found = report.suggestion
-        by_pattern = found.layer_weights or ({"all tensors": found.weights} if found.weights is not None else {})
+        weights, by_pattern = report.suggestion.weights, report.suggestion.layer_weights
+        by_pattern = by_pattern or ({"all tensors": weights} if weights is not None else {})
     rows = tuple((pattern or "all others", weights_text(weights)) for pattern, weights in by_pattern.items())
     return Table("suggestion", "suggested weights", (Column("tensors"), Column("weights")), rows, numbers=False)
 

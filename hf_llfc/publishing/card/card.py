@@ -231,7 +231,7 @@ def _headline(evidence: Evidence) -> Headline:
     if is_far_above(own, of_parents):
         return Headline("Warning. The merge is far worse than its parents.", f"Its {values} {verdict.text}")
     if evidence.mergekit is not None:
-        return replace(verdict, text=f"{verdict.text} This merge is no average: its {values}")
+        return replace(verdict, text=f"{verdict.text} This merge is not an average: its {values}")
     return verdict
 
 

@@ -59,17 +59,17 @@ def result_table(rows: Sequence[Result]) -> ResultTable | None:
 
 def comparison(rows: Sequence[Result]) -> str | None:
     """Whether a parent alone has the lower loss, in one sentence."""
-    found = [(display_name(row.id), row.loss) for row in rows if not row.is_merge]
-    losses = {name: loss for name, loss in found if is_number(loss)}
+    parents = [(display_name(row.id), row.loss) for row in rows if not row.is_merge]
+    losses = {name: loss for name, loss in parents if is_number(loss)}
     own = next((row.loss for row in rows if row.is_merge), None)
     if not is_number(own) or not losses:
         return None
     best = min(losses, key=losses.__getitem__)
     if own < losses[best]:
-        return "On these data the merge has a lower loss than every one of its parents."
+        return "On this data, the merge has a lower loss than each of its parents."
     if len(losses) > 1 and own >= max(losses.values()):
-        return "On these data every one of its parents alone does as well or better, by loss."
-    return f"On these data {best} alone does as well or better, by loss."
+        return "On this data, each of its parents alone has an equal or lower loss."
+    return f"On this data, {best} alone has an equal or lower loss."
 
 
 def standard_error(samples: int | None, rows: Sequence[Result]) -> str | None:

@@ -95,15 +95,15 @@ def limits_of(
     """What a reader must not conclude from this card."""
     limits = []
     if report is None:
-        limits.append("Nothing was measured: whether this model can do what its parents can is not known.")
+        limits.append("Nothing was measured. Whether this model performs as well as its parents is unknown.")
     else:
         limits += _limits_of_report(report, data, len([parent for parent in parents if not parent.is_base]), rows)
-    limits.append("What the parents get wrong, and the biases they learnt, can be inherited by the merge.")
+    limits.append("The merge can inherit the errors and biases of its parents.")
     local = [parent.name for parent in parents if not parent.is_on_hub]
     if local:
-        limits.append(f"Not on the Hub, so that others cannot repeat the merge: {', '.join(local)}.")
+        limits.append(f"Others cannot repeat the merge, because these parents are not on the Hub: {', '.join(local)}.")
     if report is not None and data.dataset and data.link is None:
-        limits.append(f"Not on the Hub, so that others cannot repeat the measurement: {data.id}.")
+        limits.append(f"Others cannot repeat the measurement, because its data is not on the Hub: {data.id}.")
     return limits
 
 
@@ -112,16 +112,16 @@ def _limits_of_report(
 ) -> list[str]:
     """What the numbers of a report do not say."""
     samples = f"{data.samples} samples of one data set" if data.samples else "one data set"
-    limits = [f"All numbers come from {samples}. On other data, languages or domains the merge was not measured."]
+    limits = [f"All numbers come from {samples}. The merge was not measured on other data, languages or domains."]
     if len(report.path) > 2:
         points = f"{len(report.path)} values of α" if report.region == "line" else f"{len(report.path)} points"
         limits.append(f"The barrier is the largest among {points}; between them it may be higher.")
     if (error := standard_error(data.samples, rows)) is not None:
         limits.append(error)
     if report.barrier.loss is None:
-        limits.append("There were no labels: features were compared, loss and metric were not measured.")
+        limits.append("The data has no labels. Features were compared, but loss and metrics were not measured.")
     if parents > 2 and report.region == "line":
         limits.append(f"Path and layers were measured for two of the {parents} parents.")
     elif merge_point(report) is None:
-        limits.append("The merge itself does not lie on the path that was measured.")
+        limits.append("The merge itself does not lie on the measured path.")
     return limits

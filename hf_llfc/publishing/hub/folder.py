@@ -168,11 +168,11 @@ def _weight_problems(folder: Path, present: set[str]) -> list[str]:
             problems.append(f"{shard} is missing, which {WEIGHTS_INDEX} names")
             continue
         try:
-            found = read_header(folder / shard, shard).spans
+            stored = read_header(folder / shard, shard).spans
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        if missing := sorted(expected - found.keys()):
+        if missing := sorted(expected - stored.keys()):
             problems.append(
                 f"{shard} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             )
@@ -208,9 +208,7 @@ def check_sanity(folder: Path) -> None:
     reasons = _diagnosed_reasons(path) if path.is_file() else _weight_reasons(folder)
     reasons = reasons or _evaluated_reasons(folder)
     if reasons:
-        raise PublishingError(
-            f"{folder} is not fit to be published: {'; '.join(reasons)}. To push it all the same, force it"
-        )
+        raise PublishingError(f"{folder} should not be published: {'; '.join(reasons)}. Force it to push it anyway")
 
 
 def _diagnosed_reasons(path: Path) -> list[str]:

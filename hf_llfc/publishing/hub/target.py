@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE
+from hf_llfc.foundation.version import __version__
 from hf_llfc.publishing.hub.folder import LocalFile
 from hf_llfc.publishing.hub.hub_errors import UnansweredError, explained
 from hf_llfc.recipe import PublishSection
@@ -54,7 +54,7 @@ class Target:
         from huggingface_hub.utils import validate_repo_id
 
         repo_id = wanted.repo_id
-        api = HfApi(endpoint=endpoint, token=token, library_name="hf_llfc", library_version=version())
+        api = HfApi(endpoint=endpoint, token=token, library_name="hf_llfc", library_version=__version__)
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
@@ -84,9 +84,9 @@ class Target:
                 logger.info("%s does not exist yet, or is hidden", self.repo_id)
         self._refuse_without_rights(exists=info is not None)
         if info is not None and self.wanted.private is not None and bool(info.private) != self.wanted.private:
-            found, wanted = ("private", "public") if info.private else ("public", "private")
+            current, wanted = ("private", "public") if info.private else ("public", "private")
             raise PublishingError(
-                f"{self.repo_id} exists and is {found}, not {wanted}: change it in its settings, or take another name"
+                f"{self.repo_id} exists and is {current}, not {wanted}: change it in its settings, or take another name"
             )
         return info
 
@@ -128,15 +128,15 @@ class Target:
 
         content = card.read_text(encoding="utf-8")
         with explained("validating the card"):
-            headers = build_hf_headers(token=self.api.token, library_name="hf_llfc", library_version=version())
+            headers = build_hf_headers(token=self.api.token, library_name="hf_llfc", library_version=__version__)
             response = get_session().post(
                 f"{self.api.endpoint}/api/validate-yaml",
                 json={"content": content, "repoType": "model"},
                 headers=headers,
             )
             if response.status_code == 400:
-                found = response.json().get("errors", [])
-                listed = "; ".join(str(error.get("message")) for error in found)
+                errors = response.json().get("errors", [])
+                listed = "; ".join(str(error.get("message")) for error in errors)
                 raise PublishingError(f"the Hub does not accept the metadata of {card}: {listed}")
             hf_raise_for_status(response)
 
@@ -248,7 +248,7 @@ class Target:
         additions = [CommitOperationAdd(file.path, str(file.source)) for file in changed]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions]
         operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
-        message = f"Upload a merge made with hf_llfc {version()}".rstrip()
+        message = f"Upload a merge made with hf_llfc {__version__}"
         try:
             with explained(f"uploading to {self.repo_id}"):
                 return self.api.create_commit(
@@ -292,11 +292,3 @@ class Target:
         """The page of the repository, or of a branch or tag."""
         page = f"{self.api.endpoint}/{self.repo_id}"
         return page if revision is None else f"{page}/tree/{revision}"
-
-
-def version() -> str:
-    """Of this package, empty where it is not installed."""
-    try:
-        return importlib.metadata.version("hf-llfc")
-    except importlib.metadata.PackageNotFoundError:
-        return ""

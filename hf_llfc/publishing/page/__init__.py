@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.foundation.layout import PAGE_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.publishing.card.templates import environment
 from hf_llfc.publishing.numbers import capitalized, weights_text
 from hf_llfc.publishing.page.charts import path_charts
 from hf_llfc.publishing.page.layers import layer_map
@@ -135,18 +136,9 @@ def _policy(style: str, script: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_without_controls,
-    )
-    environment.filters |= {"breakable": _breakable, "capitalized": capitalized, "weights": weights_text}
-    return environment
+    page = environment(_FOLDER, autoescape=True, finalize=_without_controls)
+    page.filters |= {"breakable": _breakable, "capitalized": capitalized, "weights": weights_text}
+    return page
 
 
 def _breakable(name: str) -> Markup:

@@ -110,7 +110,7 @@ def _line(report: ConnectivityReport, curve: Curve) -> Chart:
     """A curve over α with the straight line between its ends."""
     scale = _Scale(curve, LINE_HEIGHT - BOTTOM, TOP, margin=0.2)
     across = [LEFT + (WIDTH - RIGHT - LEFT) * point.alpha for point in curve.points]
-    values, line = ([scale(value) for value in found] for found in (curve.values, curve.blends))
+    values, line = ([scale(value) for value in heights] for heights in (curve.values, curve.blends))
     marks = tuple(
         Mark(x, y, kind, f"{point_name(report, point)}: {curve.style.title} {value_text(value, curve.style)}")
         for point, kind, x, y, value in zip(curve.points, curve.kinds, across, values, curve.values, strict=True)

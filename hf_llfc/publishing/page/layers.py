@@ -9,10 +9,10 @@ from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import LayerRow
-from hf_llfc.publishing.numbers import cell_text, decimal_text, is_number
+from hf_llfc.publishing.numbers import NOTHING, cell_text, decimal_text, is_number
 from hf_llfc.publishing.plots.layer_axis import common_prefix
 from hf_llfc.publishing.reading import is_model, point_name, point_weights, shown_layers
-from hf_llfc.publishing.tables import LONG_NAME, Column, layer_cells, layer_columns
+from hf_llfc.publishing.tables import LONG_NAME, Table, layer_cells, layer_columns
 
 # Fixed limits, so that maps of different reports can be compared by eye; each doubles as the legend.
 LLFC_LIMITS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3)
@@ -57,8 +57,8 @@ class LayerMap:
         labels: The same, without what most of them begin with.
         prefix: What that is.
         cells: By layer and point; None where it was not measured.
-        columns: Of the table of layers.
-        chosen: Index of the point whose numbers the table shows first.
+        table: The numbers of all layers at the point that is shown first.
+        chosen: Index of that point.
         data: Everything that the page's script needs.
     """
 
@@ -69,7 +69,7 @@ class LayerMap:
     labels: tuple[str, ...]
     prefix: str
     cells: tuple[tuple[MapCell | None, ...], ...]
-    columns: tuple[Column, ...]
+    table: Table
     chosen: int
     data: dict[str, Any]
 
@@ -90,7 +90,13 @@ def layer_map(report: ConnectivityReport) -> LayerMap | None:
     points = tuple(point_name(report, first[point]) for point in weights)
     names = tuple(dict.fromkeys(row.layer for row in rows))
     by_cell = {(row.layer, point_weights(row)): row for row in rows}
-    table = [[by_cell.get((name, point)) for point in weights] for name in names]
+    lines = [[by_cell.get((name, point)) for point in weights] for name in names]
+    chosen, columns = weights.index(point_weights(shown[0])), layer_columns(rows)
+    missing = (NOTHING,) * (len(columns) - 1)
+    cells = [
+        (name, *(missing if (row := line[chosen]) is None else layer_cells(row)))
+        for name, line in zip(names, lines, strict=True)
+    ]
     prefix = common_prefix(names) if max(map(len, names)) > LONG_NAME / 2 else ""
     heads = tuple(f"{point[0]:.3g}" for point in weights) if report.region == "line" else points
     return LayerMap(
@@ -100,14 +106,14 @@ def layer_map(report: ConnectivityReport) -> LayerMap | None:
         names=names,
         labels=tuple(name.removeprefix(prefix) for name in names),
         prefix=prefix,
-        cells=tuple(tuple(None if row is None else _cell(row) for row in line) for line in table),
-        columns=layer_columns(rows),
-        chosen=weights.index(point_weights(shown[0])),
+        cells=tuple(tuple(None if row is None else _cell(row) for row in line) for line in lines),
+        table=Table("layers", "Layers as a table", columns, tuple(cells)),
+        chosen=chosen,
         data={
             "points": points,
             "alphas": [point[0] for point in weights] if report.region == "line" else None,
             "layers": names,
-            "cells": [[None if row is None else _values(row) for row in line] for line in table],
+            "cells": [[None if row is None else _values(row) for row in line] for line in lines],
         },
     )
 

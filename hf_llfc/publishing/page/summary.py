@@ -32,16 +32,16 @@ from hf_llfc.publishing.tables import model_names
 from hf_llfc.publishing.words import alignment_sentence
 
 _MEANINGS = {
-    "merge": "Nothing that was measured speaks against this merge.",
+    "merge": "No measurement speaks against this merge.",
     "align": "The parents lie in different coordinates. Align them, then merge and measure again.",
-    "do not merge": "On these data the merged model loses what its parents can do.",
+    "do not merge": "On this data, the merged model loses abilities of its parents.",
 }
 
 
 def meaning(report: ConnectivityReport) -> str:
     """What the answer means, for a reader who knows none of the terms."""
     if not_finite(report):
-        return "Numbers that are not finite say nothing about a merge: look for the layer where they begin."
+        return "Numbers that are not finite say nothing about a merge. Look for the first layer where they occur."
     return _MEANINGS.get(report.verdict.answer, "")
 
 

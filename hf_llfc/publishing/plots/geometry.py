@@ -90,12 +90,12 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
 
 def _angles(rows: Sequence[GeometryRow | None], line: Series) -> Series:
     """The median angle of every layer, with a band from the smallest to the largest."""
-    found = [
+    by_layer = [
         [max(angle, SMALLEST_ANGLE) for angle in row.angles] if row is not None and row.angles else [math.nan]
         for row in rows
     ]
-    medians = tuple(map(statistics.median, found))
-    return Series(line.label, medians, line.colour, line.style, tuple((min(own), max(own)) for own in found))
+    bands = tuple((min(angles), max(angles)) for angles in by_layer)
+    return Series(line.label, tuple(map(statistics.median, by_layer)), line.colour, line.style, bands)
 
 
 def _set_angle_scale(axis: Axes) -> None:

@@ -220,7 +220,7 @@ def test_every_number_of_the_report_is_in_its_place(tmp_path: Path) -> None:
         ["logits", "0.040", "0.32", "0.12", "0.910"],
     ]
     assert "Barrier: 0.125 nats of loss and 6.25 points of error." in page.text
-    assert "On these data every one of its parents alone does as well or better, by loss." in page.text
+    assert "On this data, each of its parents alone has an equal or lower loss." in page.text
     assert "at most 0.12 times as far" in page.text
     assert "the coefficient is 0.91 where it is farthest from 1 (in logits)" in page.text
     assert "moved 30 of 36 units (30 of 32 neurons, 0 of 4 heads)" in page.text
@@ -358,7 +358,7 @@ def test_that_nothing_moved_is_said_once(tmp_path: Path) -> None:
     for alignments, times in (([still], 1), ([still, still], 1), ([still, ALIGNMENT], 0)):
         text = Page(body_of(render(make_folder(tmp_path), alignments=alignments))).text
         assert text.count("moved none of 32 units; cosine of the weights 0.8125.") == len(alignments) - (times == 0)
-        assert text.count("That nothing moved is a result") == times
+        assert text.count("Nothing had to move") == times
 
 
 HOSTILE = [
@@ -487,8 +487,8 @@ def test_paths_of_a_disk_stay_private(tmp_path: Path) -> None:
     assert "./tweets" in card and "data.csv" in card
     assert "base_model" not in card
     text = Page(body_of(card)).text
-    assert "Not on the Hub, so that others cannot repeat the merge: tweets, films." in text
-    assert "Not on the Hub, so that others cannot repeat the measurement: data.csv." in text
+    assert "Others cannot repeat the merge, because these parents are not on the Hub: tweets, films." in text
+    assert "Others cannot repeat the measurement, because its data is not on the Hub: data.csv." in text
 
 
 # -- write_card
@@ -622,7 +622,7 @@ def test_measures_that_were_asked_for_are_folded_away(tmp_path: Path) -> None:
     pictures = [link for link in page.links if link.endswith(".png")]
     assert sorted(pictures) == sorted(f"llfc/{path.name}" for path in (folder / "llfc").glob("*.png"))
     assert pictures[:2] == ["llfc/path.png", "llfc/layers.png"]
-    assert "More that was measured: LLFC at every point, weak additivity, commutativity" in page.text
+    assert "More measurements: LLFC at every point, weak additivity, commutativity" in page.text
     assert page.elements.count("details") == 1
 
 
@@ -660,7 +660,9 @@ def spoiled_record(**changes: Any) -> str:
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("a: b: c"), "not valid YAML"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("- 1"), "holds no recipe"),
+        (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("modells: []"), "recipe.yaml: the recipe cannot"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").unlink(), "must name the parents"),
+        (lambda folder: (folder / "llfc" / "method.json").write_text('{"title": 3}'), "not what is expected there"),
         (lambda folder: (folder / "llfc" / "llfc_report.json").write_text("[]"), "holds no report"),
         (lambda folder: (folder / "llfc" / "run.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "llfc" / "run.json").write_text("{}"), "no record of a run"),

@@ -293,7 +293,7 @@ def test_weights_that_are_not_finite_are_seen_without_a_diagnosis(hub: HubDouble
         name.unlink()
     weights = {"a": np.ones((4, 4), np.float16), "b": np.array([1, value], np.float16), "c": np.arange(3)}
     save_file(weights, folder / "model.safetensors")
-    assert "is not fit to be published: not every weight is finite: b. To push it all the same" in refused(folder)
+    assert "should not be published: not every weight is finite: b. Force it" in refused(folder)
     assert not hub.requests
     publish(folder, REPO, force=True)
 
