@@ -11,11 +11,10 @@ from hf_llfc.foundation.version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy
     from hf_llfc.adapters import register_adapter
-    from hf_llfc.api import align, align_all, check, diagnose, inspect, merge
+    from hf_llfc.api import align, align_all, check, diagnose, inspect, merge, publish
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.errors import LLFCError
     from hf_llfc.pipeline.flow import run
-    from hf_llfc.publishing import publish
     from hf_llfc.recipe import load_recipe
     from hf_llfc.symmetry import Alignment, PermutationSpec
     from hf_llfc.trainer import MergeCallback
@@ -54,7 +53,7 @@ __getattr__ = lazy_names(
         "inspect": ".api",
         "load_recipe": ".recipe",
         "merge": ".api",
-        "publish": ".publishing.hub.push",
+        "publish": ".api",
         "register_adapter": ".adapters",
         "run": ".pipeline.flow",
     },

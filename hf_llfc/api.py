@@ -452,3 +452,47 @@ def _align_options(align: str | Mapping[str, Any], data: EvaluationConfig) -> Al
     if options.reference != 0:
         raise AlignmentError("align.reference: has no meaning in a diagnosis, where the first model or the base stays")
     return options if options.calibration is not None else replace(options, calibration=data)
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    endpoint: str | None = None,
+    force: bool = False,
+) -> str:
+    """Pushes an output folder to a model repository on the Hub, in one commit.
+
+    The folder, the verdict of its diagnosis, the token, the rights on the namespace, the parents and the card's
+    metadata are checked before anything is changed. Files that the repository holds already are not sent again,
+    nothing is committed if nothing changed, and what was committed is read back and compared. After an interrupted
+    upload, call it again.
+
+    Args:
+        folder: What a merge wrote: config, weights, README.md and llfc/.
+        repo_id: "namespace/name", or a name in your own namespace.
+        private: Whether a new repository is private; also a condition on one that exists. None leaves it to the Hub.
+        create_pr: Opens a pull request on an existing repository instead of changing it.
+        token: Token of the Hub; else the one you are logged in with.
+        revision: The branch to push to, created if need be; the main branch without it.
+        tag: Names the commit that holds the folder; one that exists must name that commit already.
+        endpoint: Address of the Hub, where it is not the usual one.
+        force: Pushes although the diagnosis, a private parent or a parent's licence speaks against it, or although the
+            repository holds other weights.
+
+    Returns:
+        The address of the repository, the tag, the branch or the pull request.
+
+    Raises:
+        PublishingError: What is wrong and what to do next; then nothing was committed, unless it says so.
+    """
+    from hf_llfc.publishing.hub.push import publish as push
+    from hf_llfc.recipe import PublishSection
+
+    where = PublishSection(repo_id, private, create_pr, revision, tag)
+    return push(folder, where, token=token, endpoint=endpoint, force=force)

@@ -15,7 +15,7 @@ def show_report(report: ConnectivityReport, options: argparse.Namespace) -> None
         print_json(report.to_dict())
         return
     for table in report_tables(report):
-        print_table(table.title, table.rows, numbers=table.numbers)
+        print_table(table.title, table.records, numbers=table.numbers)
     if report.suggestion is not None:
         print(f"suggestion: {report.suggestion.because}")
     print(f"verdict: {report.verdict.answer}: {report.verdict.because}")

@@ -6,19 +6,14 @@ import argparse
 
 from hf_llfc.cli.console import print_json
 from hf_llfc.publishing import publish
+from hf_llfc.recipe import PublishSection
 
 
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    url = publish(
-        options.folder,
-        options.repo_id,
-        private=options.private,
-        create_pr=options.create_pr,
-        revision=options.revision,
-        tag=options.tag,
-        force=options.force,
-    )
+    names = ("repo_id", "private", "create_pr", "revision", "tag")
+    where = PublishSection(**{name: vars(options)[name] for name in names})
+    url = publish(options.folder, where, force=options.force)
     if options.format == "json":
         print_json({"url": url})
     else:

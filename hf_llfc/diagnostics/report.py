@@ -194,7 +194,7 @@ class ConnectivityReport:
             raise EvaluationError(f"not a report of this version: its schema is {schema!r}, expected {SCHEMA!r}")
         found = {entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values}
         try:
-            return cls(**{name: _checked(value, get_type_hints(cls)[name], name) for name, value in found.items()})
+            return cls(**{name: typed(value, get_type_hints(cls)[name], name) for name, value in found.items()})
         except (TypeError, ValueError) as error:  # TypeError where a part is missing
             raise EvaluationError(f"not a report that this version wrote: {error}") from error
 
@@ -265,7 +265,7 @@ def _flat_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def _checked(value: Any, hint: Any, path: str) -> Any:
+def typed(value: Any, hint: Any, path: str) -> Any:
     """A JSON value as what a type hint says, with keys of later versions left out.
 
     Raises:
@@ -279,21 +279,21 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         hints = get_type_hints(hint)
-        known = {name: _checked(value[name], hints[name], f"{path}.{name}") for name in hints if name in value}
+        known = {name: typed(value[name], hints[name], f"{path}.{name}") for name in hints if name in value}
         missing = [entry.name for entry in dataclasses.fields(hint) if entry.name not in known and _is_required(entry)]
         if missing:
             raise ValueError(f"{path}: {', '.join(missing)} missing")
         return hint(**known)
     if get_origin(hint) is Mapping and isinstance(value, Mapping):
-        return {name: _checked(entry, get_args(hint)[1], f"{path}.{name}") for name, entry in value.items()}
+        return {name: typed(entry, get_args(hint)[1], f"{path}.{name}") for name, entry in value.items()}
     if get_origin(hint) is tuple and isinstance(value, Sequence) and not isinstance(value, str):
         inner = get_args(hint)
         if inner[-1] is not Ellipsis and len(value) != len(inner):
             raise ValueError(f"{path}: {len(inner)} values expected, found {len(value)}")
-        return tuple(_checked(entry, inner[0], f"{path}[{place}]") for place, entry in enumerate(value))
+        return tuple(typed(entry, inner[0], f"{path}[{place}]") for place, entry in enumerate(value))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         return value
-    if hint in (str, bool) and isinstance(value, hint):
+    if (hint in (str, bool) or (hint is int and not isinstance(value, bool))) and isinstance(value, hint):
         return value
     raise ValueError(f"{path}: {str(value)[:40]!r} is not what is expected there")
 

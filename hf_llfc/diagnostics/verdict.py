@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.rows import Barrier, LayerRow, Verdict
+from hf_llfc.foundation.numbers import rounded
 
 if TYPE_CHECKING:
     from hf_llfc.diagnostics.outputs import OutputAgreement
@@ -123,8 +124,9 @@ def judge(
         # there is nothing better to be had, and what was measured with labels decides.
         connected = low and (aligned or features_agree)
         evidence = (
-            f"the barrier is {100 * barrier.error:.2f} points of error (limit {100 * ERROR_BARRIER_TOLERANCE:g}) and "
-            f"{barrier.loss:.3f} nats of loss (limit {LOSS_BARRIER_TOLERANCE:g}); {evidence}"
+            f"the barrier is {rounded(100 * barrier.error, 2)} points of error "
+            f"(limit {100 * ERROR_BARRIER_TOLERANCE:g}) and {rounded(barrier.loss, 3)} nats of loss "
+            f"(limit {LOSS_BARRIER_TOLERANCE:g}); {evidence}"
         )
     if connected:
         return Verdict("merge", evidence)

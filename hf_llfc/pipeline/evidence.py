@@ -16,10 +16,10 @@ from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import Models
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.publishing import write_card
-from hf_llfc.publishing.card.card import parent_card
+from hf_llfc.publishing.card.card import Evidence
+from hf_llfc.publishing.lineage import models_of, read_parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
-from hf_llfc.publishing.record import RunRecord
-from hf_llfc.publishing.shares import models_of
+from hf_llfc.publishing.record import AlignmentSummary, MergekitRun, Result, RunRecord
 from hf_llfc.recipe import Recipe, dump_recipe
 from hf_llfc.symmetry import Alignment, PermutationSpec
 
@@ -65,14 +65,15 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
     refuse_changed(opened.all)
     ours = journal.folder / LLFC_FOLDER
     as_run = resolved(recipe, opened, report)
-    models = models_of(as_run.to_dict(), report)
-    models = [{**model, "card": parent_card(model)} for model in models]
+    parents = [
+        replace(parent, card=read_parent_card(parent.id, parent.revision)) for parent in models_of(as_run, report)
+    ]
     record = RunRecord(
-        alignments=[alignment_summary(alignment) for alignment in run.alignments if alignment is not None],
-        results=[row for row in table if "loss" in row],
+        alignments=tuple(AlignmentSummary.from_dict(alignment_summary(a)) for a in run.alignments if a is not None),
+        results=tuple(Result(**row) for row in table if "loss" in row),
         versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.all) else [])),
         hardware=hardware_in_words(run.processes),
-        cards=[model["card"] for model in models],
+        cards=tuple(parent.metadata for parent in parents),
     )
     with storing(journal.folder):
         ours.mkdir(exist_ok=True)
@@ -80,9 +81,7 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
         record.save(journal.folder)
         write_card(
             journal.folder,
-            recipe=as_run.to_dict(),
-            report=report,
-            models=models,
+            Evidence(parents, as_run, report, record, MergekitRun.load(journal.folder)),
             name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
             license=recipe.publish.licence if recipe.publish is not None else None,
         )

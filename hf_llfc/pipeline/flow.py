@@ -166,15 +166,7 @@ def check_target(recipe: Recipe) -> None:
         PublishingError: What is wrong with the account, the repository or the parents.
     """
     assert recipe.publish is not None
-    target = recipe.publish
-    check_access(
-        target.repo_id,
-        private=target.private,
-        create_pr=target.create_pr,
-        revision=target.revision,
-        tag=target.tag,
-        parents=parents_in(recipe.to_dict()),
-    )
+    check_access(recipe.publish, parents_in(recipe))
 
 
 def push(run: RunContext) -> str:
@@ -187,14 +179,7 @@ def push(run: RunContext) -> str:
     assert recipe.publish is not None
     target = recipe.publish
     try:
-        return publish(
-            recipe.output_dir,
-            target.repo_id,
-            private=target.private,
-            create_pr=target.create_pr,
-            revision=target.revision,
-            tag=target.tag,
-        )
+        return publish(recipe.output_dir, target)
     except PublishingError as error:
         words = ["hf-llfc", "push", str(recipe.output_dir), target.repo_id]
         words += ["--private"] if target.private else []

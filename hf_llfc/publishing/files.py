@@ -8,15 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf_llfc.errors import PublishingError
-from hf_llfc.foundation.layout import LLFC_FOLDER, METHOD_FILE
+from hf_llfc.errors import PublishingError, RecipeError
 from hf_llfc.foundation.limited_yaml import read_yaml
-
-
-def computed_by(folder: Path) -> dict[str, Any] | None:
-    """What another program was asked for that computed the weights; None where they were computed here."""
-    path = folder / LLFC_FOLDER / METHOD_FILE
-    return read_json(path) if path.is_file() else None
+from hf_llfc.recipe import Recipe, load_recipe
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,16 +30,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe as it was run.
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of an output folder, as it was run.
 
     Raises:
-        PublishingError: It cannot be read.
+        PublishingError: It cannot be read, or this version knows no such recipe.
     """
     values = read_yaml(path, PublishingError)
     if not isinstance(values, dict):
         raise PublishingError(f"{path} holds no recipe")
-    return values
+    try:
+        return load_recipe(values)
+    except RecipeError as error:
+        raise PublishingError(f"{path}: {error}") from None
 
 
 def write_whole(path: Path, text: str) -> Path:

@@ -1,15 +1,19 @@
-"""What the parents of a merge say about themselves, and what follows for the merge: licence, languages, data."""
+"""The parents of a merge: their names, weights and licences, and what follows for the merge."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import CARD_FILE
+from hf_llfc.publishing.numbers import weight_text
+from hf_llfc.recipe import ModelEntry, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +23,8 @@ PARTS = "parts"
 LARGEST_CARD = 5_000_000
 """In bytes; a larger one is not read."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_RELEVANT = ("license", "license_name", "license_link", "language", "datasets")
+RELEVANT = ("license", "license_name", "license_link", "language", "datasets")
+"""Keys of a parent's card on which the card of the merge depends."""
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 _DATASET = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
@@ -51,7 +56,7 @@ class ParentInfo:
         revision: The commit, for a parent on the Hub.
         weight: Its share in the merge.
         is_base: Whether it is the base of task arithmetic and not itself a parent.
-        card: The metadata of its own card, as `read_parent_card` gives it.
+        card: The metadata of its own card, as `read_parent_card` gives it; None where that was not read.
         share: In words what it was given in the merge, where that is no one weight.
     """
 
@@ -59,13 +64,26 @@ class ParentInfo:
     revision: str | None = None
     weight: float | None = None
     is_base: bool = False
-    card: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] | None = None
     share: str | None = None
+
+    @classmethod
+    def named(cls, name: str, revision: str | None = None, **values: Any) -> ParentInfo:
+        """A parent by the name that a recipe or a report gives it, which may hold its revision."""
+        model_id, pinned = split_revision(name)
+        return cls(model_id, revision or pinned, **values)
 
     @property
     def share_in_words(self) -> str:
         """Its weight, or what it was given in its place."""
-        return self.share or ("by layer" if self.weight is None else f"{self.weight:.4g}")
+        if self.is_base:
+            return "base"
+        return self.share or ("by layer" if self.weight is None else weight_text(self.weight))
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata of its own card, empty where that was not read."""
+        return self.card or {}
 
     @property
     def parts(self) -> tuple[ParentInfo, ...]:
@@ -73,9 +91,9 @@ class ParentInfo:
         names = parts_of(self.id)
         if len(names) == 1:
             return (self,)
-        cards = self.card.get(PARTS)
+        cards = self.metadata.get(PARTS)
         cards = cards if isinstance(cards, list) and len(cards) == len(names) else [{}] * len(names)
-        return tuple(ParentInfo(*split_revision(name), card=card) for name, card in zip(names, cards, strict=True))
+        return tuple(ParentInfo.named(name, card=card) for name, card in zip(names, cards, strict=True))
 
     @property
     def is_on_hub(self) -> bool:
@@ -92,17 +110,22 @@ class ParentInfo:
         return self.id if self.is_on_hub else PurePath(self.id).name or self.id
 
     @property
+    def link(self) -> str | None:
+        """The address of its page on the Hub, where it has one."""
+        return f"https://huggingface.co/{self.id}" if self.is_on_hub and HUB_ID.fullmatch(self.id) else None
+
+    @property
     def license(self) -> str | None:
         """The licence's identifier; its own name where the Hub knows it only as `other`. Of two parts both."""
         if len(self.parts) > 1:
             stated = dict.fromkeys(part.license for part in self.parts)
             return None if None in stated else " and ".join(str(license) for license in stated)
-        value = self.card.get("license")
+        value = self.metadata.get("license")
         if isinstance(value, list):
             value = value[0] if len(value) == 1 else None
         if not isinstance(value, str) or value == "unknown":
             return None
-        name = self.card.get("license_name")
+        name = self.metadata.get("license_name")
         return name if value == "other" and isinstance(name, str) else value
 
 
@@ -140,21 +163,74 @@ def is_hub_id(model: str) -> bool:
     return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
-def read_parent_card(
-    model: str, revision: str | None = None, *, token: str | bool | None = None, endpoint: str | None = None
-) -> dict[str, Any]:
+def display_name(model: str) -> str:
+    """The Hub id of a model, or the last part of its path: nobody is told how a disk is laid out."""
+    return ParentInfo.named(model).name
+
+
+def file_name(path: str) -> str:
+    """The last part of a path."""
+    return PurePath(path).name or path
+
+
+def models_of(recipe: Recipe | None, report: ConnectivityReport | None) -> list[ParentInfo]:
+    """The parents as the recipe names them, else as the report does, the base of task arithmetic last.
+
+    Raises:
+        PublishingError: Neither names any.
+    """
+    if recipe is None:
+        named = [] if report is None else [model for model in report.models if model.id is not None]
+        parents = [ParentInfo.named(str(m.id), m.revision, weight=m.weight) for m in named]
+    else:
+        is_settled = recipe.mergekit_method is not None
+        parents = [
+            ParentInfo.named(entry.model, weight=weight, share=_settings(entry) if is_settled else None)
+            for entry, weight in zip(recipe.models, _weights(recipe), strict=True)
+        ]
+        if recipe.base_model is not None:
+            parents.append(ParentInfo.named(recipe.base_model, is_base=True))
+    if not parents:
+        raise PublishingError(
+            "the card must name the parents: there is neither llfc/recipe.yaml nor a report that does"
+        )
+    return parents
+
+
+def _weights(recipe: Recipe) -> list[float | None]:
+    """The weight that each model has in the merge; None where it is not one number for all tensors."""
+    return [None] * len(recipe.models) if recipe.weights is None else list(recipe.weights)
+
+
+def _settings(entry: ModelEntry) -> str:
+    """What one model was given, the weight in front and without its name."""
+    settings = dict(entry.parameters.settings) if entry.parameters is not None else {}
+    words = [setting_in_words(settings.pop("weight"))] if "weight" in settings else []
+    words += [f"{key} {setting_in_words(value)}" for key, value in settings.items()]
+    return ", ".join(words) or "–"
+
+
+def setting_in_words(value: Any) -> str:
+    """A parameter of a merge method, which may be one for all tensors, one a layer or one a pattern of names."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return weight_text(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(number, int | float) for number in value):
+        return " … ".join(map(weight_text, value)) + " by layer"
+    return "by tensor"
+
+
+def read_parent_card(model: str, revision: str | None = None) -> dict[str, Any]:
     """The metadata of a parent's own card; empty if it has none, or if the Hub cannot be asked.
 
     Args:
         model: Hub id or local folder; of `base+adapter` the cards of both are under the key `PARTS`.
         revision: For a model on the Hub.
-        token: For a private or gated one.
-        endpoint: Of the Hub, where it is not the usual one.
     """
     names = parts_of(model)
     if len(names) > 1:
-        parts = [split_revision(name) for name in names]
-        return {PARTS: [read_parent_card(*part, token=token, endpoint=endpoint) for part in parts]}
+        return {PARTS: [read_parent_card(*split_revision(name)) for name in names]}
     from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
     path = Path(model) / CARD_FILE
@@ -163,7 +239,7 @@ def read_parent_card(
         if not isinstance(cached, str):
             # A missing licence is a line in the card: one question without retries, whatever goes wrong with it.
             try:
-                info = HfApi(endpoint=endpoint, token=token).model_info(model, revision=revision, timeout=HUB_TIMEOUT)
+                info = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT)
             except Exception as error:  # the client lets errors of network and server through
                 logger.info("%s: its card cannot be read (%s)", model, type(error).__name__)
                 return {}
@@ -179,10 +255,8 @@ def read_parent_card(
 
 
 def relevant(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a parent's card that of a merge depends on."""
-    kept = {
-        key: card[key] for key in ("license", "license_name", "license_link", "language", "datasets") if key in card
-    }
+    """The part of a parent's card on which the card of the merge depends."""
+    kept = {key: card[key] for key in RELEVANT if key in card}
     parts = card.get(PARTS)
     return {**kept, PARTS: [relevant(part) for part in parts]} if isinstance(parts, list) else kept
 
@@ -204,15 +278,13 @@ def combined_license(parents: Sequence[ParentInfo], chosen: str | None = None) -
     problem = None
     if len(known) > 1:
         listed = ", ".join(f"{name}: {license or 'not stated'}" for name, license in stated.items())
-        problem = (
-            f"The parents carry different licences ({listed}). A merge is bound by all of them at once: read them."
-        )
+        problem = f"The parents have different licences ({listed}). All of them apply to the merge: read each one."
     elif chosen is not None and known and chosen != known[0]:
         problem = (
-            f"It is published under {chosen}, while what it was made from carries {known[0]}: read both before you use "
-            "or redistribute this model."
+            f"This model is published under {chosen}, but its parents are published under {known[0]}: read both "
+            "licences before you use or redistribute it."
         )
-    elif silent and len(parents) > 0:
+    elif silent:
         problem = f"No licence is stated by {', '.join(silent)}: ask before you use or redistribute this model."
     if chosen is not None:
         return License(_license_metadata(chosen), problem)
@@ -220,7 +292,7 @@ def combined_license(parents: Sequence[ParentInfo], chosen: str | None = None) -
         return License({"license": "other", "license_name": "licences-of-the-parents"}, problem)
     if silent or not known:
         return License({}, problem)
-    link = next((parent.card.get("license_link") for parent in parents if parent.license), None)
+    link = next((parent.metadata.get("license_link") for parent in parents if parent.license), None)
     return License(_license_metadata(known[0], link), problem)
 
 
@@ -238,10 +310,8 @@ def _license_metadata(license: str, link: Any = None) -> dict[str, str]:
 def union(parents: Sequence[ParentInfo], key: str) -> list[str]:
     """What any parent's card lists under `language` or `datasets`, without what the Hub would refuse."""
     pattern = {"language": _LANGUAGE, "datasets": _DATASET}[key]
-    found: list[str] = []
+    listed: list[Any] = []
     for part in (part for parent in parents for part in parent.parts):
-        values = part.card.get(key)
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, str) and pattern.fullmatch(value):
-                found.append(value)
-    return list(dict.fromkeys(found))
+        values = part.metadata.get(key)
+        listed += values if isinstance(values, list) else [values]
+    return list(dict.fromkeys(value for value in listed if isinstance(value, str) and pattern.fullmatch(value)))

@@ -1,20 +1,226 @@
-"""What neither recipe nor report says of a run, kept in llfc/run.json: with it a card can be written again."""
+"""What a run found, as typed data: results, alignments and data, and what llfc/run.json keeps to write a card again."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from hf_llfc.diagnostics.report import ConnectivityReport, typed
 from hf_llfc.errors import PublishingError
-from hf_llfc.foundation.layout import LLFC_FOLDER, RUN_FILE
-from hf_llfc.publishing.lineage import relevant
-from hf_llfc.publishing.words import display_name
+from hf_llfc.foundation.layout import LLFC_FOLDER, METHOD_FILE, RUN_FILE
+from hf_llfc.publishing.files import read_json
+from hf_llfc.publishing.lineage import display_name, file_name, is_hub_id, relevant, split_revision
 
 SCHEMA = "hf_llfc.run/1"
+
+Kind = TypeVar("Kind")
+
+
+def _read(kind: type[Kind], values: Any, where: str) -> Kind:
+    """JSON values as a dataclass, with keys of later versions left out."""
+    try:
+        value: Kind = typed(values, kind, where)
+    except ValueError as error:
+        raise PublishingError(str(error)) from None
+    return value
+
+
+@dataclass(frozen=True)
+class Result:
+    """Loss and metrics of one model.
+
+    Attributes:
+        id: Hub id or path.
+        loss: In nats; None where it was not measured.
+        metrics: By name; None where a value is not finite.
+        is_merge: Whether it is the merged model.
+    """
+
+    id: str
+    loss: float | None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    is_merge: bool = False
+
+
+@dataclass(frozen=True)
+class MovedAxis:
+    """How many units of one kind of axis an alignment moves."""
+
+    axis: str
+    moved: int
+    units: int
+
+
+@dataclass(frozen=True)
+class AlignmentSummary:
+    """An alignment in numbers, as `hf_llfc.parents.provenance.alignment_summary` gives them.
+
+    Attributes:
+        method: How it was found.
+        axes: What it moves.
+        model: Which model it moves.
+        reference: The model that stays.
+        together: Of several models that were aligned at once: `star` or `universe`.
+        models: How many those are.
+        centre: The model in the middle of a star.
+    """
+
+    method: str = "alignment"
+    groups: str | None = None
+    objective_before: float | None = None
+    objective_after: float | None = None
+    distance_before: float | None = None
+    distance_after: float | None = None
+    cosine_before: float | None = None
+    cosine_after: float | None = None
+    converged: bool | None = None
+    unmatched: tuple[str, ...] | None = None
+    solver: str | None = None
+    assignment_gap: float | None = None
+    together: str | None = None
+    models: int | None = None
+    centre: str | None = None
+    pairs_cosine_before: float | None = None
+    pairs_cosine_after: float | None = None
+    reference: str | None = None
+    model: str | None = None
+    axes: tuple[MovedAxis, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AlignmentSummary:
+        """Reads the summary from JSON values.
+
+        Raises:
+            PublishingError: A value is not what is expected there.
+        """
+        return _read(cls, values, "alignment")
+
+    @property
+    def moved(self) -> int:
+        """How many units it moves."""
+        return sum(axis.moved for axis in self.axes)
+
+    @property
+    def units(self) -> int:
+        """How many units may move."""
+        return sum(axis.units for axis in self.axes)
+
+    def without_paths(self) -> AlignmentSummary:
+        """The summary with Hub ids as they are and folders by their name."""
+        model, reference, centre = (name and display_name(name) for name in (self.model, self.reference, self.centre))
+        return replace(self, model=model, reference=reference, centre=centre)
+
+
+def alignments_in(report: ConnectivityReport) -> list[AlignmentSummary]:
+    """Every alignment that a report tells of; none where nothing was aligned.
+
+    Raises:
+        PublishingError: The report tells of something else.
+    """
+    if report.alignment.get("method") in (None, "none"):
+        return []
+    several = report.alignment.get("alignments")
+    return [
+        AlignmentSummary.from_dict(values) for values in (several if isinstance(several, list) else [report.alignment])
+    ]
+
+
+@dataclass(frozen=True)
+class MeasuredData:
+    """The data that a report was measured on.
+
+    Attributes:
+        task: Pipeline tag.
+        dataset: Hub id, with the revision where it is known, or path.
+        name: Configuration of the data set.
+        split: Part of the data set.
+        samples: How many samples.
+        seed: Seed of the choice of samples.
+        tokenizer: Name of the tokenizer; `bytes` where tokens are bytes.
+        unit: What there is one feature vector of.
+    """
+
+    task: str | None = None
+    dataset: str | None = None
+    name: str | None = None
+    split: str | None = None
+    samples: int | None = None
+    seed: int | None = None
+    tokenizer: str | None = None
+    unit: str | None = None
+
+    @classmethod
+    def of(cls, report: ConnectivityReport | None) -> MeasuredData:
+        """The data of a report; all None without one.
+
+        Raises:
+            PublishingError: The report does not describe its data as this package does.
+        """
+        return cls() if report is None else _read(cls, report.data, "data")
+
+    @property
+    def id(self) -> str:
+        """The Hub id without its revision, or the file's name."""
+        name, _ = split_revision(self.dataset or "")
+        return name if is_hub_id(name) else file_name(name)
+
+    @property
+    def revision(self) -> str | None:
+        """The revision on the Hub, where it is known."""
+        return split_revision(self.dataset or "")[1]
+
+    @property
+    def link(self) -> str | None:
+        """The address of the data on the Hub, if they are there."""
+        return f"https://huggingface.co/datasets/{self.id}" if is_hub_id(self.id) else None
+
+    @property
+    def full_name(self) -> str:
+        """The id with the whole revision."""
+        return self.id if self.revision is None else f"{self.id}@{self.revision}"
+
+    @property
+    def short_name(self) -> str:
+        """The id with seven characters of the revision."""
+        return self.id if self.revision is None else f"{self.id}@{self.revision[:7]}"
+
+    @property
+    def parts(self) -> list[str]:
+        """Configuration, split and number of samples, as far as they are known."""
+        split = f"split {self.split}" if self.split else None
+        samples = f"{self.samples} samples" if self.samples else None
+        return [part for part in (self.name, split, samples) if part]
+
+
+@dataclass(frozen=True)
+class MergekitRun:
+    """What mergekit was asked for, where it computed the weights.
+
+    Attributes:
+        title: The method's name.
+        mergekit: The version.
+        parameters: Of the method.
+        seed: Of what is random in the method.
+    """
+
+    title: str
+    mergekit: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    @classmethod
+    def load(cls, folder: Path) -> MergekitRun | None:
+        """Reads llfc/method.json; None where the weights were computed here.
+
+        Raises:
+            PublishingError: The file holds something else.
+        """
+        path = folder / LLFC_FOLDER / METHOD_FILE
+        return _read(cls, read_json(path), str(path)) if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -22,30 +228,32 @@ class RunRecord:
     """What a run did.
 
     Attributes:
-        alignments: A summary of each, as `hf_llfc.parents.provenance.alignment_summary` gives it.
-        results: Loss and metrics of every parent and of the merge on the same data: mappings with `id`, `loss`,
-            `metrics` and, for the merge, `is_merge`.
+        alignments: In the order of the models.
+        results: Of every parent and of the merge on the same data.
         versions: Of the libraries.
         hardware: In words.
-        cards: Of every parent, in the order of `shares.models_of`, what of its own card that of the merge depends on.
+        cards: Of every parent, in the order of `lineage.models_of`, what of its own card that of the merge depends on.
     """
 
-    alignments: Sequence[Mapping[str, Any]] = ()
-    results: Sequence[Mapping[str, Any]] = ()
+    alignments: tuple[AlignmentSummary, ...] = ()
+    results: tuple[Result, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str | None = None
-    cards: Sequence[Mapping[str, Any]] = ()
+    cards: tuple[Mapping[str, Any], ...] = ()
 
     def save(self, folder: Path) -> Path:
-        """Writes it into an output folder, without the paths of a disk."""
+        """Writes the record into an output folder, without the paths of a disk."""
         path = folder / LLFC_FOLDER / RUN_FILE
-        values = {
-            "schema": SCHEMA,
-            **asdict(self),
-            "alignments": [_named(entry, "model", "reference", "centre") for entry in self.alignments],
-            "results": [_named(row, "id") for row in self.results],
-            "cards": [relevant(card) for card in self.cards],
-        }
+        named = replace(
+            self,
+            alignments=tuple(alignment.without_paths() for alignment in self.alignments),
+            results=tuple(replace(result, id=display_name(result.id)) for result in self.results),
+            cards=tuple(map(relevant, self.cards)),
+        )
+        values = {"schema": SCHEMA, **asdict(named)}
+        values["alignments"] = [
+            {key: value for key, value in alignment.items() if value is not None} for alignment in values["alignments"]
+        ]
         text = json.dumps(_without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
         path.parent.mkdir(exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8", newline="\n")
@@ -53,7 +261,7 @@ class RunRecord:
 
     @classmethod
     def load(cls, folder: Path) -> RunRecord:
-        """Reads that of an output folder; an empty one where there is none.
+        """Reads the record of an output folder; an empty one where there is none.
 
         Raises:
             PublishingError: The file cannot be read or is not one.
@@ -61,55 +269,21 @@ class RunRecord:
         path = folder / LLFC_FOLDER / RUN_FILE
         if not path.is_file():
             return cls()
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise PublishingError(f"{path} cannot be read: {error}") from None
-        if not _is_record(values):
+        values = read_json(path)
+        missing = {"alignments", "results", "versions", "hardware", "cards"} - values.keys()
+        if values.get("schema") != SCHEMA or missing:
             raise PublishingError(f"{path} is no record of a run ({SCHEMA}); delete it, or merge again")
-        return cls(
-            alignments=values["alignments"],
-            results=[{**row, "loss": math.nan if row["loss"] is None else row["loss"]} for row in values["results"]],
-            versions=values["versions"],
-            hardware=values["hardware"],
-            cards=values["cards"],
+        try:
+            record = _read(cls, values, str(path))
+        except PublishingError as error:
+            raise PublishingError(f"{error}: it is no record of a run ({SCHEMA}); delete it, or merge again") from None
+        # JSON has no NaN: a loss that was measured and not finite is null there.
+        return replace(
+            record,
+            results=tuple(
+                replace(result, loss=math.nan) if result.loss is None else result for result in record.results
+            ),
         )
-
-
-def _is_record(values: Any) -> bool:
-    """Whether the parts that are read are there and of the right kind."""
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        return False
-    alignments, results, versions, cards = (values.get(key) for key in ("alignments", "results", "versions", "cards"))
-    return (
-        isinstance(alignments, list)
-        and all(isinstance(entry, dict) and _are_axes(entry.get("axes", [])) for entry in alignments)
-        and isinstance(results, list)
-        and all(map(_is_result, results))
-        and isinstance(versions, dict)
-        and isinstance(cards, list)
-        and all(isinstance(card, dict) for card in cards)
-        and isinstance(values.get("hardware"), str | None)
-    )
-
-
-def _are_axes(axes: Any) -> bool:
-    return isinstance(axes, list) and all(
-        isinstance(axis, dict) and isinstance(axis.get("moved"), int) and isinstance(axis.get("units"), int)
-        for axis in axes
-    )
-
-
-def _is_result(row: Any) -> bool:
-    if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or "loss" not in row:
-        return False
-    return all(isinstance(value, int | float | None) for value in (row["loss"], *row["metrics"].values()))
-
-
-def _named(entry: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """The entry with Hub ids as they are and folders by their name, without the sentence that says the same."""
-    entry = {key: value for key, value in entry.items() if key != "sentence"}
-    return {**entry, **{key: display_name(str(entry[key])) for key in keys if entry.get(key)}}
 
 
 def _without_nan(value: Any) -> Any:

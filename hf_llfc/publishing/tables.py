@@ -1,242 +1,295 @@
-"""A connectivity report as tables for a terminal of 100 columns, one for each part that was measured.
+"""A connectivity report as tables of text, one for each part that was measured, for a terminal and for the page.
 
 `docs/report.md` explains every column.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import re
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow, LayerRow, Statistic
-from hf_llfc.publishing.plots.layer_axis import common_prefix
-from hf_llfc.publishing.reading import (
+from hf_llfc.publishing.numbers import (
+    ERROR,
     LOSS,
-    blend_of_models,
-    metric_names,
+    NOTHING,
+    decimal_text,
+    distance_text,
+    height_text,
+    is_number,
+    known,
     metric_style,
-    model_points,
-    number_text,
-    point_name,
-    shown_additivity,
-    shown_layers,
+    value_text,
+    weight_text,
+    weights_text,
 )
-
-Row = dict[str, str]
+from hf_llfc.publishing.path import blend_of_models
+from hf_llfc.publishing.plots.layer_axis import common_prefix
+from hf_llfc.publishing.reading import metric_names, model_points, point_name, shown_additivity, shown_layers
 
 LONG_NAME = 30
-"""Characters up to which names of layers are written in full."""
+"""Characters up to which names of layers are written in full in a terminal."""
 
 
 @dataclass(frozen=True)
-class ReportTable:
-    """A part of a report.
+class Column:
+    """A column of a table.
 
     Args:
-        title: What it shows.
-        rows: Cells by the names of their columns.
-        numbers: Whether all columns but the first hold numbers.
+        title: Its heading.
+        note: What it holds, in a few words.
+        short: The heading where there is little room; empty where that is the title.
     """
 
     title: str
-    rows: list[Row]
+    note: str = ""
+    short: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A part of a report as text.
+
+    Args:
+        key: Names the table in the page.
+        title: What it shows.
+        columns: The first names the rows.
+        rows: One text a column. A text begins with the number to sort by.
+        note: How to read it.
+        numbers: Whether all columns but the first hold numbers.
+    """
+
+    key: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
     numbers: bool = True
 
+    @property
+    def records(self) -> list[dict[str, str]]:
+        """The rows as texts by the short headings of their columns."""
+        names = [column.short or column.title for column in self.columns]
+        return [dict(zip(names, row, strict=True)) for row in self.rows]
 
-def report_tables(report: ConnectivityReport) -> list[ReportTable]:
-    """Every part of the report that was measured, in the order in which a reader wants them."""
-    models = _models(report) if len(report.models) > 2 or report.region != "line" else []
+
+def report_tables(report: ConnectivityReport) -> list[Table]:
+    """Every part of the report that was measured, in the order in which a reader wants them, for a terminal."""
     tables = [
-        ReportTable("models", models, numbers=False),
-        ReportTable(_path_title(report), _path(report)),
-        _by_layer(_layer_title(report), [_layer(row) for row in shown_layers(report)]),
-        _by_layer(_additivity_title(report), [_additivity(row) for row in shown_additivity(report)]),
-        _by_layer("commutativity of linear maps", _commutativity(report)),
-        _by_layer("stitching, A up to and with the layer, then B", _stitching(report)),
-        _by_layer("weights, effective rank and principal angles in degrees", _weights(report)),
-        _by_layer("features, effective rank and principal angles in degrees", _features(report)),
-        ReportTable("suggested weights", _suggestion(report), numbers=False),
-        ReportTable("barrier", _barrier(report)),
+        _models(report),
+        path_table(report),
+        *map(_with_short_names, [_layers(report), *measure_tables(report)]),
+        _suggestion(report),
+        _barrier(report),
     ]
     return [table for table in tables if table.rows]
 
 
-def _by_layer(title: str, rows: list[Row]) -> ReportTable:
-    """A table of layers; where names are long, what most of them begin with is said in the title only."""
-    if not rows:
-        return ReportTable(title, rows)
-    column = next(iter(rows[0]))
-    names = [row[column] for row in rows]
-    prefix = common_prefix(names)
-    if max(map(len, names)) <= LONG_NAME or not prefix:
-        return ReportTable(title, rows)
-    shortened = [{**row, column: row[column].removeprefix(prefix)} for row in rows]
-    return ReportTable(f"{title} (short names: {prefix}*)", shortened)
-
-
-def _models(report: ConnectivityReport) -> list[Row]:
-    names = [f"model {place}" for place in range(1, len(report.models) + 1)]
-    if report.region == "arithmetic":
-        names[-1] = "base"
-    return [
-        {"name": name, "model": model.id or "–", "weight": "–" if model.weight is None else f"{model.weight:.4g}"}
-        for name, model in zip(names, report.models, strict=True)
+def measure_tables(report: ConnectivityReport) -> list[Table]:
+    """The measures beside loss and LLFC that the report has, a row a layer."""
+    tables = [
+        _additivity(report),
+        _commutativity(report),
+        _stitching(report),
+        _geometry(report, "weights"),
+        _geometry(report, "features"),
     ]
+    return [table for table in tables if table.rows]
 
 
-def _path_title(report: ConnectivityReport) -> str:
-    if report.region != "line":
-        return "loss and metrics of merged models"
-    first, second = ([_short(model.id) for model in report.models] + ["B"] * 2)[:2]
-    return f"path: alpha of {first}, 1 - alpha of {second}"
+def _with_short_names(table: Table) -> Table:
+    """The table where names are long: what most of them begin with is said in the title only."""
+    names = [row[0] for row in table.rows]
+    prefix = common_prefix(names)
+    if max(map(len, names), default=0) <= LONG_NAME or not prefix:
+        return table
+    rows = tuple((name.removeprefix(prefix), *cells) for name, *cells in table.rows)
+    return dataclasses.replace(table, title=f"{table.title} (short names: {prefix}*)", rows=rows)
 
 
-def _short(model_id: str | None) -> str:
-    return re.split(r"[/\\]", (model_id or "?").rstrip("/\\"))[-1]
+def _models(report: ConnectivityReport) -> Table:
+    """The models and their weights, where letters do not name them."""
+    columns = (Column("name"), Column("model"), Column("weight"))
+    if len(report.models) <= 2 and report.region == "line":
+        return Table("models", "models", columns, ())
+    rows = tuple(
+        (name, model.id or NOTHING, weight_text(model.weight))
+        for name, model in zip(model_names(report), report.models, strict=True)
+    )
+    return Table("models", "models", columns, rows, numbers=False)
 
 
-def _path(report: ConnectivityReport) -> list[Row]:
-    losses = [math.nan if point.loss is None else point.loss for point in report.path]
-    labelled = any(math.isfinite(loss) for loss in losses)
+def model_names(report: ConnectivityReport) -> list[str]:
+    """What the report calls its models: A and B, or `model 1` and so on, and `base`."""
+    if report.region == "line" and len(report.models) == 2:
+        return ["A", "B"]
+    names = [f"model {number}" for number in range(1, len(report.models) + 1)]
+    return [*names[:-1], "base"] if report.region == "arithmetic" else names
+
+
+def path_table(report: ConnectivityReport) -> Table:
+    """Loss and metrics at every point; without rows where there were no labels."""
+    on_line, metrics = report.region == "line", metric_names(report)
+    losses = [known(point.loss) for point in report.path]
+    has_loss = any(map(is_number, losses))
     rows = []
     for point, blend in zip(report.path, blend_of_models(report.path, losses), strict=True):
-        place = {"alpha": f"{point.alpha:.3g}"} if report.region == "line" else {"point": point_name(report, point)}
-        values = {name: number_text(point.metrics.get(name), metric_style(name)) for name in metric_names(report)}
-        loss = {"loss": number_text(point.loss, LOSS), "blend": decimal_text(blend, ".4f")} if labelled else {}
-        rows.append({**place, **loss, **values})
-    return rows if labelled or metric_names(report) else []
+        name = f"{point.alpha:.3g}" if on_line else point_name(report, point)
+        loss = (value_text(point.loss, LOSS), decimal_text(blend, 4)) if has_loss else ()
+        rows.append((name, *loss, *(value_text(point.metrics.get(name), metric_style(name)) for name in metrics)))
+    first, second = ([re.split(r"[/\\]", (m.id or "?").rstrip("/\\"))[-1] for m in report.models] + ["B"] * 2)[:2]
+    of_loss = (Column("loss", "nats"), Column("blend", "of the models' losses")) if has_loss else ()
+    return Table(
+        "path",
+        f"path: alpha of {first}, 1 - alpha of {second}" if on_line else "loss and metrics of merged models",
+        (Column("alpha" if on_line else "point"), *of_loss, *(Column(metric_style(m).title, short=m) for m in metrics)),
+        tuple(rows) if has_loss or metrics else (),
+    )
 
 
-def _layer_title(report: ConnectivityReport) -> str:
-    rows = shown_layers(report)
-    if not rows:
-        return ""
-    unit = report.data.get("unit") or "sample"
-    where = f"alpha = {rows[0].alpha:.3g}" if report.region == "line" else f"the point {point_name(report, rows[0])}"
-    return f"layers at {where}, mean over {unit}s"
+def layer_columns(rows: Sequence[LayerRow]) -> tuple[Column, ...]:
+    """The columns of `layer_cells`."""
+    return (
+        Column("layer"),
+        *_statistic_columns("LLFC", "1 − cos(merged, blend)", [row.llfc for row in rows]),
+        Column("baseline", "1 − cos(A, B)"),
+        Column("ratio", "LLFC / baseline"),
+        Column("coefficient", "1: as large as the blend", "coef"),
+        Column("±", "its standard deviation"),
+    )
 
 
-def _layer(row: LayerRow) -> Row:
-    return {
-        "layer": row.layer,
-        **_statistic("LLFC", row.llfc),
-        "baseline": distance_text(row.baseline.mean),
-        "ratio": distance_text(row.ratio),
-        "coef": decimal_text(row.coefficient.mean, ".3f"),
-        "±": decimal_text(row.coefficient.std, ".3f"),
-    }
+def layer_cells(row: LayerRow) -> tuple[str, ...]:
+    """The numbers of one layer at one point."""
+    return (
+        *_statistic_cells(row.llfc),
+        distance_text(row.baseline.mean),
+        distance_text(row.ratio),
+        decimal_text(row.coefficient.mean, 3),
+        decimal_text(row.coefficient.std, 3),
+    )
 
 
-def _statistic(name: str, found: Statistic) -> Row:
-    """A mean with its interval, or without one with its standard deviation."""
-    if found.interval is None:
-        return {name: distance_text(found.mean), "± std": distance_text(found.std)}
-    low, high = found.interval
-    return {name: distance_text(found.mean), "95 % interval": f"{distance_text(low)} to {distance_text(high)}"}
+def _layers(report: ConnectivityReport) -> Table:
+    rows, title = shown_layers(report), ""
+    if rows:
+        unit = report.data.get("unit") or "sample"
+        where = (
+            f"alpha = {rows[0].alpha:.3g}" if report.region == "line" else f"the point {point_name(report, rows[0])}"
+        )
+        title = f"layers at {where}, mean over {unit}s"
+    return Table("layers", title, layer_columns(rows), tuple((row.layer, *layer_cells(row)) for row in rows))
 
 
-def _additivity_title(report: ConnectivityReport) -> str:
+def _statistic_columns(title: str, note: str, statistics: Sequence[Statistic]) -> tuple[Column, Column]:
+    has_interval = any(statistic.interval is not None for statistic in statistics)
+    return Column(title, note), Column("95 % interval", "of that mean") if has_interval else Column("± std")
+
+
+def _statistic_cells(statistic: Statistic) -> tuple[str, str]:
+    """A mean with its interval, or with its standard deviation where it has none."""
+    if statistic.interval is None:
+        return distance_text(statistic.mean), distance_text(statistic.std)
+    return distance_text(statistic.mean), " to ".join(map(distance_text, statistic.interval))
+
+
+def _additivity(report: ConnectivityReport) -> Table:
     rows = shown_additivity(report)
-    return f"weak additivity at alpha = {rows[0].alpha:.3g}, mean over samples" if rows else ""
+    return Table(
+        "additivity",
+        f"weak additivity at alpha = {rows[0].alpha:.3g}, mean over samples" if rows else "",
+        (
+            Column("activation"),
+            *_statistic_columns("distance", "", [row.distance for row in rows]),
+            Column("baseline", "between the parents"),
+            Column("ratio"),
+        ),
+        tuple(_additivity_cells(row) for row in rows),
+        "1 − cos between the activation of the blended inputs and the blend of the activations.",
+    )
 
 
-def _additivity(row: AdditivityRow) -> Row:
+def _additivity_cells(row: AdditivityRow) -> tuple[str, ...]:
     ratio = row.distance.mean / row.baseline.mean if row.distance.mean is not None and row.baseline.mean else None
-    return {
-        "activation": row.layer + (" (gated)" if row.gated else ""),
-        **_statistic("distance", row.distance),
-        "baseline": distance_text(row.baseline.mean),
-        "ratio": distance_text(ratio),
-    }
+    name = row.layer + (" (gated)" if row.gated else "")
+    return name, *_statistic_cells(row.distance), distance_text(row.baseline.mean), distance_text(ratio)
 
 
-def _commutativity(report: ConnectivityReport) -> list[Row]:
-    return [
-        {
-            "map": row.layer,
-            "Dist_com": distance_text(row.com),
-            "Dist_W": distance_text(row.weights),
-            "Dist_H": distance_text(row.features),
-        }
-        for row in report.commutativity
-    ]
+def _commutativity(report: ConnectivityReport) -> Table:
+    return Table(
+        "commutativity",
+        "commutativity of linear maps",
+        (Column("map"), Column("Dist_com"), Column("Dist_W", "weights"), Column("Dist_H", "inputs")),
+        tuple((row.layer, *map(distance_text, (row.com, row.weights, row.features))) for row in report.commutativity),
+        "Distance between W_A H_A + W_B H_B and W_A H_B + W_B H_A, beside the distances of weights and of inputs.",
+    )
 
 
-def _stitching(report: ConnectivityReport) -> list[Row]:
-    if not report.stitching:
-        return []
+def _stitching(report: ConnectivityReport) -> Table:
     metrics = list(dict.fromkeys(name for point in report.stitching for name in point.metrics))
-    alone = zip(("A alone", "B alone"), model_points(report), strict=False)
-    points = [(point.layer, point.loss, point.metrics) for point in report.stitching]
-    points += [(name, point.loss, point.metrics) for name, point in alone if point is not None]
-    return [
-        {
-            "last layer of A": layer,
-            "loss": number_text(loss, LOSS),
-            **{name: number_text(values.get(name), metric_style(name)) for name in metrics},
-        }
-        for layer, loss, values in points
-    ]
+    rows = [(point.layer, point.loss, point.metrics) for point in report.stitching]
+    if rows:
+        alone = zip(("A alone", "B alone"), model_points(report), strict=False)
+        rows += [(name, point.loss, point.metrics) for name, point in alone if point is not None]
+    return Table(
+        "stitching",
+        "stitching, A up to and with the layer, then B",
+        (Column("last layer of A"), Column("loss", "nats"), *(Column(metric_style(m).title, short=m) for m in metrics)),
+        tuple(
+            (name, value_text(loss, LOSS), *(value_text(values.get(m), metric_style(m)) for m in metrics))
+            for name, loss, values in rows
+        ),
+        "Nothing is trained between the two parts.",
+    )
 
 
-def _weights(report: ConnectivityReport) -> list[Row]:
-    read = {row.layer: row for row in report.geometry if row.of == "weights, inputs"}
-    return [
-        {**_ranks("map", row), "written": _angles(row.angles), "read": _angles(read[row.layer].angles)}
-        if row.layer in read
-        else {**_ranks("map", row), "written": _angles(row.angles), "read": "–"}
+def _geometry(report: ConnectivityReport, of: str) -> Table:
+    """Ranks and angles of weights, of what they write and what they read, or of features."""
+    read = {row.layer: row for row in report.geometry if row.of == f"{of}, inputs"}
+    angles = ("written", "read") if of == "weights" else ("angles",)
+    columns = [Column("map" if of == "weights" else "layer"), Column("rank A"), Column("rank B"), *map(Column, angles)]
+    rows = [
+        (
+            row.layer,
+            decimal_text(row.rank_a, 1),
+            decimal_text(row.rank_b, 1),
+            *map(_angles, (row, read.get(row.layer))[: len(angles)]),
+        )
         for row in report.geometry
-        if row.of == "weights"
+        if row.of == of
     ]
+    return Table(
+        f"geometry-{of}",
+        f"{of}, effective rank and principal angles in degrees",
+        tuple(columns),
+        tuple(rows),
+        "Smallest, median and largest principal angle between the leading subspaces of both models.",
+    )
 
 
-def _features(report: ConnectivityReport) -> list[Row]:
-    return [{**_ranks("layer", row), "angles": _angles(row.angles)} for row in report.geometry if row.of == "features"]
-
-
-def _ranks(name: str, row: GeometryRow) -> Row:
-    return {name: row.layer, "rank A": f"{row.rank_a:.1f}", "rank B": f"{row.rank_b:.1f}"}
-
-
-def _angles(angles: Sequence[float]) -> str:
+def _angles(row: GeometryRow | None) -> str:
     """Smallest, median and largest."""
-    if not angles:
-        return "–"
-    return " / ".join(f"{angle:.2g}" for angle in (min(angles), statistics.median(angles), max(angles)))
+    if row is None or not row.angles:
+        return NOTHING
+    chosen = (min(row.angles), median(row.angles), max(row.angles))
+    return " / ".join(f"{angle:.2g}" for angle in chosen)
 
 
-def _suggestion(report: ConnectivityReport) -> list[Row]:
-    found = report.suggestion
-    if found is None:
-        return []
-    by_pattern = found.layer_weights or ({"all tensors": found.weights} if found.weights is not None else {})
-    return [
-        {"tensors": pattern or "all others", "weights": " : ".join(f"{weight:.3g}" for weight in weights)}
-        for pattern, weights in by_pattern.items()
-    ]
+def _suggestion(report: ConnectivityReport) -> Table:
+    by_pattern: Mapping[str, Sequence[float]] = {}
+    if report.suggestion is not None:
+        weights, by_pattern = report.suggestion.weights, report.suggestion.layer_weights
+        by_pattern = by_pattern or ({"all tensors": weights} if weights is not None else {})
+    rows = tuple((pattern or "all others", weights_text(weights)) for pattern, weights in by_pattern.items())
+    return Table("suggestion", "suggested weights", (Column("tensors"), Column("weights")), rows, numbers=False)
 
 
-def _barrier(report: ConnectivityReport) -> list[Row]:
-    if report.barrier.loss is None and report.barrier.error is None:
-        return []
-    error = report.barrier.error
-    return [
-        {"of": "loss", "height": f"{decimal_text(report.barrier.loss, '.4f')} nats"},
-        {"of": "error", "height": "–" if error is None else f"{100 * error:.2f} points"},
-    ]
-
-
-def distance_text(value: float | None) -> str:
-    """Three digits, as powers of ten where there would be zeros in front."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return "0" if value == 0 else f"{value:#.3g}" if abs(value) >= 1e-3 else f"{value:.1e}"
-
-
-def decimal_text(value: float | None, form: str) -> str:
-    """A number in a form of its own, a dash where there is none."""
-    return "–" if value is None or not math.isfinite(value) else format(value, form)
+def _barrier(report: ConnectivityReport) -> Table:
+    heights = [("loss", report.barrier.loss, LOSS), ("error", report.barrier.error, ERROR)]
+    rows = tuple((of, NOTHING if height is None else height_text(height, style)) for of, height, style in heights)
+    is_known = any(height is not None for _, height, _ in heights)
+    return Table("barrier", "barrier", (Column("of"), Column("height")), rows if is_known else ())

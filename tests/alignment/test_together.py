@@ -16,7 +16,8 @@ from hf_llfc.checkpoints import load_model, open_checkpoint
 from hf_llfc.errors import AlignmentError
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.parents.provenance import alignment_summary
-from hf_llfc.publishing.words import alignment_words
+from hf_llfc.publishing.record import AlignmentSummary
+from hf_llfc.publishing.words import alignment_sentence
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment
 from tests.runs import byte_llama, moved, saved, text_data
@@ -244,7 +245,8 @@ def test_what_is_said_of_it(around_one, tmp_path):
     assert f", in a star of 4 models around {around_one[2]}; cosine" in summaries["star"]["sentence"]
     assert ", in a universe of 4 models; cosine" in summaries["universe"]["sentence"]
     assert "mean over all pairs" in summaries["universe"]["sentence"]
-    assert alignment_words(summaries["star"])["together"] == "star of 4 models around model-2"
+    told = alignment_sentence(AlignmentSummary.from_dict(summaries["star"]))
+    assert "(star of 4 models around model-2)" in told
     hf_llfc.merge(around_one, out=tmp_path / "out", align={"together": "star"})
     card = (tmp_path / "out" / "README.md").read_text()
     assert "of model-1 onto model-0 (star of 4 models around model-2) moved" in card

@@ -19,6 +19,8 @@ from hf_llfc.checkpoints.writing.journal import Journal
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import LLFCError
 from hf_llfc.publishing import render_card
+from hf_llfc.publishing.card.card import Evidence
+from hf_llfc.publishing.page import render_page
 from hf_llfc.recipe import dump_recipe, load_recipe
 from hf_llfc.symmetry import Alignment
 from hf_llfc.symmetry.expressions import format_shape, parse
@@ -132,7 +134,7 @@ def expression(text: str) -> None:
 
 
 def report(content: bytes) -> None:
-    """A report; one that is read can be tabulated, written and shown in a card."""
+    """A report; one that is read can be tabulated, written and shown in a card and on a page."""
     with file_with(content, "report.json") as path, only_our_errors():
         found = ConnectivityReport.load(path)
         found.save(path)
@@ -140,7 +142,8 @@ def report(content: bytes) -> None:
         found.rows()
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-            render_card(folder, recipe={}, report=found, models=[])
+            render_card(folder, Evidence([], report=found))
+            render_page(found)
 
 
 @cache

@@ -6,9 +6,8 @@ import pytest
 
 from hf_llfc.parents.opening import open_recipe
 from hf_llfc.pipeline.evidence import resolved
-from hf_llfc.publishing.reading import read_report
 from hf_llfc.recipe import Recipe, dump_recipe, load_recipe
-from tests.publishing.samples import make_report
+from tests.publishing.samples import as_report, make_report
 from tests.runs import byte_llama, saved
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -31,7 +30,7 @@ def recipe_on(dataset: str, folder: Path) -> Recipe:
 )
 def test_data_of_the_hub_are_pinned_as_they_were_read(tmp_path: Path, asked: str, split: str | None) -> None:
     recipe = recipe_on(asked, tmp_path)
-    report = read_report(make_report(data={"dataset": f"ada/reviews@{COMMIT}", "split": split}))
+    report = as_report(make_report(data={"dataset": f"ada/reviews@{COMMIT}", "split": split}))
     found = resolved(recipe, open_recipe(recipe), report)
     assert found.diagnose is not None and recipe.diagnose is not None
     if asked == "ada/reviews":

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
+from hf_llfc.publishing.shares import models_of
 from safetensors.torch import load_file
 
 import hf_llfc
 from hf_llfc.diagnostics.checkpoints import region_of
 from hf_llfc.parents.opening import open_recipe
 from hf_llfc.pipeline.weighting import plan_merge
-from hf_llfc.publishing.shares import models_of
 from hf_llfc.recipe import load_recipe
 from tests.runs import byte_llama, saved, text_data
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from hf_llfc import publish
 from hf_llfc.errors import PublishingError
-from hf_llfc.publishing import publish
 from tests.hub_double import HubDouble
 
 REPO = "me/merged"

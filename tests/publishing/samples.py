@@ -1,7 +1,7 @@
 """A finished merge as the publishing tests need it: a folder, its recipe and its report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,12 @@ from typing import Any
 import numpy as np
 import yaml
 from safetensors.numpy import save_file
+
+from hf_llfc.diagnostics import ConnectivityReport
+from hf_llfc.publishing.card.card import Evidence
+from hf_llfc.publishing.lineage import ParentInfo
+from hf_llfc.publishing.record import AlignmentSummary, MergekitRun, Result, RunRecord
+from hf_llfc.recipe import load_recipe
 
 A_REVISION = "0123456789abcdef0123456789abcdef01234567"
 B_REVISION = "fedcba9876543210fedcba9876543210fedcba98"
@@ -46,8 +52,42 @@ RECIPE: dict[str, Any] = {
     ],
     "merge_method": "linear",
     "align": {"method": "weight_matching", "seed": 0},
+    "seed": 0,
     "output_dir": "merged",
 }
+
+
+def as_report(values: Mapping[str, Any]) -> ConnectivityReport:
+    """A report from its JSON values."""
+    return ConnectivityReport.from_dict(values)
+
+
+def as_parents(models: Sequence[Mapping[str, Any]]) -> list[ParentInfo]:
+    """Parents from plain values, with a card that was read and is empty where they say nothing of it."""
+    return [
+        ParentInfo.named(**{"card": {}, **{k: v for k, v in m.items() if k != "id"}, "name": m["id"]}) for m in models
+    ]
+
+
+def make_evidence(
+    folder: Path | None = None,
+    *,
+    recipe: Mapping[str, Any] | None = RECIPE,
+    report: Mapping[str, Any] | None = None,
+    models: Sequence[Mapping[str, Any]] = MODELS,
+    alignments: Sequence[Mapping[str, Any]] = (),
+    results: Sequence[Mapping[str, Any]] = (),
+    **of_run: Any,
+) -> Evidence:
+    """The evidence of a card from plain values; of a folder what mergekit was asked for."""
+    summaries = tuple(map(AlignmentSummary.from_dict, alignments))
+    return Evidence(
+        as_parents(models),
+        load_recipe(recipe) if recipe else None,
+        as_report(report) if report else None,
+        RunRecord(summaries, tuple(Result(**row) for row in results), **of_run),
+        MergekitRun.load(folder) if folder is not None else None,
+    )
 
 
 def statistic(mean: float | None, std: float | None = 0.0) -> dict[str, float | None]:

@@ -10,11 +10,13 @@ import pytest
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import PAGE_FILE
+from hf_llfc.publishing import page as pages
 from hf_llfc.publishing import write_card
-from hf_llfc.publishing.page import render_page, write_page
 from tests.publishing.samples import (
     MODELS,
+    as_report,
     layer,
+    make_evidence,
     make_folder,
     make_measured_report,
     make_report,
@@ -24,6 +26,10 @@ from tests.publishing.samples import (
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"' onfocus=alert(1) \u202e\u2028{{ 7 * 7 }}"
 LARGEST_PAGE = 200_000
 """In bytes, for 32 layers with everything measured."""
+
+
+def render_page(report: dict[str, Any], **about: Any) -> str:
+    return pages.render_page(as_report(report), **about)
 
 
 class Page(HTMLParser):
@@ -77,7 +83,7 @@ def test_every_number_is_in_its_place_without_a_script():
     ]
     assert page.texts["map"][0] == ["layer \\ α", "0.25", "0.5"]
     assert body(page, "map")[2] == ["1", "0.0058", "0.0078"]
-    assert body(page, "path")[5] == ["α = 0.5", "0.5000", "0.3750", "75.00 %"]
+    assert body(page, "path")[5] == ["0.5", "0.5000", "0.3750", "75.00 %"]
     assert [row[1:] for row in body(page, "models")] == [
         ["ada/bert-tweets", MODELS[0]["revision"], "0.5"],
         ["grace/bert-films", MODELS[1]["revision"], "0.5"],
@@ -193,21 +199,30 @@ def test_without_labels_there_is_no_path():
     assert 'id="map"' in html
 
 
-def test_a_report_of_another_kind_is_refused():
-    with pytest.raises(PublishingError, match="not a report"):
-        render_page({"schema": "something"})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alignment": {"method": ["weight_matching"]}},
+        {"alignment": {"method": "x", "alignments": [3]}},
+        {"alignment": {"method": "x", "axes": [{"axis": "heads", "moved": "1", "units": 2}]}},
+        {"data": {"dataset": {"name": "x"}}},
+    ],
+)
+def test_a_report_that_tells_its_data_or_alignment_otherwise_is_refused(changes: dict[str, Any]):
+    with pytest.raises(PublishingError, match="not what is expected there"):
+        render_page(make_report(**changes))
 
 
 def test_it_lies_beside_the_card_and_links_to_what_is_there(tmp_path: Path):
     folder = make_folder(tmp_path / "merged", report=make_report())
-    write_card(folder, models=MODELS)
+    write_card(folder, make_evidence(report=make_report()))
     page = (folder / "llfc" / PAGE_FILE).read_text()
     linked = re.findall(r'<li><a href="([^#"]+)">', page)
     assert linked == ["llfc_report.json", "recipe.yaml", "../README.md"]
     assert all((folder / "llfc" / target).is_file() for target in linked)
     assert "(llfc/report.html)" in (folder / "README.md").read_text()
     (folder / "llfc" / "llfc_report.json").unlink()
-    write_card(folder, models=MODELS)
+    write_card(folder, make_evidence())
     assert not (folder / "llfc" / PAGE_FILE).exists()
     assert "report.html" not in (folder / "README.md").read_text()
 
@@ -216,7 +231,7 @@ def test_it_lies_beside_the_card_and_links_to_what_is_there(tmp_path: Path):
 
 
 def opened(browse: Any, folder: Path, report: dict[str, Any] | None = None, **options: Any) -> Any:
-    return browse(write_page(report or make_measured_report(4), folder).as_uri(), **options)
+    return browse(pages.write_page(as_report(report or make_measured_report(4)), folder).as_uri(), **options)
 
 
 def shown_rows(page: Any, table: str) -> list[list[str]]:

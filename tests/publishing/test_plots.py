@@ -23,7 +23,7 @@ from hf_llfc.publishing.plots import (
 from hf_llfc.publishing.plots.canvas import GROUND
 from hf_llfc.publishing.plots.layer_axis import layer_panels, short_layer_names
 from hf_llfc.publishing.reading import read_report
-from tests.publishing.samples import BERT_MAPS, layer, make_measured_report, make_report, make_simplex_report
+from tests.publishing.samples import BERT_MAPS, as_report, layer, make_measured_report, make_report, make_simplex_report
 
 
 def lines_of(axis) -> dict[str, tuple[list[float], list[float]]]:
@@ -37,7 +37,7 @@ def texts_of(figure) -> str:
 
 def test_the_path_plot_shows_loss_and_metric_against_the_line_between_the_parents() -> None:
     report = make_report()
-    figure = plot_path(read_report(report))
+    figure = plot_path(as_report(report))
     loss, accuracy = (lines_of(axis) for axis in figure.axes)
     alphas = [point["alpha"] for point in report["path"]]
     assert loss["measured on the path"] == (alphas, [point["loss"] for point in report["path"]])
@@ -55,26 +55,26 @@ def test_the_path_plot_shows_loss_and_metric_against_the_line_between_the_parent
 
 def test_a_better_path_has_no_barrier() -> None:
     path = [{"alpha": a, "loss": 1 - a * (1 - a), "metrics": {"accuracy": 0.5 + a * (1 - a)}} for a in (0, 0.5, 1)]
-    assert "barrier" not in texts_of(plot_path(read_report(make_report(path=path))))
+    assert "barrier" not in texts_of(plot_path(as_report(make_report(path=path))))
 
 
 def test_a_metric_of_which_less_is_better_has_its_barrier_above_the_line() -> None:
     path = [{"alpha": a, "loss": 1.0, "metrics": {"perplexity": 10 + 8 * a * (1 - a)}} for a in (0, 0.5, 1)]
-    text = texts_of(plot_path(read_report(make_report(path=path))))
+    text = texts_of(plot_path(as_report(make_report(path=path))))
     assert "barrier 2" in text
     assert "Perplexity along the path" in text
 
 
 def test_a_metric_that_is_not_known_is_drawn_without_a_judgement() -> None:
     path = [{"alpha": a, "loss": None, "metrics": {"my_score": a * (1 - a)}} for a in (0, 0.5, 1)]
-    figure = plot_path(read_report(make_report(path=path, barrier={"loss": None, "error": None})))
+    figure = plot_path(as_report(make_report(path=path, barrier={"loss": None, "error": None})))
     assert len(figure.axes) == 1
     assert "barrier" not in texts_of(figure)
 
 
 def test_values_that_are_missing_leave_gaps() -> None:
     path = [{"alpha": a, "loss": None if a == 0.5 else 1.0, "metrics": {}} for a in (0, 0.5, 1)]
-    figure = plot_path(read_report(make_report(path=path)))
+    figure = plot_path(as_report(make_report(path=path)))
     values = lines_of(figure.axes[0])["measured on the path"][1]
     assert math.isnan(values[1])
     assert "this merge" not in lines_of(figure.axes[0])
@@ -82,7 +82,7 @@ def test_values_that_are_missing_leave_gaps() -> None:
 
 def test_the_layer_plot_shows_every_layer_at_the_alpha_of_the_merge() -> None:
     report = make_report()
-    figure = plot_layers(read_report(report))
+    figure = plot_layers(as_report(report))
     distances, coefficients = figure.axes
     lines = lines_of(distances)
     shown = [row for row in report["layers"] if row["alpha"] == 0.5]
@@ -100,7 +100,7 @@ def test_the_layer_plot_shows_every_layer_at_the_alpha_of_the_merge() -> None:
 
 def test_identical_parents_can_be_drawn() -> None:
     rows = [layer(f"layer.{i}", 0.5, 0.0, 0.0, 1.0) for i in range(3)]
-    assert "equal" in texts_of(plot_layers(read_report(make_report(layers=rows))))
+    assert "equal" in texts_of(plot_layers(as_report(make_report(layers=rows))))
 
 
 def test_an_undefined_coefficient_can_be_drawn() -> None:
@@ -108,14 +108,14 @@ def test_an_undefined_coefficient_can_be_drawn() -> None:
         layer("a", 0.5, 0.1, 0.2, 1.0),
         {**layer("b", 0.5, 0.1, 0.2, 1.0), "coefficient": {"mean": None, "std": None}},
     ]
-    assert plot_layers(read_report(make_report(layers=rows))) is not None
+    assert plot_layers(as_report(make_report(layers=rows))) is not None
 
 
 @pytest.mark.parametrize("count", [1, 2, 33, 34, 35, 81, 300])
 def test_labels_of_many_layers_do_not_overlap(count: int) -> None:
     rows = [layer(f"model.layers.{i}", 0.5, 0.001, 0.01, 0.99) for i in range(count - 1)]
     rows.append(layer("lm_head", 0.5, 0.01, 0.1, 0.9))
-    figure = plot_layers(read_report(make_report(layers=rows)))
+    figure = plot_layers(as_report(make_report(layers=rows)))
     figure.canvas.draw()
     axis = figure.axes[1]
     labels = [label for label in axis.get_xticklabels() if label.get_text()]
@@ -134,7 +134,7 @@ def test_nothing_is_cut_off_at_the_edges(tmp_path: Path) -> None:
     ground = np.array(Image.new("RGB", (1, 1), GROUND))[0, 0]
     long = make_report(models=models, layers=rows)
     for number, report in enumerate((long, make_measured_report(), make_simplex_report(8))):
-        edges_are_empty(save_plots(report, tmp_path / str(number)), ground)
+        edges_are_empty(save_plots(as_report(report), tmp_path / str(number)), ground)
 
 
 def edges_are_empty(pictures: dict[str, Path], ground: np.ndarray) -> None:
@@ -145,8 +145,8 @@ def edges_are_empty(pictures: dict[str, Path], ground: np.ndarray) -> None:
 
 
 def test_pictures_are_opaque_wide_enough_and_the_same_every_time(tmp_path: Path) -> None:
-    first = save_plots(make_measured_report(3), tmp_path / "first")
-    again = save_plots(make_measured_report(3), tmp_path / "again")
+    first = save_plots(as_report(make_measured_report(3)), tmp_path / "first")
+    again = save_plots(as_report(make_measured_report(3)), tmp_path / "again")
     assert list(first) == list(PLOTS)
     for key, path in first.items():
         image = Image.open(path)
@@ -157,14 +157,15 @@ def test_pictures_are_opaque_wide_enough_and_the_same_every_time(tmp_path: Path)
 
 def test_only_what_was_measured_is_drawn(tmp_path: Path) -> None:
     unlabelled = [{"alpha": a, "loss": None, "metrics": {}} for a in (0, 0.5, 1)]
-    assert list(save_plots(make_report(path=unlabelled), tmp_path / "a")) == ["layers", "heatmap"]
-    assert list(save_plots(make_report(layers=[]), tmp_path / "b")) == ["path"]
-    assert save_plots(make_report(layers=[], path=[]), tmp_path / "c") == {}
+    assert list(save_plots(as_report(make_report(path=unlabelled)), tmp_path / "a")) == ["layers", "heatmap"]
+    assert list(save_plots(as_report(make_report(layers=[])), tmp_path / "b")) == ["path"]
+    assert save_plots(as_report(make_report(layers=[], path=[])), tmp_path / "c") == {}
 
 
 def test_something_else_than_a_report_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"schema": "other/1"}')
     with pytest.raises(PublishingError, match="schema"):
-        save_plots({"schema": "other/1"}, tmp_path)
+        read_report(tmp_path / "report.json")
 
 
 def test_names_are_shortened_only_where_they_stay_distinct() -> None:
@@ -182,7 +183,7 @@ def test_a_name_is_never_read_as_mathematics(tmp_path: Path) -> None:
         {"id": "a$b$", "revision": None, "weight": 0.5},
     ]
     rows = [layer(rf"$\frac{{$.{name}", 0.5, 0.01, 0.1, 0.9) for name in ("0", r"$\frac{$")]
-    save_plots(make_report(models=models, layers=rows), tmp_path)
+    save_plots(as_report(make_report(models=models, layers=rows)), tmp_path)
 
 
 def test_modules_that_recur_in_every_block_get_a_panel_each() -> None:
@@ -208,11 +209,11 @@ def test_blocks_share_one_axis() -> None:
 
 
 def test_quantiles_and_intervals_are_drawn_where_they_were_measured() -> None:
-    text = texts_of(plot_layers(read_report(make_measured_report(2))))
+    text = texts_of(plot_layers(as_report(make_measured_report(2))))
     assert "band: 5 to 95 % of samples; bars: 95 % interval of the mean" in text
     tokens = {**make_measured_report(2), "data": {"unit": "token"}}
-    assert "line: mean over tokens; band: 5 to 95 % of tokens" in texts_of(plot_layers(read_report(tokens)))
-    assert "band: × and ÷ (1 + std/mean)" in texts_of(plot_layers(read_report(make_report())))
+    assert "line: mean over tokens; band: 5 to 95 % of tokens" in texts_of(plot_layers(as_report(tokens)))
+    assert "band: × and ÷ (1 + std/mean)" in texts_of(plot_layers(as_report(make_report())))
 
 
 def cells_of(axis) -> np.ndarray:
@@ -222,35 +223,35 @@ def cells_of(axis) -> np.ndarray:
 
 def test_the_heat_map_has_every_layer_at_every_alpha_inside_the_path() -> None:
     report = make_measured_report(6)
-    figure = plot_heatmap(read_report(report))
+    figure = plot_heatmap(as_report(report))
     rows = [[row for row in report["layers"] if row["alpha"] == step / 10] for step in range(1, 10)]
     assert cells_of(figure.axes[0]) == pytest.approx(np.array([[row["llfc"]["mean"] for row in each] for each in rows]))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:2] == ["0.1", "0.2"]
     ratios = np.array([[row["llfc"]["mean"] / row["baseline"]["mean"] for row in each] for each in rows])
-    found = cells_of(plot_heatmap(read_report(report), relative=True).axes[0])
+    found = cells_of(plot_heatmap(as_report(report), relative=True).axes[0])
     assert found == pytest.approx(np.clip(ratios, 1e-3, None))
 
 
 def test_the_heat_map_of_a_ratio_has_its_middle_at_one() -> None:
-    figure = plot_heatmap(read_report(make_measured_report(6)), relative=True)
+    figure = plot_heatmap(as_report(make_measured_report(6)), relative=True)
     norm = figure.axes[0].collections[0].norm
     assert norm(1.0) == pytest.approx(0.5)
 
 
 def test_a_heat_map_needs_two_points_and_survives_gaps_and_zeros() -> None:
     one = [layer(f"h.{i}", 0.5, 0.1, 0.2, 1.0) for i in range(3)]
-    assert plot_heatmap(read_report(make_report(layers=one))) is None
+    assert plot_heatmap(as_report(make_report(layers=one))) is None
     rows = [layer("h.0", 0.5, 0.0, 0.2, 1.0), layer("h.1", 0.25, 0.1, 0.2, 1.0), layer("h.1", 0.5, 0.1, 0.2, 1.0)]
-    figure = plot_heatmap(read_report(make_report(layers=rows)))
+    figure = plot_heatmap(as_report(make_report(layers=rows)))
     assert np.isnan(cells_of(figure.axes[0])).tolist() == [[True, False], [False, False]]
     assert " 0 " in texts_of(figure) and "–" in texts_of(figure)
     equal = [layer("h.0", alpha, 0.0, 0.0, 1.0) for alpha in (0.25, 0.5)]
-    assert plot_heatmap(read_report(make_report(layers=equal))) is None
+    assert plot_heatmap(as_report(make_report(layers=equal))) is None
 
 
 def test_points_of_a_simplex_are_rows_by_name_with_the_blend_and_the_barrier() -> None:
     report = make_simplex_report(3)
-    figure = plot_path(read_report(report))
+    figure = plot_path(as_report(report))
     loss = lines_of(figure.axes[0])
     points = report["path"]
     assert loss["model"] == ([point["loss"] for point in points[:3]], [0, 1, 2])
@@ -266,7 +267,7 @@ def test_points_of_a_simplex_are_rows_by_name_with_the_blend_and_the_barrier() -
 
 
 def test_outside_the_models_there_is_no_blend_of_their_values() -> None:
-    figure = plot_path(read_report(make_simplex_report(3, "arithmetic")))
+    figure = plot_path(as_report(make_simplex_report(3, "arithmetic")))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     blends = lines_of(figure.axes[0])["blend of the models' values"]
     assert [names[place] for place in blends[1]] == ["0.5 × task vectors"]
@@ -274,12 +275,12 @@ def test_outside_the_models_there_is_no_blend_of_their_values() -> None:
 
 def test_layers_of_a_simplex_are_shown_at_the_merge() -> None:
     report = make_simplex_report(3)
-    figure = plot_layers(read_report(report))
+    figure = plot_layers(as_report(report))
     assert "centre" in figure.axes[0].get_title(loc="left")
     centre = [row for row in report["layers"] if row["weights"] == report["path"][-1]["weights"]]
     found = lines_of(figure.axes[0])["1 − cos(merged, blend): 0 is linear (LLFC)"][1]
     assert found == [row["llfc"]["mean"] for row in centre]
-    heat = plot_heatmap(read_report(report)).axes[0]
+    heat = plot_heatmap(as_report(report)).axes[0]
     assert [label.get_text() for label in heat.get_yticklabels()] == [
         "centre", "models 2 and 3", "models 1 and 3", "models 1 and 2"
     ]  # fmt: skip
@@ -287,12 +288,12 @@ def test_layers_of_a_simplex_are_shown_at_the_merge() -> None:
 
 def test_additivity_and_commutativity_show_every_row() -> None:
     report = make_measured_report(3)
-    (axis,) = plot_additivity(read_report(report)).axes
+    (axis,) = plot_additivity(as_report(report)).axes
     lines = lines_of(axis)
     assert lines["1 − cos(σ(blend), blend of σ): 0 is additive"][1] == [
         row["distance"]["mean"] for row in report["additivity"]
     ]
-    axes = plot_commutativity(read_report(report)).axes
+    axes = plot_commutativity(as_report(report)).axes
     keys = [row for row in report["commutativity"] if row["layer"].endswith("self.key")]
     found = lines_of(axes[1])
     for label, name in (("Dist$_{com}$: 0 is commutative", "com"), ("Dist$_W$: weights of A and B", "weights"),
@@ -302,18 +303,18 @@ def test_additivity_and_commutativity_show_every_row() -> None:
 
 def test_a_distance_that_is_not_defined_leaves_a_gap() -> None:
     rows = [{"layer": f"h.{i}", "com": None if i else 0.1, "weights": 0.2, "features": 0.3} for i in range(2)]
-    (axis,) = plot_commutativity(read_report(make_measured_report(commutativity=rows))).axes
+    (axis,) = plot_commutativity(as_report(make_measured_report(commutativity=rows))).axes
     assert math.isnan(lines_of(axis)["Dist$_{com}$: 0 is commutative"][1][1])
 
 
 def test_gated_units_are_named() -> None:
     rows = [{**row, "gated": True} for row in make_measured_report(2)["additivity"]]
-    assert "gated units" in texts_of(plot_additivity(read_report(make_measured_report(additivity=rows))))
+    assert "gated units" in texts_of(plot_additivity(as_report(make_measured_report(additivity=rows))))
 
 
 def test_stitching_stands_between_its_parents() -> None:
     report = make_measured_report(3)
-    loss, accuracy = plot_stitching(read_report(report)).axes
+    loss, accuracy = plot_stitching(as_report(report)).axes
     assert lines_of(loss)["stitched"][1] == [point["loss"] for point in report["stitching"]]
     assert lines_of(loss)["A alone: bert-tweets"][1] == [0.25, 0.25]
     assert lines_of(accuracy)["B alone: bert-films"][1] == [0.75, 0.75]
@@ -322,22 +323,22 @@ def test_stitching_stands_between_its_parents() -> None:
 def test_geometry_has_ranks_and_angles() -> None:
     report = make_measured_report(3)
     rows = [row for row in report["geometry"] if row["of"] == "weights" and row["layer"].endswith("self.query")]
-    ranks, angles = plot_weight_geometry(read_report(report)).axes[:2]
+    ranks, angles = plot_weight_geometry(as_report(report)).axes[:2]
     assert lines_of(ranks)["rank of A"][1] == [row["rank_a"] for row in rows]
     assert lines_of(angles)["median, what the map writes"][1] == [row["angles"][1] for row in rows]
     assert lines_of(angles)["median, what the map reads"][1] == [2 * row["angles"][1] for row in rows]
     bare = [{**row, "angles": []} for row in rows]
-    assert len(plot_weight_geometry(read_report(make_measured_report(geometry=bare))).axes) == 1
+    assert len(plot_weight_geometry(as_report(make_measured_report(geometry=bare))).axes) == 1
 
 
 def test_layers_that_occur_once_are_not_joined_by_a_line() -> None:
-    axes = plot_commutativity(read_report(make_measured_report(3))).axes
+    axes = plot_commutativity(as_report(make_measured_report(3))).axes
     styles = [{line.get_linestyle() for line in axis.get_lines()} for axis in (axes[0], axes[-1])]
     assert styles == [{"-", "--", "-."}, {"None"}]
 
 
 def test_angles_that_are_zero_stand_at_the_foot_of_their_axis() -> None:
     rows = [{**row, "angles": [0.0, 0.0]} for row in make_measured_report(2)["geometry"]]
-    axis = plot_weight_geometry(read_report(make_measured_report(2, geometry=rows))).axes[1]
+    axis = plot_weight_geometry(as_report(make_measured_report(2, geometry=rows))).axes[1]
     assert axis.get_yscale() == "log"
     assert set(lines_of(axis)["median, what the map writes"][1]) == {0.01}

@@ -7,19 +7,18 @@ import pytest
 
 from hf_llfc.cli.console import print_table
 from hf_llfc.publishing.plots import PLOT_FILES
-from hf_llfc.publishing.reading import read_report
 from hf_llfc.publishing.tables import report_tables
-from tests.publishing.samples import make_measured_report, make_report, make_simplex_report
+from tests.publishing.samples import as_report, make_measured_report, make_report, make_simplex_report
 
 
 def tables_of(report):
-    return {table.title: table.rows for table in report_tables(read_report(report))}
+    return {table.title: table.records for table in report_tables(as_report(report))}
 
 
 @pytest.mark.parametrize("report", [make_report(), make_measured_report(), make_simplex_report(8)])
 def test_every_table_fits_a_hundred_columns(report, capsys):
-    for table in report_tables(read_report(report)):
-        print_table(table.title, table.rows, numbers=table.numbers)
+    for table in report_tables(as_report(report)):
+        print_table(table.title, table.records, numbers=table.numbers)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert not any("…" in line for line in lines)
@@ -44,7 +43,7 @@ def test_a_pair_without_measures_has_path_layers_and_barrier():
         "±": "0.010",
     }
     assert layers[0]["LLFC"] == "0" and layers[0]["ratio"] == "–"
-    assert barrier == [{"of": "loss", "height": "0.1250 nats"}, {"of": "error", "height": "6.25 points"}]
+    assert barrier == [{"of": "loss", "height": "0.125 nats"}, {"of": "error", "height": "6.25 points"}]
 
 
 def test_measures_get_a_table_each():
@@ -87,8 +86,8 @@ def test_every_column_and_picture_is_explained():
     first_cells = " ".join(re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE))
     suggestion = {"because": "better", "weights": [0.75, 0.25]}
     for report in (make_report(suggestion=suggestion), make_measured_report(2), make_simplex_report(3)):
-        for table in report_tables(read_report(report)):
-            for column in table.rows[0]:
+        for table in report_tables(as_report(report)):
+            for column in table.records[0]:
                 assert column in first_cells or f"*{column}*" in page, column
     for file in PLOT_FILES.values():
         assert f"`{file}`" in page, file

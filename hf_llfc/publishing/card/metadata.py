@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from hf_llfc.publishing.lineage import License, ParentInfo, is_hub_id, split_revision, union
-from hf_llfc.publishing.reading import LOSS, metric_style
-from hf_llfc.publishing.words import file_name
+from hf_llfc.publishing.lineage import License, ParentInfo, union
+from hf_llfc.publishing.numbers import LOSS, is_number, metric_style
+from hf_llfc.publishing.record import MeasuredData, Result
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -17,12 +16,7 @@ TAGS = ("merge", "hf-llfc")
 
 
 def card_metadata(
-    name: str,
-    task: str | None,
-    parents: Sequence[ParentInfo],
-    license: License,
-    data: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
+    name: str, task: str | None, parents: Sequence[ParentInfo], license: License, results: Sequence[EvalResult]
 ) -> ModelCardData:
     """What stands between the dashes at the top of a card.
 
@@ -30,18 +24,16 @@ def card_metadata(
     `base_model_revisions`, a key of our own, which it keeps and does not read.
 
     Args:
-        name: Of the merge.
+        name: Name of the merge.
         task: Pipeline tag.
         parents: All of them, the base of task arithmetic included.
         license: What the merge can state.
-        data: On which it was measured, as reports describe it.
-        rows: Loss and metrics; those of the merge make the model-index.
+        results: Loss and metrics of the merge; they make the model-index.
     """
     from huggingface_hub import ModelCardData
 
     on_hub = [part for parent in parents for part in parent.parts if part.is_on_hub]
     pinned = [f"{part.id}@{part.revision}" for part in on_hub if part.revision is not None]
-    results = _eval_results(task, data, rows)
     return ModelCardData(
         base_model=list(dict.fromkeys(part.id for part in on_hub)) or None,
         base_model_relation="merge" if on_hub else None,
@@ -55,35 +47,31 @@ def card_metadata(
         tags=list(TAGS),
         datasets=union(parents, "datasets") or None,
         model_name=name.rsplit("/", 1)[-1] if results else None,
-        eval_results=results or None,
+        eval_results=list(results) or None,
     )
 
 
-def _eval_results(task: str | None, data: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+def eval_results(task: str | None, data: MeasuredData, rows: Sequence[Result]) -> list[EvalResult]:
     """What was measured of the merge itself, for the model-index."""
     from huggingface_hub import EvalResult
 
-    merged = next((row for row in rows if row["is_merge"]), None)
-    if merged is None or task is None or not data.get("dataset"):
+    merged = next((row for row in rows if row.is_merge), None)
+    if merged is None or task is None or not data.dataset:
         return []
-    dataset, revision = split_revision(str(data["dataset"]))
-    if not is_hub_id(dataset):
-        dataset = file_name(dataset)
-    config, split = (str(data[key]) if data.get(key) else None for key in ("name", "split"))
-    values = {"loss": merged["loss"], **merged["metrics"]}
+    drawn = {"samples": data.samples, "seed": data.seed}
     return [
         EvalResult(
             task_type=task,
-            dataset_type=dataset,
-            dataset_name=" ".join(filter(None, [dataset, config])),
-            dataset_config=config,
-            dataset_split=split,
-            dataset_revision=revision,
-            dataset_args={key: data[key] for key in ("samples", "seed") if key in data} or None,
+            dataset_type=data.id,
+            dataset_name=" ".join(filter(None, [data.id, data.name])),
+            dataset_config=data.name,
+            dataset_split=data.split,
+            dataset_revision=data.revision,
+            dataset_args={key: value for key, value in drawn.items() if value is not None} or None,
             metric_type=metric,
             metric_name=LOSS.title if metric == "loss" else metric_style(metric).title,
             metric_value=float(f"{value:.6g}"),
         )
-        for metric, value in values.items()
-        if value is not None and math.isfinite(value)
+        for metric, value in {"loss": merged.loss, **merged.metrics}.items()
+        if is_number(value)
     ]

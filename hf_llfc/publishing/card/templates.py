@@ -30,22 +30,18 @@ def template_folder() -> Path:
     raise PublishingError(f"the card's template {CARD_TEMPLATE} is missing from this installation; install it again")
 
 
-def environment(folder: Path | None = None) -> jinja2.Environment:
-    """What renders the templates: an undefined name is an error, and the filters below are known.
+def environment(folder: Path | None = None, **options: Any) -> jinja2.Environment:
+    """What renders templates: an undefined name is an error, and the filters below are known.
 
     Args:
-        folder: The templates; those of this package without it.
+        folder: Folder of the templates; that of the cards without it.
+        options: Further options of jinja2.
     """
     import jinja2
 
     loader = jinja2.FileSystemLoader(folder or template_folder())
     result = jinja2.Environment(
-        loader=loader,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
     )
     result.filters |= {"text": plain_text, "code": code_span, "fence": fenced}
     return result

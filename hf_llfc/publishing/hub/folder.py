@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import CheckpointError, PublishingError, raise_all
 from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
+from hf_llfc.publishing.numbers import LOSS, value_text
 from hf_llfc.publishing.reading import is_far_above, merge_point, model_points, not_finite, read_report
 from hf_llfc.publishing.record import RunRecord
 
@@ -167,11 +168,11 @@ def _weight_problems(folder: Path, present: set[str]) -> list[str]:
             problems.append(f"{shard} is missing, which {WEIGHTS_INDEX} names")
             continue
         try:
-            found = read_header(folder / shard, shard).spans
+            stored = read_header(folder / shard, shard).spans
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        if missing := sorted(expected - found.keys()):
+        if missing := sorted(expected - stored.keys()):
             problems.append(
                 f"{shard} lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             )
@@ -207,17 +208,11 @@ def check_sanity(folder: Path) -> None:
     reasons = _diagnosed_reasons(path) if path.is_file() else _weight_reasons(folder)
     reasons = reasons or _evaluated_reasons(folder)
     if reasons:
-        raise PublishingError(
-            f"{folder} is not fit to be published: {'; '.join(reasons)}. To push it all the same, force it"
-        )
+        raise PublishingError(f"{folder} should not be published: {'; '.join(reasons)}. Force it to push it anyway")
 
 
 def _diagnosed_reasons(path: Path) -> list[str]:
-    try:
-        report = read_report(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
-        raise PublishingError(f"{path} cannot be read ({error}); diagnose again, or delete it and the card") from None
-    reasons = []
+    report, reasons = read_report(path), []
     if broken := not_finite(report):
         reasons.append("not every number is finite: " + ", ".join(broken[:3]))
     merged = merge_point(report)
@@ -232,15 +227,17 @@ def _diagnosed_reasons(path: Path) -> list[str]:
 def _evaluated_reasons(folder: Path) -> list[str]:
     """What the evaluation of the merge itself says, which need not lie on the path that was diagnosed."""
     rows = RunRecord.load(folder).results
-    own = [row["loss"] for row in rows if row.get("is_merge")]
-    parents = [row["loss"] for row in rows if not row.get("is_merge") and math.isfinite(row["loss"])]
+    own = [row.loss for row in rows if row.is_merge and row.loss is not None]
+    parents = [row.loss for row in rows if not row.is_merge and row.loss is not None and math.isfinite(row.loss)]
     if not all(map(math.isfinite, own)):
         return ["the loss of the merge is not finite"]
     return [_far_above(loss, parents) for loss in own if parents and is_far_above(loss, parents)]
 
 
 def _far_above(loss: float, parents: Sequence[float]) -> str:
-    return f"the loss of the merge is {loss:.4g}, that of its worst parent {max(parents):.4g}"
+    return (
+        f"the loss of the merge is {value_text(loss, LOSS)}, that of its worst parent {value_text(max(parents), LOSS)}"
+    )
 
 
 def _weight_reasons(folder: Path) -> list[str]:

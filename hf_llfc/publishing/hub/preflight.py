@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE
-from hf_llfc.foundation.limited_yaml import read_yaml
+from hf_llfc.publishing.files import read_recipe
 from hf_llfc.publishing.hub.hub_errors import explained
 from hf_llfc.publishing.hub.target import Target
 from hf_llfc.publishing.lineage import (
@@ -21,6 +21,7 @@ from hf_llfc.publishing.lineage import (
     read_parent_card,
     split_revision,
 )
+from hf_llfc.recipe import PublishSection, Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -35,84 +36,64 @@ FREE_PRIVATE_STORAGE = 100 * 10**9
 """In bytes, of an account that does not pay; https://huggingface.co/docs/hub/storage-limits."""
 
 
-def check_access(
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-    tag: str | None = None,
-    parents: Sequence[str] = (),
-) -> None:
+def check_access(where: PublishSection, parents: Sequence[str]) -> None:
     """Checks, before there is anything to push, that a push may go there.
 
     Args:
-        repo_id: As for `publish`.
-        private: As for `publish`.
-        create_pr: As for `publish`.
-        revision: As for `publish`.
-        tag: As for `publish`; must not exist, since what it would name is yet to be made.
+        where: The repository. Its tag must not exist, since what it would name is yet to be made.
         parents: What is to be merged, as a recipe names it.
 
     Raises:
         PublishingError: A name is none, nobody is logged in, the repository is not to be written to, or the parents
             must not be published.
     """
-    check_names(create_pr=create_pr, revision=revision, tag=tag)
-    target = Target.connect(repo_id)
-    info = target.look_up(private=private, create_pr=create_pr)
-    if tag is not None and info is not None and (commit := target.tagged(tag)) is not None:
-        raise PublishingError(_moved(target, tag, commit))
-    check_parents(target, parents, private=private, info=info)
+    check_names(where)
+    target = Target.connect(where)
+    info = target.look_up()
+    if info is not None:
+        refuse_a_tag_that_points_elsewhere(target, target.tagged(), None)
+    check_parents(target, parents, info)
 
 
-def check_names(*, create_pr: bool, revision: str | None, tag: str | None) -> None:
+def check_names(where: PublishSection) -> None:
     """Checks what needs no network.
 
     Raises:
         PublishingError: Options exclude each other, or a branch or tag cannot be called that.
     """
-    if create_pr and revision is not None:
+    if where.create_pr and where.revision is not None:
         raise PublishingError("a pull request goes to the main branch: give either create_pr or a revision, not both")
-    if create_pr and tag is not None:
+    if where.create_pr and where.tag is not None:
         raise PublishingError(
             "a pull request has no commit of its own to tag: give either create_pr or a tag, not both"
         )
-    for what, name in (("branch", revision), ("tag", tag)):
+    for what, name in (("branch", where.revision), ("tag", where.tag)):
         if name is not None and (_NO_REF.search(name) or _COMMIT.fullmatch(name) or name.startswith("refs/")):
             raise PublishingError(f"{name!r} is no name of a {what}: take letters, digits, '.', '_', '-' and '/'")
 
 
-def refuse_a_tag_that_points_elsewhere(target: Target, tag: str, commit: str | None, pushed: str | None) -> None:
+def refuse_a_tag_that_points_elsewhere(target: Target, commit: str | None, pushed: str | None) -> None:
     """A tag does not move.
 
     Args:
-        target: The repository.
-        tag: The tag.
-        commit: What it names; None if it is yet to be made.
+        target: The repository, with the tag that was asked for.
+        commit: What the tag names; None if it is yet to be made.
         pushed: The commit that holds what is to be pushed; None if it is yet to be made.
 
     Raises:
-        PublishingError: It names something else.
+        PublishingError: The tag names something else.
     """
     if commit is not None and commit != pushed:
-        raise PublishingError(_moved(target, tag, commit))
+        raise PublishingError(
+            f"the tag {target.wanted.tag!r} of {target.repo_id} names another commit ({commit[:7]}), and tags do not "
+            "move: take another"
+        )
 
 
-def _moved(target: Target, tag: str, commit: str) -> str:
-    return (
-        f"the tag {tag!r} of {target.repo_id} names another commit ({commit[:7]}), and tags do not move: take another"
-    )
-
-
-def parents_in(recipe: Mapping[str, Any]) -> list[str]:
-    """The models that a recipe names, the base of task arithmetic included.
-
-    Raises:
-        AttributeError, TypeError or KeyError: It is no recipe.
-    """
-    named = [entry["model"] for entry in recipe["models"]] + [recipe.get("base_model")]
-    return list(dict.fromkeys(str(model) for model in named if model))
+def parents_in(recipe: Recipe) -> list[str]:
+    """The models that a recipe names, the base of task arithmetic included."""
+    named = [entry.model for entry in recipe.models] + [recipe.base_model or ""]
+    return list(dict.fromkeys(filter(None, named)))
 
 
 def parents_of(folder: Path) -> list[str]:
@@ -121,27 +102,22 @@ def parents_of(folder: Path) -> list[str]:
     Raises:
         PublishingError: What is in the folder is no recipe.
     """
-    recipe = read_yaml(folder / LLFC_FOLDER / RECIPE_FILE, PublishingError)
-    try:
-        return parents_in(recipe)
-    except (AttributeError, TypeError, KeyError) as error:
-        raise PublishingError(f"{folder / LLFC_FOLDER / RECIPE_FILE} is no recipe: {error}") from None
+    return parents_in(read_recipe(folder / LLFC_FOLDER / RECIPE_FILE))
 
 
-def check_parents(target: Target, parents: Sequence[str], *, private: bool | None, info: ModelInfo | None) -> None:
+def check_parents(target: Target, parents: Sequence[str], info: ModelInfo | None) -> None:
     """A merge holds its parents' weights: what they forbid, the merge may not do.
 
     Args:
         target: Where the merge goes.
         parents: Hub ids, with or without @revision, and folders.
-        private: What was asked for.
-        info: Of the repository, if it exists.
+        info: What the Hub says of the repository, if it exists.
 
     Raises:
         PublishingError: The merge would be public, and a parent is private or its licence forbids derivatives.
     """
-    found: list[ParentInfo] = []
-    is_public = not (bool(info.private) if info is not None else bool(private))
+    read: list[ParentInfo] = []
+    is_public = not target.is_private(info)
     for model in (part for parent in parents for part in parts_of(parent)):
         name, revision = split_revision(model)
         if not is_hub_id(name):
@@ -156,14 +132,14 @@ def check_parents(target: Target, parents: Sequence[str], *, private: bool | Non
                 )
             if hosted.gated:
                 logger.warning("the parent %s is gated: its terms hold for the merge too", name)
-        found.append(ParentInfo(name, revision, card=card))
-        license = found[-1].license
-        if is_public and license is not None and _NO_DERIVATIVES.fullmatch(license):
+        parent = ParentInfo(name, revision, card=card)
+        read.append(parent)
+        if is_public and parent.license is not None and _NO_DERIVATIVES.fullmatch(parent.license):
             raise PublishingError(
-                f"the licence of {found[-1].name} ({license}) forbids to share derivatives, and a merge is one: push "
-                "it privately, or force it if you have its author's leave"
+                f"the licence of {parent.name} ({parent.license}) does not allow sharing derivatives, and a merge is "
+                "one: push it privately, or force it if its author permits it"
             )
-    if found and (problem := combined_license(found).problem):
+    if read and (problem := combined_license(read).problem):
         logger.warning("%s", problem)
 
 
@@ -180,18 +156,17 @@ def _look_up_parent(target: Target, name: str) -> ModelInfo | None:
     return None
 
 
-def warn_of_storage(target: Target, size: int, *, private: bool | None, info: ModelInfo | None) -> None:
-    """Says that private storage ends somewhere; how much of it is left, the Hub does not tell.
+def warn_of_storage(target: Target, size: int, info: ModelInfo | None) -> None:
+    """Warns that private storage is limited; the Hub does not tell how much of it is left.
 
     Args:
         target: Where the merge goes.
-        size: Of the upload, in bytes.
-        private: What was asked for.
-        info: Of the repository, if it exists.
+        size: Size of the upload in bytes.
+        info: What the Hub says of the repository, if it exists.
     """
-    is_private = bool(info.private) if info is not None else bool(private)
     pays = bool(target.user.get("isPro") or target.user.get("canPay"))
-    if is_private and size > FREE_PRIVATE_STORAGE and target.repo_id.split("/")[0] == target.user["name"] and not pays:
+    is_own = target.repo_id.split("/")[0] == target.user["name"]
+    if target.is_private(info) and size > FREE_PRIVATE_STORAGE and is_own and not pays:
         logger.warning(
             "%.0f GB are to be stored privately, and a free account has %.0f GB: the Hub may refuse them",
             size / 1e9,

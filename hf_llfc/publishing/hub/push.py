@@ -16,6 +16,7 @@ from hf_llfc.publishing.hub.preflight import (
     warn_of_storage,
 )
 from hf_llfc.publishing.hub.target import Target
+from hf_llfc.recipe import PublishSection
 
 logger = logging.getLogger(__name__)
 
@@ -25,55 +26,38 @@ STALE = re.compile(r"(?:model|pytorch_model)[^/]*\.(?:safetensors|bin)(?:\.index
 
 def publish(
     folder: str | Path,
-    repo_id: str,
+    where: PublishSection,
     *,
-    private: bool | None = None,
-    create_pr: bool = False,
     token: str | None = None,
-    revision: str | None = None,
-    tag: str | None = None,
     endpoint: str | None = None,
     force: bool = False,
 ) -> str:
-    """Pushes an output folder to a model repository on the Hub, in one commit.
-
-    The folder, the verdict of its diagnosis, the token, the rights on the namespace, the parents and the card's
-    metadata are checked before anything is changed. What the repository holds already is not sent again, nothing is
-    committed if nothing changed, and what was committed is read back and compared. An upload that was cut can simply be
-    repeated.
+    """Pushes an output folder to a model repository on the Hub, as `hf_llfc.publish`, which explains the arguments.
 
     Args:
-        folder: What a merge wrote: config, weights, README.md and llfc/.
-        repo_id: "namespace/name", or a name in your own namespace.
-        private: Whether a new repository is private; also a condition on one that exists. None leaves it to the Hub.
-        create_pr: Opens a pull request on an existing repository instead of changing it.
-        token: Of the Hub; else the one you are logged in with.
-        revision: The branch to push to, created if need be; the main branch without it.
-        tag: Names the commit that holds the folder; one that exists must name that commit already.
-        endpoint: Of the Hub, where it is not the usual one.
-        force: Pushes although the diagnosis, a private parent or a parent's licence speaks against it, or although the
-            repository holds other weights.
-
-    Returns:
-        Where it lies: the address of the repository, the tag, the branch or the pull request.
+        folder: What a merge wrote.
+        where: Repository, branch, tag, and whether it is private; the licence is that of the card.
+        token: Token of the Hub; else the one you are logged in with.
+        endpoint: Address of the Hub, where it is not the usual one.
+        force: Pushes although something speaks against it.
 
     Raises:
         PublishingError: What is wrong and what to do next; then nothing was committed, unless it says so.
     """
-    check_names(create_pr=create_pr, revision=revision, tag=tag)
+    check_names(where)
     folder = Path(folder)
     files = check_folder(folder)
     parents = parents_of(folder)
     if not force:
         check_sanity(folder)
-    target = Target.connect(repo_id, token=token, endpoint=endpoint)
-    info = target.look_up(private=private, create_pr=create_pr)
+    target = Target.connect(where, token=token, endpoint=endpoint)
+    info = target.look_up()
     target.check_card(folder / CARD_FILE)
     if not force:
-        check_parents(target, parents, private=private, info=info)
-    warn_of_storage(target, sum(file.size for file in files), private=private, info=info)
+        check_parents(target, parents, info)
+    warn_of_storage(target, sum(file.size for file in files), info)
 
-    base = target.head(info, revision)
+    base = target.head(info)
     remote = target.list_files(base) if base is not None else {}
     if not force:
         target.refuse_to_replace_a_stranger(files, remote)
@@ -81,24 +65,22 @@ def publish(
     local = {file.path for file in files}
     stale = sorted(path for path in remote if path not in local and STALE.fullmatch(path))
     held = base if not changed and not stale else None
-    tagged = target.tagged(tag) if tag is not None and info is not None else None
-    if tag is not None:
-        refuse_a_tag_that_points_elsewhere(target, tag, tagged, held)
+    tagged = target.tagged() if info is not None else None
+    refuse_a_tag_that_points_elsewhere(target, tagged, held)
 
     if held is not None:
         logger.info("%s holds exactly these files already; nothing to commit", target.repo_id)
-        if tag is not None and tagged is None:
-            target.create_tag(tag, held)
-        return target.url(tag or revision)
-    if create_pr and (url := target.equal_pull_request(files)) is not None:
+        if tagged is None:
+            target.create_tag(held)
+        return target.url(where.tag or where.revision)
+    if where.create_pr and (url := target.equal_pull_request(files)) is not None:
         logger.info("%s asks for exactly these files already; nothing to commit", url)
         return url
     if info is None:
-        target.create(private=private)
-    if revision is not None and base is None:
-        target.create_branch(revision)
-    commit = target.commit(changed, stale, files, revision=revision, create_pr=create_pr, parent=base)
+        target.create()
+    if base is None:
+        target.create_branch()
+    commit = target.commit(changed, stale, files, parent=base)
     target.compare(files, commit.oid)
-    if tag is not None:
-        target.create_tag(tag, commit.oid)
-    return commit.pr_url or target.url(tag or revision)
+    target.create_tag(commit.oid)
+    return commit.pr_url or target.url(where.tag or where.revision)

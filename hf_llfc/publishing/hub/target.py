@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE
+from hf_llfc.foundation.version import __version__
 from hf_llfc.publishing.hub.folder import LocalFile
 from hf_llfc.publishing.hub.hub_errors import UnansweredError, explained
+from hf_llfc.recipe import PublishSection
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,14 +34,16 @@ class Target:
         api: The client, which holds the token.
         repo_id: "namespace/name".
         user: What the Hub says of the token's owner.
+        wanted: Branch, tag and visibility that were asked for.
     """
 
     api: HfApi
     repo_id: str
     user: Mapping[str, Any]
+    wanted: PublishSection
 
     @classmethod
-    def connect(cls, repo_id: str, *, token: str | None = None, endpoint: str | None = None) -> Target:
+    def connect(cls, wanted: PublishSection, *, token: str | None = None, endpoint: str | None = None) -> Target:
         """Logs in and completes the name of the repository.
 
         Raises:
@@ -50,7 +53,8 @@ class Target:
         from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
         from huggingface_hub.utils import validate_repo_id
 
-        api = HfApi(endpoint=endpoint, token=token, library_name="hf_llfc", library_version=version())
+        repo_id = wanted.repo_id
+        api = HfApi(endpoint=endpoint, token=token, library_name="hf_llfc", library_version=__version__)
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
@@ -60,11 +64,11 @@ class Target:
                 raise OfflineModeIsEnabled()  # before a login is asked for
             user = api.whoami()
         full_name = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
-        return cls(api, full_name, user)
+        return cls(api, full_name, user, wanted)
 
     # -- what is looked up
 
-    def look_up(self, *, private: bool | None, create_pr: bool) -> ModelInfo | None:
+    def look_up(self) -> ModelInfo | None:
         """What the Hub knows of the repository, None if there is none; and whether this user may write to it.
 
         Raises:
@@ -78,16 +82,16 @@ class Target:
                 info = self.api.model_info(self.repo_id)
             except RepositoryNotFoundError:
                 logger.info("%s does not exist yet, or is hidden", self.repo_id)
-        self._refuse_without_rights(exists=info is not None, create_pr=create_pr)
-        if info is not None and private is not None and bool(info.private) != private:
-            found, wanted = ("private", "public") if info.private else ("public", "private")
+        self._refuse_without_rights(exists=info is not None)
+        if info is not None and self.wanted.private is not None and bool(info.private) != self.wanted.private:
+            current, wanted = ("private", "public") if info.private else ("public", "private")
             raise PublishingError(
-                f"{self.repo_id} exists and is {found}, not {wanted}: change it in its settings, or take another name"
+                f"{self.repo_id} exists and is {current}, not {wanted}: change it in its settings, or take another name"
             )
         return info
 
-    def _refuse_without_rights(self, *, exists: bool, create_pr: bool) -> None:
-        namespace = self.repo_id.split("/")[0]
+    def _refuse_without_rights(self, *, exists: bool) -> None:
+        namespace, create_pr = self.repo_id.split("/")[0], self.wanted.create_pr
         token = (self.user.get("auth") or {}).get("accessToken") or {}
         if token.get("role") == "read":
             raise PublishingError(f"your token may only read: make one that may write at {TOKENS_PAGE}")
@@ -101,7 +105,7 @@ class Target:
             raise PublishingError(f"you may not write to {namespace!r}; you may write to: {others}{hint}")
         if token.get("role") == "fineGrained":
             scoped = (token.get("fineGrained") or {}).get("scoped") or []
-            names = [each["entity"].get("name") for each in scoped if "repo.write" in each["permissions"]]
+            names = [scope["entity"].get("name") for scope in scoped if "repo.write" in scope["permissions"]]
             if not {namespace, self.repo_id} & set(names):
                 raise PublishingError(
                     f"your token has no right to write to the repositories of {namespace!r}: give it that right at "
@@ -113,6 +117,10 @@ class Target:
         organizations = [org for org in self.user.get("orgs", []) if org.get("roleInOrg") not in readers]
         return [str(self.user["name"]), *(str(org["name"]) for org in organizations)]
 
+    def is_private(self, info: ModelInfo | None) -> bool:
+        """Whether what is pushed is private: as the repository is, or as was asked for where it is yet to be made."""
+        return bool(self.wanted.private if info is None else info.private)
+
     def check_card(self, card: Path) -> None:
         """Lets the Hub validate the card's metadata before a repository is made for it."""
         from huggingface_hub import get_session
@@ -120,26 +128,30 @@ class Target:
 
         content = card.read_text(encoding="utf-8")
         with explained("validating the card"):
-            headers = build_hf_headers(token=self.api.token, library_name="hf_llfc", library_version=version())
+            headers = build_hf_headers(token=self.api.token, library_name="hf_llfc", library_version=__version__)
             response = get_session().post(
                 f"{self.api.endpoint}/api/validate-yaml",
                 json={"content": content, "repoType": "model"},
                 headers=headers,
             )
             if response.status_code == 400:
-                found = response.json().get("errors", [])
-                listed = "; ".join(str(error.get("message")) for error in found)
+                errors = response.json().get("errors", [])
+                listed = "; ".join(str(error.get("message")) for error in errors)
                 raise PublishingError(f"the Hub does not accept the metadata of {card}: {listed}")
             hf_raise_for_status(response)
 
-    def head(self, info: ModelInfo | None, revision: str | None) -> str | None:
+    def head(self, info: ModelInfo | None) -> str | None:
         """The commit that the new one follows; None if the repository or the branch is yet to be made."""
         if info is None:
             return None
+        revision = self.wanted.revision
         return info.sha if revision is None else self._commit_of(f"the branch {revision}", revision)
 
-    def tagged(self, tag: str) -> str | None:
-        """The commit that a tag names; None if there is no such tag."""
+    def tagged(self) -> str | None:
+        """The commit that the tag names; None if there is no such tag, or none was asked for."""
+        tag = self.wanted.tag
+        if tag is None:
+            return None
         with explained(f"listing the tags of {self.repo_id}"):
             tags = [ref.name for ref in self.api.list_repo_refs(self.repo_id).tags]
         return self._commit_of(f"the tag {tag}", tag) if tag in tags else None
@@ -198,34 +210,33 @@ class Target:
 
     # -- what is changed
 
-    def create(self, *, private: bool | None) -> None:
+    def create(self) -> None:
         """Makes the repository."""
         with explained(f"creating {self.repo_id}"):
-            self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+            self.api.create_repo(self.repo_id, private=self.wanted.private, exist_ok=True)
 
-    def create_branch(self, revision: str) -> None:
-        """Makes a branch off the main one."""
+    def create_branch(self) -> None:
+        """Makes the branch that was asked for, if it is not the main one."""
+        revision = self.wanted.revision
+        if revision is None:
+            return
         with explained(f"creating the branch {revision}"):
             self.api.create_branch(self.repo_id, branch=revision, exist_ok=True)
 
-    def create_tag(self, tag: str, commit: str) -> None:
-        """Names a commit.
+    def create_tag(self, commit: str) -> None:
+        """Names a commit by the tag, if one was asked for.
 
         Raises:
             PublishingError: The tag could not be made; what was pushed stays.
         """
+        tag = self.wanted.tag
+        if tag is None:
+            return
         with explained(f"the files are pushed, but tagging them {tag!r}"):
             self.api.create_tag(self.repo_id, tag=tag, revision=commit)
 
     def commit(
-        self,
-        changed: Sequence[LocalFile],
-        stale: Sequence[str],
-        files: Sequence[LocalFile],
-        *,
-        revision: str | None,
-        create_pr: bool,
-        parent: str | None,
+        self, changed: Sequence[LocalFile], stale: Sequence[str], files: Sequence[LocalFile], *, parent: str | None
     ) -> CommitInfo:
         """Uploads what changed and commits it at once.
 
@@ -237,24 +248,24 @@ class Target:
         additions = [CommitOperationAdd(file.path, str(file.source)) for file in changed]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions]
         operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
-        message = f"Upload a merge made with hf_llfc {version()}".rstrip()
+        message = f"Upload a merge made with hf_llfc {__version__}"
         try:
             with explained(f"uploading to {self.repo_id}"):
                 return self.api.create_commit(
                     self.repo_id,
                     operations,
                     commit_message=message,
-                    revision=revision,
-                    create_pr=create_pr,
+                    revision=self.wanted.revision,
+                    create_pr=self.wanted.create_pr,
                     parent_commit=parent,
                 )
         except UnansweredError:
-            if create_pr:
+            if self.wanted.create_pr:
                 if (url := self.equal_pull_request(files)) is None:
                     raise
                 oid = self._sha(f"refs/pr/{url.rsplit('/', 1)[-1]}")
             else:
-                oid, url = self._sha(revision), None
+                oid, url = self._sha(self.wanted.revision), None
                 if self.differences(files, oid):
                     raise
                 logger.info("the answer to the commit was lost, but the commit was made")
@@ -281,11 +292,3 @@ class Target:
         """The page of the repository, or of a branch or tag."""
         page = f"{self.api.endpoint}/{self.repo_id}"
         return page if revision is None else f"{page}/tree/{revision}"
-
-
-def version() -> str:
-    """Of this package, empty where it is not installed."""
-    try:
-        return importlib.metadata.version("hf-llfc")
-    except importlib.metadata.PackageNotFoundError:
-        return ""

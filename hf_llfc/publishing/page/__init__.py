@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.foundation.layout import PAGE_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.publishing.card.templates import environment
+from hf_llfc.publishing.numbers import capitalized, weights_text
 from hf_llfc.publishing.page.charts import path_charts
 from hf_llfc.publishing.page.layers import layer_map
 from hf_llfc.publishing.page.summary import key_facts, meaning, provenance
-from hf_llfc.publishing.page.tables import measure_tables, path_table
-from hf_llfc.publishing.reading import merge_point, read_report
-from hf_llfc.publishing.words import headline, layer_summary
+from hf_llfc.publishing.reading import merge_point
+from hf_llfc.publishing.tables import measure_tables, path_table
+from hf_llfc.publishing.words import Headline, headline, layer_summary
 
 if TYPE_CHECKING:
     import jinja2
@@ -32,29 +34,29 @@ _SAFE_JSON = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 
 
 def write_page(
-    report: Mapping[str, Any] | ConnectivityReport,
+    report: ConnectivityReport,
     folder: str | Path,
     *,
     title: str | None = None,
     hardware: str | None = None,
     links: Mapping[str, str] | None = None,
-    lead: Mapping[str, str] | None = None,
+    lead: Headline | None = None,
 ) -> Path:
     """Writes the interactive report beside the files it links to.
 
     Args:
-        report: The report, or what its `to_dict` gave.
+        report: The report.
         folder: The `llfc` folder of an output; created if need be.
         title: What the merge is called; the names of its parents without it.
         hardware: What it was computed on, in words.
         links: Further files, and what they hold.
-        lead: What stands on top as `headline` gives it; the report's verdict without it.
+        lead: The headline; the report's verdict without it.
 
     Returns:
         The path of the page.
 
     Raises:
-        PublishingError: The mapping is not a connectivity report.
+        PublishingError: The report says of its data or alignment what none of this package does.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,26 +67,25 @@ def write_page(
 
 
 def render_page(
-    report: Mapping[str, Any] | ConnectivityReport,
+    report: ConnectivityReport,
     *,
     title: str | None = None,
     hardware: str | None = None,
     links: Mapping[str, str] | None = None,
-    lead: Mapping[str, str] | None = None,
+    lead: Headline | None = None,
 ) -> str:
     """The interactive report as HTML: whole without its script, which only sorts, filters and points.
 
     Args:
-        report: The report, or what its `to_dict` gave. Whatever strangers wrote into it is shown as text.
+        report: The report. Whatever strangers wrote into it is shown as text.
         title: What the merge is called; the names of its parents without it.
         hardware: What it was computed on, in words.
         links: Files beside the page, and what they hold.
-        lead: What stands on top as `headline` gives it; the report's verdict without it.
+        lead: The headline; the report's verdict without it.
 
     Raises:
-        PublishingError: The mapping is not a connectivity report.
+        PublishingError: The report says of its data or alignment what none of this package does.
     """
-    report = read_report(report)
     style, script = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     layers = layer_map(report)
     parents = len(report.models) - (report.region == "arithmetic")
@@ -100,7 +101,7 @@ def render_page(
             script=script,
             data=_safe_json(layers.data if layers is not None else {}),
             answer=report.verdict.answer,
-            headline=lead or headline(report, None, parents),
+            headline=lead or headline(report, parents),
             meaning=meaning(report),
             facts=key_facts(report),
             charts=path_charts(report),
@@ -135,18 +136,9 @@ def _policy(style: str, script: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_without_controls,
-    )
-    environment.filters["breakable"] = _breakable
-    return environment
+    page = environment(_FOLDER, autoescape=True, finalize=_without_controls)
+    page.filters |= {"breakable": _breakable, "capitalized": capitalized, "weights": weights_text}
+    return page
 
 
 def _breakable(name: str) -> Markup:

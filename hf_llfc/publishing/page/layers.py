@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import LayerRow
-from hf_llfc.publishing.page.tables import Column, layer_cells, layer_columns
+from hf_llfc.publishing.numbers import NOTHING, cell_text, decimal_text, is_number
 from hf_llfc.publishing.plots.layer_axis import common_prefix
 from hf_llfc.publishing.reading import is_model, point_name, point_weights, shown_layers
-from hf_llfc.publishing.tables import LONG_NAME
+from hf_llfc.publishing.tables import LONG_NAME, Table, layer_cells, layer_columns
 
 # Fixed limits, so that maps of different reports can be compared by eye; each doubles as the legend.
 LLFC_LIMITS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3)
@@ -58,8 +57,8 @@ class LayerMap:
         labels: The same, without what most of them begin with.
         prefix: What that is.
         cells: By layer and point; None where it was not measured.
-        columns: Of the table of layers.
-        chosen: Place of the point whose numbers the table shows first.
+        table: The numbers of all layers at the point that is shown first.
+        chosen: Index of that point.
         data: Everything that the page's script needs.
     """
 
@@ -70,7 +69,7 @@ class LayerMap:
     labels: tuple[str, ...]
     prefix: str
     cells: tuple[tuple[MapCell | None, ...], ...]
-    columns: tuple[Column, ...]
+    table: Table
     chosen: int
     data: dict[str, Any]
 
@@ -88,11 +87,18 @@ def layer_map(report: ConnectivityReport) -> LayerMap | None:
     rows = [row for row in report.layers if report.region == "line" or not is_model(row)]
     weights = list(dict.fromkeys(point_weights(row) for row in rows))
     first = {point_weights(row): row for row in reversed(rows)}
-    points = tuple(point_name(report, first[each]) for each in weights)
+    points = tuple(point_name(report, first[point]) for point in weights)
     names = tuple(dict.fromkeys(row.layer for row in rows))
-    found = {(row.layer, point_weights(row)): row for row in rows}
+    by_cell = {(row.layer, point_weights(row)): row for row in rows}
+    lines = [[by_cell.get((name, point)) for point in weights] for name in names]
+    chosen, columns = weights.index(point_weights(shown[0])), layer_columns(rows)
+    missing = (NOTHING,) * (len(columns) - 1)
+    cells = [
+        (name, *(missing if (row := line[chosen]) is None else layer_cells(row)))
+        for name, line in zip(names, lines, strict=True)
+    ]
     prefix = common_prefix(names) if max(map(len, names)) > LONG_NAME / 2 else ""
-    heads = tuple(f"{each[0]:.3g}" for each in weights) if report.region == "line" else points
+    heads = tuple(f"{point[0]:.3g}" for point in weights) if report.region == "line" else points
     return LayerMap(
         points=points,
         heads=heads,
@@ -100,18 +106,14 @@ def layer_map(report: ConnectivityReport) -> LayerMap | None:
         names=names,
         labels=tuple(name.removeprefix(prefix) for name in names),
         prefix=prefix,
-        cells=tuple(
-            tuple(_cell(found[name, each]) if (name, each) in found else None for each in weights) for name in names
-        ),
-        columns=layer_columns(rows),
-        chosen=weights.index(point_weights(shown[0])),
+        cells=tuple(tuple(None if row is None else _cell(row) for row in line) for line in lines),
+        table=Table("layers", "Layers as a table", columns, tuple(cells)),
+        chosen=chosen,
         data={
             "points": points,
-            "alphas": [each[0] for each in weights] if report.region == "line" else None,
+            "alphas": [point[0] for point in weights] if report.region == "line" else None,
             "layers": names,
-            "cells": [
-                [_values(found[name, each]) if (name, each) in found else None for each in weights] for name in names
-            ],
+            "cells": [[None if row is None else _values(row) for row in line] for line in lines],
         },
     )
 
@@ -119,7 +121,7 @@ def layer_map(report: ConnectivityReport) -> LayerMap | None:
 def _cell(row: LayerRow) -> MapCell:
     coefficient = row.coefficient.mean
     return MapCell(
-        texts=(_short(row.llfc.mean), _short(row.ratio), "–" if coefficient is None else f"{coefficient:.2f}"),
+        texts=(cell_text(row.llfc.mean), cell_text(row.ratio), decimal_text(coefficient, 2)),
         shades=(
             _shade(row.llfc.mean, LLFC_LIMITS),
             _shade(row.ratio, RATIO_LIMITS),
@@ -134,30 +136,21 @@ def _values(row: LayerRow) -> dict[str, Any]:
     return {"t": layer_cells(row), "m": shown.texts, "s": shown.shades}
 
 
-def _short(value: float | None) -> str:
-    """Two digits, for a cell of the map."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0 or abs(value) >= 1e-3:
-        return f"{value:.2g}"
-    return f"{value:.0e}".replace("e-0", "e-")
-
-
 def _shade(value: float | None, limits: Sequence[float]) -> str:
     """s0, the palest, to s8."""
-    return "none" if value is None or not math.isfinite(value) else f"s{bisect_right(limits, abs(value))}"
+    return f"s{bisect_right(limits, abs(value))}" if is_number(value) else "none"
 
 
 def _side(coefficient: float | None) -> str:
     """b1 to b4 below one, a1 to a4 above, s0 near it."""
-    if coefficient is None or not math.isfinite(coefficient):
+    if not is_number(coefficient):
         return "none"
     step = bisect_right(COEFFICIENT_LIMITS, abs(coefficient - 1))
     return "s0" if step == 0 else f"{'b' if coefficient < 1 else 'a'}{step}"
 
 
 def _ranges(limits: Sequence[float]) -> tuple[tuple[str, str], ...]:
-    texts = [_short(limit) for limit in limits]
+    texts = [cell_text(limit) for limit in limits]
     says = [f"below {texts[0]}", *(f"from {text}" for text in texts)]
     return tuple((f"s{step}", text) for step, text in enumerate(says))
 

@@ -13,7 +13,7 @@
   const sortBy = (table, column, direction) => {
     const body = table.tBodies[0];
     const key = (row) => {
-      if (direction === "none") return Number(row.dataset.place);
+      if (direction === "none") return Number(row.dataset.index);
       if (column === 0) return row.dataset.layer;
       return numberOf(row.cells[column].textContent);
     };
@@ -29,7 +29,7 @@
   const sorted = new Map();
   const resort = (table) => { if (sorted.has(table)) sortBy(table, ...sorted.get(table)); };
   for (const table of all("table.filtered")) {
-    [...table.tBodies[0].rows].forEach((row, place) => { row.dataset.place = place; });
+    [...table.tBodies[0].rows].forEach((row, index) => { row.dataset.index = index; });
     all("thead th", table).forEach((head, column) => {
       const button = document.createElement("button");
       button.type = "button";
@@ -54,9 +54,9 @@
   const table = one("layers"), select = one("point"), heads = all("thead th", map).slice(1);
   const showPoint = (point) => {
     select.value = String(point);
-    heads.forEach((head, place) => head.classList.toggle("chosen", place === point));
+    heads.forEach((head, index) => head.classList.toggle("chosen", index === point));
     for (const row of table.tBodies[0].rows) {
-      const values = data.cells[Number(row.dataset.place)][point];
+      const values = data.cells[Number(row.dataset.index)][point];
       [...row.cells].slice(1).forEach((cell, column) => {
         cell.textContent = values === null ? "–" : values.t[column];
       });
@@ -83,9 +83,9 @@
       return wanted.every((word) => lower.includes(word)) &&
         (!isLayer || limit === -Infinity || (ratios.get(name) ?? -Infinity) >= limit);
     };
-    for (const each of [map, ...all("table.filtered")]) {
-      const isLayer = each === map || each === table;
-      for (const row of each.tBodies[0].rows) row.hidden = !kept(row.dataset.layer, isLayer);
+    for (const shownTable of [map, ...all("table.filtered")]) {
+      const isLayer = shownTable === map || shownTable === table;
+      for (const row of shownTable.tBodies[0].rows) row.hidden = !kept(row.dataset.layer, isLayer);
     }
     const shown = data.layers.filter((name) => kept(name, true)).length;
     one("count").textContent = `${shown} of ${data.layers.length} layers shown`;
@@ -102,10 +102,10 @@
     current = cell ?? null;
     if (current) current.tabIndex = 0;
   };
-  const place = (cell) => [data.layers.indexOf(cell.parentElement.dataset.layer), cell.cellIndex - 1];
+  const indices = (cell) => [data.layers.indexOf(cell.parentElement.dataset.layer), cell.cellIndex - 1];
   const readout = one("readout");
   const read = (cell) => {
-    const [row, point] = place(cell), values = data.cells[row][point];
+    const [row, point] = indices(cell), values = data.cells[row][point];
     const names = all("thead th", table).slice(1).map((head) => head.querySelector(".sort").textContent);
     const numbers = values === null ? "not measured" : values.t.map((text, column) => `${names[column]} ${text}`).join(", ");
     readout.replaceChildren(Object.assign(document.createElement("strong"), { textContent: data.layers[row] }),
@@ -114,7 +114,7 @@
   for (const cell of all("tbody td", map)) { cell.tabIndex = -1; cell.setAttribute("role", "gridcell"); }
   map.addEventListener("mouseover", (event) => { const cell = event.target.closest("td"); if (cell) read(cell); });
   map.addEventListener("focusin", (event) => { const cell = event.target.closest("td"); if (cell) { enter(cell); read(cell); } });
-  map.addEventListener("click", (event) => { const cell = event.target.closest("td"); if (cell) { cell.focus(); showPoint(place(cell)[1]); } });
+  map.addEventListener("click", (event) => { const cell = event.target.closest("td"); if (cell) { cell.focus(); showPoint(indices(cell)[1]); } });
   map.addEventListener("keydown", (event) => {
     const cell = event.target.closest("td");
     if (!cell || event.altKey || event.metaKey) return;
@@ -127,7 +127,7 @@
     else if (event.key === "ArrowUp") y -= 1;
     else if (event.key === "Home") [y, x] = event.ctrlKey ? [0, 1] : [y, 1];
     else if (event.key === "End") [y, x] = event.ctrlKey ? [rows.length - 1, last] : [y, last];
-    else if (event.key === "Enter" || event.key === " ") showPoint(place(cell)[1]);
+    else if (event.key === "Enter" || event.key === " ") showPoint(indices(cell)[1]);
     else return;
     event.preventDefault();
     const target = rows[Math.min(Math.max(y, 0), rows.length - 1)].cells[Math.min(Math.max(x, 1), last)];
@@ -139,7 +139,7 @@
     const quantity = Number(radio.value);
     all(".legend").forEach((legend, index) => { legend.hidden = index !== quantity; });
     for (const cell of all("tbody td", map)) {
-      const [row, point] = place(cell), values = data.cells[row][point];
+      const [row, point] = indices(cell), values = data.cells[row][point];
       if (values === null) continue;
       cell.className = values.s[quantity];
       cell.textContent = values.m[quantity];

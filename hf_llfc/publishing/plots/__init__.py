@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
@@ -13,7 +13,6 @@ from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
 from hf_llfc.publishing.plots.geometry import plot_feature_geometry, plot_weight_geometry
 from hf_llfc.publishing.plots.measures import plot_additivity, plot_commutativity, plot_stitching
 from hf_llfc.publishing.plots.path import plot_path
-from hf_llfc.publishing.reading import read_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,20 +46,16 @@ PLOTS: Mapping[str, Callable[[ConnectivityReport], Figure | None]] = {
 PLOT_FILES: Mapping[str, str] = {name: f"{name}.png" for name in PLOTS}
 
 
-def save_plots(report: Mapping[str, Any] | ConnectivityReport, folder: str | Path) -> dict[str, Path]:
+def save_plots(report: ConnectivityReport, folder: str | Path) -> dict[str, Path]:
     """Draws what the report has data for.
 
     Args:
-        report: The report, or what its `to_dict` gave.
+        report: The report.
         folder: Where the pictures go; created if need be.
 
     Returns:
         The files written, by the names in `PLOTS`.
-
-    Raises:
-        PublishingError: The mapping is not a connectivity report.
     """
-    report = read_report(report)
     folder = Path(folder)
     written: dict[str, Path] = {}
     for name, draw in PLOTS.items():

@@ -100,11 +100,6 @@ def _even(entries: int, most: int) -> int:
     return -(-entries // rows)
 
 
-def known(value: float | None) -> float:
-    """What is not there leaves a gap in a line."""
-    return math.nan if value is None else value
-
-
 def power_of_ten(value: float) -> str:
     """A power of ten as a reader writes it."""
     return rf"$10^{{{round(math.log10(value))}}}$"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import LayerRow
+from hf_llfc.publishing.numbers import SMALLEST_SHOWN, cell_text, known
 from hf_llfc.publishing.plots.canvas import (
     BLUE,
     FONT_SIZE,
@@ -18,12 +19,10 @@ from hf_llfc.publishing.plots.canvas import (
     SMALL_FONT,
     WIDTH_INCHES,
     draw_legend,
-    known,
     literal,
 )
 from hf_llfc.publishing.plots.layer_axis import LayerPanel, layer_grid
 from hf_llfc.publishing.plots.series import (
-    SMALLEST_SHOWN,
     LogScale,
     Series,
     draw_around_one,
@@ -74,8 +73,8 @@ def plot_layers(report: ConnectivityReport) -> Figure | None:
         heading=f"Merged features against the blend of the parents' features: {point_name(report, rows[0])}",
     )
     for panel, (distance_axis, coefficient_axis) in grid:
-        draw_distances(distance_axis, [each.part(panel) for each in distances], scale, columns=grid.columns)
-        draw_around_one(coefficient_axis, coefficients.part(panel), columns=grid.columns)
+        draw_distances(distance_axis, [series.part(panel) for series in distances], scale, size=grid.marker_size(panel))
+        draw_around_one(coefficient_axis, coefficients.part(panel), size=grid.marker_size(panel))
         coefficient_axis.set_ylim(limits_around_one(coefficients))
     for stack in grid.left:
         stack[0].set_ylabel("1 − cosine")
@@ -174,7 +173,7 @@ def _draw_cells(
     for (row, column), value in numpy.ndenumerate(values) if numbers else ():
         is_light = math.isnan(value) or _luminance(colours.to_rgba(max(value, colours.norm.vmin))) > MIDDLE_LUMINANCE
         axis.text(
-            column, row, _in_cell(value), ha="center", va="center", fontsize=FONT_SIZE - 3.5,
+            column, row, cell_text(value), ha="center", va="center", fontsize=FONT_SIZE - 3.5,
             color=INK if is_light else GROUND,
         )  # fmt: skip
 
@@ -183,14 +182,6 @@ def _luminance(colour: Sequence[float]) -> float:
     """Relative luminance of an sRGB colour, 0 for black and 1 for white (WCAG 2)."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour[:3]]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def _in_cell(value: float) -> str:
-    if not math.isfinite(value):
-        return "–"
-    if value <= SMALLEST_SHOWN:
-        return "0"
-    return f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _name_points(axis: Axes, names: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import GeometryRow
 from hf_llfc.publishing.plots.canvas import BLUE, GREEN, PURPLE, VERMILION, draw_legend
 from hf_llfc.publishing.plots.layer_axis import layer_grid
-from hf_llfc.publishing.plots.series import draw_band, draw_line, marker_size
+from hf_llfc.publishing.plots.series import Series, draw_band, draw_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,14 +41,7 @@ def plot_weight_geometry(report: ConnectivityReport) -> Figure | None:
 
 
 def plot_feature_geometry(report: ConnectivityReport) -> Figure | None:
-    """Effective rank of both models' features and the principal angles between their leading subspaces.
-
-    Args:
-        report: The report.
-
-    Returns:
-        The figure; None if this was not measured.
-    """
+    """As `plot_weight_geometry`, of both models' features."""
     return _geometry(report, FEATURES, "Features of A and B")
 
 
@@ -61,14 +56,24 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
         heights=(1.5, 1.5) if has_angles else (2.4,),
         heading=f"{heading}: effective rank" + (", and angles between leading subspaces" if has_angles else ""),
     )
-    first = next(iter(sides))
+    ranked = [rows.get((layer, next(iter(sides)))) for layer in layers]
+    # Ranks are often equal: markers of A are larger, so that they are seen behind those of B.
+    ranks = (
+        (Series("rank of A", tuple(math.nan if row is None else row.rank_a for row in ranked), BLUE, "-o"), 1.9),
+        (Series("rank of B", tuple(math.nan if row is None else row.rank_b for row in ranked), VERMILION, "--s"), 0.9),
+    )
+    angles = [
+        _angles([rows.get((layer, of)) for layer in layers], Series(label, (), colour, style))
+        for of, (side, colour, style) in sides.items()
+        if (label := "median" if len(sides) == 1 else f"median, {side}")
+    ]
     for panel, axes in grid:
-        names = [layers[index] for index in panel.indices]
-        size = marker_size(len(names) * grid.columns)
-        _draw_ranks(axes[0], [rows.get((name, first)) for name in names], size, panel.connected)
-        for of, (label, colour, style) in sides.items() if has_angles else ():
-            label = "median" if len(sides) == 1 else f"median, {label}"
-            _draw_angles(axes[1], [rows.get((name, of)) for name in names], label, colour, style, size, panel.connected)
+        size = grid.marker_size(panel)
+        for series, scale in ranks:
+            draw_line(axes[0], series.part(panel), scale * size)
+        for series in angles if has_angles else ():
+            draw_band(axes[1], series.part(panel))
+            draw_line(axes[1], series.part(panel), size)
     # From zero, so that heights compare.
     highest = max(max(row.rank_a, row.rank_b) for row in rows.values())
     grid.top[0].set_ylim(-0.04 * highest, 1.1 * highest)
@@ -83,36 +88,14 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
     return grid.figure
 
 
-def _draw_ranks(axis: Axes, rows: Sequence[GeometryRow | None], size: float, connected: bool) -> None:
-    found = [(place, row) for place, row in enumerate(rows) if row is not None]
-    places = [place for place, _ in found]
-    # Ranks are often equal: markers of A are larger, so that they are seen behind those of B.
-    for label, ranks, colour, style, scale in (
-        ("rank of A", [row.rank_a for _, row in found], BLUE, "-o", 1.9),
-        ("rank of B", [row.rank_b for _, row in found], VERMILION, "--s", 0.9),
-    ):
-        draw_line(axis, places, ranks, style, colour, scale * size, label=label, connected=connected)
-
-
-def _draw_angles(
-    axis: Axes,
-    rows: Sequence[GeometryRow | None],
-    label: str,
-    colour: str,
-    style: str,
-    size: float,
-    connected: bool,
-) -> None:
-    """The median angle, and a band from the smallest to the largest."""
-    found = [
-        (place, sorted(max(angle, SMALLEST_ANGLE) for angle in row.angles))
-        for place, row in enumerate(rows)
-        if row is not None and row.angles
+def _angles(rows: Sequence[GeometryRow | None], line: Series) -> Series:
+    """The median angle of every layer, with a band from the smallest to the largest."""
+    by_layer = [
+        [max(angle, SMALLEST_ANGLE) for angle in row.angles] if row is not None and row.angles else [math.nan]
+        for row in rows
     ]
-    places = [place for place, _ in found]
-    medians = [(each[(len(each) - 1) // 2] + each[len(each) // 2]) / 2 for _, each in found]
-    draw_band(axis, places, [each[0] for _, each in found], [each[-1] for _, each in found], colour, connected)
-    draw_line(axis, places, medians, style, colour, size, label=label, connected=connected)
+    bands = tuple((min(angles), max(angles)) for angles in by_layer)
+    return Series(line.label, tuple(map(statistics.median, by_layer)), line.colour, line.style, bands)
 
 
 def _set_angle_scale(axis: Axes) -> None:

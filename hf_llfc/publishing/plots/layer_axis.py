@@ -39,6 +39,8 @@ LONGEST_UPRIGHT = 18
 """Characters of labels that stand upright below a panel."""
 LONGEST_SHARED = 72
 """Characters of what all names of layers share."""
+FEW = 34
+"""Layers on the width of the figure up to which markers are large."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,10 @@ class LayerGrid:
     def __iter__(self) -> Iterator[tuple[LayerPanel, tuple[Axes, ...]]]:
         return iter(zip(self.panels, self.axes, strict=True))
 
+    def marker_size(self, panel: LayerPanel) -> float:
+        """The size of markers in points, smaller where there are many layers on the width of the figure."""
+        return 4.5 if len(panel.indices) * self.columns <= FEW else 2.5
+
     @property
     def left(self) -> tuple[tuple[Axes, ...], ...]:
         """The axes at the left edge, which name their quantity."""
@@ -237,25 +243,25 @@ def layer_grid(names: Sequence[str], *, heights: Sequence[float], heading: str, 
     share = 0.92 / columns if columns > 1 else 1.0
     ticks = [layer_ticks(panel.labels, share) for panel in panels]
     titles = [_wrapped(panel.title, columns) for panel in panels]
-    below = [max(each.height for each in ticks[row * columns : (row + 1) * columns]) for row in range(rows)]
+    below = [max(labels.height for labels in ticks[row * columns : (row + 1) * columns]) for row in range(rows)]
     above = 0.0 if len(panels) == 1 else 0.1 + 0.16 * max(title.count("\n") + 1 for title in titles)
     scale = 1.0 if rows == 1 else 0.8
     height = scale * rows * sum(heights) + sum(below) + rows * above + legend + 0.6
     figure = new_figure(height)
     cells = figure.add_gridspec(rows * len(heights), columns, height_ratios=list(heights) * rows)
-    found: list[tuple[Axes, ...]] = []
-    for place, panel in enumerate(panels):
-        row, column = divmod(place, columns)
+    stacks: list[tuple[Axes, ...]] = []
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, columns)
         first = row * len(heights)
-        stack = _panel_axes(figure, [cells[first + quantity, column] for quantity in range(len(heights))], found)
-        _label_layers(stack, panel, ticks[place])
+        stack = _panel_axes(figure, [cells[first + quantity, column] for quantity in range(len(heights))], stacks)
+        _label_layers(stack, panel, ticks[index])
         if panel.title:
-            stack[0].set_title(literal(titles[place]), fontsize=FONT_SIZE - 0.5, loc="left")
+            stack[0].set_title(literal(titles[index]), fontsize=FONT_SIZE - 0.5, loc="left")
         for axis in stack if column else ():
             axis.tick_params(labelleft=False)
-        found.append(stack)
-    note = _name_axis(figure, found, names, heading)
-    return LayerGrid(figure, tuple(panels), tuple(found), columns, note)
+        stacks.append(stack)
+    note = _name_axis(figure, stacks, names, heading)
+    return LayerGrid(figure, tuple(panels), tuple(stacks), columns, note)
 
 
 def _panel_axes(figure: Figure, cells: Sequence[SubplotSpec], earlier: Sequence[tuple[Axes, ...]]) -> tuple[Axes, ...]:

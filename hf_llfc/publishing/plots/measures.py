@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.diagnostics.rows import PathPoint, StitchingPoint
+from hf_llfc.publishing.numbers import LOSS, known, metric_style
 from hf_llfc.publishing.plots.canvas import (
     BLUE,
     GREEN,
@@ -14,13 +16,12 @@ from hf_llfc.publishing.plots.canvas import (
     MUTED,
     VERMILION,
     draw_legend,
-    known,
     plain_name,
 )
 from hf_llfc.publishing.plots.layer_axis import layer_grid
 from hf_llfc.publishing.plots.path import label_values
-from hf_llfc.publishing.plots.series import LogScale, Series, draw_distances, draw_line, marker_size, spread_note
-from hf_llfc.publishing.reading import LOSS, MetricStyle, metric_style, model_points, shown_additivity
+from hf_llfc.publishing.plots.series import LogScale, Series, draw_distances, draw_line, spread_note
+from hf_llfc.publishing.reading import model_points, shown_additivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +91,7 @@ def _distances(
     scale = LogScale.of(series)
     grid = layer_grid(names, heights=(2.4,), heading=heading)
     for panel, (axis,) in grid:
-        draw_distances(axis, [each.part(panel) for each in series], scale, columns=grid.columns)
+        draw_distances(axis, [line.part(panel) for line in series], scale, size=grid.marker_size(panel))
     for stack in grid.left:
         stack[0].set_ylabel(quantity)
     draw_legend(grid.figure, grid.top, columns=4, title=(grid.note, note))
@@ -106,27 +107,23 @@ def plot_stitching(report: ConnectivityReport) -> Figure | None:
     Returns:
         The figure; None if stitching was not measured or has no value.
     """
-    points = report.stitching
-    metrics = list(dict.fromkeys(name for point in points for name in point.metrics))
-    panels: list[tuple[MetricStyle, list[float], list[float]]] = [
-        (LOSS, [known(point.loss) for point in points], _parents(report, None))
+    metrics = list(dict.fromkeys(name for point in report.stitching for name in point.metrics))
+    panels = [
+        (LOSS if name is None else metric_style(name), _values(report.stitching, name), _parents(report, name))
+        for name in (None, *metrics[:1])
     ]
-    for name in metrics[:1]:
-        values = [known(point.metrics.get(name)) for point in points]
-        panels.append((metric_style(name), values, _parents(report, name)))
-    panels = [panel for panel in panels if any(math.isfinite(value) for value in panel[1])]
+    panels = [panel for panel in panels if any(map(math.isfinite, panel[1]))]
     if not panels:
         return None
     grid = layer_grid(
-        [point.layer for point in points],
+        [point.layer for point in report.stitching],
         heights=(1.7,) * len(panels),
         heading="A up to and with the layer, B from there on, nothing trained between",
     )
     for panel, axes in grid:
         for axis, (_, values, parents) in zip(axes, panels, strict=True):
             _draw_parents(axis, parents, report)
-            shown, size = [values[index] for index in panel.indices], marker_size(len(panel.indices) * grid.columns)
-            draw_line(axis, range(len(shown)), shown, "-o", BLUE, size, label="stitched", connected=panel.connected)
+            draw_line(axis, Series("stitched", values, BLUE, "-o").part(panel), grid.marker_size(panel))
             axis.margins(y=0.12)
     for stack in grid.left:
         for axis, (style, values, parents) in zip(stack, panels, strict=True):
@@ -135,15 +132,21 @@ def plot_stitching(report: ConnectivityReport) -> Figure | None:
     return grid.figure
 
 
-def _parents(report: ConnectivityReport, metric: str | None) -> list[float]:
-    """The loss or a metric of the first and the second model, NaN where it was not measured."""
-    points = [*model_points(report), None, None][:2]
-    return [math.nan if point is None else known(point.loss if metric is None else point.metrics.get(metric))
-            for point in points]  # fmt: skip
+def _values(points: Iterable[StitchingPoint | PathPoint | None], metric: str | None) -> tuple[float, ...]:
+    """The loss or a metric of every point, NaN where it was not measured."""
+    return tuple(
+        math.nan if point is None else known(point.loss if metric is None else point.metrics.get(metric))
+        for point in points
+    )
+
+
+def _parents(report: ConnectivityReport, metric: str | None) -> tuple[float, ...]:
+    """The loss or a metric of the first and the second model."""
+    return _values([*model_points(report), None, None][:2], metric)
 
 
 def _draw_parents(axis: Axes, parents: Sequence[float], report: ConnectivityReport) -> None:
-    for place, (letter, style) in enumerate((("A", "--"), ("B", ":"))):
-        name = f": {plain_name(report.models[place].id, 21)}" if place < len(report.models) else ""
-        if math.isfinite(parents[place]):
-            axis.axhline(parents[place], color=INK, linestyle=style, linewidth=1.6, label=f"{letter} alone{name}")
+    for index, (letter, style) in enumerate((("A", "--"), ("B", ":"))):
+        name = f": {plain_name(report.models[index].id, 21)}" if index < len(report.models) else ""
+        if math.isfinite(parents[index]):
+            axis.axhline(parents[index], color=INK, linestyle=style, linewidth=1.6, label=f"{letter} alone{name}")

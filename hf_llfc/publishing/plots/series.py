@@ -9,18 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.rows import Statistic
-from hf_llfc.publishing.plots.canvas import GROUND, INK, MUTED, known, power_of_ten
+from hf_llfc.publishing.numbers import SMALLEST_SHOWN, known
+from hf_llfc.publishing.plots.canvas import GROUND, INK, MUTED, power_of_ten
 from hf_llfc.publishing.plots.layer_axis import LayerPanel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMALLEST_SHOWN = 1e-9
-"""Distances below this are rounding errors; they are drawn at the foot of a logarithmic axis."""
 LOW, HIGH = "0.05", "0.95"
 """The quantiles between which a band is drawn."""
-FEW = 34
-"""Layers up to which markers are large."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +53,17 @@ class Series:
             style: Line and marker.
             ratio: Whether the axis is logarithmic; a standard deviation is then as high above the mean as below it.
         """
-        means = tuple(known(each.mean) for each in statistics)
+        means = tuple(known(statistic.mean) for statistic in statistics)
         if has_quantiles(statistics):
-            bands = tuple((each.quantiles[LOW], each.quantiles[HIGH]) for each in statistics)
+            bands = tuple((statistic.quantiles[LOW], statistic.quantiles[HIGH]) for statistic in statistics)
         else:
-            spreads = [each.std or 0.0 for each in statistics]
+            spreads = [statistic.std or 0.0 for statistic in statistics]
             bands = tuple(
                 (mean * mean / (mean + std) if ratio and mean + std > 0 else mean - std, mean + std)
                 for mean, std in zip(means, spreads, strict=True)
             )
         missing = (math.nan, math.nan)
-        intervals = tuple(each.interval or missing for each in statistics) if has_intervals(statistics) else ()
+        intervals = tuple(found.interval or missing for found in statistics) if has_intervals(statistics) else ()
         return cls(label, means, colour, style, bands, intervals)
 
     def part(self, panel: LayerPanel) -> Series:
@@ -85,12 +82,12 @@ class Series:
 
 def has_quantiles(statistics: Iterable[Statistic]) -> bool:
     """Whether quantiles were measured of all."""
-    return all(each.quantiles.keys() >= {LOW, HIGH} for each in statistics)
+    return all(statistic.quantiles.keys() >= {LOW, HIGH} for statistic in statistics)
 
 
 def has_intervals(statistics: Iterable[Statistic]) -> bool:
     """Whether the interval of any mean was measured."""
-    return any(each.interval is not None for each in statistics)
+    return any(statistic.interval is not None for statistic in statistics)
 
 
 def spread_note(statistics: Sequence[Statistic], *, ratio: bool, unit: str | None) -> str:
@@ -102,10 +99,10 @@ def spread_note(statistics: Sequence[Statistic], *, ratio: bool, unit: str | Non
         unit: What there is one value of: ``sample``, which None stands for, or ``token``.
     """
     without = "× and ÷ (1 + std/mean)" if ratio else "± one standard deviation"
-    each = unit or "sample"
-    band = f"5 to 95 % of {each}s" if has_quantiles(statistics) else without
+    unit = unit or "sample"
+    band = f"5 to 95 % of {unit}s" if has_quantiles(statistics) else without
     bars = "; bars: 95 % interval of the mean" if has_intervals(statistics) else ""
-    return f"line: mean over {each}s; band: {band}{bars}"
+    return f"line: mean over {unit}s; band: {band}{bars}"
 
 
 @dataclass(frozen=True)
@@ -124,10 +121,10 @@ class LogScale:
     def of(cls, series: Iterable[Series]) -> LogScale:
         """The scale that shows all means, and their spread as far as that leaves the means apart."""
         series = list(series)
-        shown = [value for each in series for value in each.values if value > SMALLEST_SHOWN]
+        shown = [value for line in series for value in line.values if value > SMALLEST_SHOWN]
         if not shown:
             return cls(None, SMALLEST_SHOWN)
-        lowest = min((low for each in series for low, _ in each.bands if math.isfinite(low)), default=math.inf)
+        lowest = min((low for line in series for low, _ in line.bands if math.isfinite(low)), default=math.inf)
         floor = min(min(shown) / 3, max(lowest, min(shown) / 30))
         return cls(max(SMALLEST_SHOWN, floor), max(shown))
 
@@ -144,24 +141,23 @@ class LogScale:
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_distances(axis: Axes, series: Sequence[Series], scale: LogScale, *, columns: int) -> None:
+def draw_distances(axis: Axes, series: Sequence[Series], scale: LogScale, *, size: float) -> None:
     """Draws lines of distances; what is zero but for rounding becomes a mark at the foot.
 
     Args:
         axis: To draw on.
         series: The lines.
         scale: The same for all panels.
-        columns: How many panels stand side by side.
+        size: Size of the markers in points.
     """
     floor = SMALLEST_SHOWN if scale.floor is None else scale.floor
     equal: set[int] = set()
-    for each in series:
-        positions = list(range(len(each.values)))
-        equal |= {position for position in positions if each.values[position] <= SMALLEST_SHOWN}
-        means = [value if value > SMALLEST_SHOWN else math.nan for value in each.values]
-        _draw_spread(axis, each, means, at_least=floor / 10)
-        size = marker_size(len(means) * columns)
-        draw_line(axis, positions, means, each.style, each.colour, size, label=each.label, connected=each.connected)
+    for line in series:
+        equal |= {position for position, value in enumerate(line.values) if value <= SMALLEST_SHOWN}
+        means = tuple(value if value > SMALLEST_SHOWN else math.nan for value in line.values)
+        line = dataclasses.replace(line, values=means)
+        _draw_spread(axis, line, at_least=floor / 10)
+        draw_line(axis, line, size)
     if equal:
         axis.plot(
             sorted(equal), [floor] * len(equal), "v", color=GROUND, markeredgecolor=INK, markersize=6,
@@ -170,49 +166,34 @@ def draw_distances(axis: Axes, series: Sequence[Series], scale: LogScale, *, col
     scale.set(axis)
 
 
-def draw_around_one(axis: Axes, series: Series, *, columns: int) -> None:
+def draw_around_one(axis: Axes, series: Series, *, size: float) -> None:
     """Draws a line of factors with 1 marked; arguments as for `draw_distances`."""
     axis.axhline(1.0, color=MUTED, linestyle="--", linewidth=1.4)
-    _draw_spread(axis, series, series.values, at_least=-math.inf)
-    positions, size = range(len(series.values)), marker_size(len(series.values) * columns)
-    draw_line(axis, positions, series.values, series.style, series.colour, size, connected=series.connected)
+    _draw_spread(axis, series, at_least=-math.inf)
+    draw_line(axis, dataclasses.replace(series, label=""), size)
 
 
-def draw_line(
-    axis: Axes,
-    positions: Sequence[int],
-    values: Sequence[float],
-    style: str,
-    colour: str,
-    size: float,
-    *,
-    label: str | None = None,
-    connected: bool = True,
-) -> None:
-    """Draws a line with its markers, or the markers alone.
-
-    Args:
-        axis: To draw on.
-        positions: Of the layers.
-        values: One a position.
-        style: Line and marker as matplotlib writes them, the marker last.
-        colour: Of both.
-        size: Of the markers, in points.
-        label: In the legend.
-        connected: Whether there is a line.
-    """
-    shown = style if connected else style[-1]
-    axis.plot(positions, values, shown, color=colour, linewidth=2, markersize=size, label=label)
+def draw_line(axis: Axes, series: Series, size: float) -> None:
+    """Draws a line with its markers, or the markers alone where the layers are not connected."""
+    style = series.style if series.connected else series.style[-1]
+    positions = range(len(series.values))
+    axis.plot(
+        positions, series.values, style, color=series.colour, linewidth=2, markersize=size, label=series.label or None
+    )
 
 
-def draw_band(
-    axis: Axes, positions: Sequence[int], lower: Sequence[float], upper: Sequence[float], colour: str, connected: bool
-) -> None:
+def draw_band(axis: Axes, series: Series, *, at_least: float = -math.inf) -> None:
     """Draws how far values spread: a band along a line, a bar for each of unconnected layers."""
-    if connected:
-        axis.fill_between(positions, lower, upper, color=colour, alpha=0.16, linewidth=0)
+    # Without a mean there is no band either.
+    seen = [
+        (math.nan,) * 2 if math.isnan(mean) else (max(low, at_least), max(high, at_least))
+        for mean, (low, high) in zip(series.values, series.bands, strict=True)
+    ]
+    lower, upper = zip(*seen, strict=True)
+    if series.connected:
+        axis.fill_between(range(len(seen)), lower, upper, color=series.colour, alpha=0.16, linewidth=0)
     else:
-        axis.vlines(positions, lower, upper, color=colour, alpha=0.25, linewidth=7)
+        axis.vlines(range(len(seen)), lower, upper, color=series.colour, alpha=0.25, linewidth=7)
 
 
 def limits_around_one(series: Series) -> tuple[float, float]:
@@ -223,21 +204,11 @@ def limits_around_one(series: Series) -> tuple[float, float]:
     return min(finite) - margin, max(finite) + margin
 
 
-def marker_size(layers: int) -> float:
-    """In points, smaller where there are many layers on the width of the figure."""
-    return 4.5 if layers <= FEW else 2.5
-
-
-def _draw_spread(axis: Axes, series: Series, means: Sequence[float], *, at_least: float) -> None:
-    positions = list(range(len(means)))
+def _draw_spread(axis: Axes, series: Series, *, at_least: float) -> None:
     if series.bands:
-        # Without a mean there is no band either.
-        seen = [(math.nan,) * 2 if math.isnan(mean) else band for mean, band in zip(means, series.bands, strict=True)]
-        lower = [max(low, at_least) for low, _ in seen]
-        upper = [max(high, at_least) for _, high in seen]
-        draw_band(axis, positions, lower, upper, series.colour, series.connected)
+        draw_band(axis, series, at_least=at_least)
     if series.intervals:
-        lower = [max(low, at_least) for low, _ in series.intervals]
-        upper = [max(high, at_least) for _, high in series.intervals]
+        positions = range(len(series.intervals))
+        lower, upper = ([max(end, at_least) for end in ends] for ends in zip(*series.intervals, strict=True))
         axis.vlines(positions, lower, upper, color=series.colour, linewidth=1.2)
         axis.plot(positions, lower, "_", positions, upper, "_", color=series.colour, markersize=5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_llfc.publishing import publish
+from hf_llfc import publish
 from tests.hub_double import HubDouble
 from tests.publishing.pushing import REPO, contents, history, no_token_is_ever_printed, no_waiting, refused
 from tests.publishing.samples import make_folder, make_report
@@ -126,7 +126,7 @@ FAILURES |= {
     "private parent": Failure(
         lambda hub, folder: (
             hub.add_repo("me/tweets", private=True)
-            and (folder / "llfc" / "recipe.yaml").write_text("models: [{model: me/tweets}]")
+            and (folder / "llfc" / "recipe.yaml").write_text("{models: [{model: me/tweets}], output_dir: merged}")
         ),
         "the parent me/tweets is private, the merge would be public",
         lambda hub, folder: setattr(hub.repositories["model", "me/tweets"], "private", False),

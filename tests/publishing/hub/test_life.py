@@ -146,7 +146,10 @@ def test_a_place_that_is_not_to_be_written_to_is_found_before_work(hub: HubDoubl
     ("spoil", "said"),
     [
         (lambda hub: setattr(hub.repositories["model", "me/films"], "private", True), "me/films is private"),
-        (lambda hub: hub.commit("me/films", {"README.md": "---\nlicense: cc-by-nd-4.0\n---\n"}), "forbids to share"),
+        (
+            lambda hub: hub.commit("me/films", {"README.md": "---\nlicense: cc-by-nd-4.0\n---\n"}),
+            "does not allow sharing",
+        ),
         (lambda hub: hub.expired.add(hub.token), "the Hub does not accept your token"),
     ],
 )

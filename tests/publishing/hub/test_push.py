@@ -14,8 +14,8 @@ import pytest
 from huggingface_hub import ModelCard, snapshot_download
 from safetensors.numpy import save_file
 
-from hf_llfc.publishing import publish
-from hf_llfc.publishing.record import RunRecord
+from hf_llfc import publish
+from hf_llfc.publishing.record import Result, RunRecord
 from tests.hub_double import HubDouble, validate_card
 from tests.publishing.pushing import (
     REPO,
@@ -175,7 +175,7 @@ def test_a_branch_or_tag_that_git_would_refuse_is_refused_here(
 
 
 def test_the_command_line_of_a_child_process_pushes_as_well(hub: HubDouble, folder: Path) -> None:
-    program = f"from hf_llfc.publishing import publish; print(publish({str(folder)!r}, 'me/merged', private=True))"
+    program = f"from hf_llfc import publish; print(publish({str(folder)!r}, 'me/merged', private=True))"
     done = subprocess.run([sys.executable, "-c", program], env=hub.env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"{hub.endpoint}/me/merged"
     assert hub.files(REPO) == contents(folder)
@@ -218,7 +218,7 @@ def unlist(folder: Path) -> None:
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is not an index of shards"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "there are no weights"),
         (lambda f: (f / "more.json").symlink_to("/etc/hostname"), "more.json is a link"),
-        (lambda f: (f / "llfc" / "recipe.yaml").write_text("models: 3"), "is no recipe"),
+        (lambda f: (f / "llfc" / "recipe.yaml").write_text("models: 3"), "recipe.yaml: the recipe cannot be run"),
     ],
 )
 def test_a_folder_that_is_not_whole_stays_here(
@@ -248,10 +248,10 @@ def bad_path(loss: float | None, accuracy: float | None = 0.5) -> list[dict[str,
         (make_report(path=bad_path(None)), "not every number is finite: loss at α = 0.5"),
         (make_report(path=bad_path(0.4, None)), "not every number is finite: accuracy at α = 0.5"),
         (make_report(layers=[{**layer("x", 0.5, 0, 0, 1), "llfc": {"mean": None, "std": None}}]), "features of x"),
-        (make_report(path=bad_path(0.7)), "the loss of the merge is 0.7, that of its worst parent 0.4"),
+        (make_report(path=bad_path(0.7)), "the loss of the merge is 0.7000, that of its worst parent 0.4"),
         (make_report(verdict={"answer": "do not merge", "because": "of the barrier"}), "not to merge: of the barrier"),
-        ({"schema": "other"}, "cannot be read"),
-        ([], "cannot be read"),
+        ({"schema": "other"}, "not a report of this version"),
+        ([], "holds no report"),
     ],
 )
 def test_a_merge_that_its_diagnosis_calls_broken_is_pushed_only_by_force(
@@ -271,10 +271,10 @@ def test_a_merge_off_the_path_is_judged_by_its_own_evaluation(
 ) -> None:
     if diagnosed:
         (folder / "llfc" / "llfc_report.json").write_text(json.dumps(make_report(models=[{}, {}])))
-    rows = [{"id": name, "loss": 0.4, "metrics": {}} for name in "ab"]
-    RunRecord(results=[*rows, {"id": "merged", "is_merge": True, "loss": loss, "metrics": {}}]).save(folder)
+    parents = (Result("a", 0.4), Result("b", 0.4))
+    RunRecord(results=(*parents, Result("merged", loss, is_merge=True))).save(folder)
     assert message in refused(folder)
-    RunRecord(results=[*rows, {"id": "merged", "is_merge": True, "loss": 0.5, "metrics": {}}]).save(folder)
+    RunRecord(results=(*parents, Result("merged", 0.5, is_merge=True))).save(folder)
     publish(folder, REPO)
 
 
@@ -293,7 +293,7 @@ def test_weights_that_are_not_finite_are_seen_without_a_diagnosis(hub: HubDouble
         name.unlink()
     weights = {"a": np.ones((4, 4), np.float16), "b": np.array([1, value], np.float16), "c": np.arange(3)}
     save_file(weights, folder / "model.safetensors")
-    assert "is not fit to be published: not every weight is finite: b. To push it all the same" in refused(folder)
+    assert "should not be published: not every weight is finite: b. Force it" in refused(folder)
     assert not hub.requests
     publish(folder, REPO, force=True)
 
@@ -435,7 +435,7 @@ def test_the_terms_of_a_gated_parent_are_remembered(
 @pytest.mark.parametrize("license", ["cc-by-nd-4.0", "cc-by-nc-nd-3.0"])
 def test_a_licence_that_forbids_derivatives_keeps_the_merge_private(hub: HubDouble, folder: Path, license: str) -> None:
     hub.add_repo("grace/bert-films", {"README.md": f"---\nlicense: {license}\n---\n"})
-    assert f"the licence of grace/bert-films ({license}) forbids to share derivatives" in refused(folder)
+    assert f"the licence of grace/bert-films ({license}) does not allow sharing derivatives" in refused(folder)
     assert ("model", REPO) not in hub.repositories
     publish(folder, REPO, private=True)
     assert hub.repositories["model", REPO].private
