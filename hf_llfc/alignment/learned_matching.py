@@ -39,7 +39,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Objective(Protocol):
-    """What is minimised; `hf_llfc.diagnostics.objectives` has the loss of the task and the LLFC gap."""
+    """Loss to minimise; `hf_llfc.diagnostics.objectives` has the loss of the task and the LLFC gap."""
 
     def __call__(self, of_a: Weights, of_b: Weights, merged: Weights, share: float, batch: Batch) -> Tensor:
         """The loss of one step.

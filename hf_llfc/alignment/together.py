@@ -49,10 +49,10 @@ def align_all(
 
     Args:
         reference: The model that stays.
-        models: Those that are wanted.
-        options: How.
-        workers: As for `align_checkpoints`.
-        device: As for `align_checkpoints`.
+        models: The models to align.
+        options: Method, how it searches, and which models are aligned together.
+        workers: Threads and processes that share the work, see `align_checkpoints`.
+        device: Device where models run, see `align_checkpoints`.
         progress: Shown meanwhile.
 
     Returns:

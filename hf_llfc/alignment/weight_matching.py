@@ -40,7 +40,7 @@ class Sweep:
     """One pass over all groups.
 
     Attributes:
-        start: Which start it belongs to.
+        start: Name of the start it belongs to.
         sweep: Number of the pass, from 1.
         objective: Σ ⟨A, T·B⟩ after it.
         moved: Units with another index than in the original model.

@@ -205,7 +205,7 @@ def broken_tensors(
 
 
 def region_of(weights: Sequence[float], section: DiagnoseSection, *, arithmetic_over_base: bool) -> Region:
-    """Where merged models are measured.
+    """Points where merged models are measured.
 
     Args:
         weights: Weights of the merge, one a parent.

@@ -61,11 +61,11 @@ class Features:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where compared models come from, as a report says it.
+    """Origin of compared models, as a report describes it.
 
     Attributes:
         models: Id, revision and weight of each; unknown where empty.
-        alignment: How they were aligned (`method`, ...); empty, or with the method ``none``, if they were not.
+        alignment: Alignment of the models (`method`, ...); empty, or with the method ``none``, if they were not.
     """
 
     models: tuple[ModelReference, ...] = ()
@@ -101,7 +101,7 @@ def diagnose_models(
         features: Features that are compared.
         batch_norm_data: Calibration samples from which batch normalization is recomputed at every point between the
             models; without them its statistics are combined. Has no effect on models without it.
-        origin: What the report says of the models.
+        origin: Ids, weights and alignment of the models, for the report.
         execution: Processes, progress, and the model that is moved from point to point.
 
     Returns:

@@ -45,7 +45,7 @@ IN_ONE_PROCESS = Execution()
 
 
 class Sums(Protocol):
-    """What is kept of the samples seen; it grows with neither samples nor batches."""
+    """Sums over the samples seen; they grow with neither samples nor batches."""
 
     def merge(self: S, other: S) -> None:
         """Adds what another process has gathered."""
@@ -69,8 +69,8 @@ def over_batches(
     Args:
         data: The samples.
         add: Takes a batch and the numbers of its samples, and adds to `sums`.
-        sums: What this process gathers.
-        doing: What the progress is called.
+        sums: Sums that this process gathers.
+        doing: Description of the work for the progress.
         execution: Processes and progress.
 
     Returns:
@@ -105,9 +105,9 @@ def attention_mask(
     """The attention mask where it is needed.
 
     Args:
-        batch: As `EvaluationData.batches` yields it.
+        batch: A batch as `EvaluationData.batches` yields it.
         sample_ids: Numbers of its samples, for the message.
-        layers: Whose features are to be divided.
+        layers: Layers whose features are to be divided.
         device: Where to put the mask.
 
     Returns:
@@ -135,8 +135,8 @@ def check_finite(values: torch.Tensor, sample_ids: torch.Tensor, label: str, mod
     Args:
         values: One a sample, not finite if any of its features is not, (n,).
         sample_ids: Numbers of the samples, (n,).
-        label: Of the layer.
-        model: Whose features they are (``the first model``).
+        label: Name of the layer.
+        model: Name of the model (``the first model``).
 
     Raises:
         EvaluationError: Names layer, model and the first such sample.
@@ -156,7 +156,7 @@ def check_complete(layers: Sequence[Layer], measured: Mapping[int, object]) -> N
 
     Args:
         layers: All layers that are measured.
-        measured: What was measured, by the index of the layer.
+        measured: Values measured, by the index of the layer.
 
     Raises:
         EvaluationError: Names the first layer without a value.

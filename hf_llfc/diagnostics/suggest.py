@@ -192,7 +192,7 @@ class _Logits(nn.Module):
 
 @dataclass(frozen=True)
 class _Targets:
-    """What a merge should answer.
+    """Answers that a merge should give.
 
     Args:
         values: Classes, (n, t) int64, or the models' mean probabilities, (n, t, c).

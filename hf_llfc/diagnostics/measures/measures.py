@@ -25,7 +25,7 @@ from hf_llfc.foundation.choices import MEASURES
 
 
 class Measure(Protocol):
-    """One of `MEASURES`, under way."""
+    """A measurement in progress, one of `MEASURES`."""
 
     sums: Any
 
@@ -33,7 +33,7 @@ class Measure(Protocol):
         """Runs both models on a batch and adds to the sums."""
 
     def rows(self, sums: Any) -> tuple[Any, ...]:
-        """What a report says, from the sums of all processes."""
+        """Rows of the report, from the sums of all processes."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class _AllSums:
 
 
 def check_measures(names: Sequence[str], data: EvaluationData, alphas: Sequence[float]) -> None:
-    """Refuses measures that cannot be taken, before anything is run.
+    """Rejects measures that cannot be taken, before anything is run.
 
     Args:
         names: Of `MEASURES`.
