@@ -25,9 +25,8 @@ def two_models(family: str, head: str, dtype: torch.dtype = torch.float32):
 
 
 def match(spec: PermutationSpec, a, b, *, start=None, workers=ALONE, progress=silent, **search) -> Alignment:
-    return match_weights(
-        parameters(spec, a), parameters(spec, b), search=Search(**search), start=start, workers=workers
-    )
+    pair = (parameters(spec, a), parameters(spec, b))
+    return match_weights(*pair, search=Search(**search), start=start, workers=workers, progress=progress)
 
 
 def moved_units(alignment: Alignment) -> int:
