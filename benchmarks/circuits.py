@@ -20,7 +20,7 @@ import transformers
 from symmetries import FAMILIES, PAIRS, Pair
 from torch import Tensor
 
-from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.alignment.sources import ANCHORS
 from hf_llfc.symmetry import Alignment, Permutation
@@ -94,7 +94,7 @@ def main() -> None:
                     Parameters.from_state_dict(pair.spec.fix("residual", *of_heads), state)
                     for state in (pair.state_a, moved)
                 ),
-                restarts=1,
+                search=Search(restarts=1),
             )
             barrier = pair.barrier(found)
             print(

@@ -4,10 +4,10 @@
 
 The pair is made by `llama_pair`, two Llama-shaped bfloat16 checkpoints; the second is moved by a random transform of
 every axis with noise as large as the weights, so that no assignment is a mere row maximum. A sweep is
-`match_weights(restarts=1, max_sweeps=1)` over all axes, with everything that belongs to it: reading, casting, norms and
-objectives. Bare are the same matrix products on float32 matrices in memory, one of each shape times its number, and
-the assignments of the largest matrices that the sweep solved, alone. Sweep and bare take turns. Writes the section of
-this name of results/matching.md, and a plot beside RESULTS.md.
+`match_weights` with `Search(restarts=1, max_sweeps=1)` over all axes, with everything that belongs to it: reading,
+casting, norms and objectives. Bare are the same matrix products on float32 matrices in memory, one of each shape times
+its number, and the assignments of the largest matrices that the sweep solved, alone. Sweep and bare take turns. Writes
+the section of this name of results/matching.md, and a plot beside RESULTS.md.
 """
 
 import argparse
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import hf_llfc.alignment.gains as gains_module
 from benchmarks import llama_pair
 from benchmarks.results import RESULTS, markdown, replace_section
-from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.assignment.assignment import assign, assign_with_gap
 from hf_llfc.alignment.gains import CHUNK, Gains
 from hf_llfc.alignment.groups import groups_of
@@ -92,7 +92,7 @@ def bare_products(shapes: Counter[tuple[int, int]]) -> float:
 def timed_sweep(pair: tuple[Parameters, Parameters]) -> float:
     """Seconds of one sweep."""
     start = time.perf_counter()
-    match_weights(*pair, restarts=1, max_sweeps=1, workers=Workers(torch.get_num_threads()))
+    match_weights(*pair, search=Search(restarts=1, max_sweeps=1), workers=Workers(torch.get_num_threads()))
     return time.perf_counter() - start
 
 

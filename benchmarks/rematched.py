@@ -20,7 +20,7 @@ from results import markdown, replace_section
 from symmetries import FAMILIES, PAIRS, Pair, learned
 from torch import Tensor
 
-from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.learned_matching import Learning
 from hf_llfc.alignment.sources import anchors_of
 from hf_llfc.symmetry import Alignment, PermutationSpec
@@ -30,7 +30,7 @@ def matched_again(pair: Pair, of_b: Mapping[str, Tensor], spec: PermutationSpec)
     """The tensors of B with the axes of a spec matched by weights, from where they are."""
     weight = anchors_of(pair.spec)
     both = [Parameters.from_state_dict(spec, dict(state)).with_anchors(weight) for state in (pair.state_a, of_b)]
-    return match_weights(*both, restarts=1).apply(dict(of_b))
+    return match_weights(*both, search=Search(restarts=1)).apply(dict(of_b))
 
 
 def measure(folder: Path, family: str, steps: int) -> list[dict[str, str]]:

@@ -206,7 +206,7 @@ def learned(pair: Pair, start: Alignment, learning: Learning) -> Alignment:
     models = [load_model(each).eval() for each in (pair.a, pair.b)]
     task = "image-classification" if pair.family in CLASSIFIERS else "text-generation"
     objective = TaskLoss(models[0], task)
-    return learn_matching(*models, training_batches(pair.family), pair.spec, start, objective, learning=learning)
+    return learn_matching(*models, training_batches(pair.family), start, objective, learning=learning)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from benchmarks.results import markdown, replace_section
 from hf_llfc.alignment.checkpoints import align_checkpoints
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.data import open_data
@@ -150,7 +151,9 @@ def run_stage(stage: str, folder: Path) -> None:
             result = b"".join(found.transforms[axis].perm.numpy().tobytes() for axis in sorted(found.transforms))
         else:
             section = DiagnoseSection(data.config, ALPHAS)
-            report = diagnose_checkpoints([Parent(each) for each in pair], data, section, processes=processes)
+            report = diagnose_checkpoints(
+                [Parent(each) for each in pair], data, section, execution=Execution(processes)
+            )
             result = json.dumps([report.to_dict()[name] for name in ("path", "layers")]).encode()
         processes.barrier()
         seconds = time.perf_counter() - began

@@ -396,6 +396,7 @@ def diagnose(
     from hf_llfc.alignment.together import align_all
     from hf_llfc.diagnostics import DEFAULT_ALPHAS
     from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
+    from hf_llfc.diagnostics.streaming import Execution
     from hf_llfc.parallel.devices import device_alone
     from hf_llfc.parallel.ranks import OneProcess
     from hf_llfc.parents.data import batch_norm_data, open_data
@@ -427,8 +428,7 @@ def diagnose(
         base=base,
         weights=weights,
         calibration=batch_norm_data(first, section),
-        processes=OneProcess(place) if place is not None else None,
-        progress=progress,
+        execution=Execution(OneProcess(place) if place is not None else None, progress),
     )
 
 

@@ -42,7 +42,7 @@ DEAD = 1e-12
 
 @dataclass(frozen=True)
 class Site:
-    """A place where activations can be seen.
+    """A tensor of activations: the input or output of one module.
 
     Attributes:
         module: Name of the linear map.
@@ -61,7 +61,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Sight:
-    """A group as a place shows it; `axes` are those of its axes that are to be seen there."""
+    """A group as a site shows it; `axes` are those of its axes that can be seen there."""
 
     group: Group
     axes: frozenset[str]
@@ -100,7 +100,7 @@ class _Moments:
         For what is transformed by matrices: single units have no meaning there, and their norms must not be changed.
         """
         cross = torch.as_tensor(self.cross).sum(0)
-        sizes = [float(torch.as_tensor(each).sum()) for each in (self.a_square, self.b_square)]
+        sizes = [float(torch.as_tensor(squares).sum()) for squares in (self.a_square, self.b_square)]
         scale = (sizes[0] * sizes[1]) ** 0.5
         return cross * (len(cross) / scale if scale > 0 else 0.0)
 
@@ -121,12 +121,12 @@ Correlations = Mapping[tuple[str, ...], Tensor]
 
 @dataclass(frozen=True)
 class Observed:
-    """What calibration data showed of some models.
+    """Moments that calibration data showed of some models.
 
     Attributes:
         groups: The groups of the axes, in the order of the spec.
-        samples: How many there were.
-        moments: Pair of models, by their places → axis of a group → what was gathered.
+        samples: Number of samples.
+        moments: Pair of models, by their indices → axis of a group → what was gathered.
     """
 
     groups: Sequence[Group]
@@ -134,15 +134,15 @@ class Observed:
     moments: Mapping[tuple[int, int], Mapping[str, _GroupMoments]]
 
     def correlations(self, group: Group, pair: tuple[int, int] = (0, 1)) -> Correlations | None:
-        """The correlations of a group, summed over all places that show it; None where no place shows all of it."""
+        """The correlations of a group, summed over all sites that show it; None where no site shows all of it."""
         moments = self.moments[pair].get(group.axis, {})
         if not moments or not {child for _, _, children in moments for child in children}.issuperset(group.children):
             return None
-        found: dict[tuple[str, ...], Tensor] = {}
+        total: dict[tuple[str, ...], Tensor] = {}
         for (_, _, children), moment in moments.items():
             correlation = (moment.cosine() if group.matrices else moment.correlation()).cpu()
-            found[children] = found[children] + correlation if children in found else correlation
-        return found
+            total[children] = total[children] + correlation if children in total else correlation
+        return total
 
 
 def match_activations(
@@ -177,10 +177,8 @@ def match_activations(
         if correlations is None:
             unmatched += group.matched
             continue
-        found, value_before, value_after = solve(
-            group, correlations, {axis: transforms[axis] for axis in group.matched}
-        )
-        transforms.update(found)
+        best, value_before, value_after = solve(group, correlations, {axis: transforms[axis] for axis in group.matched})
+        transforms.update(best)
         before, after = before + value_before, after + value_after
     return Alignment(
         spec,
@@ -204,19 +202,19 @@ def observe(
     """Runs models on calibration data, and gathers the moments of all their pairs.
 
     Args:
-        models: As for `match_activations`, two or more.
-        batches: As there.
-        spec: Of all.
-        labels: What error messages call them.
+        models: Two or more loaded models, as for `match_activations`.
+        batches: Calibration data, as for `match_activations`.
+        spec: The permutation spec of all models.
+        labels: Names of the models in error messages.
 
     Raises:
-        AlignmentError: As there.
+        AlignmentError: As `match_activations` raises it.
     """
     if any(model.training for model in models):
         every = "both models" if len(models) == 2 else "all models"
         raise AlignmentError(f"activation matching needs {every} in evaluation mode: call `.eval()` first")
     binding, *others = (
-        spec.bind({name: tensor.shape for name, tensor in each.state_dict().items()}) for each in models
+        spec.bind({name: tensor.shape for name, tensor in model.state_dict().items()}) for model in models
     )
     if any(other.sizes != binding.sizes or other.tensors.keys() != binding.tensors.keys() for other in others):
         count = "two" if len(models) == 2 else len(models)
@@ -256,7 +254,7 @@ def observe(
 
 
 def _sights(model: nn.Module, binding: Binding, groups: list[Group]) -> dict[Site, list[Sight]]:
-    """What is looked at where: each axis of a group at inputs if there are any, else at outputs.
+    """Sites, and the groups that each shows: each axis of a group at inputs if there are any, else at outputs.
 
     A group is left out unless all its axes can be seen.
     """
@@ -346,8 +344,8 @@ def samples(activation: Tensor, site: Site, mask: Tensor | None, role: str) -> T
             features = features[mask.flatten().bool()]
     features = features.reshape(-1, features.shape[-1]).double()
     if not bool(torch.isfinite(features).all()):
-        place = "input" if site.at_input else "output"
-        raise AlignmentError(f"activation matching: NaN or Inf in the {place} of {site.module} of {role}")
+        side = "input" if site.at_input else "output"
+        raise AlignmentError(f"activation matching: NaN or Inf in the {side} of {site.module} of {role}")
     return features
 
 
@@ -363,12 +361,12 @@ def _update(
     a_pieces = _channel_pieces(a_flat, site.channels, sizes)
     b_pieces = _channel_pieces(b_flat, site.channels, sizes)
     for number, ((a_piece, atoms), (b_piece, _)) in enumerate(zip(a_pieces, b_pieces, strict=True)):
-        place_of = {atom.axis: dim for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse)}
-        if group.axis not in place_of or sight.axes.isdisjoint(place_of):
+        dim_of = {atom.axis: dim for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse)}
+        if group.axis not in dim_of or sight.axes.isdisjoint(dim_of):
             continue
-        children = tuple(child for child in group.children if child in place_of)
-        places = [place_of[axis] for axis in (group.axis, *children)]
-        a_nic, b_njc = (_entries_first(piece, places) for piece in (a_piece, b_piece))
+        children = tuple(child for child in group.children if child in dim_of)
+        dims = [dim_of[axis] for axis in (group.axis, *children)]
+        a_nic, b_njc = (_entries_first(piece, dims) for piece in (a_piece, b_piece))
         moments.setdefault((site, number, children), _Moments()).update(a_nic, b_njc)
 
 
@@ -379,11 +377,11 @@ def _channel_pieces(
     yield from ((piece, atoms[:-1]) for piece, atoms in pieces(flat.T, (channels, Fixed(flat.shape[0])), sizes))
 
 
-def _entries_first(piece: Tensor, places: list[int]) -> Tensor:
+def _entries_first(piece: Tensor, dims: list[int]) -> Tensor:
     """`[channel atoms …, samples]` as `[samples, entries of the group's axes, other channels]`."""
-    others = [dim for dim in range(piece.ndim - 1) if dim not in places]
-    ordered = piece.permute(piece.ndim - 1, *places, *others)
-    entries = ordered.shape[1 : 1 + len(places)].numel()
+    others = [dim for dim in range(piece.ndim - 1) if dim not in dims]
+    ordered = piece.permute(piece.ndim - 1, *dims, *others)
+    entries = ordered.shape[1 : 1 + len(dims)].numel()
     return ordered.reshape(ordered.shape[0], entries, -1)
 
 

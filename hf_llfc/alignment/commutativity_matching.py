@@ -64,11 +64,11 @@ class _Map:
     """A linear map in both models.
 
     Attributes:
-        name: Of its weight.
+        name: Name of the weight.
         channels: The axis expression of its input.
-        to_matrices: From its weight to `[.., out, into]`, one matrix for each place of a kernel.
+        to_matrices: From the weight to `[.., out, into]`, one matrix for each position of a kernel.
         weight_a: That of A, as matrices.
-        moments: Of its inputs.
+        moments: Second moments of the inputs.
         size: ‖W_A·H_A‖² + ‖W_B·H_B‖².
         axes: All that its weight has.
     """
@@ -98,7 +98,7 @@ def match_commutativity(
         reference: The loaded model that stays, A, in evaluation mode.
         model: The loaded model that moves, B, of the same architecture and in evaluation mode.
         batches: Calibration data: keyword arguments of the models; padded positions do not count.
-        spec: Of both.
+        spec: The permutation spec of both models.
         start: Where to begin: f has many minima, and random transforms are in poor ones. Weight matching, say.
         max_sweeps: Visits of every axis at most.
         progress: Told the axes done and all axes of a sweep.
@@ -115,17 +115,19 @@ def match_commutativity(
     maps = _maps(reference, model, binding, _moments(reference, model, batches, binding))
     commuting = _Commuting(spec, binding, maps, weights_b)
     separate = {axis for bound in binding.tensors.values() for axis in bound.spec.name_axes}
-    axes = [axis for axis in binding.symmetric_axes if axis not in separate and any(axis in each.axes for each in maps)]
+    axes = [
+        axis for axis in binding.symmetric_axes if axis not in separate and any(axis in layer.axes for layer in maps)
+    ]
     transforms = dict(start.transforms)
     before = value = commuting.value(transforms, maps)
     sweep = 0
     for sweep in range(1, max_sweeps + 1):
         at_start = value
-        for place, axis in enumerate(axes):
-            progress(f"commutativity matching, sweep {sweep}", place, len(axes))
-            found, fall = _visit(commuting, axis, transforms, [each for each in maps if axis in each.axes])
+        for index, axis in enumerate(axes):
+            progress(f"commutativity matching, sweep {sweep}", index, len(axes))
+            transform, fall = _visit(commuting, axis, transforms, [layer for layer in maps if axis in layer.axes])
             if fall > 0:
-                transforms[axis] = found
+                transforms[axis] = transform
                 value -= fall
         logger.info("commutativity matching, sweep %d: %.6g", sweep, value)
         if at_start - value <= CONVERGED * at_start:
@@ -161,20 +163,20 @@ class _Commuting:
         """F of some maps, differentiable where the transforms are."""
         alignment = Alignment(self.spec, transforms)
         total = torch.zeros((), dtype=torch.float64)
-        for each in maps:
-            moved = alignment.read_aligned(each.name, self.binding, self.weights_b.__getitem__)
-            difference = each.weight_a - each.to_matrices(moved)
-            total = total + (difference @ self._apart(each, alignment)).mul(difference).sum() / each.size
+        for layer in maps:
+            moved = alignment.read_aligned(layer.name, self.binding, self.weights_b.__getitem__)
+            difference = layer.weight_a - layer.to_matrices(moved)
+            total = total + (difference @ self._apart(layer, alignment)).mul(difference).sum() / layer.size
         return total
 
-    def _apart(self, each: _Map, alignment: Alignment) -> Tensor:
+    def _apart(self, layer: _Map, alignment: Alignment) -> Tensor:
         """Second moments of H_A − T·H_B."""
-        rest = Fixed(each.moments.of_a.shape[0])
+        rest = Fixed(layer.moments.of_a.shape[0])
         sizes = self.binding.sizes
-        across = alignment.move(each.moments.between, (rest, each.channels), sizes)
-        of_b = alignment.move(each.moments.of_b, (rest, each.channels), sizes)
-        of_b = alignment.move(of_b, (each.channels, rest), sizes)
-        return each.moments.of_a - across - across.mT + of_b
+        across = alignment.move(layer.moments.between, (rest, layer.channels), sizes)
+        of_b = alignment.move(layer.moments.of_b, (rest, layer.channels), sizes)
+        of_b = alignment.move(of_b, (layer.channels, rest), sizes)
+        return layer.moments.of_a - across - across.mT + of_b
 
 
 def _visit(
@@ -201,24 +203,24 @@ def _visit(
         if value - lowest <= CONVERGED * abs(value):
             break
         point, value = point + share * towards, lowest
-    found = _best(point, group)
-    fall = first - float(value_at(_matrix(found)))
-    return found, fall if fall > 1e-12 * abs(first) else 0.0
+    best = _best(point, group)
+    fall = first - float(value_at(_matrix(best)))
+    return best, fall if fall > 1e-12 * abs(first) else 0.0
 
 
 def _lowest(values: Sequence[float]) -> tuple[float, float]:
-    """Where on [0, 1] the polynomial of degree four through values at `LINE` is lowest, and how low."""
+    """Lowest point on [0, 1] of the polynomial of degree four through values at `LINE`, and its value."""
     polynomial = np.polynomial.Polynomial.fit(LINE, values, 4, domain=(0, 1), window=(0, 1))
     roots = np.asarray(polynomial.deriv().roots(), dtype=complex)
     turns = [float(root) for root in roots.real[np.abs(roots.imag) < 1e-9] if 0 < root < 1]
-    return min(((share, float(polynomial(share))) for share in (0.0, 1.0, *turns)), key=lambda each: each[1])
+    return min(((share, float(polynomial(share))) for share in (0.0, 1.0, *turns)), key=lambda turn: turn[1])
 
 
 def _best(gain: Tensor, group: str) -> Transform:
     """The element of a group that has the largest inner product with `gain` `[.., n, n]`."""
     if group != PERMUTATION:
         return Orthogonal(MATRIX_GROUPS[group].nearest(gain))
-    return Permutation(assign(gain) if gain.ndim == 2 else torch.stack([assign(each) for each in gain]))
+    return Permutation(assign(gain) if gain.ndim == 2 else torch.stack([assign(matrix) for matrix in gain]))
 
 
 def _matrix(transform: Transform) -> Tensor:
@@ -244,7 +246,10 @@ def _moments(
         for site in sites:
             if site not in of_a or site not in of_b:
                 continue  # a head or an attention that this kind of input does not reach
-            a, b = (samples(each[site], site, mask, role).cpu() for each, role in zip((of_a, of_b), ROLES, strict=True))
+            a, b = (
+                samples(activations[site], site, mask, role).cpu()
+                for activations, role in zip((of_a, of_b), ROLES, strict=True)
+            )
             here = Moments(a.T @ a, a.T @ b, b.T @ b)
             before = sums.get(site)
             sums[site] = here if before is None else _sum(before, here)
@@ -255,8 +260,8 @@ def _moments(
             "there was none"
         )
     return {
-        site: Moments(each.of_a / count[site], each.between / count[site], each.of_b / count[site])
-        for site, each in sums.items()
+        site: Moments(total.of_a / count[site], total.between / count[site], total.of_b / count[site])
+        for site, total in sums.items()
     }
 
 
@@ -269,23 +274,23 @@ def _moves(channels: Expression, spec: PermutationSpec) -> bool:
 
 
 def _maps(reference: nn.Module, model: nn.Module, binding: Binding, moments: Mapping[Site, Moments]) -> list[_Map]:
-    found = []
+    maps = []
     for site, of_site in moments.items():
         name = f"{site.module}.weight"
-        weights = [dict(each.named_modules())[site.module].weight for each in (reference, model)]
+        weights = [dict(side.named_modules())[site.module].weight for side in (reference, model)]
 
         def to_matrices(weight: Tensor, site: Site = site) -> Tensor:
             if site.channel_dim == 1:
-                # A sum over the places of the kernel; correlations between neighbouring positions are left out.
+                # A sum over the positions of the kernel; correlations between neighbouring positions are left out.
                 return weight.flatten(2).movedim(2, 0)
             return weight.mT if site.transposed else weight
 
-        weight_a, weight_b = (to_matrices(cast("Tensor", each).detach().double().cpu()) for each in weights)
+        weight_a, weight_b = (to_matrices(cast("Tensor", weight).detach().double().cpu()) for weight in weights)
         size = sum(
             float((weight @ square).mul(weight).sum())
             for weight, square in ((weight_a, of_site.of_a), (weight_b, of_site.of_b))
         )
         axes = frozenset(use.axis for use in binding.tensors[name].spec.axes)
         if size > 0:
-            found.append(_Map(name, site.channels, to_matrices, weight_a, of_site, size, axes))
-    return found
+            maps.append(_Map(name, site.channels, to_matrices, weight_a, of_site, size, axes))
+    return maps

@@ -1,4 +1,4 @@
-"""What matching takes of memory and time, known from configs and headers before it begins."""
+"""Memory and time that matching takes, known from configs and headers before it begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_llfc.recipe import AlignSection
 
 
 def matching_memory(checkpoint: Checkpoint, options: AlignSection, models: int = 2) -> int:
-    """Bytes that matching holds at its peak, activations not counted.
+    """Memory of matching at its peak in bytes, activations not counted.
 
     Weight matching: the gains of the widest axis, in parts or with what SciPy takes to assign them, and two tensors;
     threads that match an axis each hold their own; in a universe also the sums of the other models. Methods that look
@@ -49,14 +49,14 @@ def matching_memory(checkpoint: Checkpoint, options: AlignSection, models: int =
 def matching_cost(
     checkpoint: Checkpoint, options: AlignSection, models: int = 2, device: torch.device | None = None
 ) -> dict[str, float]:
-    """What one sweep of weight matching over one model takes, which other methods but activation matching start from.
+    """Cost of one sweep of weight matching over one model, from the headers alone.
 
-    It is known from the headers alone.
+    All methods but activation matching start from weight matching.
 
     Args:
         checkpoint: One of the models.
-        options: How they are aligned.
-        models: How many are aligned; in a universe each is matched to all others.
+        options: Options of the alignment.
+        models: Number of models; in a universe each is matched to all others.
         device: Where matrices are multiplied; the processor where None.
 
     Returns:

@@ -137,8 +137,8 @@ class Gains:
             products = [0.0, 0.0, 0.0]
             for a_part, b_part in zip(a.reshape(-1).split(CACHED), b.reshape(-1).split(CACHED), strict=True):
                 a_part, b_part = a_part.double(), b_part.double()
-                for place, (left, right) in enumerate(((a_part, a_part), (b_part, b_part), (a_part, b_part))):
-                    products[place] += float(torch.dot(left, right))
+                for index, (left, right) in enumerate(((a_part, a_part), (b_part, b_part), (a_part, b_part))):
+                    products[index] += float(torch.dot(left, right))
             return products
 
         keys = self.keys(set(self.spec.symmetric_axes))
@@ -153,23 +153,23 @@ class Gains:
         return totals[0] ** 0.5, totals[1] ** 0.5, totals[2]
 
     def elements(self, group: Group) -> float:
-        """How many numbers the tensors of a group hold, in one of the models."""
+        """Number of elements in the tensors of a group, in one of the models."""
         return sum(self._elements(self.keys(group.axes)))
 
     def operations(self, group: Group) -> float:
-        """How many additions and multiplications the gains of a group take."""
+        """Number of additions and multiplications for the gains of a group."""
         keys = self.keys(group.axes)
         size = group.size if group.moves else 1
         widths = (size * self._width(key, group) for key in keys)
         return sum(2.0 * elements * width for elements, width in zip(self._elements(keys), widths, strict=True))
 
     def cost(self, group: Group) -> float:
-        """What it takes to solve a group, in operations of a matrix product: its gains, and the choices of children."""
+        """Cost of solving a group, in operations of a matrix product: its gains, and the choices of children."""
         pairs = group.size**2 if group.moves else group.size
         return self.operations(group) + (ONE_ASSIGNMENT * pairs * tried(group) if group.children else 0.0)
 
     def cost_together(self, group: Group) -> float:
-        """What it takes a worker to solve a group whose gains all share, in the same unit: its part and to send it."""
+        """Cost for each worker of solving a group together, in the unit of `cost`: its part, and sending it."""
         parts = [sum(self._elements(part)) for part in self._shares(self.keys(group.axes), frozenset())]
         share = largest_share(parts, self.workers.ranks) / sum(parts) / self.workers.threads
         return share * self.cost(group) + (SENT * group.size**2 if self.workers.ranks > 1 else 0.0)
@@ -184,7 +184,7 @@ class Gains:
         )
 
     def anchoring(self, group: Group, undetermined: Set[str]) -> float:
-        """How many weights of each unit of the group lie in rows that no undetermined axis shuffles."""
+        """Number of weights of each unit of the group in rows that no undetermined axis shuffles."""
         known = 0.0
         for key in self.keys({group.axis}):
             tensor = self.a.binding.tensors[self.a.keys[key]].spec
@@ -241,17 +241,17 @@ class Gains:
         def gain_of(keys: list[Key]) -> Tensor | None:
             gain_ij: Tensor | None = None
             for pair in self._pairs(keys, held, undetermined - group.axes):
-                places = [dim for dim, atom in enumerate(pair.atoms) if _is(atom, group.axis)]
-                if len(places) > 1 and own_is_known:
-                    repeated.append((pair, places))
-                for place in places:
-                    others = [other for other in places if other != place]
+                dims = [dim for dim, atom in enumerate(pair.atoms) if _is(atom, group.axis)]
+                if len(dims) > 1 and own_is_known:
+                    repeated.append((pair, dims))
+                for dim in dims:
+                    others = [other for other in dims if other != dim]
                     a, b = pair.a, pair.b
                     if others and own_is_known:
                         b = _moved(b, others, present)
                     elif others:
                         a, b = _summed(a, others), _averaged(b, others)
-                    gain_ij = _add(gain_ij, _gain(a, b, [place], dtype))
+                    gain_ij = _add(gain_ij, _gain(a, b, [dim], dtype))
             return gain_ij
 
         keys = self._telling(self.keys(group.axes), undetermined - group.axes)
@@ -267,12 +267,12 @@ class Gains:
         before_i, after_i = _along(gain_ij, present), _along(gain_ij, proposal)
         change = float((after_i - before_i).sum())
         noise = NOISE[dtype] * float((after_i.abs() + before_i.abs())[after_i != before_i].sum())
-        for pair, places in repeated:
+        for pair, dims in repeated:
             # The objective is quadratic in an axis that a tensor holds twice: the gains are only its slope there.
-            for place in places:
-                b = _moved(pair.b, [other for other in places if other != place], present)
-                change -= _inner(pair.a, proposal.apply(b, place)) - _inner(pair.a, present.apply(b, place))
-            before, after = _moved(pair.b, places, present), _moved(pair.b, places, proposal)
+            for dim in dims:
+                b = _moved(pair.b, [other for other in dims if other != dim], present)
+                change -= _inner(pair.a, proposal.apply(b, dim)) - _inner(pair.a, present.apply(b, dim))
+            before, after = _moved(pair.b, dims, present), _moved(pair.b, dims, proposal)
             change += _inner(pair.a, after) - _inner(pair.a, before)
         return Solution({group.axis: proposal}, change if change > noise else 0.0, gap=gap)
 
@@ -370,9 +370,9 @@ class Gains:
         in_names = self._by_root(keys, group.axis)
         named = {key for of_root in in_names for key in of_root.values()}
         in_shapes = [
-            _root_first(pair, place)
+            _root_first(pair, dim)
             for pair in self._pairs([key for key in keys if key not in named], held, undetermined)
-            if (place := _place(pair.atoms, group.axis)) is not None
+            if (dim := _place(pair.atoms, group.axis)) is not None
         ]
         widest = max((self._width(key, group) for key in keys), default=1)
         step = max(1, math.isqrt(BLOCK) // widest) if group.moves else 1
@@ -381,11 +381,11 @@ class Gains:
             gain_iajb: dict[tuple[str, ...], Tensor] = {}
             stacked = (self._stacked(of_root, rows, columns, held, undetermined) for of_root in in_names)
             for pair in chain((_part(pair, rows, columns) for pair in in_shapes), *stacked):
-                place_of = {child: _place(pair.atoms, child) for child in group.children}
-                children = tuple(child for child, place in place_of.items() if place is not None)
-                places = [1 + place for place in place_of.values() if place is not None]
+                dim_of = {child: _place(pair.atoms, child) for child in group.children}
+                children = tuple(child for child, dim in dim_of.items() if dim is not None)
+                dims = [1 + dim for dim in dim_of.values() if dim is not None]
                 width = prod(group.children[child] for child in children)
-                gain = _gain(pair.a, pair.b, [0, *places], _accumulator(group.size * width))
+                gain = _gain(pair.a, pair.b, [0, *dims], _accumulator(group.size * width))
                 gain = gain.reshape(len(rows), width, len(columns), width)
                 gain_iajb[children] = _add(gain_iajb.get(children), gain)
             yield rows, columns, gain_iajb
@@ -396,12 +396,12 @@ class Gains:
         for name, index in keys:
             name_axes = self.a.binding.tensors[self.a.keys[name, index]].spec.name_axes
             if root in name_axes:
-                place = name_axes.index(root)
-                kin.setdefault((name, index[:place], index[place + 1 :]), {})[index[place]] = (name, index)
+                position = name_axes.index(root)
+                kin.setdefault((name, index[:position], index[position + 1 :]), {})[index[position]] = (name, index)
         return list(kin.values())
 
     def _width(self, key: Key, group: Group) -> int:
-        """How many entries of the group's children a tensor holds together for one entry of the root."""
+        """Number of entries of the group's children that a tensor holds together for one entry of the root."""
         dimensions = self.a.binding.tensors[self.a.keys[key]].spec.dimensions
         return max(
             prod(
@@ -417,7 +417,7 @@ class Gains:
         a_pieces = [list(self._pieces_of_a(keys[i], undetermined)) for i in rows]
         b_pieces = [list(self._pieces_of_b(keys[j], held, undetermined)) for j in columns]
         for number, (_, atoms) in enumerate(a_pieces[0]):
-            a, b = (torch.stack([each[number][0] for each in side]) for side in (a_pieces, b_pieces))
+            a, b = (torch.stack([pieces[number][0] for pieces in side]) for side in (a_pieces, b_pieces))
             yield Pair(a, b.to(a.device), atoms)
 
     def _pairs(self, keys: Iterable[Key], held: Alignment, undetermined: Set[str]) -> Iterator[Pair]:
@@ -425,7 +425,7 @@ class Gains:
         alike: dict[tuple[str, tuple[int | None, ...]], list[Key]] = {}
         for name, index in keys:
             name_axes = self.a.binding.tensors[self.a.keys[name, index]].spec.name_axes
-            known = tuple(None if axis in undetermined else place for axis, place in zip(name_axes, index, strict=True))
+            known = tuple(None if axis in undetermined else entry for axis, entry in zip(name_axes, index, strict=True))
             alike.setdefault((name, known), []).append((name, index))
         for first, *more in alike.values():
             pairs = list(self._key_pairs(first, held, undetermined))
@@ -463,10 +463,10 @@ def _is(atom: Atom, axis: str) -> bool:
     return isinstance(atom, AxisUse) and atom.axis == axis
 
 
-def _root_first(pair: Pair, place: int) -> Pair:
+def _root_first(pair: Pair, dim: int) -> Pair:
     """The pair with the root as first dimension, left out of the atoms."""
-    atoms = (*pair.atoms[:place], *pair.atoms[place + 1 :])
-    return Pair(pair.a.movedim(place, 0), pair.b.movedim(place, 0), atoms)
+    atoms = (*pair.atoms[:dim], *pair.atoms[dim + 1 :])
+    return Pair(pair.a.movedim(dim, 0), pair.b.movedim(dim, 0), atoms)
 
 
 def _place(atoms: Iterable[Atom], axis: str) -> int | None:
@@ -486,9 +486,9 @@ def _accumulator(size: int) -> torch.dtype:
     return torch.float64 if size <= DOUBLE_UP_TO else torch.float32
 
 
-def _gain(a: Tensor, b: Tensor, places: list[int], dtype: torch.dtype) -> Tensor:
+def _gain(a: Tensor, b: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
     """Σ_k A[.. i ..] B[.. j ..] over everything but some dimensions, `[i, j]`, of several their row-major product."""
-    a_ki, b_kj = (_entries_last(tensor, places) for tensor in (a, b))
+    a_ki, b_kj = (_entries_last(tensor, dims) for tensor in (a, b))
     gain_ij = torch.zeros(a_ki.shape[1], b_kj.shape[1], dtype=dtype, device=a.device)
     rows = max(1, CHUNK // a_ki.shape[1])
     for a_part, b_part in zip(_cast(a_ki.split(rows), dtype), _cast(b_kj.split(rows), dtype), strict=True):
@@ -508,9 +508,9 @@ def _cast(parts: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
             yield fitting.copy_(part)
 
 
-def _entries_last(tensor: Tensor, places: list[int]) -> Tensor:
-    size = prod(tensor.shape[place] for place in places)
-    return tensor.movedim(places, list(range(-len(places), 0))).reshape(-1, size)
+def _entries_last(tensor: Tensor, dims: list[int]) -> Tensor:
+    size = prod(tensor.shape[dim] for dim in dims)
+    return tensor.movedim(dims, list(range(-len(dims), 0))).reshape(-1, size)
 
 
 def _add(total: Tensor | None, gain: Tensor) -> Tensor:
@@ -527,9 +527,9 @@ def _averaged(tensor: Tensor, dims: list[int]) -> Tensor:
     return tensor.mean(dims, keepdim=True, dtype=torch.float64) if dims else tensor
 
 
-def _moved(tensor: Tensor, places: list[int], transform: Transform) -> Tensor:
-    for place in places:
-        tensor = transform.apply(tensor, place)
+def _moved(tensor: Tensor, dims: list[int], transform: Transform) -> Tensor:
+    for dim in dims:
+        tensor = transform.apply(tensor, dim)
     return tensor
 
 

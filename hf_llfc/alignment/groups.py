@@ -104,9 +104,9 @@ class Solution:
 
     Attributes:
         transforms: Axis → transform.
-        gain: By how much they raise the objective against the transforms before, 0 if that is not above float noise.
-        value: What the transforms before are worth.
-        gap: By how much other transforms could at most raise it beyond that, 0 where the solver is exact.
+        gain: Rise of the objective against the transforms before, 0 if that is not above float noise.
+        value: Objective of the transforms before.
+        gap: Largest further rise that other transforms could bring, 0 where the solver is exact.
     """
 
     transforms: Mapping[str, Transform]
@@ -160,7 +160,7 @@ def solve_group(
 
 
 def tried(group: Group) -> int:
-    """How many assignments the children of one pair of root entries may take, about."""
+    """Approximate number of assignments for the children of one pair of root entries."""
     sizes = sorted(group.children.values())
     choices = prod(factorial(min(size, TRIED)) for size in sizes[:-1])
     return choices if choices <= TRIED else 4 * len(sizes)
@@ -222,7 +222,7 @@ def best_children(
 
     Args:
         children: Child → its size.
-        gains: What each choice is worth.
+        gains: Gain of each choice.
         present: Child → present choice, from which a coupled problem starts and which stays where nothing is better.
         matrices: Child → group of matrices, for those that are not permuted.
 
@@ -249,7 +249,7 @@ def best_children(
 
 
 def value_of(gains: PairGains, choices: Mapping[str, Tensor]) -> float:
-    """What choices for the children are worth, in float64."""
+    """Gain of choices for the children, in float64."""
     total = 0.0
     for axes, gain in gains.items():
         if all(choices[axis].ndim == 1 for axis in axes):
@@ -273,10 +273,10 @@ def _best_coupled(
     shaped = {axes: _shaped(axes, gain, sizes) for axes, gain in gains.items()}
 
     def assigned(choices: Mapping[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
-        found = dict(choices)
+        updated = dict(choices)
         for child in order:
-            found[child] = _best(child, _slope(child, shaped, found, matrices), matrices)
-        return found
+            updated[child] = _best(child, _slope(child, shaped, updated, matrices), matrices)
+        return updated
 
     def alternate(choices: dict[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
         value = value_of(gains, choices)
@@ -314,9 +314,9 @@ def _shaped(axes: Sequence[str], gain: Tensor, sizes: Mapping[str, int]) -> Tens
     return gain.reshape(*(sizes[axis] for axis in axes), *(sizes[axis] for axis in axes))
 
 
-def _held(joint: Tensor, place: int, left: int, choice: Tensor) -> Tensor:
-    """Joint gains of `left` children with the one at a place held at its choice."""
-    beside = joint.movedim((place, left + place), (0, 1))
+def _held(joint: Tensor, dim: int, left: int, choice: Tensor) -> Tensor:
+    """Joint gains of `left` children with the one at a dimension held at its choice."""
+    beside = joint.movedim((dim, left + dim), (0, 1))
     if choice.ndim == 1:
         return beside[torch.arange(len(choice)), choice].sum(0)
     return torch.tensordot(choice.to(beside), beside, 2)
@@ -334,13 +334,13 @@ def _slope(
         for other in reversed(axes):
             if other == child:
                 continue
-            place, size = left.index(other), joint.shape[left.index(other)]
+            dim, size = left.index(other), joint.shape[left.index(other)]
             if other in choices:
-                joint = _held(joint, place, len(left), choices[other])
+                joint = _held(joint, dim, len(left), choices[other])
             elif other in matrices:
-                joint = joint.sum((place, len(left) + place)) * 0
+                joint = joint.sum((dim, len(left) + dim)) * 0
             else:
-                joint = joint.sum((place, len(left) + place)) / size
+                joint = joint.sum((dim, len(left) + dim)) / size
             left.remove(other)
         total = joint if total is None else total + joint
     assert total is not None

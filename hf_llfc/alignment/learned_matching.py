@@ -21,7 +21,7 @@ from hf_llfc.alignment.relaxations import Multiplied, relaxation
 from hf_llfc.errors import AlignmentError
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.spec import Binding
 from hf_llfc.symmetry.transforms import Transform
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ Weights = Mapping[str, Tensor]
 
 
 class Objective(Protocol):
-    """What is minimised; `hf_llfc.diagnostics.objectives` has the loss of the task and the LLFC gap."""
+    """Loss to minimise; `hf_llfc.diagnostics.objectives` has the loss of the task and the LLFC gap."""
 
     def __call__(self, of_a: Weights, of_b: Weights, merged: Weights, share: float, batch: Batch) -> Tensor:
         """The loss of one step.
 
         Args:
             of_a: The parameters of A, by the names of its class.
-            of_b: Of B, in the coordinates of A, in the graph of the transforms.
+            of_b: The parameters of B in the coordinates of A, in the graph of the transforms.
             merged: (1 − λ)·A + λ·B.
             share: λ.
             batch: Inputs, and labels where there are some.
@@ -63,28 +63,28 @@ class Learning:
 
     Attributes:
         steps: Steps of gradient descent, one batch each.
-        learning_rate: Of Adam, at its highest.
-        temperature: Of the Sinkhorn normalisation that the gradient of a permutation goes through; None for a
-            straight-through gradient.
-        seed: Of λ.
+        learning_rate: Highest learning rate of Adam.
+        temperature: Temperature of the Sinkhorn normalisation that the gradient of a permutation goes through; None for
+            a straight-through gradient.
+        seed: Seed for λ.
+        average: Replaces tensors by their mean over processes, in place; None for one process.
     """
 
     steps: int = STEPS
     learning_rate: float = LEARNING_RATE
     temperature: float | None = None
     seed: int = 0
+    average: Callable[[Sequence[Tensor]], None] | None = None
 
 
 def learn_matching(
     reference: nn.Module,
     model: nn.Module,
     batches: Iterator[Batch],
-    spec: PermutationSpec,
     start: Alignment,
     objective: Objective,
     *,
     learning: Learning = Learning(),
-    average: Callable[[Sequence[Tensor]], None] | None = None,
     progress: Progress = silent,
 ) -> Alignment:
     """Finds transforms of `model` for which its merge with `reference` has a low loss.
@@ -92,12 +92,11 @@ def learn_matching(
     Args:
         reference: The model that stays, A.
         model: The model that moves, B, of the same class and on the same device.
-        batches: What the objective is measured on; without end.
-        spec: Of both.
-        start: Where to begin, from weight matching say. Axes whose entries are separate tensors stay as they are there.
-        objective: What is minimised.
+        batches: Endless batches to measure the objective on.
+        start: Transforms to start from, for example those of weight matching. Axes whose entries are separate tensors
+            keep them.
+        objective: Loss to minimise.
         learning: Steps and rates.
-        average: Replaces tensors by their mean over processes, in place; None for one process.
         progress: Told the steps done and all steps.
 
     Returns:
@@ -110,7 +109,7 @@ def learn_matching(
         raise AlignmentError(
             f"steps ({learning.steps}) must be at least 1, the learning rate ({learning.learning_rate:g}) above 0"
         )
-    of_a, of_b = _weights(reference), _weights(model)
+    spec, of_a, of_b = start.spec, _weights(reference), _weights(model)
     binding = spec.bind({name: value.shape for name, value in model.state_dict().items()})
     learned = _learned_axes(binding)
     relaxed = {axis: relaxation(spec, axis, start.transforms[axis], learning.temperature) for axis in learned}
@@ -123,7 +122,7 @@ def learn_matching(
         low, high = LAMBDAS
         share = low + (high - low) * float(torch.rand((), generator=generator))
         # What tensors need of a transform is all that these stand-ins have.
-        soft = cast("dict[str, Transform]", {axis: Multiplied(each()) for axis, each in relaxed.items()})
+        soft = cast("dict[str, Transform]", {axis: Multiplied(matrix()) for axis, matrix in relaxed.items()})
         present = Alignment(spec, {**start.transforms, **soft})
         moved = {name: present.read_aligned(name, binding, of_b.__getitem__) for name in of_b}
         merged = {name: torch.lerp(value, moved[name], share) for name, value in of_a.items()}
@@ -131,8 +130,10 @@ def learn_matching(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         mean = loss.detach().clone()
-        if average is not None:
-            average([mean, *(parameter.grad for parameter in together.parameters() if parameter.grad is not None)])
+        if learning.average is not None:
+            learning.average(
+                [mean, *(parameter.grad for parameter in together.parameters() if parameter.grad is not None)]
+            )
         # After the average, which every process has to come to.
         if not bool(mean.isfinite()):
             raise AlignmentError(f"the loss of the merge is not finite in step {step + 1}; lower the learning rate")
@@ -140,12 +141,12 @@ def learn_matching(
         schedule.step()
         losses.append(mean.item())
         progress("learned matching", step + 1, learning.steps)
-    found = {**start.transforms, **{axis: each.transform() for axis, each in relaxed.items()}}
+    transforms = {**start.transforms, **{axis: matrix.transform() for axis, matrix in relaxed.items()}}
     every = math.ceil(learning.steps / 20)
     means = [sum(part) / len(part) for part in (losses[i : i + every] for i in range(0, len(losses), every))]
     logger.info("learned matching: loss %.4g in the first steps, %.4g in the last", means[0], means[-1])
     metadata = {**start.metadata, "method": "learned_matching", "learning_steps": learning.steps, "losses": means}
-    return Alignment(spec, found, metadata)
+    return Alignment(spec, transforms, metadata)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -92,7 +92,7 @@ class RelaxedPermutation(nn.Module):
 
         Args:
             start: A permutation, or one per index of the parent.
-            temperature: Of the Sinkhorn normalisation in the gradient; None for the scores themselves.
+            temperature: Temperature of the Sinkhorn normalisation in the gradient; None for the scores themselves.
         """
         super().__init__()
         self.scores = nn.Parameter(torch.eye(start.size)[start.perm])
@@ -112,7 +112,7 @@ class RelaxedPermutation(nn.Module):
         scores = self.scores.detach()
         if scores.ndim == 2:
             return assign(scores).cpu()
-        return torch.stack([assign(each).cpu() for each in scores])
+        return torch.stack([assign(matrix).cpu() for matrix in scores])
 
 
 def sinkhorn(scores: Tensor) -> Tensor:

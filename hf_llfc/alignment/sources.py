@@ -17,7 +17,7 @@ ANCHORS = 16.0
 
 
 def anchors_of(spec: PermutationSpec) -> float:
-    """How often an anchor counts by default: once where all axes are permuted."""
+    """Default weight of an anchor: 1 where all axes are permuted."""
     return ANCHORS if any(spec.axes[axis].group != PERMUTATION for axis in spec.symmetric_axes) else 1.0
 
 
@@ -28,7 +28,7 @@ class Parameters:
     Attributes:
         binding: Their declarations, by the model's own names.
         stored: Gives a tensor by name, in its stored dtype.
-        label: What error messages call the model.
+        label: Name of the model in error messages.
         device: Where tensors are put as they are read; they stay where they are where None. Matching computes where
             those of the reference are.
     """
@@ -55,11 +55,11 @@ class Parameters:
 
     @cached_property
     def keys(self) -> dict[tuple[str, tuple[int, ...]], str]:
-        """(declared name, index along the axes in the name) → the model's own name."""
+        """Names of the model's tensors by (declared name, index along the axes in the name)."""
         return {(bound.spec.name, bound.index): name for name, bound in self.binding.tensors.items()}
 
     def with_anchors(self, weight: float) -> Parameters:
-        """The same tensors, with more said by those that anchor an axis: ⟨A, T·B⟩ of these counts `weight` times.
+        """The same model with ⟨A, T·B⟩ of the tensors that anchor an axis counted `weight` times.
 
         A tensor anchors an axis that is the only symmetric one it has, beside fixed ones: an embedding anchors the
         residual stream by its words, a classifier by its classes. What else the stream is in was itself chosen to fit:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +12,7 @@ from hf_llfc.alignment.checkpoints import (
     align_checkpoints,
     match_by_activations,
     match_universe_by_activations,
+    on_first,
     parameters_of,
 )
 from hf_llfc.checkpoints import Checkpoint
@@ -23,9 +23,6 @@ from hf_llfc.parallel.workers import Workers
 from hf_llfc.parents.provenance import identified
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment
-
-if TYPE_CHECKING:
-    from hf_llfc.alignment import Parameters
 
 Align = Callable[[Checkpoint, Checkpoint, AlignSection], Alignment | None]
 
@@ -52,10 +49,10 @@ def align_all(
 
     Args:
         reference: The model that stays.
-        models: Those that are wanted.
-        options: How.
-        workers: As for `align_checkpoints`.
-        device: As for `align_checkpoints`.
+        models: The models to align.
+        options: Method, how it searches, and which models are aligned together.
+        workers: Threads and processes that share the work, see `align_checkpoints`.
+        device: Device where models run, see `align_checkpoints`.
         progress: Shown meanwhile.
 
     Returns:
@@ -78,17 +75,17 @@ def align_all(
     def align(onto: Checkpoint, model: Checkpoint, options: AlignSection) -> Alignment | None:
         return align_checkpoints(onto, model, options, workers=workers, device=device, progress=progress)
 
-    everyone = [*([] if any(each is reference for each in models) else [reference]), *models]
+    everyone = [*([] if any(model is reference for model in models) else [reference]), *models]
     if options.method == "none" or options.together == "reference" or len(everyone) < 3:
-        return [None if each is reference else align(reference, each, options) for each in models]
-    place = next(place for place, each in enumerate(everyone) if each is reference)
+        return [None if model is reference else align(reference, model, options) for model in models]
+    index = next(index for index, model in enumerate(everyone) if model is reference)
     if options.together == "universe":
-        found = _in_universe(everyone, place, options, workers, device, progress)
+        alignments = _in_universe(everyone, index, options, workers, device, progress)
     else:
-        found = _around_centre(everyone, place, options, align, workers)
+        alignments = _around_centre(everyone, index, options, align, workers)
     return [
-        None if each is reference else identified(alignment, reference, each, options, workers)
-        for each, alignment in zip(everyone, found, strict=True)
+        None if model is reference else identified(alignment, reference, model, options, workers)
+        for model, alignment in zip(everyone, alignments, strict=True)
     ][-len(models) :]
 
 
@@ -100,51 +97,30 @@ def _in_universe(
     device: torch.device | None,
     progress: Progress,
 ) -> list[Alignment]:
-    """All models aligned to each other at once."""
-    from hf_llfc.alignment import match_universe
+    """Aligns all models to each other at once."""
+    from hf_llfc.alignment import Search, match_universe
+    from hf_llfc.alignment.universe import closeness_of_all
+    from hf_llfc.alignment.weight_matching import closeness_of
 
     parameters = parameters_of(models, options, workers)
     if options.method == "activation_matching":
-        return _in_universe_of_activations(models, reference, options, parameters, workers, device)
+        alignments = on_first(workers, match_universe_by_activations, models, reference, options, device)
+        universe = closeness_of_all(parameters, alignments, workers)
+        return [
+            alignment.with_metadata(**closeness_of(parameters[reference], model, alignment, workers), universe=universe)
+            for alignment, model in zip(alignments, parameters, strict=True)
+        ]
     starts = None
     if options.start == "activation_matching":
         starts = [
             parameters[0].binding.spec.identity_alignment()
-            if place == reference
-            else match_by_activations(models[reference], each, options, workers, device)
-            for place, each in enumerate(models)
+            if index == reference
+            else on_first(workers, match_by_activations, models[reference], model, options, device)
+            for index, model in enumerate(models)
         ]
     return match_universe(
-        parameters,
-        reference=reference,
-        restarts=options.restarts,
-        max_sweeps=options.max_sweeps,
-        seed=options.seed,
-        starts=starts,
-        solver=options.solver,
-        workers=workers,
-        progress=progress,
+        parameters, search=Search.of(options), reference=reference, starts=starts, workers=workers, progress=progress
     )
-
-
-def _in_universe_of_activations(
-    models: Sequence[Checkpoint],
-    reference: int,
-    options: AlignSection,
-    parameters: Sequence[Parameters],
-    workers: Workers,
-    device: torch.device | None,
-) -> list[Alignment]:
-    """The same by activations; how close the weights are then is told as of any method."""
-    from hf_llfc.alignment.universe import closeness_of_all
-    from hf_llfc.alignment.weight_matching import closeness_of
-
-    found = match_universe_by_activations(models, reference, options, workers, device)
-    universe = closeness_of_all(parameters, found, workers)
-    return [
-        alignment.with_metadata(**closeness_of(parameters[reference], each, alignment, workers), universe=universe)
-        for alignment, each in zip(found, parameters, strict=True)
-    ]
 
 
 def _around_centre(
@@ -154,26 +130,26 @@ def _around_centre(
     align: Align,
     workers: Workers,
 ) -> list[Alignment]:
-    """All models aligned onto the one from which the others are least far."""
+    """Aligns all models onto the one from which the others are least far."""
     from hf_llfc.alignment.weight_matching import closeness_of
 
     by_weights = replace(options, method="weight_matching")
     pairs: dict[tuple[int, int], Alignment] = {}
     squares = [0.0] * len(models)
     for first, second in combinations(range(len(models)), 2):
-        found = _matched(align, models[first], models[second], by_weights)
-        pairs[first, second], pairs[second, first] = found, found.inverse()
-        for place in (first, second):
-            squares[place] += found.metadata["distance_after"] ** 2
+        alignment = _matched(align, models[first], models[second], by_weights)
+        pairs[first, second], pairs[second, first] = alignment, alignment.inverse()
+        for index in (first, second):
+            squares[index] += alignment.metadata["distance_after"] ** 2
     centre = squares.index(min(squares))
     parameters = parameters_of(models, options, workers)
     onto = [
         parameters[centre].binding.spec.identity_alignment()
-        if place == centre
-        else pairs[centre, place]
+        if index == centre
+        else pairs[centre, index]
         if options.method == "weight_matching"
-        else _matched(align, models[centre], each, options)
-        for place, each in enumerate(models)
+        else _matched(align, models[centre], model, options)
+        for index, model in enumerate(models)
     ]
     star = {
         "models": len(models),
@@ -182,12 +158,12 @@ def _around_centre(
     }
     back = onto[reference].inverse()
     alignments = []
-    for place, each in enumerate(onto):
-        alignment = each.then(back)
-        # What was found between the centre and the reference is told with the centre, which that moves.
-        of_search = dict((onto[reference] if place == centre else each).metadata)
+    for index, onto_centre in enumerate(onto):
+        alignment = onto_centre.then(back)
+        # The search between centre and reference moves the centre: its metadata go there.
+        of_search = dict((onto[reference] if index == centre else onto_centre).metadata)
         of_search.pop("inverted", None)
-        measured = closeness_of(parameters[reference], parameters[place], alignment, workers)
+        measured = closeness_of(parameters[reference], parameters[index], alignment, workers)
         alignments.append(alignment.with_metadata(**of_search | measured, star=star))
     return alignments
 

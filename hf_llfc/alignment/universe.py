@@ -21,7 +21,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from hf_llfc.alignment.gains import CACHED, Gains, Key
 from hf_llfc.alignment.groups import groups_of
+from hf_llfc.alignment.search import DEFAULT_SEARCH, Search
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.alignment.weight_matching import (
     CONVERGED,
@@ -39,7 +40,6 @@ from hf_llfc.alignment.weight_matching import (
     differences,
     match_weights,
     of_solver,
-    refuse_options,
     sweep_over,
 )
 from hf_llfc.errors import AlignmentError, raise_all
@@ -56,12 +56,9 @@ KEPT = 1 << 30
 def match_universe(
     models: Sequence[Parameters],
     *,
+    search: Search = DEFAULT_SEARCH,
     reference: int = 0,
-    restarts: int = 2,
-    max_sweeps: int = 50,
-    seed: int = 0,
     starts: Sequence[Alignment] | None = None,
-    solver: str = "exact",
     workers: Workers = ALONE,
     progress: Progress = silent,
 ) -> list[Alignment]:
@@ -73,12 +70,9 @@ def match_universe(
 
     Args:
         models: Two or more, of one permutation spec.
+        search: Starts, sweeps, seed and solver; a sweep visits every group of axes of every model.
         reference: Index of the model in whose coordinates the others come out. It changes nothing else.
-        restarts: How many starts, at least 1.
-        max_sweeps: Sweeps per start at most, at least 1; a sweep visits every group of axes of every model.
-        seed: Seed of visit orders and random starts.
         starts: Transforms to start from instead of the identity, one alignment a model.
-        solver: How wide axes are assigned, one of `SOLVERS`.
         workers: Where groups are matched; the result does not depend on it.
         progress: Told the groups done and the groups of the model.
 
@@ -88,32 +82,31 @@ def match_universe(
         `objective_before` and `objective_after`, F, and `cosine_before` and `cosine_after`, the means.
 
     Raises:
-        AlignmentError: The models have different tensors, a weight is not finite, an option is out of range, or
-            `starts` move what the spec holds fixed.
+        AlignmentError: The models have different tensors, a weight is not finite, or `starts` move what the spec holds
+            fixed.
     """
-    refuse_options(solver, restarts, max_sweeps)
     problems = [problem for other in models[1:] for problem in differences(models[0], other)]
     raise_all(problems, AlignmentError, "the models hold different tensors")
     spec = models[0].binding.spec
     unmoved = [spec.identity_alignment() for _ in models]
     before_ij = _inner_products(models, unmoved, workers)
-    universe = _Universe(models, solver, workers, progress)
-    generator = torch.Generator().manual_seed(seed)
+    universe = _Universe(models, search, workers, progress)
+    generator = torch.Generator().manual_seed(search.seed)
     history: list[Sweep] = []
     best: _Ascent | None = None
-    for number in range(restarts):
+    for number in range(search.restarts):
         if number == 0:
             label = "identity" if starts is None else "given"
-            start = unmoved if starts is None else [completed(each, spec) for each in starts]
+            start = unmoved if starts is None else [completed(alignment, spec) for alignment in starts]
         else:
             order = (
                 list(range(len(models))) if number == 1 else torch.randperm(len(models), generator=generator).tolist()
             )
-            label, start = f"grown {number}", universe.grown(order, max_sweeps, seed)
-        found = universe.ascend(label, start, max_sweeps, generator, history)
-        if best is None or found.objective > best.objective:
-            best = found
-        if number == 0 and starts is None and all(alignment.is_identity for alignment in found.alignments):
+            label, start = f"grown {number}", universe.grown(order)
+        ascent = universe.ascend(label, start, generator, history)
+        if best is None or ascent.objective > best.objective:
+            best = ascent
+        if number == 0 and starts is None and all(alignment.is_identity for alignment in ascent.alignments):
             break
     assert best is not None
     after_ij = _inner_products(models, best.alignments, workers)
@@ -121,35 +114,36 @@ def match_universe(
     of_all = _of_all(before_ij, after_ij)
     back = best.alignments[reference].inverse()
     return [
-        (unmoved[place] if place == reference else alignment.then(back)).with_metadata(
-            **of_solver(solver, best.gap, best.objective),
+        (unmoved[index] if index == reference else alignment.then(back)).with_metadata(
+            **of_solver(search.solver, best.gap, best.objective),
             method="weight_matching",
             **closeness(
-                norms[reference], norms[place], float(before_ij[reference, place]), float(after_ij[reference, place])
+                norms[reference], norms[index], float(before_ij[reference, index]), float(after_ij[reference, index])
             ),
             universe=of_all,
             converged=best.converged,
-            restarts=restarts,
-            seed=seed,
+            restarts=search.restarts,
+            seed=search.seed,
             sweeps=[asdict(sweep) for sweep in history],
         )
-        for place, alignment in enumerate(best.alignments)
+        for index, alignment in enumerate(best.alignments)
     ]
 
 
 def closeness_of_all(
     models: Sequence[Parameters], alignments: Sequence[Alignment], workers: Workers = ALONE
 ) -> dict[str, float]:
-    """What `universe` in the metadata says of the weights of all models, which may have been aligned by any method."""
-    unmoved = [each.binding.spec.identity_alignment() for each in models]
-    return _of_all(*(_inner_products(models, each, workers) for each in (unmoved, alignments)))
+    """Measures closeness of all models, reading their weights: `universe` in the metadata, whatever the method."""
+    unmoved = [model.binding.spec.identity_alignment() for model in models]
+    return _of_all(*(_inner_products(models, transforms, workers) for transforms in (unmoved, alignments)))
 
 
 def _of_all(before_ij: Tensor, after_ij: Tensor) -> dict[str, float]:
-    found: dict[str, float] = {"models": len(before_ij)}
+    """Objective and mean cosine over all pairs of models, from their inner products before and after."""
+    closeness: dict[str, float] = {"models": len(before_ij)}
     for when, products_ij in (("before", before_ij), ("after", after_ij)):
-        found |= {f"objective_{when}": _over_pairs(products_ij), f"cosine_{when}": _mean_cosine(products_ij)}
-    return found
+        closeness |= {f"objective_{when}": _over_pairs(products_ij), f"cosine_{when}": _mean_cosine(products_ij)}
+    return closeness
 
 
 @dataclass(frozen=True)
@@ -167,20 +161,18 @@ class _Universe:
     """The models, and how they are matched."""
 
     models: Sequence[Parameters]
-    solver: str
+    search: Search
     workers: Workers
     progress: Progress
 
-    def grown(self, order: Sequence[int], max_sweeps: int, seed: int) -> list[Alignment]:
-        """Each model matched to the sum of those before it in some order."""
-        alignments = [each.binding.spec.identity_alignment() for each in self.models]
-        for count, place in enumerate(order[1:], start=1):
-            alignments[place] = match_weights(
+    def grown(self, order: Sequence[int]) -> list[Alignment]:
+        """Matches each model to the sum of those before it in some order."""
+        alignments = [model.binding.spec.identity_alignment() for model in self.models]
+        for count, index in enumerate(order[1:], start=1):
+            alignments[index] = match_weights(
                 self._sum(alignments, order[:count]),
-                self.models[place],
-                max_sweeps=max_sweeps,
-                seed=seed,
-                solver=self.solver,
+                self.models[index],
+                search=replace(self.search, restarts=DEFAULT_SEARCH.restarts),
                 workers=self.workers,
                 progress=self._progress_of(f"universe of {count} of {len(self.models)} models"),
             )
@@ -195,7 +187,7 @@ class _Universe:
         return tell
 
     def ascend(
-        self, label: str, start: Sequence[Alignment], max_sweeps: int, generator: torch.Generator, history: list[Sweep]
+        self, label: str, start: Sequence[Alignment], generator: torch.Generator, history: list[Sweep]
     ) -> _Ascent:
         """Sweeps over the models in random order until nothing improves."""
         alignments = list(start)
@@ -203,16 +195,16 @@ class _Universe:
         groups = groups_of(self.models[0].binding)
         objective = _over_pairs(_inner_products(self.models, alignments, self.workers))
         gap = 0.0
-        for sweep in range(1, max_sweeps + 1):
+        for sweep in range(1, self.search.max_sweeps + 1):
             rise = gap_here = 0.0
-            places = torch.randperm(len(self.models), generator=generator).tolist()
-            for count, place in enumerate(places, start=1):
-                others = self._sum(alignments, [other for other in range(len(self.models)) if other != place])
-                gains = Gains(others, self.models[place], workers=self.workers, solver=self.solver)
-                transforms = dict(alignments[place].transforms)
-                told = partial(self.progress, f"universe, {label} start, sweep {sweep}, model {count} of {len(places)}")
+            order = torch.randperm(len(self.models), generator=generator).tolist()
+            for count, index in enumerate(order, start=1):
+                others = self._sum(alignments, [other for other in range(len(self.models)) if other != index])
+                gains = Gains(others, self.models[index], workers=self.workers, solver=self.search.solver)
+                transforms = dict(alignments[index].transforms)
+                told = partial(self.progress, f"universe, {label} start, sweep {sweep}, model {count} of {len(order)}")
                 of_model = sweep_over(groups, gains, transforms, generator, told)
-                alignments[place] = Alignment(spec, transforms)
+                alignments[index] = Alignment(spec, transforms)
                 rise, gap_here = rise + of_model[0], gap_here + of_model[1]
             objective, gap = objective + rise, max(gap, gap_here)
             moved = sum(count for alignment in alignments for count, _ in alignment.moved.values())
@@ -224,16 +216,16 @@ class _Universe:
         objective = _over_pairs(_inner_products(self.models, alignments, self.workers))
         return _Ascent(alignments, objective, converged, gap)
 
-    def _sum(self, alignments: Sequence[Alignment], places: Sequence[int]) -> Parameters:
-        return summed([self.models[place] for place in places], [alignments[place] for place in places])
+    def _sum(self, alignments: Sequence[Alignment], indices: Sequence[int]) -> Parameters:
+        return summed([self.models[index] for index in indices], [alignments[index] for index in indices])
 
 
 def summed(models: Sequence[Parameters], alignments: Sequence[Alignment]) -> Parameters:
-    """Σ Tᵢθᵢ of some models as one, in float64.
+    """Sums the moved weights of some models, Σ Tᵢθᵢ, in float64.
 
     Args:
-        models: One or more, with the same tensors.
-        alignments: How each moves.
+        models: One or more models with the same tensors.
+        alignments: The transforms of each.
 
     Returns:
         Tensors by the names of the first model, summed when they are read and kept up to `KEPT` bytes.
@@ -251,7 +243,7 @@ def summed(models: Sequence[Parameters], alignments: Sequence[Alignment]) -> Par
         for tensor in moved:
             total = total + tensor.to(total.device)
         with changing:
-            if total.nbytes + sum(each.nbytes for each in kept.values()) <= KEPT:
+            if total.nbytes + sum(tensor.nbytes for tensor in kept.values()) <= KEPT:
                 kept[name] = total
         return total
 
@@ -259,13 +251,13 @@ def summed(models: Sequence[Parameters], alignments: Sequence[Alignment]) -> Par
 
 
 def _moved(key: Key, models: Sequence[Parameters], alignments: Sequence[Alignment]) -> Iterator[Tensor]:
-    """One tensor of every model, moved."""
+    """Reads one tensor of every model, moved."""
     for model, alignment in zip(models, alignments, strict=True):
         yield model.aligned(model.keys[key], alignment)
 
 
 def _inner_products(models: Sequence[Parameters], alignments: Sequence[Alignment], workers: Workers) -> Tensor:
-    """⟨Tᵢθᵢ, Tⱼθⱼ⟩ of all pairs of models over the tensors that hold a symmetric axis, float64 `[N, N]`.
+    """Inner products ⟨Tᵢθᵢ, Tⱼθⱼ⟩ of all pairs of models over the tensors with a symmetric axis, float64 `[N, N]`.
 
     Raises:
         AlignmentError: A tensor holds NaN or Inf.
@@ -282,24 +274,24 @@ def _inner_products(models: Sequence[Parameters], alignments: Sequence[Alignment
             products_ij += (part_ik @ part_ik.T).cpu()
         return products_ij
 
-    found = workers.map(products_of, keys, costs=elements)
+    products = workers.map(products_of, keys, costs=elements)
     problems = [
-        f"{model.keys[key]} of {model.label or f'model {place}'}"
-        for key, products_ij in zip(keys, found, strict=True)
-        for place, model in enumerate(models)
-        if not math.isfinite(products_ij[place, place])
+        f"{model.keys[key]} of {model.label or f'model {index}'}"
+        for key, products_ij in zip(keys, products, strict=True)
+        for index, model in enumerate(models)
+        if not math.isfinite(products_ij[index, index])
     ]
     raise_all(problems, AlignmentError, "weight matching needs finite weights, NaN or Inf found")
-    return sum(found, torch.zeros(len(models), len(models), dtype=torch.float64))
+    return sum(products, torch.zeros(len(models), len(models), dtype=torch.float64))
 
 
 def _over_pairs(products_ij: Tensor) -> float:
-    """F: the sum over all pairs of two different models."""
+    """Sum over all pairs of two different models; of inner products it is F."""
     return float(products_ij.triu(1).sum())
 
 
 def _mean_cosine(products_ij: Tensor) -> float:
-    """The mean over all pairs of two different models."""
+    """Mean cosine over all pairs of two different models."""
     norms = products_ij.diagonal().sqrt()
     scales = torch.outer(norms, norms)
     cosines = torch.where(scales > 0, products_ij / scales, 1.0)

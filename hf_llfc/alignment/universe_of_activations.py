@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from hf_llfc.alignment.activation_matching import Correlations, observe, solve
 from hf_llfc.alignment.groups import Group
+from hf_llfc.alignment.search import DEFAULT_SEARCH, Search
 from hf_llfc.alignment.weight_matching import CONVERGED
-from hf_llfc.errors import AlignmentError
 from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import AxisUse, Expression, Fixed, Product
 from hf_llfc.symmetry.spec import PermutationSpec
@@ -33,10 +33,8 @@ def match_universe_of_activations(
     batches: Iterable[Mapping[str, Tensor]],
     spec: PermutationSpec,
     *,
+    search: Search = DEFAULT_SEARCH,
     reference: int = 0,
-    restarts: int = 2,
-    max_sweeps: int = 50,
-    seed: int = 0,
 ) -> list[Alignment]:
     """Finds transforms of all models together by the correlations of their activations.
 
@@ -47,10 +45,8 @@ def match_universe_of_activations(
         models: Two or more loaded models of one architecture, in evaluation mode.
         batches: Calibration data, as for `match_activations`.
         spec: The permutation spec that all follow.
+        search: Starts, sweeps over the models, and seed; assignments are always exact.
         reference: Index of the model in whose coordinates the others come out.
-        restarts: How many starts, at least 1.
-        max_sweeps: Sweeps over the models per start at most, at least 1.
-        seed: Seed of visit orders.
 
     Returns:
         One alignment a model, that of the reference the identity. The metadata are those of `match_activations`, of the
@@ -58,11 +54,9 @@ def match_universe_of_activations(
         `objective_after`.
 
     Raises:
-        AlignmentError: As `match_activations` raises it, or an option is out of range.
+        AlignmentError: As `match_activations` raises it.
     """
-    if restarts < 1 or max_sweeps < 1:
-        raise AlignmentError(f"restarts ({restarts}) and max_sweeps ({max_sweeps}) must be at least 1")
-    labels = [f"model {place}" for place in range(1, len(models) + 1)]
+    labels = [f"model {number}" for number in range(1, len(models) + 1)]
     observed = observe(models, batches, spec, labels)
     identity = spec.identity_alignment()
     transforms = [dict(identity.transforms) for _ in models]
@@ -70,31 +64,35 @@ def match_universe_of_activations(
     unmatched: list[str] = []
     for group in observed.groups:
         pairs = {pair: observed.correlations(group, pair) for pair in observed.moments}
-        found = {pair: correlations for pair, correlations in pairs.items() if correlations is not None}
-        if len(found) < len(pairs):
+        seen = {pair: correlations for pair, correlations in pairs.items() if correlations is not None}
+        if len(seen) < len(pairs):
             unmatched += group.matched
             continue
-        of_group = _OfGroup(group, spec, found, len(models))
+        of_group = _OfGroup(group, spec, seen, len(models))
         known.append(of_group)
-        generator = torch.Generator().manual_seed(seed)
-        for own, best in zip(transforms, of_group.solved(restarts, max_sweeps, generator), strict=True):
+        for own, best in zip(transforms, of_group.solved(search), strict=True):
             own.update(best.transforms)
-    unmoved, together = [identity] * len(models), [Alignment(spec, each) for each in transforms]
+    unmoved, together = [identity] * len(models), [Alignment(spec, of_model) for of_model in transforms]
     of_all = {
         "models": len(models),
-        "objective_before": sum(each.objective(unmoved) for each in known),
-        "objective_after": sum(each.objective(together) for each in known),
+        "objective_before": sum(of_group.objective(unmoved) for of_group in known),
+        "objective_after": sum(of_group.objective(together) for of_group in known),
     }
     back = together[reference].inverse()
-    of_search = {"unmatched": unmatched, "samples": observed.samples, "restarts": restarts, "seed": seed}
+    of_search = {
+        "unmatched": unmatched,
+        "samples": observed.samples,
+        "restarts": search.restarts,
+        "seed": search.seed,
+    }
     alignments = []
-    for place, alignment in enumerate(together):
-        if place == reference:
+    for index, alignment in enumerate(together):
+        if index == reference:
             alignments.append(identity)
             continue
         of_pair = {
-            f"objective_{when}": sum(each.value(reference, place, all_of_them) for each in known)
-            for when, all_of_them in (("before", unmoved), ("after", together))
+            f"objective_{when}": sum(of_group.value(reference, index, of_all_models) for of_group in known)
+            for when, of_all_models in (("before", unmoved), ("after", together))
         }
         alignments.append(
             alignment.then(back).with_metadata(method="activation_matching", **of_pair, **of_search, universe=of_all)
@@ -110,7 +108,7 @@ class _OfGroup:
         group: The axes.
         spec: Where they are declared.
         pairs: (i, j) with i < j → correlations, the units of model i in front.
-        models: How many.
+        models: Number of models.
     """
 
     group: Group
@@ -118,16 +116,17 @@ class _OfGroup:
     pairs: Mapping[tuple[int, int], Correlations]
     models: int
 
-    def solved(self, restarts: int, max_sweeps: int, generator: torch.Generator) -> Sequence[Alignment]:
+    def solved(self, search: Search) -> Sequence[Alignment]:
         """The transforms of every model with the largest objective of several starts."""
-        best = self._ascended([self._unmoved] * self.models, max_sweeps, generator)
-        for number in range(1, restarts):
+        generator = torch.Generator().manual_seed(search.seed)
+        best = self._ascended([self._unmoved] * self.models, search.max_sweeps, generator)
+        for number in range(1, search.restarts):
             order = (
                 list(range(self.models)) if number == 1 else torch.randperm(self.models, generator=generator).tolist()
             )
-            found = self._ascended(self._grown(order), max_sweeps, generator)
-            if self.objective(found) > self.objective(best):
-                best = found
+            other = self._ascended(self._grown(order), search.max_sweeps, generator)
+            if self.objective(other) > self.objective(best):
+                best = other
         return best
 
     def objective(self, alignments: Sequence[Alignment]) -> float:
@@ -148,10 +147,10 @@ class _OfGroup:
         return Alignment(self.spec, {axis: identity.transforms[axis] for axis in self.group.matched})
 
     def _grown(self, order: Sequence[int]) -> list[Alignment]:
-        """Each model matched to the sum of those before it in some order."""
+        """Matches each model to the sum of those before it in some order."""
         alignments = [self._unmoved] * self.models
-        for count, place in enumerate(order[1:], start=1):
-            alignments[place] = self._matched(place, order[:count], alignments)
+        for count, index in enumerate(order[1:], start=1):
+            alignments[index] = self._matched(index, order[:count], alignments)
         return alignments
 
     def _ascended(self, start: Sequence[Alignment], max_sweeps: int, generator: torch.Generator) -> Sequence[Alignment]:
@@ -159,23 +158,23 @@ class _OfGroup:
         alignments = list(start)
         objective = self.objective(alignments)
         for _ in range(max_sweeps):
-            for place in torch.randperm(self.models, generator=generator).tolist():
-                others = [other for other in range(self.models) if other != place]
-                alignments[place] = self._matched(place, others, alignments)
+            for index in torch.randperm(self.models, generator=generator).tolist():
+                others = [other for other in range(self.models) if other != index]
+                alignments[index] = self._matched(index, others, alignments)
             before, objective = objective, self.objective(alignments)
             if objective - before <= CONVERGED * abs(objective):
                 break
         return alignments
 
-    def _matched(self, place: int, others: Sequence[int], alignments: Sequence[Alignment]) -> Alignment:
-        """One model matched to the sum of others that are held."""
+    def _matched(self, index: int, others: Sequence[int], alignments: Sequence[Alignment]) -> Alignment:
+        """Matches one model to the sum of others that are held."""
         total: dict[tuple[str, ...], Tensor] = {}
         for other in others:
-            for children, correlation in self._between(other, place).items():
+            for children, correlation in self._between(other, index).items():
                 moved = self._moved(correlation, children, alignments[other])
                 total[children] = total[children] + moved if children in total else moved
-        found, _, _ = solve(self.group, total, alignments[place].transforms)
-        return Alignment(self.spec, found)
+        transforms, _, _ = solve(self.group, total, alignments[index].transforms)
+        return Alignment(self.spec, transforms)
 
     def _between(self, i: int, j: int) -> Correlations:
         """The correlations of two models, the units of model i in front."""
@@ -184,7 +183,7 @@ class _OfGroup:
         return {children: correlation.T for children, correlation in self.pairs[j, i].items()}
 
     def _moved(self, correlation: Tensor, children: tuple[str, ...], alignment: Alignment) -> Tensor:
-        """The units in front in the common space."""
+        """Correlations with the units in front moved into the common space."""
         axis = self.group.axis
         units: Expression = AxisUse(axis)
         if children:

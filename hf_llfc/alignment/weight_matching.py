@@ -13,9 +13,9 @@ import torch
 
 from hf_llfc.alignment.gains import ROLES, Gains, Key
 from hf_llfc.alignment.groups import Group, Solution, groups_of
+from hf_llfc.alignment.search import DEFAULT_SEARCH, Search
 from hf_llfc.alignment.sources import Parameters
-from hf_llfc.errors import AlignmentError, raise_all, suggest
-from hf_llfc.foundation.choices import SOLVERS
+from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.symmetry.alignment import Alignment
@@ -40,10 +40,10 @@ class Sweep:
     """One pass over all groups.
 
     Attributes:
-        start: Which start it belongs to.
+        start: Name of the start it belongs to.
         sweep: Number of the pass, from 1.
         objective: Σ ⟨A, T·B⟩ after it.
-        moved: Units whose place differs from the original model.
+        moved: Units with another index than in the original model.
     """
 
     start: str
@@ -56,11 +56,8 @@ def match_weights(
     reference: Parameters,
     model: Parameters,
     *,
-    restarts: int = 2,
-    max_sweeps: int = 50,
-    seed: int = 0,
+    search: Search = DEFAULT_SEARCH,
     start: Alignment | None = None,
-    solver: str = "exact",
     workers: Workers = ALONE,
     progress: Progress = silent,
 ) -> Alignment:
@@ -75,11 +72,8 @@ def match_weights(
     Args:
         reference: The model that stays, A.
         model: The model that moves, B.
-        restarts: How many starts, at least 1.
-        max_sweeps: Sweeps per start at most, at least 1.
-        seed: Seed of visit orders and random starts.
+        search: Starts, sweeps, seed and solver.
         start: Transforms to start from instead of the identity.
-        solver: How wide axes are assigned, one of `SOLVERS`.
         workers: Where groups are matched, and the tensors of large ones worked on. Groups that share no tensor are
             matched at the same time; the result does not depend on it.
         progress: Told the groups done and the groups in the sweep.
@@ -91,20 +85,19 @@ def match_weights(
         one sweep of what exact assignments could have added at most, as a part of the objective.
 
     Raises:
-        AlignmentError: The two models have different tensors, a weight is not finite, an option is out of range, or
-            `start` moves what the spec holds fixed.
+        AlignmentError: The two models have different tensors, a weight is not finite, or `start` moves what the spec
+            holds fixed.
     """
-    refuse_options(solver, restarts, max_sweeps)
     raise_all(differences(reference, model), AlignmentError, "the two models hold different tensors")
     spec = reference.binding.spec
-    gains = Gains(reference, model, workers=workers, solver=solver)
+    gains = Gains(reference, model, workers=workers, solver=search.solver)
     groups = groups_of(reference.binding)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(search.seed)
     identity = spec.identity_alignment()
     norm_a, norm_b, before = gains.norms()
     history: list[Sweep] = []
-    best: tuple[float, Alignment, bool, float] | None = None
-    for number in range(restarts):
+    best: _Descent | None = None
+    for number in range(search.restarts):
         if number == 0 and start is not None:
             label, current = "given", completed(start, spec)
         elif number == 0:
@@ -113,40 +106,27 @@ def match_weights(
             label, current = "uninformed", _uninformed_start(gains, groups, identity, progress)
         else:
             label, current = f"random {number}", _random_start(reference, generator)
-        found, objective, converged, gap = _descend(
-            gains, groups, current, before, generator, max_sweeps, label, history, progress
-        )
-        if best is None or objective > best[0]:
-            best = (objective, found, converged, gap)
-        if number == 0 and found.is_identity and start is None:
+        begin = _Start(label, current, before if current.is_identity else gains.objective(current))
+        descent = _descend(gains, groups, begin, search.max_sweeps, generator, progress)
+        history += descent.sweeps
+        if best is None or descent.objective > best.objective:
+            best = descent
+        if number == 0 and descent.alignment.is_identity and start is None:
             break
     assert best is not None
-    objective, alignment, converged, gap = best
-    return alignment.with_metadata(
-        **of_solver(solver, gap, objective),
+    return best.alignment.with_metadata(
+        **of_solver(search.solver, best.gap, best.objective),
         method="weight_matching",
-        **closeness(norm_a, norm_b, before, objective),
-        converged=converged,
-        restarts=restarts,
-        seed=seed,
+        **closeness(norm_a, norm_b, before, best.objective),
+        converged=best.converged,
+        restarts=search.restarts,
+        seed=search.seed,
         sweeps=[asdict(sweep) for sweep in history],
     )
 
 
-def refuse_options(solver: str, restarts: int, max_sweeps: int) -> None:
-    """Refuses options of matching that are out of range.
-
-    Raises:
-        AlignmentError: One is.
-    """
-    if solver not in SOLVERS:
-        raise AlignmentError(f"unknown solver {solver!r}{suggest(solver, SOLVERS)} (known: {', '.join(SOLVERS)})")
-    if restarts < 1 or max_sweeps < 1:
-        raise AlignmentError(f"restarts ({restarts}) and max_sweeps ({max_sweeps}) must be at least 1")
-
-
 def closeness(norm_a: float, norm_b: float, before: float, after: float) -> dict[str, float]:
-    """What metadata say of two models by their norms and by ⟨A, B⟩ and ⟨A, T·B⟩."""
+    """Objective, distance and cosine of two models before and after, from their norms, ⟨A, B⟩ and ⟨A, T·B⟩."""
     norm = norm_a * norm_b
     return {
         "objective_before": before,
@@ -161,19 +141,19 @@ def closeness(norm_a: float, norm_b: float, before: float, after: float) -> dict
 def closeness_of(
     reference: Parameters, model: Parameters, alignment: Alignment, workers: Workers = ALONE
 ) -> dict[str, float]:
-    """The same of models whose weights are read for it, which may have been aligned by any method."""
+    """Measures closeness of two models, reading their weights; the alignment may come from any method."""
     gains = Gains(reference, model, workers=workers)
     norm_a, norm_b, before = gains.norms()
     return closeness(norm_a, norm_b, before, gains.objective(alignment))
 
 
 def of_solver(solver: str, gap: float, objective: float) -> dict[str, Any]:
-    """What metadata say of a solver that is not exact."""
+    """Metadata of a solver that is not exact: its name, and the gap as a part of the objective."""
     return {} if solver == "exact" else {"solver": solver, "assignment_gap": gap / abs(objective) if objective else 0.0}
 
 
 def differences(reference: Parameters, model: Parameters) -> list[str]:
-    """What keeps the tensors of two models from being compared."""
+    """Differences that keep the tensors of two models from being compared."""
     problems = []
     for ours, theirs, role in ((reference, model, ROLES[1]), (model, reference, ROLES[0])):
         label = theirs.label or role
@@ -181,7 +161,7 @@ def differences(reference: Parameters, model: Parameters) -> list[str]:
     for key, name in reference.keys.items():
         if key in model.keys:
             shapes = [
-                list(each.binding.tensors[each.keys[key]].spec.shape(each.binding.sizes)) for each in (reference, model)
+                list(side.binding.tensors[side.keys[key]].spec.shape(side.binding.sizes)) for side in (reference, model)
             ]
             if shapes[0] != shapes[1]:
                 problems.append(
@@ -209,35 +189,45 @@ def _random_start(reference: Parameters, generator: torch.Generator) -> Alignmen
     return Alignment(spec, {**spec.identity_alignment().transforms, **used})
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where the sweeps of one start begin."""
+
+    label: str
+    alignment: Alignment
+    objective: float
+
+
+@dataclass(frozen=True)
+class _Descent:
+    """Where the sweeps of one start end."""
+
+    alignment: Alignment
+    objective: float
+    converged: bool
+    gap: float
+    sweeps: Sequence[Sweep]
+
+
 def _descend(
-    gains: Gains,
-    groups: list[Group],
-    alignment: Alignment,
-    before: float,
-    generator: torch.Generator,
-    max_sweeps: int,
-    label: str,
-    history: list[Sweep],
-    progress: Progress,
-) -> tuple[Alignment, float, bool, float]:
+    gains: Gains, groups: list[Group], start: _Start, max_sweeps: int, generator: torch.Generator, progress: Progress
+) -> _Descent:
     """Sweeps over the groups in random order until nothing improves."""
-    transforms = dict(alignment.transforms)
-    objective = before if alignment.is_identity else gains.objective(alignment)
+    transforms, objective = dict(start.alignment.transforms), start.objective
     # Groups that share no tensor with another do not depend on its transforms: one visit is enough for them.
     independent = _are_independent(gains, groups)
-    gap = 0.0
-    for sweep in range(1, max_sweeps + 1):
-        told = partial(progress, f"weight matching, {label} start, sweep {sweep}")
+    gap, converged, sweeps = 0.0, False, list[Sweep]()
+    while not converged and len(sweeps) < max_sweeps:
+        number = len(sweeps) + 1
+        told = partial(progress, f"weight matching, {start.label} start, sweep {number}")
         rise, gap_here = sweep_over(groups, gains, transforms, generator, told)
-        gap = max(gap, gap_here)
-        objective += rise
-        current = Alignment(alignment.spec, dict(transforms))
+        gap, objective = max(gap, gap_here), objective + rise
+        current = Alignment(start.alignment.spec, dict(transforms))
         moved = sum(count for count, _ in current.moved.values())
-        history.append(Sweep(label, sweep, objective, moved))
-        logger.info("%s start, sweep %d: objective %.6g, %d units moved", label, sweep, objective, moved)
-        if rise <= CONVERGED * max(abs(objective), 1e-30) or independent:
-            return current, gains.objective(current), True, gap
-    return current, gains.objective(current), False, gap
+        sweeps.append(Sweep(start.label, number, objective, moved))
+        logger.info("%s start, sweep %d: objective %.6g, %d units moved", start.label, number, objective, moved)
+        converged = rise <= CONVERGED * max(abs(objective), 1e-30) or independent
+    return _Descent(current, gains.objective(current), converged, gap, sweeps)
 
 
 def sweep_over(
@@ -259,7 +249,7 @@ def sweep_over(
     Returns:
         By how much the objective rises, and by how much more it could at most with exact assignments.
     """
-    order = [groups[place] for place in torch.randperm(len(groups), generator=generator).tolist()]
+    order = [groups[index] for index in torch.randperm(len(groups), generator=generator).tolist()]
     solutions = _solve_all(gains, [(group, frozenset()) for group in order], transforms, told)
     return sum(solution.gain for solution in solutions), sum(solution.gap for solution in solutions)
 
@@ -300,7 +290,7 @@ def _solve_all(
     *,
     keep_all: bool = False,
 ) -> list[Solution]:
-    """Solves groups one after the other, those at the same time that do not depend on each other.
+    """Solves groups in order; groups that do not depend on each other are solved at the same time.
 
     Args:
         gains: The two models.
@@ -318,8 +308,8 @@ def _solve_all(
         finished = count(len(solutions) + 1)
         told(len(solutions), len(visits))
 
-        def solve(place: int, present: Alignment = present, workers: Workers = ALONE) -> Solution:
-            group, undetermined = visits[place]
+        def solve(index: int, present: Alignment = present, workers: Workers = ALONE) -> Solution:
+            group, undetermined = visits[index]
             return gains.solve(group, present, undetermined, workers=workers)
 
         def on_done(finished: Iterator[int] = finished, last: int = len(solutions) + len(wave)) -> None:
@@ -327,53 +317,51 @@ def _solve_all(
             if done < last:
                 told(done, len(visits))
 
-        groups = {place: visits[place][0] for place in wave}
+        groups = {index: visits[index][0] for index in wave}
         together, apart = _divided(gains, groups)
-        found: dict[int, Solution] = {}
-        for place in together:
-            found[place] = solve(place, workers=gains.workers)
+        for index in together:
+            solutions[index] = solve(index, workers=gains.workers)
             on_done()
-        costs = [gains.cost(groups[place]) for place in apart]
-        found |= zip(apart, gains.workers.map(solve, apart, costs=costs, on_done=on_done), strict=True)
-        solutions |= found
-        for place in wave:
-            if keep_all or found[place].gain > 0:
-                transforms.update(found[place].transforms)
-    return [solutions[place] for place in range(len(visits))]
+        costs = [gains.cost(groups[index]) for index in apart]
+        solutions |= zip(apart, gains.workers.map(solve, apart, costs=costs, on_done=on_done), strict=True)
+        for index in wave:
+            if keep_all or solutions[index].gain > 0:
+                transforms.update(solutions[index].transforms)
+    return [solutions[index] for index in range(len(visits))]
 
 
 def _divided(gains: Gains, groups: Mapping[int, Group]) -> tuple[list[int], list[int]]:
-    """Which groups of a wave all workers solve together one by one, and which each worker solves alone.
+    """Divides the groups of a wave into those that all workers solve together, and those that one worker solves alone.
 
-    What can be solved together is, where it would else be waited for: where the worker with the most to do has clearly
-    more than its share.
+    Workers solve together what can be shared if the worker with the most to do would otherwise have clearly more than
+    its share.
     """
     workers = gains.workers.threads * gains.workers.ranks
-    shared = [place for place, group in groups.items() if gains.is_shared(group)]
-    alone = [place for place in groups if place not in shared]
-    costs = {place: gains.cost(group) for place, group in groups.items()}
+    shared = [index for index, group in groups.items() if gains.is_shared(group)]
+    alone = [index for index in groups if index not in shared]
+    costs = {index: gains.cost(group) for index, group in groups.items()}
 
-    def longest(places: list[int]) -> float:
+    def longest(indices: list[int]) -> float:
         loads = [0.0] * workers
-        for cost in sorted((costs[place] for place in places), reverse=True):
+        for cost in sorted((costs[index] for index in indices), reverse=True):
             loads[loads.index(min(loads))] += cost
         return max(loads)
 
-    in_turn = sum(gains.cost_together(groups[place]) for place in shared) + longest(alone)
+    in_turn = sum(gains.cost_together(groups[index]) for index in shared) + longest(alone)
     if shared and longest([*groups]) > IDLE * in_turn:
         return shared, alone
     return [], list(groups)
 
 
 def _waves(gains: Gains, groups: Sequence[Group]) -> list[list[int]]:
-    """Places of groups, in waves: a group comes after all earlier ones that share a tensor with it."""
+    """Indices of groups in waves: a group comes after all earlier ones that share a tensor with it."""
     last: dict[Key, int] = {}
     waves: list[list[int]] = []
-    for place, group in enumerate(groups):
+    for index, group in enumerate(groups):
         keys = gains.keys(group.axes)
         wave = max((last[key] + 1 for key in keys if key in last), default=0)
         last |= dict.fromkeys(keys, wave)
         if wave == len(waves):
             waves.append([])
-        waves[wave].append(place)
+        waves[wave].append(index)
     return waves

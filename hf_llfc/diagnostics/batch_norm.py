@@ -38,7 +38,7 @@ def recompute_batch_norm(
 
     Args:
         model: Changed in place.
-        batches: As `EvaluationData.batches` yields them, large enough to estimate a variance each.
+        batches: Batches as `EvaluationData.batches` yields them, large enough to estimate a variance each.
 
     Returns:
         Number of layers whose statistics were replaced; 0 if the model has none, which is then left untouched.

@@ -39,8 +39,8 @@ class CombinedModel:
     def __init__(self, models: Sequence[PreTrainedModel]) -> None:
         first, *others = [_tensors(model) for model in models]
         problems = []
-        for place, other in enumerate(others, start=2):
-            name = "the second model" if len(models) == 2 else f"model {place}"
+        for number, other in enumerate(others, start=2):
+            name = "the second model" if len(models) == 2 else f"model {number}"
             problems += _differences(first, other, name)
         raise_all(problems, EvaluationError, "these models cannot be combined")
         self.model = copy.deepcopy(models[0]).eval().requires_grad_(False)
@@ -69,12 +69,12 @@ class CombinedModel:
             torch._foreach_copy_(self._targets, self._parts[1])
             torch._foreach_lerp_(self._targets, self._parts[0], weights[0])
         else:
-            for place, target in enumerate(self._targets):
+            for index, target in enumerate(self._targets):
                 # Half precision would round once a model.
                 total = torch.zeros_like(target, dtype=torch.promote_types(target.dtype, torch.float32))
                 for own, weight in zip(self._parts, weights, strict=True):
                     if weight:
-                        total.add_(own[place], alpha=weight)
+                        total.add_(own[index], alpha=weight)
                 target.copy_(total)
         for name, value in (buffers or {}).items():
             self._buffers[name].copy_(value)

@@ -10,8 +10,9 @@ import importlib.metadata
 import logging
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from hf_llfc.diagnostics.lockstep import Lockstep, PathSums
 from hf_llfc.diagnostics.points import Point, Region, line
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import Barrier, LayerRow, ModelReference, PathPoint
-from hf_llfc.diagnostics.streaming import over_batches
+from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution, over_batches
 from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError, suggest
 from hf_llfc.evaluation.data import EvaluationData
@@ -31,12 +32,49 @@ from hf_llfc.evaluation.models import evaluation_mode
 from hf_llfc.evaluation.scoring import ScoreSums
 from hf_llfc.foundation.choices import UNITS
 
-if TYPE_CHECKING:
-    from hf_llfc.parallel.ranks import Ranks
-
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("hf-llfc", "torch", "transformers", "datasets", "accelerate", "evaluate")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features that a diagnosis compares.
+
+    Attributes:
+        layers: Modules as shell patterns, see `select_layers`; every block where None. Logits always come last.
+        unit: ``sample``, one feature vector a sample as in the paper, or ``token``, one a token, of which mean, spread
+            and quantiles are then taken.
+
+    Raises:
+        EvaluationError: The unit is unknown.
+    """
+
+    layers: Sequence[str] | None = None
+    unit: str = "sample"
+
+    def __post_init__(self) -> None:
+        """Raises `EvaluationError` for an unknown unit."""
+        if self.unit not in UNITS:
+            raise EvaluationError(f"unknown unit {self.unit!r}{suggest(self.unit, UNITS)} (known: {', '.join(UNITS)})")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Origin of compared models, as a report describes it.
+
+    Attributes:
+        models: Id, revision and weight of each; unknown where empty.
+        alignment: Alignment of the models (`method`, ...); empty, or with the method ``none``, if they were not.
+    """
+
+    models: tuple[ModelReference, ...] = ()
+    alignment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether one model was moved into the coordinates of another."""
+        return self.alignment.get("method") not in (None, "none")
 
 
 def diagnose_models(
@@ -44,14 +82,10 @@ def diagnose_models(
     data: EvaluationData,
     *,
     region: Region | None = None,
-    layers: Sequence[str] | None = None,
-    unit: str = "sample",
-    combined: MovingModel | None = None,
-    processes: Ranks | None = None,
+    features: Features = Features(),
     batch_norm_data: EvaluationData | None = None,
-    references: Sequence[Mapping[str, Any]] | None = None,
-    alignment: Mapping[str, Any] | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    origin: Origin = Origin(),
+    execution: Execution = IN_ONE_PROCESS,
 ) -> ConnectivityReport:
     """Measures between models: loss, metric and, layer by layer, LLFC (arXiv 2307.08286).
 
@@ -64,17 +98,11 @@ def diagnose_models(
         data: The samples; without labels only features are compared.
         region: Where to measure; the line between two models in steps of a tenth without it. Loss and metric are
             always measured at the models themselves too.
-        layers: Modules as shell patterns, see `select_layers`; without them every block. Logits always come last.
-        unit: ``sample``, one feature vector a sample as in the paper, or ``token``, one a token, of which mean, spread
-            and quantiles are then taken.
-        combined: What takes the weights of every point; one more model in memory without it.
-        processes: Share the samples; every process gets the report of all.
+        features: Features that are compared.
         batch_norm_data: Calibration samples from which batch normalization is recomputed at every point between the
             models; without them its statistics are combined. Has no effect on models without it.
-        references: `id`, `revision` and `weight` of all, for the report.
-        alignment: How the models were aligned (`method`, ...), for the report and the verdict; None or the method
-            ``none`` if they were not.
-        on_batch: Called with the number of batches done and the number there are, for progress bars.
+        origin: Ids, weights and alignment of the models, for the report.
+        execution: Processes, progress, and the model that is moved from point to point.
 
     Returns:
         The report, equal on all processes.
@@ -86,27 +114,25 @@ def diagnose_models(
         region = line()
     if len(models) != region.models:
         raise EvaluationError(f"{len(models)} models for points with {region.models} weights; give one weight a model")
-    if unit not in UNITS:
-        raise EvaluationError(f"unknown unit {unit!r}{suggest(unit, UNITS)} (known: {', '.join(UNITS)})")
     measured = _with_ends(region) if region.kind == "line" else region
-    if processes is not None and combined is None:
+    if execution.processes is not None and execution.combined is None:
         for model in models:
-            model.to(processes.device)  # type: ignore[arg-type]  # the signature is hidden
+            model.to(execution.processes.device)  # type: ignore[arg-type]  # the signature is hidden
     with evaluation_mode(*models):
-        combined = combined or CombinedModel(models)
+        combined = execution.combined or CombinedModel(models)
         first_batch, _ = next(data.batches())
-        selected = select_layers(models[0], first_batch, layers)
+        selected = select_layers(models[0], first_batch, features.layers)
         if data.labelled and selected[-1].label != LOGITS:
             raise EvaluationError(f"{type(models[0]).__name__} has no logits; a model with a task head is needed")
         buffers = _recomputed_batch_norm(combined, measured.points, batch_norm_data)
-        lockstep = Lockstep.start(models, combined, measured, selected, buffers, data, unit)
-        sums = over_batches(data, lockstep.add, lockstep.sums, processes=processes, on_batch=on_batch)
-    described = dict(data.summary)
+        lockstep = Lockstep.start(models, combined, measured, selected, buffers, data, features.unit)
+        sums = over_batches(data, lockstep.add, lockstep.sums, "diagnosing", execution)
+    summary = dict(data.summary)
     if buffers:
-        described["batch_norm"] = "recomputed"
-    if unit != "sample":
-        described["unit"] = unit
-    return _report(sums, selected, region, measured, data, references, alignment, described)
+        summary["batch_norm"] = "recomputed"
+    if features.unit != "sample":
+        summary["unit"] = features.unit
+    return _report(sums, selected, region, measured, data, summary, origin)
 
 
 def _with_ends(region: Region) -> Region:
@@ -117,18 +143,18 @@ def _with_ends(region: Region) -> Region:
 def _recomputed_batch_norm(
     combined: MovingModel, points: Sequence[Point], data: EvaluationData | None
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """Statistics of batch normalization that belong to each point, by its place; the models keep their own.
+    """Statistics of batch normalization at each point, by its index; the models keep their own.
 
     Every process measures on all calibration samples, so that all have the same statistics.
     """
     if data is None or not has_batch_norm(combined.model):
         return {}
     buffers = {}
-    for place, point in enumerate(points):
+    for index, point in enumerate(points):
         if point.vertex is None:
             combined.move_to(point.weights)
             recompute_batch_norm(combined.model, data.batches())
-            buffers[place] = batch_norm_state(combined.model)
+            buffers[index] = batch_norm_state(combined.model)
     return buffers
 
 
@@ -138,9 +164,8 @@ def _report(
     region: Region,
     measured: Region,
     data: EvaluationData,
-    references: Sequence[Mapping[str, Any]] | None,
-    alignment: Mapping[str, Any] | None,
-    described: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    origin: Origin,
 ) -> ConnectivityReport:
     path = tuple(_path_point(point, scores, data) for point, scores in zip(measured.points, sums.scores, strict=True))
     barrier = Barrier(None, None)
@@ -149,27 +174,27 @@ def _report(
             loss=barrier_height(measured.points, [scores.loss for scores in sums.scores]),
             error=barrier_height(measured.points, [scores.error for scores in sums.scores]),
         )
-    by_sample = "unit" not in described
-    llfc, coefficient = (each.statistics(intervals=by_sample) for each in (sums.llfc, sums.coefficient))
-    baseline = sums.baseline.statistics(intervals=by_sample)
+    by_sample = "unit" not in summary
+    llfc, coefficient, baseline = (
+        values.statistics(intervals=by_sample) for values in (sums.llfc, sums.coefficient, sums.baseline)
+    )
     wanted = set(region.points)
     rows = tuple(
         LayerRow(
             layer=layer.label,
             alpha=point.alpha,
-            llfc=llfc[place * len(layers) + index],
+            llfc=llfc[at * len(layers) + index],
             baseline=baseline[index],
-            coefficient=coefficient[place * len(layers) + index],
+            coefficient=coefficient[at * len(layers) + index],
             weights=point.weights,
         )
         for index, layer in enumerate(layers)
-        for place, point in enumerate(measured.points)
+        for at, point in enumerate(measured.points)
         if point in wanted
     )
-    how_aligned = dict(alignment or {})
     merge = judged_point(region)
     return ConnectivityReport(
-        models=tuple(ModelReference(**each) for each in references or ({},) * region.models),
+        models=origin.models or (ModelReference(),) * region.models,
         path=path,
         barrier=barrier,
         layers=rows,
@@ -177,12 +202,12 @@ def _report(
             # Outside the simplex no blend of the parents' losses is a bound.
             barrier if merge.convex else Barrier(None, None),
             [row for row in rows if row.weights == merge.weights],
-            aligned=how_aligned.get("method") not in (None, "none"),
+            aligned=origin.is_aligned,
             convex=merge.convex,
         ),
         region=region.kind,
-        data=described,
-        alignment=how_aligned,
+        data=summary,
+        alignment=dict(origin.alignment),
         versions=_versions(),
     )
 
@@ -197,15 +222,15 @@ def barrier_height(points: Sequence[Point], values: Sequence[float]) -> float:
     """The barrier: sup over points of L(Σ wₘθₘ) − Σ wₘL(θₘ).
 
     Args:
-        points: All models themselves among them; points outside the simplex are left out.
-        values: L at each.
+        points: The points, with the models themselves among them; points outside the simplex are left out.
+        values: L at each point.
 
     Returns:
         At least 0, as the difference is 0 at the models.
     """
     own = {point.vertex: value for point, value in zip(points, values, strict=True) if point.vertex is not None}
     return max(
-        value - sum(weight * own[place] for place, weight in enumerate(point.weights) if weight)
+        value - sum(weight * own[model] for model, weight in enumerate(point.weights) if weight)
         for point, value in zip(points, values, strict=True)
         if point.convex
     )

@@ -25,8 +25,8 @@ class TaskLoss:
         """Runs weights in a model.
 
         Args:
-            model: Of the class of all; its own weights are not used. Without dropout, and with the statistics of each
-                batch in place of running ones, since those of the merge are neither parent's (REPAIR).
+            model: A model of the class of all; its own weights are not used. Without dropout, and with the statistics
+                of each batch in place of running ones, since those of the merge are neither parent's (REPAIR).
             task: A value of `TASKS`.
         """
         self._run = _Run(model)
@@ -43,7 +43,7 @@ class TaskLoss:
 
 
 class LLFCGap:
-    """How far the features of the merge are from the blend of its parents' features.
+    """Distance of the features of the merge from the blend of its parents' features.
 
     Mean over layers of ‖h_merge − (1 − λ)·h_A − λ·h_B‖² / (½‖h_A‖² + ½‖h_B‖²): zero where the features of all layers
     connect linearly (Zhou et al. 2023, LLFC).
@@ -53,8 +53,8 @@ class LLFCGap:
         """Compares layers of weights that run in a model.
 
         Args:
-            model: Of the class of all; see `TaskLoss`.
-            layers: As `select_layers` gives them.
+            model: A model of the class of all; see `TaskLoss`.
+            layers: Layers as `select_layers` gives them.
         """
         self._run = _Run(model)
         self._layers = layers
@@ -76,13 +76,13 @@ class LLFCGap:
         seen: dict[int, Tensor] = {}
         with handing_over(self._run.model, self._layers, seen.__setitem__):
             logits = self._run(weights, batch)
-        places = [place for place, layer in enumerate(self._layers) if layer.side == LOGITS]
+        indices = [index for index, layer in enumerate(self._layers) if layer.side == LOGITS]
         if logits is not None:
-            seen |= dict.fromkeys(places, logits)
+            seen |= dict.fromkeys(indices, logits)
         mask = batch.get("attention_mask")
         n = len(next(iter(batch.values())))
         mask = mask.to(next(iter(seen.values())).device) if mask is not None else None
-        return [sample_vectors(seen[place], layer, n, mask) for place, layer in enumerate(self._layers)]
+        return [sample_vectors(seen[index], layer, n, mask) for index, layer in enumerate(self._layers)]
 
 
 class _Run:

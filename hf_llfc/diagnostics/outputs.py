@@ -28,12 +28,12 @@ ELEMENTS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class OutputAgreement:
-    """How the predictions of A, B, their merge M and their ensemble E (the blend of logits) agree.
+    """Agreement of the predictions of A, B, their merge M and their ensemble E (the blend of logits).
 
     Args:
         alpha: Weight of the first model.
-        predictions: How many were compared: samples, or tokens where the attention mask is one.
-        classes: What a prediction may choose from.
+        predictions: Number of predictions compared: samples, or tokens where the attention mask is one.
+        classes: Number of classes that a prediction chooses from.
         error_barrier: Share of predictions where M differs from E, less α times that of A and 1 − α times that of B:
             the barrier of error with the ensemble's choices for labels. Negative where M is closer to E than both.
         loss_barrier: KL(E‖M) − α KL(E‖A) − (1−α) KL(E‖B), in nats: the barrier of loss with labels drawn from E.
@@ -42,11 +42,11 @@ class OutputAgreement:
         parents_disagreement: Share where A and B choose differently.
         orphans: Share where M chooses what neither parent does.
         entropy_a: Mean entropy of the predictions of A, in nats.
-        entropy_b: Of B.
-        entropy_merged: Of M.
+        entropy_b: Mean entropy of B.
+        entropy_merged: Mean entropy of M.
         spread_a: Entropy of the mean prediction of A, in nats: near 0 in a model that gives one answer to everything.
-        spread_b: Of B.
-        spread_merged: Of M.
+        spread_b: Entropy of the mean prediction of B.
+        spread_merged: Entropy of the mean prediction of M.
     """
 
     alpha: float
@@ -67,7 +67,7 @@ class OutputAgreement:
 
     @property
     def information(self) -> float:
-        """What the parents' predictions say, in nats: log of the classes less their entropy; 0 if they are flat."""
+        """Information in the parents' predictions in nats: log of the classes less entropy; 0 if they are flat."""
         return math.log(self.classes) - self.alpha * self.entropy_a - (1 - self.alpha) * self.entropy_b
 
 

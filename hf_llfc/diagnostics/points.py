@@ -1,4 +1,4 @@
-"""Where merged models are measured: on a line, over a simplex, or along sums of task vectors."""
+"""Points where merged models are measured: on a line, over a simplex, or along sums of task vectors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Point:
 
     Args:
         weights: One a model; they sum to one, and outside the simplex some are negative.
-        name: As reports call it.
+        name: Name of the point in reports.
     """
 
     weights: tuple[float, ...]
@@ -58,7 +58,7 @@ class Region:
 
     @property
     def models(self) -> int:
-        """How many models are combined."""
+        """Number of models that are combined."""
         return len(self.points[0].weights)
 
 
@@ -84,8 +84,8 @@ def simplex(weights: Sequence[float]) -> Region:
     """The simplex over three or more models: its vertices, the middle of every edge, the centre, and the merge.
 
     Args:
-        weights: Of the merge, one a model, none negative; divided by their sum. Where they are equal the centre is
-            the merge.
+        weights: Weights of the merge, one a model, none negative; divided by their sum. Where they are equal the centre
+            is the merge.
 
     Raises:
         EvaluationError: A weight is negative, or all are zero.
@@ -95,9 +95,9 @@ def simplex(weights: Sequence[float]) -> Region:
             f"a simplex has no point with the weights {list(weights)!r}: give none below zero, and one above"
         )
     count = len(weights)
-    points = [*_vertices([f"model {place}" for place in range(1, count + 1)])]
+    points = [*_vertices([f"model {number}" for number in range(1, count + 1)])]
     for pair in combinations(range(count), 2):
-        middle = tuple(0.5 if place in pair else 0.0 for place in range(count))
+        middle = tuple(0.5 if index in pair else 0.0 for index in range(count))
         points.append(Point(middle, f"models {pair[0] + 1} and {pair[1] + 1}"))
     points.append(Point((1 / count,) * count, "centre"))
     total = sum(weights)
@@ -117,7 +117,7 @@ def arithmetic(weights: Sequence[float], scales: Sequence[float] = TASK_SCALES) 
         weights: wᵢ, one a model without the base.
         scales: Factors s; 1, the merge that was asked for, comes last and is always there.
     """
-    points = [*_vertices([*(f"model {place}" for place in range(1, len(weights) + 1)), "base"])]
+    points = [*_vertices([*(f"model {number}" for number in range(1, len(weights) + 1)), "base"])]
     for scale in [*sorted({scale for scale in scales if scale not in (0.0, 1.0)}), 1.0]:
         parts = tuple(scale * weight for weight in weights)
         name = "merge" if scale == 1 else f"{scale:g} × task vectors"
@@ -127,6 +127,6 @@ def arithmetic(weights: Sequence[float], scales: Sequence[float] = TASK_SCALES) 
 
 def _vertices(names: Sequence[str]) -> list[Point]:
     return [
-        Point(tuple(1.0 if place == own else 0.0 for place in range(len(names))), name)
+        Point(tuple(1.0 if index == own else 0.0 for index in range(len(names))), name)
         for own, name in enumerate(names)
     ]

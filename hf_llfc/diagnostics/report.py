@@ -45,8 +45,8 @@ SCHEMA_FILE = "report.schema.json"
 def report_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of what `ConnectivityReport.save` writes, with a description of every value."""
     text = importlib.resources.files("hf_llfc.diagnostics").joinpath(SCHEMA_FILE).read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,19 @@ class ConnectivityReport:
     Args:
         models: The models, the one with weight α first.
         path: On a line by rising α, both ends included; otherwise the models themselves first.
-        barrier: Of loss and error.
-        layers: By layer in order of computation, then by the order of the path; the last layer is ``logits``.
-        verdict: What to do.
+        barrier: Barrier of loss and error.
+        layers: Rows by layer in order of computation, then by the order of the path; the last layer is ``logits``.
+        verdict: Advice, with the numbers behind it.
         region: Where merged models were measured: ``line`` between two models, ``simplex`` of more (edges and
             centre), or ``arithmetic``, sums of task vectors over a base model, which comes last.
-        additivity: Of every activation function, where asked for.
-        commutativity: Of every linear map, where asked for.
+        additivity: Additivity of every activation function, where asked for.
+        commutativity: Commutativity of every linear map, where asked for.
         stitching: At every layer boundary, where asked for.
-        geometry: Of weights and features, where asked for.
+        geometry: Geometry of weights and features, where asked for.
         suggestion: Better weights, where asked for.
         data: On which data it was measured.
         alignment: How the second model was moved onto the first; empty if it was not.
-        versions: Of the libraries that took part.
+        versions: Versions of the libraries that took part.
     """
 
     models: tuple[ModelReference, ...]
@@ -114,7 +114,7 @@ class ConnectivityReport:
         """The layers at one point as flat rows for a table.
 
         Args:
-            alpha: As for `at`.
+            alpha: Weight of the first model, as for `at`.
 
         Returns:
             Per layer `layer`, `alpha` (`point` where it is no line), `llfc`, `llfc_std`, `baseline`, `baseline_std`,
@@ -146,7 +146,7 @@ class ConnectivityReport:
         return [_flat_columns(row) for row in self.to_dict().get(part, ())]
 
     def _place(self, of: PathPoint | LayerRow) -> dict[str, Any]:
-        """Where a point lies: its α on a line, its name elsewhere."""
+        """Position of a point: its α on a line, its name elsewhere."""
         if self.region == "line":
             return {"alpha": of.alpha}
         names = (point.name for point in self.path if point.weights == of.weights)
@@ -192,9 +192,9 @@ class ConnectivityReport:
         schema = values.get("schema")
         if schema != SCHEMA:
             raise EvaluationError(f"not a report of this version: its schema is {schema!r}, expected {SCHEMA!r}")
-        found = {entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values}
+        given = {entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values}
         try:
-            return cls(**{name: typed(value, get_type_hints(cls)[name], name) for name, value in found.items()})
+            return cls(**{name: typed(value, get_type_hints(cls)[name], name) for name, value in given.items()})
         except (TypeError, ValueError) as error:  # TypeError where a part is missing
             raise EvaluationError(f"not a report that this version wrote: {error}") from error
 
@@ -225,7 +225,11 @@ class ConnectivityReport:
 
 def _spreads(row: LayerRow) -> dict[str, float]:
     statistics = {"llfc": row.llfc, "baseline": row.baseline, "coefficient": row.coefficient}
-    return {column: value for name, found in statistics.items() for column, value in _spread(name, vars(found)).items()}
+    return {
+        column: value
+        for name, statistic in statistics.items()
+        for column, value in _spread(name, vars(statistic)).items()
+    }
 
 
 def _spread(name: str, statistic: Mapping[str, Any]) -> dict[str, float]:
@@ -290,7 +294,7 @@ def typed(value: Any, hint: Any, path: str) -> Any:
         inner = get_args(hint)
         if inner[-1] is not Ellipsis and len(value) != len(inner):
             raise ValueError(f"{path}: {len(inner)} values expected, found {len(value)}")
-        return tuple(typed(entry, inner[0], f"{path}[{place}]") for place, entry in enumerate(value))
+        return tuple(typed(entry, inner[0], f"{path}[{index}]") for index, entry in enumerate(value))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         return value
     if (hint in (str, bool) or (hint is int and not isinstance(value, bool))) and isinstance(value, hint):

@@ -10,7 +10,7 @@ ANSWERS = ("merge", "align", "do not merge")
 
 @dataclass(frozen=True)
 class Statistic:
-    """How a value is distributed over samples, or over tokens where these were asked for.
+    """Distribution of a value over samples, or over tokens where these were asked for.
 
     Args:
         mean: None where no sample has a value (the coefficient of a blend that is zero everywhere).
@@ -47,9 +47,9 @@ class PathPoint:
     Args:
         alpha: Weight of the first model.
         loss: Mean cross-entropy in nats; None without labels.
-        metrics: By name; None where a value is not finite.
-        weights: Of all models, in their order; they sum to one.
-        name: What a reader calls the point (``alpha 0.5``, ``model 2``, ``models 1 and 3``, ``centre``).
+        metrics: Metrics by name; None where a value is not finite.
+        weights: Weights of all models, in their order; they sum to one.
+        name: Name of the point (``alpha 0.5``, ``model 2``, ``models 1 and 3``, ``centre``).
     """
 
     alpha: float
@@ -66,8 +66,8 @@ class Barrier:
     Over the path between two models; over all measured points of the simplex for more.
 
     Args:
-        loss: In nats.
-        error: Of the share of wrong predictions.
+        loss: Barrier of the loss, in nats.
+        error: Barrier of the share of wrong predictions.
     """
 
     loss: float | None
@@ -76,7 +76,7 @@ class Barrier:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """How features of one layer compare at one point.
+    """Comparison of the features of one layer at one point.
 
     Args:
         layer: The module's name, or ``logits``.
@@ -84,7 +84,7 @@ class LayerRow:
         llfc: 1 − cos(merged, blend).
         baseline: 1 − cos(A, B); for more than two models the mean over their pairs.
         coefficient: ⟨merged, blend⟩ / ‖blend‖², signed.
-        weights: Of all models, as in the `PathPoint` it belongs to.
+        weights: Weights of all models, as in the `PathPoint` it belongs to.
     """
 
     layer: str
@@ -132,9 +132,9 @@ class CommutativityRow:
 
     Args:
         layer: Module of the linear map or convolution.
-        com: Of the two sides.
-        weights: Of W_A and W_B.
-        features: Of the inputs H_A and H_B.
+        com: Distance of the two sides.
+        weights: Distance of W_A and W_B.
+        features: Distance of the inputs H_A and H_B.
     """
 
     layer: str
@@ -150,7 +150,7 @@ class StitchingPoint:
     Args:
         layer: The last layer of A.
         loss: Mean cross-entropy in nats.
-        metrics: By name; None where a value is not finite.
+        metrics: Metrics by name; None where a value is not finite.
     """
 
     layer: str
@@ -160,7 +160,7 @@ class StitchingPoint:
 
 @dataclass(frozen=True)
 class GeometryRow:
-    """Where the weights or the features of one layer lie in the two models.
+    """Geometry of the weights or the features of one layer in the two models.
 
     Args:
         layer: The module's name.

@@ -33,7 +33,7 @@ def gram(features: Sequence[torch.Tensor]) -> torch.Tensor:
     """Inner products of all pairs of features, per sample, summed in float64.
 
     Args:
-        features: Of m models, each (n, f).
+        features: Features of m models, each (n, f).
 
     Returns:
         (m, m, n), float64.
@@ -44,7 +44,7 @@ def gram(features: Sequence[torch.Tensor]) -> torch.Tensor:
     at_once = ELEMENTS_AT_ONCE if products.device.type == "cpu" else 2**24
     step = max(1, at_once // max(1, n))
     for start in range(0, f, step):
-        parts = [each[:, start : start + step].double() for each in features]
+        parts = [part_nf[:, start : start + step].double() for part_nf in features]
         for one in range(count):
             for other in range(one, count):
                 products[one, other] += torch.linalg.vecdot(parts[one], parts[other])
@@ -63,7 +63,7 @@ def residuals(x_nf: torch.Tensor, features: Sequence[torch.Tensor], weights: Seq
 
     Args:
         x_nf: Features of the merged model, (n, f).
-        features: Of the models, each (n, f).
+        features: Features of the models, each (n, f).
         weights: wₘ, one a model.
 
     Returns:
@@ -76,14 +76,14 @@ def residuals(x_nf: torch.Tensor, features: Sequence[torch.Tensor], weights: Seq
     room = torch.empty((n, min(step, f)), dtype=at_least_single, device=x_nf.device)
     for start in range(0, f, step):
         part = slice(start, start + step)
-        x, *parts = (each[:, part].to(at_least_single) for each in (x_nf, *features))
+        x, *parts = (part_nf[:, part].to(at_least_single) for part_nf in (x_nf, *features))
         difference = room[:, : x.shape[1]]
         if len(parts) == 2:
             torch.lerp(parts[1], parts[0], weights[0], out=difference).sub_(x)
         else:
             torch.neg(x, out=difference)
-            for each, weight in zip(parts, weights, strict=True):
-                difference.add_(each, alpha=weight)
+            for part_nf, weight in zip(parts, weights, strict=True):
+                difference.add_(part_nf, alpha=weight)
         sums[0] += torch.linalg.vecdot(x, x)
         sums[1] += torch.linalg.vecdot(difference, difference)
     return sums
@@ -258,7 +258,7 @@ class KeptValues:
         """Adds a batch.
 
         Args:
-            numbers: Of the samples, (n,), all different.
+            numbers: Numbers of the samples, (n,), all different.
             values: (*shape, n); NaN stands for no value.
         """
         self.merge(KeptValues(_hashed(numbers.to(values.device)), values))
@@ -286,7 +286,7 @@ class KeptValues:
         it is drawn in by the square root of the ratio, and centred on the mean of all (the rescaled bootstrap).
 
         Args:
-            moments: Of the same series, over all samples.
+            moments: Moments of the same series, over all samples.
 
         Returns:
             (2, *shape); NaN where a series has fewer than two values.
@@ -309,7 +309,7 @@ class KeptValues:
 
 @lru_cache(maxsize=2)
 def _drawn(count: int) -> torch.Tensor:
-    """How often each of `count` values is drawn in each resample, (RESAMPLES, count)."""
+    """Number of times that each of `count` values is drawn in each resample, (RESAMPLES, count)."""
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
     times = torch.zeros(RESAMPLES, count, dtype=torch.float64)
     return times.scatter_add_(1, drawn, torch.ones_like(times))
@@ -324,7 +324,7 @@ def _hashed(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the right, filled with zeros as for an unsigned number."""
+    """Shifts to the right and fills with zeros, as for an unsigned number."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -333,8 +333,8 @@ class Distribution:
     """Moments of all values of many series, with the values of some samples.
 
     Args:
-        moments: Of all.
-        kept: Of some.
+        moments: Moments of all samples.
+        kept: Values of some samples.
     """
 
     moments: RunningMoments
@@ -366,17 +366,17 @@ class Distribution:
             intervals: Whether values of different samples were added, which a bootstrap can draw from.
         """
         moments = self.moments
-        count, mean, std = (each.reshape(-1).tolist() for each in (moments.count, moments.mean, moments.std))
+        count, mean, std = (values.reshape(-1).tolist() for values in (moments.count, moments.mean, moments.std))
         quantiles = self.kept.quantiles().reshape(len(LEVELS), -1).T.tolist()
         ends = self.kept.intervals(self.moments).reshape(2, -1).T.tolist()
         return [
             Statistic(
-                mean[place],
-                std[place],
-                {f"{level:g}": value for level, value in zip(LEVELS, quantiles[place], strict=True)},
-                (ends[place][0], ends[place][1]) if intervals and count[place] > 1 else None,
+                mean[index],
+                std[index],
+                {f"{level:g}": value for level, value in zip(LEVELS, quantiles[index], strict=True)},
+                (ends[index][0], ends[index][1]) if intervals and count[index] > 1 else None,
             )
-            if count[place]
+            if count[index]
             else Statistic(None, None)
-            for place in range(len(count))
+            for index in range(len(count))
         ]

@@ -6,6 +6,7 @@ Shape legend: n samples, t tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -13,13 +14,38 @@ import torch
 from hf_llfc.diagnostics.features.trial import Layer
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData, problems_over_processes
+from hf_llfc.foundation.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from hf_llfc.diagnostics.combination import MovingModel
     from hf_llfc.parallel.ranks import Ranks
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How measurements run.
+
+    Attributes:
+        processes: Processes that share the samples, each of which gets the result over all; None for this one alone.
+        progress: Told what is done, the batches done and all batches.
+        combined: Model that takes the weights of every point between the models; a copy of the first where None.
+    """
+
+    processes: Ranks | None = None
+    progress: Progress = silent
+    combined: MovingModel | None = None
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Rank of this process, and the number of processes."""
+        return (0, 1) if self.processes is None else (self.processes.rank, self.processes.count)
+
+
+IN_ONE_PROCESS = Execution()
+
+
 class Sums(Protocol):
-    """What is kept of the samples seen; it grows with neither samples nor batches."""
+    """Sums over the samples seen; they grow with neither samples nor batches."""
 
     def merge(self: S, other: S) -> None:
         """Adds what another process has gathered."""
@@ -35,18 +61,17 @@ def over_batches(
     data: EvaluationData,
     add: Callable[[Mapping[str, torch.Tensor], torch.Tensor], None],
     sums: S,
-    *,
-    processes: Ranks | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    doing: str,
+    execution: Execution = IN_ONE_PROCESS,
 ) -> S:
     """Feeds the batches of this process to a measurement and sums over all processes.
 
     Args:
         data: The samples.
         add: Takes a batch and the numbers of its samples, and adds to `sums`.
-        sums: What this process gathers.
-        processes: Share the samples.
-        on_batch: Called with the number of batches done and the number there are, for progress bars.
+        sums: Sums that this process gathers.
+        doing: Description of the work for the progress.
+        execution: Processes and progress.
 
     Returns:
         The sums over all samples, equal on all processes.
@@ -54,14 +79,13 @@ def over_batches(
     Raises:
         EvaluationError: What `add` raised on any of the processes, on all of them.
     """
-    rank, world = (0, 1) if processes is None else (processes.rank, processes.count)
+    processes = execution.processes
     problem: str | None = None
-    total = data.batch_count(rank, world)
+    total = data.batch_count(*execution.share)
     try:
-        for done, (batch, sample_ids) in enumerate(data.batches(rank, world), start=1):
+        for done, (batch, sample_ids) in enumerate(data.batches(*execution.share), start=1):
             add(batch, sample_ids)
-            if on_batch is not None:
-                on_batch(done, total)
+            execution.progress(doing, done, total)
     except EvaluationError as error:
         problem = str(error)
     if processes is None:
@@ -81,9 +105,9 @@ def attention_mask(
     """The attention mask where it is needed.
 
     Args:
-        batch: As `EvaluationData.batches` yields it.
+        batch: A batch as `EvaluationData.batches` yields it.
         sample_ids: Numbers of its samples, for the message.
-        layers: Whose features are to be divided.
+        layers: Layers whose features are to be divided.
         device: Where to put the mask.
 
     Returns:
@@ -111,8 +135,8 @@ def check_finite(values: torch.Tensor, sample_ids: torch.Tensor, label: str, mod
     Args:
         values: One a sample, not finite if any of its features is not, (n,).
         sample_ids: Numbers of the samples, (n,).
-        label: Of the layer.
-        model: Whose features they are (``the first model``).
+        label: Name of the layer.
+        model: Name of the model (``the first model``).
 
     Raises:
         EvaluationError: Names layer, model and the first such sample.
@@ -127,16 +151,16 @@ def check_finite(values: torch.Tensor, sample_ids: torch.Tensor, label: str, mod
     )
 
 
-def check_complete(layers: Sequence[Layer], found: Mapping[int, object]) -> None:
+def check_complete(layers: Sequence[Layer], measured: Mapping[int, object]) -> None:
     """Stops where a layer that ran in the trial run did not run for a batch.
 
     Args:
-        layers: All.
-        found: What was measured, by the place of the layer.
+        layers: All layers that are measured.
+        measured: Values measured, by the index of the layer.
 
     Raises:
         EvaluationError: Names the first layer without a value.
     """
-    missing = [layer.label for index, layer in enumerate(layers) if index not in found]
+    missing = [layer.label for index, layer in enumerate(layers) if index not in measured]
     if missing:
         raise EvaluationError(f"layer {missing[0]!r} did not run for a batch, unlike in its trial run")

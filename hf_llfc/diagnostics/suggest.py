@@ -9,10 +9,9 @@ Shape legend: g groups of tensors, m models, n samples, c classes or vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +20,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.rows import Suggestion
+from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.encoding import IGNORED_LABEL
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
+from hf_llfc.foundation.progress import Progress
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS
 
-if TYPE_CHECKING:
-    from hf_llfc.parallel.ranks import Ranks
-
 STEPS = 60
-"""Of gradient descent, one batch each."""
+"""Steps of gradient descent, one batch each."""
 
 STEP_SIZE = 0.1
-"""Of Adam on the logarithms of the weights: a few steps from equal weights to a vertex, none in one step."""
+"""Step size of Adam on the logarithms of the weights: a few steps lead from equal weights to a vertex, one does not."""
 
 RESAMPLES = 1000
-"""Of the bootstrap over held-out samples."""
+"""Resamples of the bootstrap over held-out samples."""
 
 NEGLIGIBLE_GAIN = 1e-3
-"""In nats: less is nothing to change weights for."""
+"""Gain in nats below which weights are kept as they are."""
 
 OTHER = ""
 """The group of all tensors outside the layers: embeddings, heads."""
@@ -52,8 +50,7 @@ def suggest_weights(
     *,
     reference: Sequence[float],
     layers: Sequence[str] = (),
-    processes: Ranks | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    execution: Execution = IN_ONE_PROCESS,
 ) -> Suggestion:
     """Looks for weights that beat those asked for.
 
@@ -66,8 +63,7 @@ def suggest_weights(
         data: The samples, of at least two batches.
         reference: The weights to beat, one a model.
         layers: Names of modules that may each have weights of their own; one set of weights for all where empty.
-        processes: Share the batches that judge; all take the same steps.
-        on_step: Called with the number of steps done and the number there are.
+        execution: Processes that share the batches that judge, all taking the same steps; and progress.
 
     Returns:
         The weights with the lower loss on held-out samples: those found, or the reference where these do not lose.
@@ -82,20 +78,21 @@ def suggest_weights(
         )
     with evaluation_mode(*models), _batch_statistics(*models):
         blend = _Blend(models, layers)
-        found = _chosen(models, blend, data, reference, on_step)
-        rank, count = (0, 1) if processes is None else (processes.rank, processes.count)
+        chosen_gm = _chosen(models, blend, data, reference, execution.progress)
+        processes, (rank, count) = execution.processes, execution.share
         if processes is not None:
-            found = processes.gather(found.cpu())[0].to(found.device)  # devices may differ in rounding
-        asked = torch.tensor(reference, dtype=torch.float32, device=found.device).expand_as(found)
+            # Devices may differ in rounding.
+            chosen_gm = processes.gather(chosen_gm.cpu())[0].to(chosen_gm.device)
+        asked_gm = torch.tensor(reference, dtype=torch.float32, device=chosen_gm.device).expand_as(chosen_gm)
         judged: dict[int, list[Tensor]] = {}
-        for place, batch in enumerate(_every_other(data, 1)):
-            if place % count == rank:
+        for index, batch in enumerate(_every_other(data, 1)):
+            if index % count == rank:
                 targets = _targets(models, data, batch)
-                losses = [_losses(blend.logits(each, batch), targets, data) for each in (found, asked)]
-                judged[place] = [each.double().cpu() for each in losses]
+                losses = [_losses(blend.logits(shares_gm, batch), targets, data) for shares_gm in (chosen_gm, asked_gm)]
+                judged[index] = [loss_n.double().cpu() for loss_n in losses]
     if processes is not None:
-        judged = {place: pair for part in processes.gather(judged) for place, pair in part.items()}
-    suggested, before = (torch.cat([judged[place][which] for place in sorted(judged)]) for which in range(2))
+        judged = {index: pair for part in processes.gather(judged) for index, pair in part.items()}
+    suggested, before = (torch.cat([judged[index][which] for index in sorted(judged)]) for which in range(2))
     low, high = _interval(before - suggested)
     loss, reference_loss = float(suggested.mean()), float(before.mean())
     kind = "cross-entropy" if data.labelled else "cross-entropy to the parents' mean prediction"
@@ -108,7 +105,7 @@ def suggest_weights(
             (0.0, 0.0),
             tuple(float(weight) for weight in reference),
         )
-    rounded = [[round(float(weight), 4) for weight in row] for row in found]
+    rounded = [[round(float(weight), 4) for weight in row] for row in chosen_gm]
     because = f"{compared}, a gain of {low:.4f} to {high:.4f}"
     if not layers:
         return Suggestion(because, loss, reference_loss, (low, high), tuple(rounded[0]))
@@ -121,7 +118,7 @@ def _chosen(
     blend: _Blend,
     data: EvaluationData,
     reference: Sequence[float],
-    on_step: Callable[[int, int], None] | None,
+    progress: Progress,
 ) -> Tensor:
     """The shares, (g, m), that descent on the loss of the choosing half finds from the reference."""
     start = torch.tensor([float(weight) for weight in reference], device=models[0].device).clamp(min=1e-3)
@@ -136,8 +133,7 @@ def _chosen(
                 _losses(blend.logits(scores.softmax(dim=-1), batch), targets, data).mean().backward()
             optimizer.step()
             step += 1
-            if on_step is not None:
-                on_step(step, STEPS)
+            progress("looking for weights", step, STEPS)
             if step == STEPS:
                 break
     return scores.detach().softmax(dim=-1)
@@ -163,11 +159,11 @@ class _Blend:
         self._group = {name: self._group_of(name) for name in self._tensors}
 
     def _group_of(self, name: str) -> int:
-        inside = [place for place, layer in enumerate(self.groups[:-1]) if name.startswith(f"{layer}.")]
+        inside = [index for index, layer in enumerate(self.groups[:-1]) if name.startswith(f"{layer}.")]
         return inside[0] if inside else len(self.groups) - 1
 
     def logits(self, shares_gm: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the model with these shares answers."""
+        """Logits of the model with these shares."""
         tensors = {
             name: sum(
                 (share.to(part.dtype) * part for share, part in zip(shares_gm[self._group[name]], parts, strict=True)),
@@ -196,7 +192,7 @@ class _Logits(nn.Module):
 
 @dataclass(frozen=True)
 class _Targets:
-    """What a merge should answer.
+    """Answers that a merge should give.
 
     Args:
         values: Classes, (n, t) int64, or the models' mean probabilities, (n, t, c).
@@ -245,8 +241,8 @@ def _losses(logits: Tensor, targets: _Targets, data: EvaluationData) -> Tensor:
 
 
 def _every_other(data: EvaluationData, first: int) -> Iterator[Mapping[str, Tensor]]:
-    for place, (batch, _) in enumerate(data.batches()):
-        if place % 2 == first:
+    for index, (batch, _) in enumerate(data.batches()):
+        if index % 2 == first:
             yield batch
 
 

@@ -72,8 +72,8 @@ class Criterion:
     """One number beside its limit.
 
     Attributes:
-        quantity: What it is.
-        value: What was measured; None where it is not defined.
+        quantity: Name of the quantity.
+        value: Measured value; None where it is not defined.
         limit: In words.
         holds: Whether it speaks for merging.
     """
@@ -92,7 +92,7 @@ def judge(
     outputs: OutputAgreement | None = None,
     convex: bool = True,
 ) -> Verdict:
-    """What to do with a pair, and the numbers that say so.
+    """Judges a pair: what to do with it, and the numbers that say so.
 
     Args:
         barrier: Its heights; None without labels.
@@ -136,10 +136,10 @@ def judge(
 
 
 def judge_weights(*, cosine: float, gain: float, moved: int, units: int) -> Verdict:
-    """What the weights alone advise: whether the two lie in the same coordinates.
+    """Judges a pair by its weights alone: whether the two lie in the same coordinates.
 
     Args:
-        cosine: Of the weights as they are.
+        cosine: Cosine of the weights as they are.
         gain: Share of the squared distance between the weights that matching removes.
         moved: Units that matching moves.
         units: Units that it could move.
@@ -220,7 +220,7 @@ def _output_holds(row: LayerRow, limit: float) -> bool:
 
 
 def _output(row: LayerRow) -> str:
-    """How far the last layer is from the blend of the parents', as words."""
+    """Distance of the last layer from the blend of the parents', as words."""
     assert row.llfc.mean is not None and row.baseline.mean is not None
     return (
         f"the merged features of {row.layer} are {row.llfc.mean:.2g} from the blend (1 − cos), the parents' "
@@ -244,7 +244,7 @@ def _coefficient(rows: Sequence[LayerRow]) -> tuple[bool, str]:
 
 
 def _agreement(outputs: OutputAgreement) -> str:
-    """How the merged predictions agree with the ensemble's, as words."""
+    """Agreement of the merged predictions with the ensemble's, as words."""
     return (
         f"{outputs.merged_disagreement:.1%} of {outputs.predictions} predictions are not those of the ensemble (the "
         f"blend of logits), {outputs.merged_divergence:.2g} nats from it (limit {DIVERGENCE_LIMIT:g}); the parents "

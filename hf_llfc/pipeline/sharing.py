@@ -28,7 +28,7 @@ def write_shared(
         tensors: Makes them on the main process alone, in place of the merge.
         doing: What the progress is called.
     """
-    recipe, journal = run.recipe, run.output.journal
+    recipe = run.recipe
 
     def fill(files: ShardFiles, names: Sequence[str]) -> None:
         merge_streamed(
@@ -48,8 +48,7 @@ def write_shared(
             config=run.models.parents[0].settings,
             companions=run.models.tokenizer_source.companion_files,
             max_shard_size=recipe.max_shard_size,
-            finished=journal.shards,
-            on_shard=journal.finish_shard,
+            journal=run.output.journal,
         )
 
     if tensors is not None:

@@ -11,6 +11,7 @@ from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.shards import checksum
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import AlignmentError
 from hf_llfc.foundation.layout import LLFC_FOLDER, REPORT_FILE
 from hf_llfc.foundation.progress import Progress, silent
@@ -128,8 +129,7 @@ def write_diagnosis(
             base=base,
             weights=recipe.weights if has_weights else None,
             calibration=calibration,
-            processes=processes,
-            progress=progress,
+            execution=Execution(processes, progress),
         )
         with tracking(recipe, is_main=processes.is_main) as trackers:
             trackers.alignments(alignments)

@@ -66,6 +66,7 @@ def find_broken(run: RunContext) -> Broken | None:
     if weights is None:
         raise RecipeError("keep_where_broken: needs one weight a model, and these differ among tensors")
     from hf_llfc.diagnostics.checkpoints import broken_tensors
+    from hf_llfc.diagnostics.streaming import Execution
 
     find = partial(
         broken_tensors,
@@ -75,8 +76,7 @@ def find_broken(run: RunContext) -> Broken | None:
         ratio=recipe.keep_where_broken.ratio,
         weights=weights,
         calibration=run.calibration,
-        processes=run.processes,
-        progress=run.progress,
+        execution=Execution(run.processes, run.progress),
     )
     return run.stage(
         "keep",
@@ -138,6 +138,7 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
     if data is None or section is None or (len(parents) == 1 and base is None):
         return None
     from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
+    from hf_llfc.diagnostics.streaming import Execution
 
     if recipe.mergekit_method is not None and base is not None:
         # What mergekit makes is no sum of task vectors: the models are compared with each other, one with its base.
@@ -151,8 +152,7 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
             base=base,
             weights=recipe.weights,
             calibration=run.calibration,
-            processes=run.processes,
-            progress=run.progress,
+            execution=Execution(run.processes, run.progress),
         )
         if broken is not None and recipe.keep_where_broken is not None:
             keeper = run.models.parents[recipe.keep_where_broken.model].id

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import hf_llfc
 from hf_llfc.adapters.canonical_forms import FORMS, canonical_form
-from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
@@ -141,7 +141,8 @@ def test_planted_transforms_are_found(case):
     form = canonical_form(model.config)
     state = canonical_state(form, stored(model))
     planted = form.spec.random_alignment(torch.Generator().manual_seed(2)).apply(state)
-    alignment = match_weights(*(Parameters.from_state_dict(form.spec, each) for each in (state, planted)), restarts=4)
+    pair = [Parameters.from_state_dict(form.spec, each) for each in (state, planted)]
+    alignment = match_weights(*pair, search=Search(restarts=4))
     found = alignment.apply(planted)
     assert alignment.metadata["cosine_after"] > 1 - 1e-6
     assert max(float((found[name] - state[name]).abs().max()) for name in state) < 1e-5
@@ -289,7 +290,7 @@ def test_transforms_that_are_not_orthogonal_are_found_in_the_checkpoint_as_it_is
     form = canonical_form(model.config)
     before, after = (canonical_state(form, each) for each in (state, planted))
     pair = [Parameters.from_state_dict(form.spec, each) for each in (before, after)]
-    found = match_weights(*pair, restarts=4).apply(after)
+    found = match_weights(*pair, search=Search(restarts=4)).apply(after)
     assert max(float((found[name] - before[name]).abs().max()) for name in before) < 1e-5
 
 

@@ -132,7 +132,7 @@ def test_the_llfc_gap_of_planted_transforms_is_closed():
     batch = next(endless_tokens())
     gap = LLFCGap(a, select_layers(a, {"input_ids": batch["input_ids"]}))
     found = learn_matching(
-        a, b, endless_tokens(), spec, spec.identity_alignment(), gap, learning=Learning(steps=150, learning_rate=0.01)
+        a, b, endless_tokens(), spec.identity_alignment(), gap, learning=Learning(steps=150, learning_rate=0.01)
     )
     losses = found.metadata["losses"]
     assert losses[-1] < 0.02 * losses[0]
@@ -195,9 +195,9 @@ def test_options_out_of_range_are_refused():
     loss = TaskLoss(a, "text-generation")
     for wrong in (Learning(steps=0), Learning(learning_rate=0.0)):
         with pytest.raises(AlignmentError, match="must be at least 1"):
-            learn_matching(a, b, endless_tokens(), spec, start, loss, learning=wrong)
+            learn_matching(a, b, endless_tokens(), start, loss, learning=wrong)
     with pytest.raises(AlignmentError, match="not finite in step"):
-        learn_matching(a, b, endless_tokens(), spec, start, lambda *of: loss(*of) / 0)
+        learn_matching(a, b, endless_tokens(), start, lambda *of: loss(*of) / 0)
 
 
 def test_a_tied_embedding_moves_once():
@@ -207,9 +207,7 @@ def test_a_tied_embedding_moves_once():
     a, b = transformers.GPT2LMHeadModel(config).eval(), transformers.GPT2LMHeadModel(config).eval()
     spec = PermutationSpec.from_config(config)
     start = spec.random_alignment(torch.Generator().manual_seed(0))
-    found = learn_matching(
-        a, b, endless_tokens(), spec, start, TaskLoss(a, "text-generation"), learning=Learning(5, 1e-6)
-    )
+    found = learn_matching(a, b, endless_tokens(), start, TaskLoss(a, "text-generation"), learning=Learning(5, 1e-6))
     assert all(found.transforms[axis] == transform for axis, transform in start.transforms.items())
     assert len(found.metadata["losses"]) == 5
 
@@ -275,7 +273,7 @@ def test_wrong_sections_are_refused(align, message, tmp_path):
 
 def test_without_data_there_is_nothing_to_learn_from():
     models = [byte_llama(seed) for seed in (0, 1)]
-    with pytest.raises(LLFCError, match="learned matching needs data"):
+    with pytest.raises(LLFCError, match="learned matching needs calibration data"):
         hf_llfc.align(models[1], to=models[0], method="learned_matching")
 
 

@@ -7,13 +7,13 @@ import torch
 
 import hf_llfc.alignment.universe
 from hf_llfc.adapters.canonical_forms import canonical_form
-from hf_llfc.alignment import Parameters, match_universe, match_weights
+from hf_llfc.alignment import Parameters, Search, match_universe, match_weights
 from hf_llfc.alignment.universe import summed
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
 from hf_llfc.errors import AlignmentError
-from hf_llfc.parallel.workers import Workers
+from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.symmetry import Alignment, PermutationSpec
 from tests.alignment.oracle import TOY, objective, parameters, toy_state
 from tests.alignment.test_full_groups import CASES, all_in_float64, canonical_state, logits, made, stored
@@ -29,8 +29,9 @@ def several(family: str, head: str, count: int = 4):
     return PermutationSpec.from_config(models[0].config), [model.state_dict() for model in models]
 
 
-def match(spec: PermutationSpec, states, **options) -> list[Alignment]:
-    return match_universe([parameters(spec, state) for state in states], **options)
+def match(spec: PermutationSpec, states, *, reference=0, starts=None, workers=ALONE, **search) -> list[Alignment]:
+    models = [parameters(spec, state) for state in states]
+    return match_universe(models, search=Search(**search), reference=reference, starts=starts, workers=workers)
 
 
 def of_pairs(states, alignments) -> float:
@@ -210,6 +211,6 @@ def test_bad_input():
     with pytest.raises(AlignmentError, match=r"lm_head\.weight: not in model-1"):
         match_universe([labelled[0], Parameters(parameters(spec, short).binding, short.__getitem__, "model-1")])
     with pytest.raises(AlignmentError, match="unknown solver 'auctoin'"):
-        match_universe(labelled, solver="auctoin")
+        match(spec, states, solver="auctoin")
     with pytest.raises(AlignmentError, match=r"restarts \(0\)"):
-        match_universe(labelled, restarts=0)
+        match(spec, states, restarts=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_llfc.adapters.canonical_forms import canonical_form
-from hf_llfc.alignment import match_activations
+from hf_llfc.alignment import Search, match_activations
 from hf_llfc.alignment.universe_of_activations import match_universe_of_activations
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.models import load_model
@@ -20,8 +20,8 @@ from tests.alignment.test_full_groups import made
 BATCHES = [{"input_ids": tokens(0)}, {"input_ids": tokens(1)}]
 
 
-def together(models, spec=NET, batches=BATCHES, **options) -> list[Alignment]:
-    return match_universe_of_activations(models, batches, spec, **options)
+def together(models, spec=NET, batches=BATCHES, *, reference=0, **search) -> list[Alignment]:
+    return match_universe_of_activations(models, batches, spec, search=Search(**search), reference=reference)
 
 
 def of_pairs(models, spec=NET) -> float:

@@ -6,12 +6,13 @@ from scipy.optimize import linear_sum_assignment
 
 import hf_llfc.alignment.assignment.assignment
 import hf_llfc.alignment.gains
-from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.gains import Gains
 from hf_llfc.alignment.groups import groups_of
 from hf_llfc.alignment.weight_matching import _divided, _waves
 from hf_llfc.errors import AlignmentError
-from hf_llfc.parallel.workers import Workers
+from hf_llfc.foundation.progress import silent
+from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.symmetry import Alignment, PermutationSpec
 from tests.alignment.oracle import TOY, objective, parameters, toy_state
 from tests.parallel.test_workers import on_all
@@ -23,8 +24,9 @@ def two_models(family: str, head: str, dtype: torch.dtype = torch.float32):
     return PermutationSpec.from_config(a.config), a.state_dict(), b.state_dict()
 
 
-def match(spec: PermutationSpec, a, b, **options) -> Alignment:
-    return match_weights(parameters(spec, a), parameters(spec, b), **options)
+def match(spec: PermutationSpec, a, b, *, start=None, workers=ALONE, progress=silent, **search) -> Alignment:
+    pair = (parameters(spec, a), parameters(spec, b))
+    return match_weights(*pair, search=Search(**search), start=start, workers=workers, progress=progress)
 
 
 def moved_units(alignment: Alignment) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from hf_llfc.diagnostics import diagnose_models
 from hf_llfc.diagnostics.points import line
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model, load_evaluation_data
@@ -28,9 +29,9 @@ def diagnose(processes: Processes | None) -> dict:
     models = [tiny_model("bert", "sequence-classification", seed) for seed in (0, 1)]
     config = EvaluationConfig(task="text-classification", dataset=text_rows(11), batch_size=3, metric="f1")
     data = load_evaluation_data(config, word_tokenizer(), models[0].config)
-    report = diagnose_models(models, data, region=line(ALPHAS), processes=processes)
+    report = diagnose_models(models, data, region=line(ALPHAS), execution=Execution(processes))
     scores = evaluate_model(models[0], data, processes=processes)
-    suggestion = suggest_weights(models, data, reference=(0.5, 0.5), processes=processes)
+    suggestion = suggest_weights(models, data, reference=(0.5, 0.5), execution=Execution(processes))
     return {
         "report": report.to_dict(),
         "suggestion": asdict(suggestion),
@@ -52,7 +53,7 @@ def break_one_sample(processes: Processes) -> str:
 
     object.__setattr__(data, "encode", with_empty_sample)
     try:
-        diagnose_models(models, data, region=line(ALPHAS), processes=processes)
+        diagnose_models(models, data, region=line(ALPHAS), execution=Execution(processes))
     except EvaluationError as error:
         return str(error)
     return "nothing was raised"

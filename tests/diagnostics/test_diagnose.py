@@ -9,10 +9,11 @@ import torch
 
 from hf_llfc.diagnostics import ConnectivityReport, diagnose_models, recompute_batch_norm
 from hf_llfc.diagnostics.combination import CombinedModel
-from hf_llfc.diagnostics.diagnose import barrier_height
+from hf_llfc.diagnostics.diagnose import Features, barrier_height
 from hf_llfc.diagnostics.features.layers import select_layers
 from hf_llfc.diagnostics.lockstep import Lockstep
 from hf_llfc.diagnostics.points import DEFAULT_ALPHAS, Point, arithmetic, line, simplex
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, evaluate_model, load_evaluation_data
 from hf_llfc.evaluation.models import evaluation_mode
@@ -240,7 +241,7 @@ def test_layers_on_request():
     models = [tiny_model("resnet-basic", "image-classification", seed, torch.float64) for seed in (0, 1)]
     data = data_for("image-classification", models[0].config)
     inner = "resnet.encoder.stages.0.layers.0.layer.1"
-    report = diagnose_models(models, data, region=line(ALPHAS), layers=[inner])
+    report = diagnose_models(models, data, region=line(ALPHAS), features=Features([inner]))
     # The block adds its shortcut to this tensor in place after it was handed over.
     oracle = measure(*models, samples_of(data, torch.float64), (inner,), ALPHAS, "image-classification")
     assert report.layer_names == (inner, "logits")
@@ -319,11 +320,11 @@ def test_models_keep_weights_and_mode_and_nothing_outlives_a_batch():
     data = data_for("text-classification", models[0].config, batch_size=2)
     alive = []
 
-    def count_tensors(done, total):
+    def count_tensors(doing, done, total):
         gc.collect()
         alive.append(sum(type(found) is torch.Tensor for found in gc.get_objects()))
 
-    diagnose_models(models, data, on_batch=count_tensors)
+    diagnose_models(models, data, execution=Execution(progress=count_tensors))
     assert len(alive) == 6
     assert len(set(alive[1:])) == 1
     for model, state in zip(models, before, strict=True):
@@ -408,7 +409,7 @@ def test_statistics_by_token_are_those_of_every_token():
     model_a, model_b = (tiny_model("bert", "sequence-classification", seed, torch.float64) for seed in (0, 1))
     data = data_for("text-classification", model_a.config, count=7, batch_size=3)
     with FullDouble():
-        report = diagnose_models([model_a, model_b], data, region=line([0.3]), unit="token")
+        report = diagnose_models([model_a, model_b], data, region=line([0.3]), features=Features(unit="token"))
     assert report.data["unit"] == "token"
     layer = "bert.encoder.layer.1"
     merged = between(model_a, model_b, 0.3)
@@ -429,8 +430,8 @@ def test_tokens_need_a_mask():
     models = [tiny_model("vit", "image-classification", seed) for seed in (0, 1)]
     data = data_for("image-classification", models[0].config)
     with pytest.raises(EvaluationError, match="by token need an attention mask"):
-        diagnose_models(models, data, unit="token")
+        diagnose_models(models, data, features=Features(unit="token"))
     with pytest.raises(EvaluationError, match="unknown unit 'tokens'; did you mean 'token'"):
-        diagnose_models(models, data, unit="tokens")
+        diagnose_models(models, data, features=Features(unit="tokens"))
     with pytest.raises(EvaluationError, match="2 models for points with 3 weights"):
         diagnose_models(models, data, region=simplex([1, 1, 1]))

@@ -8,6 +8,7 @@ from hf_llfc.diagnostics import suggest
 from hf_llfc.diagnostics.suggest import _Blend, _chosen, suggest_weights
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import evaluation_mode
+from hf_llfc.foundation.progress import silent
 from tests.diagnostics.oracle import between, losses_of, run
 from tests.diagnostics.test_diagnose import data_for, samples_of
 from tests.tiny_models import tiny_model
@@ -55,7 +56,7 @@ def test_the_weights_are_the_best_on_the_half_that_chooses_and_judged_on_the_oth
     models = near_pair(family, head)
     data = data_for(task, models[0].config, count=48, batch_size=6)
     with evaluation_mode(*models):
-        found = float(_chosen(models, _Blend(models, ()), data, [0.5, 0.5], None)[0, 0])
+        found = float(_chosen(models, _Blend(models, ()), data, [0.5, 0.5], silent)[0, 0])
     grid = [loss_of(between(*models, alpha), data, 0) for alpha in np.linspace(0, 1, 11)]
     assert loss_of(between(*models, found), data, 0) <= min(grid) + 0.02 * (max(grid) - min(grid))
 

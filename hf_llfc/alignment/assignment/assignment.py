@@ -71,7 +71,7 @@ def assign(gain: Tensor, *, solver: str = "exact") -> Tensor:
 
 
 def assign_with_gap(gain: Tensor, *, solver: str = "exact") -> tuple[Tensor, float]:
-    """The same, with what is certain of the answer.
+    """Assigns rows to columns, with a bound on what the answer lacks.
 
     Args:
         gain: `[n, n]`, finite.
@@ -95,9 +95,9 @@ def assign_with_gap(gain: Tensor, *, solver: str = "exact") -> tuple[Tensor, flo
         if perm_i is not None:
             return torch.from_numpy(perm_i), 0.0
     if size >= WIDE:
-        found = auction.solve(gain, gap=GAP if solver == "auction" else 0.0)
-        if found is not None:
-            return found.perm, 0.0 if found.is_optimal else max(0.0, found.bound - found.value)
+        answer = auction.solve(gain, gap=GAP if solver == "auction" else 0.0)
+        if answer is not None:
+            return answer.perm, 0.0 if answer.is_optimal else max(0.0, answer.bound - answer.value)
     # The nearer prices are to those of the optimum, the shorter are the paths of SciPy.
     worth = gain.double() - _entropic_prices(gain) if size >= ENTROPIC else gain.double()
     cost = worth.amax(1, keepdim=True) - worth

@@ -73,7 +73,7 @@ class Assignment:
     Attributes:
         perm: Column of every row, int64 `[n]`.
         value: Σ gain[i, perm[i]].
-        bound: What no permutation exceeds.
+        bound: Value that no permutation exceeds.
         is_optimal: Whether none is better, up to float64 rounding.
     """
 
@@ -84,7 +84,7 @@ class Assignment:
 
     @property
     def gap(self) -> float:
-        """How much better another permutation could be, as a part of the value."""
+        """Largest possible improvement by another permutation, as a part of the value."""
         return max(0.0, self.bound - self.value) / max(abs(self.value), 1e-300)
 
 
@@ -230,7 +230,7 @@ class _Search:
     def _better(
         self, prices_j: Numbers, profit_i: Numbers, reach: float
     ) -> tuple[float, bool, tuple[Indices, Indices]]:
-        """What the whole matrix says of the prices and profits of the sparse problem.
+        """Checks prices and profits of the sparse problem against the whole matrix.
 
         Returns:
             A bound on the objective, whether no entry exceeds the profit of its row, and else the rows and columns of
@@ -267,7 +267,7 @@ class _Search:
     def _better_by_rows(
         self, prices_j: Numbers, profit_i: Numbers, largest: float
     ) -> tuple[float, bool, tuple[Indices, Indices]]:
-        """The same where many entries are near: in float64, and of the rows that are exceeded the best entries."""
+        """Checks prices and profits in float64 where many entries are near: the best entries of rows exceeded."""
         count = min(NEAREST, self.n)
         excess_i = np.zeros(self.n)
         rows_e: list[Indices] = []

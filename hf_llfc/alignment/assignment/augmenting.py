@@ -25,7 +25,7 @@ def complete(gain: NDArray[Any], best_i: Indices, steps: int) -> Indices | None:
     Args:
         gain: `[n, n]`, finite.
         best_i: Column of the largest entry of every row.
-        steps: How many rows may be looked at again.
+        steps: Number of rows that may be looked at again.
 
     Returns:
         Column of every row, or None if the paths are longer than that.
@@ -75,7 +75,7 @@ def _augment(gain: NDArray[Any], row: int, profit_i: Numbers, price_j: Numbers, 
     profit_i[row] -= distance
     profit_i[owner_j[closed]] -= nearer_by
     price_j[closed] += nearer_by
-    end, column_of = column, dict(zip((int(owner_j[each]) for each in closed), closed, strict=True))
+    end, column_of = column, dict(zip((int(owner_j[j]) for j in closed), closed, strict=True))
     while True:
         owner = int(from_j[end])
         owner_j[end] = owner

@@ -19,11 +19,12 @@ from hf_llfc.checkpoints.companions import copy_companion
 from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.settings import Settings
+from hf_llfc.checkpoints.writing.journal import Journal
 from hf_llfc.checkpoints.writing.shards import MAX_SHARD_SIZE, ShardFiles, ShardLayout
 from hf_llfc.errors import StorageError
 
 if TYPE_CHECKING:  # takes long to load
-    from transformers import GenerationConfig, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,8 @@ def write_checkpoint(
     *,
     config: PreTrainedConfig | Settings,
     companions: Iterable[Path] = (),
-    generation_config: GenerationConfig | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
-    finished: Mapping[str, str] | None = None,
-    on_shard: Callable[[str, str], None] | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """Writes a checkpoint that `from_pretrained` loads.
 
@@ -51,21 +50,20 @@ def write_checkpoint(
         tensors: Every one of these tensors, once, in any order, each written before the next is asked for; or a
             function that writes them all.
         config: The config of the model, or all settings of a checkpoint; its `dtype` is set to that of the first
-            weight.
+            weight. A generation config among the settings is written unless it is among the companions.
         companions: Files to copy beside the weights, as `Checkpoint.companion_files` lists them.
-        generation_config: Written unless it is among the companions, or settings are given.
         max_shard_size: The size in bytes above which weights are split into several files.
-        finished: Weight file → checksum of those that an earlier try has completed. One that has another checksum by
-            now is written again.
-        on_shard: Told file and checksum of every weight file that is complete.
+        journal: Names the weight files that an earlier try has completed, and notes those that this one completes. A
+            file whose checksum has changed is written again.
 
     Raises:
         StorageError: If the disk is full or cannot be written.
     """
-    settings = config if isinstance(config, Settings) else Settings.in_memory(config, generation_config)
+    settings = config if isinstance(config, Settings) else Settings.in_memory(config)
     layout = ShardLayout.of(infos, max_shard_size)
     try:
-        kept = _still_whole(folder, layout, finished or {})
+        kept = _still_whole(folder, layout, journal.shards) if journal is not None else []
+        on_shard = journal.finish_shard if journal is not None else None
         with ShardFiles(folder, layout, finished=kept, on_shard=on_shard).create() as files:
             if callable(tensors):
                 tensors(files)

@@ -95,12 +95,12 @@ class Event:
     Args:
         module: Name of its module, or of the innermost module that called the function.
         function: Name of the function; empty for a module.
-        call: Which call of this function in this module, from 0.
-        input: What it is applied to, h.
+        call: Number of the call of this function in this module, from 0.
+        input: The tensor that the function is applied to, h.
         parameters: Its own learned tensors (a PReLU's slope); mostly none.
         run: From an input and parameters to the output; changes neither.
         splits: Whether it is a gated unit in itself, which halves its input (GLU).
-        factor: What its output is multiplied with, u of a gated unit σ(h)⊙u; None where it was not, or not yet.
+        factor: Factor of its output, u of a gated unit σ(h)⊙u; None where it was not, or not yet.
     """
 
     module: str
@@ -114,7 +114,7 @@ class Event:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells it from all others of a forward pass."""
+        """Identity of the event within a forward pass."""
         return self.module, self.function, self.call
 
 
@@ -123,7 +123,7 @@ class Activation:
     """One activation function in every forward pass of a model.
 
     Args:
-        layer: What its output, or the product with it, looks like.
+        layer: Shape and axes of its output, or of the product with it.
         function: Name of the function; empty for a module.
         gated: Whether its output gates another tensor, which is not its own input.
         multiplied: Whether its output is multiplied at once with a tensor of its shape.
@@ -140,7 +140,7 @@ class Activation:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """As of an `Event`."""
+        """Identity of the activation within a forward pass, as of an `Event`."""
         return self.layer.module, self.function, self.layer.call
 
 
@@ -249,18 +249,18 @@ def _function(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[torch.Tensor, ...], Callable[[torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]]:
     """Learned tensors of a function and the function of input and these."""
-    places = [place for place, value in enumerate(args) if place and isinstance(value, torch.Tensor)]
+    indices = [index for index, value in enumerate(args) if index and isinstance(value, torch.Tensor)]
 
     def run(tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         arguments = list(args)
-        for place, parameter in zip(places, parameters, strict=True):
-            arguments[place] = parameter
+        for index, parameter in zip(indices, parameters, strict=True):
+            arguments[index] = parameter
         # A copy, because the function may work in place.
         arguments[0] = tensor.clone()
         result: torch.Tensor = func(*arguments, **kwargs)
         return result
 
-    return tuple(args[place] for place in places), run
+    return tuple(args[index] for index in indices), run
 
 
 def _module(
@@ -273,9 +273,9 @@ def _module(
         arguments = (tensor.clone(), *args[1:])
         own = {} if args else {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
         result = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), arguments, own or None)
-        found = first_tensor(result)
-        assert found is not None, "the trial run found a tensor here"
-        return found
+        output = first_tensor(result)
+        assert output is not None, "the trial run found a tensor here"
+        return output
 
     return tuple(module.parameters()), run
 
@@ -298,7 +298,7 @@ def find_activations(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) 
 
     Args:
         model: Any model that takes the batch.
-        batch: Of which the first sample is used for a trial run.
+        batch: A batch whose first sample is used for a trial run.
 
     Returns:
         Those whose outputs divide into samples.
@@ -314,30 +314,30 @@ def find_activations(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) 
         other = _trial(model, of_another_length(copies))
         shapes = {seen.event.key: seen.output.shape for seen in other}
         counts = Counter((seen.event.module, seen.event.function) for seen in other)
-        left_out |= {place for place in runs if counts[place] != runs[place]}
+        left_out |= {function for function in runs if counts[function] != runs[function]}
     outputs = [call for call in Trial.run(model, batch).calls if call.side == "output"]
     blocks = find_blocks(model, outputs)
     axes = {}
     rows: dict[tuple[str, str], int] = {}
     for seen in trial:
-        place = seen.event.module, seen.event.function
-        found = token_axes(seen.output.shape, shapes.get(seen.event.key), length)
+        function = seen.event.module, seen.event.function
+        axes_here = token_axes(seen.output.shape, shapes.get(seen.event.key), length)
         if (
-            found is None
-            or behind_a_router(place[0], seen.output.shape, found, length, blocks)
-            or not _copies_agree(seen.output, found, length)
+            axes_here is None
+            or behind_a_router(function[0], seen.output.shape, axes_here, length, blocks)
+            or not _copies_agree(seen.output, axes_here, length)
         ):
-            left_out.add(place)
+            left_out.add(function)
             continue
-        axes[seen.event.key] = found
-        if rows.setdefault(place, seen.output.shape[0]) != seen.output.shape[0]:
-            left_out.add(place)
+        axes[seen.event.key] = axes_here
+        if rows.setdefault(function, seen.output.shape[0]) != seen.output.shape[0]:
+            left_out.add(function)
     if left_out:
         logger.warning(
             "%s: %d activation functions are not looked at, their outputs do not divide into samples: %s",
             type(model).__name__,
             len(left_out),
-            ", ".join(sorted(":".join(filter(None, place)) for place in left_out)[:LISTED]),
+            ", ".join(sorted(":".join(filter(None, function)) for function in left_out)[:LISTED]),
         )
     return tuple(
         seen.described(axes[seen.event.key], runs[seen.event.module, seen.event.function])
@@ -348,7 +348,7 @@ def find_activations(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) 
 
 @dataclass
 class _Seen:
-    """What the trial run shows of one event."""
+    """One event as the trial run shows it."""
 
     event: Event
     output: torch.Tensor
@@ -377,7 +377,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _trial(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[_Seen]:
-    found: dict[tuple[str, str, int], _Seen] = {}
+    by_key: dict[tuple[str, str, int], _Seen] = {}
     sources: dict[int, tuple[torch.Tensor, tuple[str, int, str]]] = {}
     calls: Counter[str] = Counter()
 
@@ -385,9 +385,9 @@ def _trial(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[_S
         if event.factor is None:
             output = event.run(event.input, event.parameters)
             _, source = sources.get(id(event.input), (None, None))
-            found[event.key] = _Seen(event, output, [event.input._version], source)
+            by_key[event.key] = _Seen(event, output, [event.input._version], source)
         else:
-            seen = found[event.key]
+            seen = by_key[event.key]
             seen.event = event
             seen.versions.append(event.factor._version)
 
@@ -400,7 +400,7 @@ def _trial(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> list[_S
 
     with hooked(model, after=after), evaluation_mode(model), watching(model, receive):
         forward_logits(model, batch)
-    return list(found.values())
+    return list(by_key.values())
 
 
 def _copies_agree(output: torch.Tensor, axes: tuple[int, ...], length: int | None) -> bool:

@@ -70,7 +70,7 @@ def behind_a_router(
         shape: Its shape.
         axes: Its dimensions over tokens.
         length: Tokens of a sample in the trial run; None where data have no attention mask.
-        blocks: As `find_blocks` gives them.
+        blocks: Names of the blocks, as `find_blocks` gives them.
     """
     single = length is not None and len(shape) == 2 and not axes
     return single and any(module == block or module.startswith(f"{block}.") for block in blocks)

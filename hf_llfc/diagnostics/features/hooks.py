@@ -20,7 +20,7 @@ def hooked(
     """Tells what goes into and comes out of every module inside, but for the model itself.
 
     Args:
-        model: What runs inside.
+        model: The model that runs inside.
         before: Called with the module's name, the module, its positional and its keyword arguments.
         after: Called with the module's name, the module and its output.
     """

@@ -62,8 +62,8 @@ def mlp_outputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], calls
     blocks, attentions = find_blocks(model, outputs), _attentions(model, calls)
     tensors = {(call.module, call.call): call.tensor for call in outputs}
     ran = list(dict.fromkeys(call.module for call in outputs))
-    found = []
-    for place, call in enumerate(outputs):
+    chosen: set[tuple[str, int]] = set()
+    for index, call in enumerate(outputs):
         name = call.module
         block = next((block for block in blocks if _inside(name, block)), None)
         if block is None or not is_activation(modules[name]) or any(_inside(name, other) for other in attentions):
@@ -71,17 +71,16 @@ def mlp_outputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], calls
         around = min((other for other in ran if _inside(other, block) and _within(name, other)), key=len)
         if around != name and tensors.get((around, call.call)) is not call.tensor:
             if not any(_mixes_neighbours(module) for module in modules[around].modules()):
-                found.append((around, call.call))
+                chosen.add((around, call.call))
             continue
-        for following in outputs[place + 1 :]:
+        for following in outputs[index + 1 :]:
             if following.module == block:
                 break
             module = modules[following.module]
             if _inside(following.module, block) and isinstance(module, MAPS):
                 if not _mixes_neighbours(module):
-                    found.append((following.module, following.call))
+                    chosen.add((following.module, following.call))
                 break
-    chosen = set(found)
     return [call for call in outputs if (call.module, call.call) in chosen]
 
 
@@ -99,7 +98,7 @@ def _within(name: str, container: str) -> bool:
 
 
 def pre_activations(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], calls: Sequence[Call]) -> list[Call]:
-    """What every activation function takes.
+    """Inputs of every activation function.
 
     For a function that is no module it is the output of the module before, and only if that is taken as it is.
     """

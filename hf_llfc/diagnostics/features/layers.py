@@ -27,7 +27,7 @@ def select_layers(
 
     Args:
         model: Any model that takes the batch.
-        batch: Of which the first sample is used for a trial run.
+        batch: A batch whose first sample is used for a trial run.
         patterns: Names of modules as shell patterns (``*.mlp``, ``bert.encoder.layer.[0-3]``); ``:input`` at the end
             means what goes in (``*.down_proj:input``). Or words: ``blocks``, the output of every repeated block (in a
             model without blocks that of every activation function; without those the input of every linear
@@ -70,15 +70,15 @@ def _matching(
     matched: dict[tuple[str, int, str], Call] = {}
     for pattern in patterns:
         if pattern in KINDS:
-            found = KINDS[pattern](model, batch, trial.calls)
-            if not found:
+            calls = KINDS[pattern](model, batch, trial.calls)
+            if not calls:
                 raise EvaluationError(
                     f"layers: {type(model).__name__} has no {pattern.replace('_', ' ')} that could be told by how it "
                     "runs; give patterns of module names"
                 )
         else:
-            found = _named(trial, pattern)
-        matched |= {call.key: call for call in found}
+            calls = _named(trial, pattern)
+        matched |= {call.key: call for call in calls}
     return [call for call in trial.calls if call.key in matched]
 
 
@@ -87,11 +87,11 @@ def _named(trial: Trial, pattern: str) -> list[Call]:
     name = pattern.removesuffix(INPUT_SUFFIX)
     # A name as a report writes it is taken literally, because its brackets are no pattern.
     literal = [call for call in trial.calls if trial.label(call) == pattern]
-    found = literal or [call for call in trial.calls if call.side == side and fnmatch.fnmatchcase(call.module, name)]
-    if not found and pattern != LOGITS:
+    calls = literal or [call for call in trial.calls if call.side == side and fnmatch.fnmatchcase(call.module, name)]
+    if not calls and pattern != LOGITS:
         hint = suggest(name, [*KINDS, *(call.module for call in trial.calls)])
         raise EvaluationError(f"layers: no module that runs is called {pattern!r}{hint}")
-    return found
+    return calls
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def divide(
     """A tensor whose first dimension is that of the samples.
 
     Args:
-        features: What the layer gave for n samples.
+        features: Output of the layer for n samples.
         layer: Its `token_axes`.
         n: Number of samples.
         attention_mask: (n, t), or None where nothing is padded.
@@ -182,7 +182,7 @@ def without_padding(divided: torch.Tensor, axes: Sequence[int], attention_mask: 
     """Zeros at padded tokens.
 
     Args:
-        divided: As `divide` gives it.
+        divided: Features as `divide` gives them.
         axes: Its dimensions over tokens.
         attention_mask: (n, t).
     """
@@ -199,7 +199,7 @@ def sample_vectors(
     """One vector per sample, with zeros at padded tokens, which therefore count in no inner product.
 
     Args:
-        features: What the layer gave for n samples.
+        features: Output of the layer for n samples.
         layer: Its `token_axes`.
         n: Number of samples.
         attention_mask: (n, t), or None where nothing is padded.

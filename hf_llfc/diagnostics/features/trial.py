@@ -37,7 +37,7 @@ class Layer:
         label: Its name in reports: the module's name, with the number of the call where a module runs more than
             once (``encoder.layer[2]``) and ``:input`` where its input is meant.
         module: Name of the module, as `named_modules` gives it; empty for the logits.
-        call: Which of the module's calls in one forward pass, from 0.
+        call: Number of the module's call in one forward pass, from 0.
         side: ``output`` or ``input``.
         token_axes: Dimensions that run over tokens; -1 stands for a first dimension over samples and tokens.
         overwritten: Whether the model changes the tensor in place after it was handed over.
@@ -53,14 +53,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of one module took or gave in the trial run.
+    """Input or output of one call of one module in the trial run.
 
     Args:
         module: Name of the module; empty for the logits.
-        call: Which of the module's calls, from 0.
+        call: Number of the module's call, from 0.
         side: ``output`` or ``input``.
         tensor: The first tensor there.
-        version: How often the tensor had been changed in place by then.
+        version: Number of times that the tensor had been changed in place by then.
     """
 
     module: str
@@ -71,7 +71,7 @@ class Call:
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """What tells it from all others."""
+        """Identity of the call within the forward pass."""
         return self.module, self.call, self.side
 
 
@@ -83,22 +83,22 @@ def first_tensor(value: Any) -> torch.Tensor | None:
         value = list(value.values())
     if isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
-            found = first_tensor(item)
-            if found is not None:
-                return found
+            tensor = first_tensor(item)
+            if tensor is not None:
+                return tensor
     return None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a model did with the start of one sample, twice in a batch.
+    """Forward pass of a model over the start of one sample, twice in a batch.
 
     Args:
         calls: Every floating-point tensor that a module took or gave, in the order of the run.
         logits: The model's output, if it has one.
         length: Tokens of the sample; None where data have no attention mask.
-        runs: How often each module ran.
-        shapes: Of what came and went, for `length` tokens and for one fewer or more.
+        runs: Number of runs of each module.
+        shapes: Shapes of inputs and outputs, for `length` tokens and for one fewer or more.
     """
 
     calls: Sequence[Call]
@@ -130,7 +130,7 @@ class Trial:
         return None if pair is None else token_axes(*pair, self.length)
 
     def label(self, call: Call) -> str:
-        """What reports call it; the number of the call is told where the module runs more than once."""
+        """Name of the layer in reports; the number of the call is told where the module runs more than once."""
         return label(call.module, call.call, call.side, self.runs[call.module])
 
     def layer(self, call: Call) -> Layer | None:
@@ -147,9 +147,9 @@ def label(module: str, call: int, side: str, runs: int) -> str:
 
     Args:
         module: Name of its module.
-        call: Which of the module's calls.
+        call: Number of the module's call.
         side: ``output`` or ``input``.
-        runs: How often the module runs in one forward pass.
+        runs: Number of runs of the module in one forward pass.
     """
     number = f"[{call}]" if runs > 1 else ""
     return f"{module}{number}{INPUT_SUFFIX if side == 'input' else ''}"

@@ -29,7 +29,7 @@ from hf_llfc.evaluation.models import forward_logits
 
 @dataclass
 class AdditivitySums:
-    """What is kept of the samples seen.
+    """Sums over the samples seen.
 
     Args:
         distance: 1 − cos of the two sides, (k, l).
@@ -51,7 +51,7 @@ class AdditivitySums:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What one activation function was given in one model; `factor` only where it gates."""
+    """Inputs of one activation function in one model; `factor` only where it gates."""
 
     input: torch.Tensor
     factor: torch.Tensor | None
@@ -107,7 +107,7 @@ class Additivity:
         self.sums = AdditivitySums(
             Distribution.empty(len(self.alphas), count, device=device), Distribution.empty(count, device=device)
         )
-        self._places = {activation.key: place for place, activation in enumerate(self.activations)}
+        self._indices = {activation.key: index for index, activation in enumerate(self.activations)}
         self._copied = {activation.key for activation in self.activations if activation.overwritten}
 
     def add(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
@@ -118,14 +118,14 @@ class Additivity:
         distances: dict[int, torch.Tensor] = {}
         baselines: dict[int, torch.Tensor] = {}
 
-        def keep(place: int, event: Event) -> None:
-            inputs_a[place] = _wide(event)
+        def keep(index: int, event: Event) -> None:
+            inputs_a[index] = _wide(event)
 
-        def measure(place: int, event: Event) -> None:
-            if place not in inputs_a:
-                raise EvaluationError(f"layer {self.layers[place].label!r} ran in the second model alone")
-            found = self._measure(place, event, inputs_a.pop(place), mask, sample_ids)
-            distances[place], baselines[place] = found
+        def measure(index: int, event: Event) -> None:
+            if index not in inputs_a:
+                raise EvaluationError(f"layer {self.layers[index].label!r} ran in the second model alone")
+            measured = self._measure(index, event, inputs_a.pop(index), mask, sample_ids)
+            distances[index], baselines[index] = measured
 
         self._watch(model_a, batch, keep)
         check_complete(self.layers, inputs_a)
@@ -133,30 +133,30 @@ class Additivity:
         check_complete(self.layers, distances)
         order = range(len(self.layers))
         numbers = sample_ids.to(model_a.device)
-        self.sums.distance.add(numbers, torch.stack([distances[place] for place in order], dim=1))
-        self.sums.baseline.add(numbers, torch.stack([baselines[place] for place in order]))
+        self.sums.distance.add(numbers, torch.stack([distances[index] for index in order], dim=1))
+        self.sums.baseline.add(numbers, torch.stack([baselines[index] for index in order]))
 
     def _watch(
         self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor], receive: Callable[[int, Event], None]
     ) -> None:
         def complete(event: Event) -> None:
-            place = self._places.get(event.key)
-            if place is not None and self.activations[place].multiplied == (event.factor is not None):
-                receive(place, event)
+            index = self._indices.get(event.key)
+            if index is not None and self.activations[index].multiplied == (event.factor is not None):
+                receive(index, event)
 
         with watching(model, complete, self._copied):
             forward_logits(model, batch)
 
     def _measure(
         self,
-        place: int,
+        index: int,
         event: Event,
         a: _Inputs,
         mask: torch.Tensor | None,
         sample_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """1 − cos of both sides for every α, (k, n), and of the models' outputs, (n,)."""
-        activation: Activation = self.activations[place]
+        activation: Activation = self.activations[index]
         b = _wide(event)
 
         def output(inputs: _Inputs) -> torch.Tensor:
@@ -189,17 +189,17 @@ class Additivity:
             AdditivityRow(
                 activation.layer.label,
                 alpha,
-                distance[k * len(self.layers) + place],
-                baseline[place],
+                distance[k * len(self.layers) + index],
+                baseline[index],
                 activation.gated,
             )
-            for place, activation in enumerate(self.activations)
+            for index, activation in enumerate(self.activations)
             for k, alpha in enumerate(self.alphas)
         )
 
 
 def _wide(event: Event) -> _Inputs:
-    """In float32 at least: the rounding of half precision would pass for a lack of additivity."""
+    """Inputs in float32 or better: the rounding of half precision would pass for a lack of additivity."""
 
     def wide(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -106,11 +106,11 @@ class Commutativity:
         inputs_a: dict[int, torch.Tensor] = {}
         measured: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def keep(place: int, tensor: torch.Tensor) -> None:
-            inputs_a[place] = tensor.clone() if self.layers[place].overwritten else tensor
+        def keep(index: int, tensor: torch.Tensor) -> None:
+            inputs_a[index] = tensor.clone() if self.layers[index].overwritten else tensor
 
-        def measure(place: int, tensor: torch.Tensor) -> None:
-            measured[place] = self._measure(place, inputs_a.pop(place), tensor, mask, sample_ids)
+        def measure(index: int, tensor: torch.Tensor) -> None:
+            measured[index] = self._measure(index, inputs_a.pop(index), tensor, mask, sample_ids)
 
         with handing_over(model_a, self.layers, keep):
             forward_logits(model_a, batch)
@@ -121,20 +121,20 @@ class Commutativity:
         order = range(len(self.layers))
         self.sums.merge(
             CommutativitySums(
-                torch.stack([measured[place][0] for place in order]),
-                torch.stack([measured[place][1] for place in order]),
+                torch.stack([measured[index][0] for index in order]),
+                torch.stack([measured[index][1] for index in order]),
             )
         )
 
     def _measure(
         self,
-        place: int,
+        index: int,
         input_a: torch.Tensor,
         input_b: torch.Tensor,
         mask: torch.Tensor | None,
         sample_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self.layers[place]
+        layer = self.layers[index]
         module, weight_a, weight_b = self._weights(layer)
         difference, total = weight_a - weight_b, weight_a + weight_b
         inputs = []
@@ -168,25 +168,25 @@ class Commutativity:
     def _weights(self, layer: Layer) -> tuple[LinearMap, torch.Tensor, torch.Tensor]:
         maps_a, maps_b = self.maps
         module = maps_a[layer.module]
-        weights = (weight_of(each[layer.module], layer.module, "commutativity") for each in (maps_a, maps_b))
+        weights = (weight_of(maps[layer.module], layer.module, "commutativity") for maps in (maps_a, maps_b))
         weight_a, weight_b = weights
         return module, weight_a, weight_b
 
     def rows(self, sums: CommutativitySums) -> tuple[CommutativityRow, ...]:
         """One row per linear map, in the order in which they run."""
-        found = []
-        for place, layer in enumerate(self.layers):
+        rows = []
+        for index, layer in enumerate(self.layers):
             _, weight_a, weight_b = self._weights(layer)
             squares = [_squared(weight_a - weight_b), _squared(weight_a), _squared(weight_b)]
-            found.append(
+            rows.append(
                 CommutativityRow(
                     layer.label.removesuffix(":input"),
-                    com=_distance(*sums.sides[place].tolist()),
+                    com=_distance(*sums.sides[index].tolist()),
                     weights=_distance(*(float(square) for square in squares)),
-                    features=_distance(*sums.features[place].tolist()),
+                    features=_distance(*sums.features[index].tolist()),
                 )
             )
-        return tuple(found)
+        return tuple(rows)
 
 
 def inner_maps(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tuple[Layer, ...]:
@@ -197,7 +197,7 @@ def inner_maps(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tup
 
     Args:
         model: Any model that takes the batch.
-        batch: Of which the first sample is used for a trial run.
+        batch: A batch whose first sample is used for a trial run.
     """
     trial = Trial.run(model, batch)
     data = [value.flatten() for value in two_copies(batch).values() if value.is_floating_point()]

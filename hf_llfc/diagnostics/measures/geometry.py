@@ -47,7 +47,7 @@ def dimension(space: int, rank_a: int, rank_b: int) -> int:
     Args:
         space: Dimensions of the space they lie in.
         rank_a: Numerical rank of the first matrix.
-        rank_b: Of the second.
+        rank_b: Numerical rank of the second matrix.
     """
     return min(MOST_DIMENSIONS, max(1, space // SHARE_OF_SPACE), rank_a, rank_b)
 
@@ -62,8 +62,8 @@ def angles_between(basis_a: torch.Tensor, basis_b: torch.Tensor) -> tuple[float,
     """Principal angles between the spans of the columns in degrees, rising."""
     if not basis_a.shape[1]:
         return ()
-    found = scipy.linalg.subspace_angles(basis_a.cpu().numpy(), basis_b.cpu().numpy())
-    return tuple(float(angle) for angle in np.degrees(found[::-1]))
+    angles = scipy.linalg.subspace_angles(basis_a.cpu().numpy(), basis_b.cpu().numpy())
+    return tuple(float(angle) for angle in np.degrees(angles[::-1]))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def weight_rows(label: str, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> t
     """The two rows of one weight: ``weights``, its left subspaces, then ``weights, inputs``, its right ones.
 
     Args:
-        label: Of the linear map.
+        label: Name of the linear map.
         matrix_a: Its weight in the first model, (o, i), float64.
         matrix_b: In the second.
     """
@@ -142,11 +142,11 @@ class Covariance:
 
 @dataclass
 class GeometrySums:
-    """What is kept of the weights and of the samples seen.
+    """Geometry of the weights, and sums over the samples seen.
 
     Args:
         weights: Rows of the linear maps that are this process's share.
-        features: Of A and B, by the place of the layer; empty before the first batch.
+        features: Covariances of A and B, by the index of the layer; empty before the first batch.
     """
 
     weights: dict[str, tuple[GeometryRow, GeometryRow]]
@@ -155,16 +155,16 @@ class GeometrySums:
     def merge(self, other: GeometrySums) -> None:
         """Adds what another process has gathered."""
         self.weights = self.weights | other.weights
-        for place, pair in other.features.items():
-            if place not in self.features:
-                self.features[place] = pair
+        for index, pair in other.features.items():
+            if index not in self.features:
+                self.features[index] = pair
                 continue
-            for own, others in zip(self.features[place], pair, strict=True):
+            for own, others in zip(self.features[index], pair, strict=True):
                 own.merge(others)
 
     def cpu(self) -> GeometrySums:
         """A copy in main memory, for other processes."""
-        features = {place: (a.cpu(), b.cpu()) for place, (a, b) in self.features.items()}
+        features = {index: (a.cpu(), b.cpu()) for index, (a, b) in self.features.items()}
         return GeometrySums(dict(self.weights), features)
 
 
@@ -179,7 +179,7 @@ class Geometry:
         model_a: The first model, in evaluation mode.
         model_b: The second, aligned onto the first.
         batch: Any batch, for the trial run.
-        layers: Whose features, as patterns or words of `select_layers`; every block without them.
+        layers: Layers to measure, as patterns or words of `select_layers`; every block without them.
         rank: Number of this process, which gets a share of the weights.
         world: Number of processes.
 
@@ -206,35 +206,37 @@ class Geometry:
         self.maps = tuple(dict.fromkeys([*ran, *maps_a]))
         share = {}
         for name in self.maps[rank::world]:
-            matrices = [matrix_of(each[name], weight_of(each[name], name, "geometry")) for each in (maps_a, maps_b)]
+            matrices = [matrix_of(maps[name], weight_of(maps[name], name, "geometry")) for maps in (maps_a, maps_b)]
             share[name] = weight_rows(name, *matrices)
         self.sums = GeometrySums(share, {})
 
     def add(self, batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
         """Runs both models on a batch."""
         mask = attention_mask(batch, sample_ids, self.layers, self.models[0].device)
-        found: list[dict[int, Covariance]] = [{}, {}]
+        covariances: list[dict[int, Covariance]] = [{}, {}]
         for which, model in enumerate(self.models):
             name = ("the first model", "the second model")[which]
 
-            def gather(place: int, tensor: torch.Tensor, which: int = which, name: str = name) -> None:
-                vectors, samples = self._vectors(place, tensor, len(sample_ids), mask)
+            def gather(index: int, tensor: torch.Tensor, which: int = which, name: str = name) -> None:
+                vectors, samples = self._vectors(index, tensor, len(sample_ids), mask)
                 bad = (~vectors.isfinite().all(dim=1)).nonzero()[:, 0]
                 if len(bad):
                     at = samples[bad[0]].cpu()
-                    check_finite(torch.full((1,), torch.nan), sample_ids[at][None], self.layers[place].label, name)
-                found[which][place] = Covariance.of(vectors)
+                    check_finite(torch.full((1,), torch.nan), sample_ids[at][None], self.layers[index].label, name)
+                covariances[which][index] = Covariance.of(vectors)
 
             with handing_over(model, self.layers, gather):
                 forward_logits(model, batch)
-            check_complete(self.layers, found[which])
-        self.sums.merge(GeometrySums({}, {place: (found[0][place], found[1][place]) for place in found[0]}))
+            check_complete(self.layers, covariances[which])
+        self.sums.merge(
+            GeometrySums({}, {index: (covariances[0][index], covariances[1][index]) for index in covariances[0]})
+        )
 
     def _vectors(
-        self, place: int, tensor: torch.Tensor, n: int, mask: torch.Tensor | None
+        self, index: int, tensor: torch.Tensor, n: int, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What every token or pixel has in its channels, (m, c), and the sample that it belongs to, (m,)."""
-        layer, channels = self.layers[place], self.channels[place]
+        """Channel vectors of every token or pixel, (m, c), and the sample that each belongs to, (m,)."""
+        layer, channels = self.layers[index], self.channels[index]
         divided, axes = divide(tensor, layer, n, mask)
         present = torch.ones_like(divided.select(channels, 0), dtype=torch.bool)
         if mask is not None:
@@ -249,9 +251,9 @@ class Geometry:
     def rows(self, sums: GeometrySums) -> tuple[GeometryRow, ...]:
         """Two rows per linear map, left and right, then one per layer."""
         rows = [row for name in self.maps for row in sums.weights[name]]
-        for place, layer in enumerate(self.layers):
-            if place in sums.features:
-                spectra = [_of_covariance(covariance) for covariance in sums.features[place]]
+        for index, layer in enumerate(self.layers):
+            if index in sums.features:
+                spectra = [_of_covariance(covariance) for covariance in sums.features[index]]
                 k = dimension(spectra[0].right.shape[0], spectra[0].rank, spectra[1].rank)
                 angles = angles_between(*(spectrum.right[:, :k] for spectrum in spectra))
                 rank_a, rank_b = (effective_rank(spectrum.values) for spectrum in spectra)
@@ -282,12 +284,12 @@ def _channels(model: PreTrainedModel, trial: Trial, layers: Sequence[Layer]) -> 
         if call.side == "output":
             last = _given(modules[call.module]) or last
         before[call.key], calls[call.key] = last, call
-    found = []
+    dimensions = []
     for layer in layers:
         key = layer.module, layer.call, layer.side
         shape = calls[key].tensor.shape
         if layer.token_axes == (-1,):
-            found.append(len(shape))
+            dimensions.append(len(shape))
             continue
         free = [axis for axis in range(1, len(shape)) if axis not in layer.token_axes]
         width, second = before[key] or (0, len(shape) > 3)
@@ -297,8 +299,8 @@ def _channels(model: PreTrainedModel, trial: Trial, layers: Sequence[Layer]) -> 
                 f"geometry: layer {layer.label!r} gives a tensor of shape {tuple(shape)}, which has no channels; "
                 "choose other layers"
             )
-        found.append(fitting[0] if second else fitting[-1])
-    return tuple(found)
+        dimensions.append(fitting[0] if second else fitting[-1])
+    return tuple(dimensions)
 
 
 def _given(module: nn.Module) -> tuple[int, bool] | None:

@@ -37,7 +37,7 @@ def weight_of(module: LinearMap, name: str, measure: str) -> torch.Tensor:
     Args:
         module: The map.
         name: Its name, for the message.
-        measure: Which measure asks, for the message.
+        measure: Name of the measure, for the message.
 
     Raises:
         EvaluationError: The weight is not in memory, or not finite.
@@ -62,11 +62,11 @@ def matrix_of(module: LinearMap, weight: torch.Tensor) -> torch.Tensor:
 
 
 def apply_weight(module: LinearMap, weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """What a map would give for other weights and features, without its bias.
+    """Output of a map for other weights and features, without its bias.
 
     Args:
         module: Says how: stride, padding, groups.
-        weight: Of the shape of the map's own.
+        weight: A weight of the same shape as the map's own.
         features: In the shape in which the map takes them.
     """
     if isinstance(module, nn.Linear):

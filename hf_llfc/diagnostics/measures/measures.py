@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -17,18 +17,15 @@ from hf_llfc.diagnostics.measures.commutativity import Commutativity
 from hf_llfc.diagnostics.measures.geometry import Geometry
 from hf_llfc.diagnostics.measures.stitching import Stitching
 from hf_llfc.diagnostics.points import DEFAULT_ALPHAS
-from hf_llfc.diagnostics.streaming import over_batches
+from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution, over_batches
 from hf_llfc.errors import EvaluationError, suggest
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import evaluation_mode
 from hf_llfc.foundation.choices import MEASURES
 
-if TYPE_CHECKING:
-    from hf_llfc.parallel.ranks import Ranks
-
 
 class Measure(Protocol):
-    """One of `MEASURES`, under way."""
+    """A measurement in progress, one of `MEASURES`."""
 
     sums: Any
 
@@ -36,7 +33,7 @@ class Measure(Protocol):
         """Runs both models on a batch and adds to the sums."""
 
     def rows(self, sums: Any) -> tuple[Any, ...]:
-        """What a report says, from the sums of all processes."""
+        """Rows of the report, from the sums of all processes."""
 
 
 @dataclass
@@ -54,7 +51,7 @@ class _AllSums:
 
 
 def check_measures(names: Sequence[str], data: EvaluationData, alphas: Sequence[float]) -> None:
-    """Refuses measures that cannot be taken, before anything is run.
+    """Rejects measures that cannot be taken, before anything is run.
 
     Args:
         names: Of `MEASURES`.
@@ -84,8 +81,7 @@ def run_measures(
     *,
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     layers: Sequence[str] | None = None,
-    processes: Ranks | None = None,
-    on_batch: Callable[[int, int], None] | None = None,
+    execution: Execution = IN_ONE_PROCESS,
 ) -> dict[str, tuple[Any, ...]]:
     """Measures a pair.
 
@@ -97,8 +93,7 @@ def run_measures(
         alphas: Where additivity is measured; the ends, where it holds by definition, are left out.
         layers: Where to stitch, and whose features' geometry to measure: patterns or words of `select_layers`; every
             block without them.
-        processes: Share the samples; every process gets the rows of all.
-        on_batch: Called with the number of batches done and the number there are, for progress bars.
+        execution: Processes and progress.
 
     Returns:
         Rows by the name of the measure, which is also that of the report's part: `AdditivityRow`, `CommutativityRow`,
@@ -110,7 +105,7 @@ def run_measures(
     check_measures(names, data, alphas)
     if not names:
         return {}
-    rank, world = (0, 1) if processes is None else (processes.rank, processes.count)
+    rank, world = execution.share
     inside = [alpha for alpha in alphas if 0 < alpha < 1]
     with evaluation_mode(model_a, model_b):
         batch, _ = next(data.batches())
@@ -127,5 +122,5 @@ def run_measures(
                 measure.add(batch, sample_ids)
 
         own = _AllSums({name: measure.sums for name, measure in measures.items()})
-        sums = over_batches(data, add, own, processes=processes, on_batch=on_batch)
+        sums = over_batches(data, add, own, "measuring", execution)
         return {name: measure.rows(sums.by_name[name]) for name, measure in measures.items()}

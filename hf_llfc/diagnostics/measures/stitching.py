@@ -40,7 +40,7 @@ from hf_llfc.evaluation.scoring import ScoreSums, score_samples
 
 @dataclass
 class StitchingSums:
-    """Loss and hits of the stitched networks, by the place of the boundary."""
+    """Loss and hits of the stitched networks, by the index of the boundary."""
 
     scores: list[ScoreSums]
 
@@ -60,9 +60,9 @@ class _Done:
 
     Args:
         module: Its name.
-        call: Which of the module's calls.
-        output: What it gave.
-        inside: How often every module ran within, itself not counted.
+        call: Number of the module's call.
+        output: Output of the call.
+        inside: Number of runs of every module within, itself not counted.
     """
 
     module: str
@@ -82,7 +82,7 @@ class _Frame:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What stands at a boundary when A reaches it: the outermost calls that are over, and the features themselves."""
+    """State of A when it reaches a boundary: the outermost calls that are over, and the features themselves."""
 
     done: tuple[_Done, ...]
     features: torch.Tensor
@@ -97,7 +97,7 @@ class _Recorder:
         overwritten: frozenset[tuple[str, int]],
         reached: Callable[[int, Boundary], None],
     ) -> None:
-        self.places = {(layer.module, layer.call, layer.side): place for place, layer in enumerate(layers)}
+        self.indices = {(layer.module, layer.call, layer.side): index for index, layer in enumerate(layers)}
         self.overwritten = overwritten
         self.reached = reached
         self.seen: Counter[str] = Counter()
@@ -122,14 +122,14 @@ class _Recorder:
         self._at(name, frame.call, "output", kept)
 
     def _at(self, name: str, call: int, side: str, value: Any) -> None:
-        place = self.places.get((name, call, side))
-        if place is None:
+        index = self.indices.get((name, call, side))
+        if index is None:
             return
         features = first_tensor(value)
         assert features is not None, "the trial run found a tensor here"
         if side == "input":
             features = features.clone()
-        self.reached(place, Boundary(tuple(done for frame in self.open for done in frame.done), features))
+        self.reached(index, Boundary(tuple(done for frame in self.open for done in frame.done), features))
 
 
 def recorded(
@@ -142,12 +142,12 @@ def recorded(
 
     Args:
         model: A.
-        batch: As `EvaluationData.batches` yields it.
+        batch: A batch as `EvaluationData.batches` yields it.
         layers: Where the boundaries are.
-        overwritten: What `changed_in_place` found.
+        overwritten: Calls that `changed_in_place` found.
 
     Returns:
-        What stood at every boundary, by its place in `layers`.
+        The state at every boundary, by its index in `layers`.
     """
     boundaries: dict[int, Boundary] = {}
     recorder = _Recorder(layers, overwritten, boundaries.__setitem__)
@@ -169,7 +169,7 @@ def replaced(model: nn.Module, boundary: Boundary, layer: Layer) -> Iterator[Non
 
     Args:
         model: The model that goes on from there, B.
-        boundary: What A had done.
+        boundary: State of A at the boundary.
         layer: Where the boundary is; if it is an input, that is replaced too.
     """
     outputs = {(done.module, done.call): done for done in boundary.done}
@@ -227,9 +227,9 @@ def copied(value: Any) -> Any:
 
 def _with_first_tensor(args: Any, kwargs: Any, tensor: torch.Tensor) -> tuple[Any, Any]:
     """Arguments with the first tensor among them, as `first_tensor` finds it, replaced."""
-    for place, arg in enumerate(args):
+    for index, arg in enumerate(args):
         if isinstance(arg, torch.Tensor):
-            return (*args[:place], tensor, *args[place + 1 :]), kwargs
+            return (*args[:index], tensor, *args[index + 1 :]), kwargs
     for name, arg in kwargs.items():
         if isinstance(arg, torch.Tensor):
             return args, {**kwargs, name: tensor}
@@ -276,8 +276,8 @@ class Stitching:
         boundaries = recorded(model_a, batch, self.layers, self.overwritten)
         check_complete(self.layers, boundaries)
         labels = batch["labels"]
-        for place, layer in enumerate(self.layers):
-            boundary = boundaries.pop(place)
+        for index, layer in enumerate(self.layers):
+            boundary = boundaries.pop(index)
             vectors = sample_vectors(boundary.features, layer, len(sample_ids), mask)
             norms = torch.linalg.vector_norm(vectors, dim=1, dtype=torch.float64)
             check_finite(norms, sample_ids, layer.label, "the first model")
@@ -286,7 +286,7 @@ class Stitching:
             assert logits is not None
             scores = score_samples(self.data.task, logits, labels.to(logits.device))
             check_finite(scores.loss_sums, sample_ids, LOGITS, f"the network stitched after {layer.label!r}")
-            self.sums.scores[place].add(scores)
+            self.sums.scores[index].add(scores)
 
     def rows(self, sums: StitchingSums) -> tuple[StitchingPoint, ...]:
         """One point per boundary, in the order in which the layers run."""

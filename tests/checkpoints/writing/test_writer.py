@@ -139,7 +139,9 @@ def test_a_generation_config_without_a_file_is_written(save, tmp_path):
     model = tiny_model("gpt2", "causal-lm")
     model.generation_config.max_new_tokens = 7
     checkpoint = open_checkpoint(model)
-    child = write(tmp_path / "child", checkpoint, generation_config=checkpoint.generation_config)
+    child = tmp_path / "child"
+    child.mkdir()
+    write_checkpoint(child, checkpoint.tensors, checkpoint.state_dict(), config=checkpoint.settings)
     assert transformers.GenerationConfig.from_pretrained(child).max_new_tokens == 7
     assert open_checkpoint(child).generation_config.max_new_tokens == 7
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_llfc.diagnostics.measures.measures import MEASURES, run_measures
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
 from hf_llfc.parallel.processes import Processes
 from tests.diagnostics.pairs import data_of, pair
@@ -20,7 +21,7 @@ def measure(processes: Processes | None) -> dict:
     """All rows, as JSON values."""
     models = pair("bert")
     data = data_of("bert", models[0].config, batch_size=3)
-    found = run_measures(MEASURES, *models, data, alphas=(0.25, 0.5), processes=processes)
+    found = run_measures(MEASURES, *models, data, alphas=(0.25, 0.5), execution=Execution(processes))
     return {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()}
 
 
@@ -37,7 +38,7 @@ def break_one_sample(processes: Processes) -> str:
 
     object.__setattr__(data, "encode", with_empty_sample)
     try:
-        run_measures(["commutativity"], *models, data, processes=processes)
+        run_measures(["commutativity"], *models, data, execution=Execution(processes))
     except EvaluationError as error:
         return str(error)
     return "nothing was raised"

@@ -11,6 +11,7 @@ import torch
 
 from hf_llfc.diagnostics.measures.measures import MEASURES, run_measures
 from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
 from tests.diagnostics.measures.over_processes import measure
 from tests.diagnostics.pairs import data_of, pair
@@ -68,11 +69,11 @@ def test_nothing_outlives_a_batch_and_models_stay_as_they_are():
     data = data_of("llama-tied", models[0].config, batch_size=2)
     alive = []
 
-    def count_tensors(done, total):
+    def count_tensors(doing, done, total):
         gc.collect()
         alive.append(sum(type(found) is torch.Tensor for found in gc.get_objects()))
 
-    run_measures(MEASURES, *models, data, alphas=[0.5], on_batch=count_tensors)
+    run_measures(MEASURES, *models, data, alphas=[0.5], execution=Execution(progress=count_tensors))
     assert len(alive) == 6
     assert len(set(alive[1:])) == 1
     for model, state in zip(models, before, strict=True):
