@@ -35,9 +35,7 @@ ORDER = (
     "__main__",
 )
 
-# PermutationSpec.from_config is the public way from a config to a spec, and adapters build specs.
 LAZY_EXCEPTIONS = {
-    ("symmetry/spec.py", "from_config", "adapters"),
     ("parallel/processes.py", None, "checkpoints"),
     ("parents/opening.py", "open_recipe_data", "diagnostics"),
 }
@@ -131,7 +129,7 @@ def test_a_wrong_import_is_seen(file, source):
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("symmetry/spec.py", "def from_config(config):\n    from hf_llfc.adapters import spec_for"),
+        ("adapters/declare.py", "def declare():\n    from hf_llfc.symmetry import PermutationSpec"),
         ("pipeline/flow.py", "from hf_llfc.merging import linear_combination"),
         ("merging/weights.py", "from . import linear\nfrom ..errors import LLFCError\nimport torch"),
         ("__main__.py", "from hf_llfc.cli import main"),

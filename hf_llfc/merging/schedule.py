@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from hf_llfc.errors import RecipeError, raise_all
-from hf_llfc.symmetry.spec import matches_axis
+from hf_llfc.symmetry.declarations import matches_axis
 
 SUM_TOLERANCE = 1e-6
 """How far the weights of a linear merge may be from a sum of one: enough for 0.333333 three times."""

@@ -43,9 +43,10 @@ import torch
 from torch import Tensor
 
 from hf_llfc.errors import SpecError
+from hf_llfc.symmetry.binding import Binding
 from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression
 from hf_llfc.symmetry.orthogonal import multiply_along
-from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.spec import PermutationSpec
 from hf_llfc.symmetry.views import map_pieces, pieces
 
 INVERTIBLE = "invertible"

@@ -15,10 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_llfc.errors import AlignmentError
+
+# Bytes of an element → integers of that size.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Transform(Protocol):
@@ -189,3 +193,14 @@ class Permutation:
 
     def __hash__(self) -> int:
         return hash(self.perm.numpy().tobytes())
+
+
+def selected(tensor: Tensor, position: int, index: Tensor) -> Tensor:
+    """`index_select`, which along the last dimension takes three times as long as gathering the bits with NumPy."""
+    is_slow = tensor.ndim > 1 and position == tensor.ndim - 1 and tensor.device.type == "cpu"
+    integers = _INTEGERS.get(tensor.element_size())
+    if not is_slow or tensor.requires_grad or integers is None or not tensor.is_contiguous():
+        return tensor.index_select(position, index)
+    # All places are there; to be told so spares NumPy looking.
+    found = np.take(tensor.detach().view(integers).numpy(), index.numpy(), axis=position, mode="clip")
+    return torch.from_numpy(found).view(tensor.dtype)
