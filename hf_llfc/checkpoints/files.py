@@ -161,6 +161,10 @@ class Weights(Protocol):
         """One tensor, on the CPU, as stored; not to be changed in place."""
         ...
 
+    def read_unrounded(self, name: str) -> torch.Tensor:
+        """The same, but before it is rounded where it is made from others."""
+        ...
+
     def span(self, name: str) -> FileSpan | None:
         """Where the tensor's bytes lie in a file; None where it has to be read as a whole."""
         ...
@@ -265,6 +269,8 @@ class SafetensorsWeights:
         self.span(name).read_into(data.numpy().data)
         return data.view(info.dtype).reshape(info.shape)
 
+    read_unrounded = read
+
     def span(self, name: str) -> FileSpan:
         """Where a tensor's bytes lie; the first call fetches the files if they are elsewhere.
 
@@ -320,6 +326,8 @@ class TensorWeights:
     def read(self, name: str) -> torch.Tensor:
         """One tensor."""
         return self._tensors[name].detach().to("cpu")
+
+    read_unrounded = read
 
     def span(self, name: str) -> FileSpan | None:
         """None: the tensors are in memory."""

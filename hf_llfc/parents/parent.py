@@ -12,11 +12,10 @@ from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint, FileSpan
 from hf_llfc.checkpoints.buffers import is_constant
+from hf_llfc.checkpoints.source import Moved, Source
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.foundation.choices import GROUPS, HEADS
 from hf_llfc.foundation.progress import Progress, silent
-from hf_llfc.merging import Source
-from hf_llfc.merging.tensors import Moved
 from hf_llfc.parents.specs import bind, spec_of
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment, Binding
@@ -84,7 +83,7 @@ class Parent:
         reindexing = self.checkpoint.reindexing
         if not self.lenders or reindexing is None or name not in reindexing.dimensions:
             return False
-        return len(reindexing.union.lacking(reindexing.place)) > 0
+        return len(reindexing.union.lacking(reindexing.index)) > 0
 
     def _is_of_head(self, name: str) -> bool:
         from hf_llfc.checkpoints import body_tensors

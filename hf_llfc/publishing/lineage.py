@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from hf_llfc.foundation.layout import CARD_FILE
+from hf_llfc.foundation.model_names import HUB_ID, is_hub_id, parts_of, split_revision
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,6 @@ PARTS = "parts"
 """Under which the metadata of two cards lie, of a base and of the adapter that is folded into it."""
 LARGEST_CARD = 5_000_000
 """In bytes; a larger one is not read."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RELEVANT = ("license", "license_name", "license_link", "language", "datasets")
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
@@ -117,27 +117,6 @@ class License:
 
     metadata: Mapping[str, str]
     problem: str | None = None
-
-
-def split_revision(model: str) -> tuple[str, str | None]:
-    """The two parts of `id@revision`; a path that holds an @ stays whole."""
-    model_id, at, revision = model.rpartition("@")
-    return (model_id, revision) if at and revision and HUB_ID.fullmatch(model_id) else (model, None)
-
-
-def parts_of(model: str) -> list[str]:
-    """A model as a recipe names it: one name, or of `base+adapter` the two."""
-    if "+" not in model or Path(model).exists():
-        return [model]
-    from hf_llfc.checkpoints.checkpoint import split_adapter
-
-    base, adapter = split_adapter(model)
-    return [base] if adapter is None else [base, adapter]
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether a model is named by its id on the Hub and not by a folder that exists here."""
-    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def read_parent_card(

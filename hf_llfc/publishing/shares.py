@@ -8,8 +8,8 @@ from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
+from hf_llfc.foundation.model_names import split_revision
 from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
-from hf_llfc.publishing.lineage import split_revision
 
 
 def models_of(recipe: Mapping[str, Any], report: ConnectivityReport | None) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ from pathlib import PurePath
 from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.lineage import ParentInfo, is_hub_id, split_revision
+from hf_llfc.foundation.model_names import is_hub_id, split_revision
+from hf_llfc.publishing.lineage import ParentInfo
 from hf_llfc.publishing.reading import not_finite, point_name, shown_layers
 
 _AXES = {

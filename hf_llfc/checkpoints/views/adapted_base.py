@@ -16,12 +16,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_llfc.checkpoints.checkpoint import Checkpoint, planned
-from hf_llfc.checkpoints.files import FileSpan
+from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.models import most_common_dtype
 from hf_llfc.checkpoints.names import Layout, find_class_in_transformers
+from hf_llfc.checkpoints.planned import planned
 from hf_llfc.checkpoints.views.reindexed import resized_shape, vocabulary_dimensions, with_rows
+from hf_llfc.checkpoints.views.view import View
 from hf_llfc.checkpoints.views.vocabulary import rows_of
 from hf_llfc.errors import CheckpointError
 
@@ -111,7 +112,7 @@ def _with_head_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping
         base, settings=base.settings.with_config(changed), architecture=model_class.__name__, model_class=model_class
     )
     heading = f"{base.label}: with the head that {where} brings, it is no {model_class.__name__}"
-    return planned(opened, _Room(base, {**base.tensors, **brought}), heading)
+    return planned(opened, _room(base, {**base.tensors, **brought}), heading)
 
 
 def _class_of(base: PreTrainedConfig, config: PeftConfig) -> type[PreTrainedModel] | None:
@@ -173,7 +174,7 @@ def _with_rows_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping
         for name, info in base.tensors.items()
     }
     settings = base.settings.with_config(with_rows(base, count))
-    return replace(base, settings=settings, tensors=infos, _weights=_Room(base, infos, dimensions))
+    return replace(base, settings=settings, tensors=infos, weights=_room(base, infos, dimensions))
 
 
 def _trained_tokens(config: PeftConfig, own: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -191,40 +192,23 @@ def _trained_tokens(config: PeftConfig, own: Mapping[str, torch.Tensor]) -> dict
     return found
 
 
-class _Room:
-    """The tensors of a base, and room for what an adapter brings: zeros, which it replaces."""
+def _room(base: Checkpoint, infos: Mapping[str, TensorInfo], resized: Mapping[str, int] | None = None) -> View:
+    """The tensors of a base with room for what an adapter brings: zeros, which it replaces.
 
-    def __init__(
-        self, base: Checkpoint, infos: Mapping[str, TensorInfo], resized: Mapping[str, int] | None = None
-    ) -> None:
-        self.infos = infos
-        self._base = base
-        self._resized = resized or {}
+    Args:
+        base: The base.
+        infos: Dtype and shape of every tensor with its room.
+        resized: Name → dimension that grows or shrinks, of the tensors whose shape differs from that in the base.
+    """
 
-    def _is_of_base(self, name: str) -> bool:
-        return name in self._base.tensors and self._base.tensors[name].shape == self.infos[name].shape
-
-    def identity(self) -> Mapping[str, Any]:
-        """Of the files of the base."""
-        files: Mapping[str, Any] = self._base.identity().get("files", {})
-        return files
-
-    def refuse_changed(self) -> None:
-        """Refuses files that were written to since they were opened."""
-        self._base.refuse_changed()
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor of the base, or zeros, or the rows of the base and zeros."""
-        if self._is_of_base(name):
-            return self._base.read(name)
-        info = self.infos[name]
-        room = torch.zeros(info.shape, dtype=info.dtype)
-        if name in self._base.tensors:
-            rows, dimension = self._base.read(name), self._resized[name]
+    def make(name: str) -> torch.Tensor:
+        room = torch.zeros(infos[name].shape, dtype=infos[name].dtype)
+        if name in base.tensors:
+            assert resized is not None
+            rows, dimension = base.read(name), resized[name]
             kept = min(rows.shape[dimension], room.shape[dimension])
             room.narrow(dimension, 0, kept).copy_(rows.narrow(dimension, 0, kept))
         return room
 
-    def span(self, name: str) -> FileSpan | None:
-        """Where the bytes of a tensor of the base lie."""
-        return self._base.span(name) if self._is_of_base(name) else None
+    made = [name for name, info in infos.items() if name not in base.tensors or base.tensors[name].shape != info.shape]
+    return View(base.weights, infos, frozenset(made), make)

@@ -11,6 +11,7 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER, PAGE_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.foundation.model_names import split_revision
 from hf_llfc.publishing.card.metadata import card_metadata
 from hf_llfc.publishing.card.results import comparison, result_rows, result_table
 from hf_llfc.publishing.card.sections import (
@@ -25,12 +26,7 @@ from hf_llfc.publishing.card.sections import (
 from hf_llfc.publishing.card.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.card.usage import task_of, usage_snippet
 from hf_llfc.publishing.files import computed_by, read_json, read_recipe, write_whole
-from hf_llfc.publishing.lineage import (
-    ParentInfo,
-    combined_license,
-    read_parent_card,
-    split_revision,
-)
+from hf_llfc.publishing.lineage import ParentInfo, combined_license, read_parent_card
 from hf_llfc.publishing.machine import installed_versions
 from hf_llfc.publishing.page import write_page
 from hf_llfc.publishing.plots import PLOT_FILES, save_plots

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.publishing.lineage import License, ParentInfo, is_hub_id, split_revision, union
+from hf_llfc.foundation.model_names import is_hub_id, split_revision
+from hf_llfc.publishing.lineage import License, ParentInfo, union
 from hf_llfc.publishing.reading import LOSS, metric_style
 from hf_llfc.publishing.words import file_name
 

@@ -9,8 +9,9 @@ from pathlib import PurePath
 from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.foundation.model_names import parts_of
 from hf_llfc.publishing.card.results import standard_error
-from hf_llfc.publishing.lineage import ParentInfo, parts_of
+from hf_llfc.publishing.lineage import ParentInfo
 from hf_llfc.publishing.reading import merge_point, shown_layers
 from hf_llfc.publishing.shares import setting_in_words
 from hf_llfc.publishing.words import measured_on

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.lineage import split_revision
+from hf_llfc.foundation.model_names import split_revision
 from hf_llfc.publishing.plots.canvas import cut, known
 from hf_llfc.publishing.reading import (
     LOSS,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.lineage import HUB_ID, ParentInfo, split_revision
+from hf_llfc.foundation.model_names import HUB_ID, split_revision
+from hf_llfc.publishing.lineage import ParentInfo
 from hf_llfc.publishing.reading import (
     merge_is_outside,
     merge_point,

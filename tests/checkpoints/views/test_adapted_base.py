@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.checkpoints.test_adapted import edit_config, refused
+from tests.checkpoints.views.test_adapted import edit_config, refused
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
