@@ -10,6 +10,10 @@ and their like). For these the whole base is loaded in float32 and goes through 
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +46,32 @@ _NOT_WEIGHTS = ("ADAPTION_PROMPT", "CARTRIDGE", "POLY", "XLORA")
 
 # Whose layers share tensors that the file holds once.
 _SHARED_KINDS = ("TINYLORA", "UNILORA", "VBLORA")
+
+# Keys of an adapter's config whose strings, list entries or own keys peft reads as regular expressions.
+_PATTERN_KEYS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+_MATCHING_SECONDS = 10.0
+"""For matching the patterns of a config with every module of the base, which takes milliseconds as a rule."""
+
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        try:
+            re.fullmatch(pattern, name)
+            re.match(rf"(?:^|.*\\.)(?:{pattern})($|\\..*)", name)
+        except re.error:
+            break
+"""
+"""Run by a process of its own, because nothing else ends a match that backtracks without end."""
 
 _LISTED = 5
 _LONGEST_MESSAGE = 300
@@ -219,6 +249,7 @@ def _added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mappin
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import set_peft_model_state_dict
 
+    _refuse_endless_patterns(where, config, [name for name, _ in model.named_modules()])
     heading = f"{where}: the adapter does not fit {type(model).__name__} as the base's config describes it"
     # Weights of its own are added without memory: those that the file lacks then show.
     what = f"cannot add this adapter to {type(model).__name__}; is it of another base?"
@@ -236,6 +267,43 @@ def _added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mappin
     problems += [f"the base has no place for {name}" for name in found.unexpected_keys[:_LISTED]]
     raise_all(problems, CheckpointError, heading)
     return adapted
+
+
+def _refuse_endless_patterns(where: str, config: PeftConfig, names: list[str]) -> None:
+    """Refuses a config with a regular expression that takes too long to match.
+
+    Args:
+        where: What messages call the adapter.
+        config: The config of the adapter.
+        names: The names that peft matches with its patterns.
+
+    Raises:
+        CheckpointError: Matching does not end in time.
+    """
+    settings = config.to_dict()
+    patterns: dict[str, list[str]] = {}
+    for key in _PATTERN_KEYS:
+        value = settings.get(key) or ()
+        patterns[key] = [value] if isinstance(value, str) else [str(entry) for entry in value]
+    # A plain name cannot backtrack.
+    doubtful = [pattern for listed in patterns.values() for pattern in listed if not re.fullmatch(r"[\w.-]*", pattern)]
+    if not doubtful:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH_ALL],
+            input=json.dumps([doubtful, names]),
+            text=True,
+            check=True,
+            timeout=_MATCHING_SECONDS,
+            capture_output=True,
+        )
+    except subprocess.TimeoutExpired:
+        keys = [key for key, listed in patterns.items() if set(listed) & set(doubtful)]
+        raise CheckpointError(
+            f"{where}: matching the patterns in {ADAPTER_CONFIG} ({', '.join(keys)}) with the modules of the base does "
+            f"not end in {_MATCHING_SECONDS:.0f} s; list the names of the modules there instead"
+        ) from None
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

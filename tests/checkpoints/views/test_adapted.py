@@ -14,9 +14,9 @@ from torch import Tensor
 
 import hf_llfc
 from hf_llfc.checkpoints import Checkpoint, compare, load_model, open_checkpoint, state_dict_on_disk
-from hf_llfc.checkpoints.checkpoint import split_adapter
 from hf_llfc.checkpoints.views import folding as folding_module
 from hf_llfc.errors import CheckpointError
+from hf_llfc.foundation.model_names import split_adapter
 from tests.checkpoints.conftest import save_tokenizer
 from tests.runs import byte_llama
 from tests.tiny_models import tiny_model
@@ -340,6 +340,23 @@ def test_files_that_are_not_there_or_no_adapter_are_named(base, tmp_path):
     refused(f"{tmp_path}/gone+{adapter}", f"{tmp_path}/gone: there is no such folder")
     refused(f"{base}+{tmp_path}/gone", f"{tmp_path}/gone: there is no such folder")
     refused(f"{adapter}+{adapter}", "not into another adapter")
+    edit_config(adapter, base_model_name_or_path=str(adapter))
+    refused(str(adapter), f"{adapter}: an adapter can be folded into a model", "names it as its base")
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": r"(\w+\.?)+!"}, {"rank_pattern": {r"(\w+\.?)+!": 2}}])
+def test_a_pattern_that_backtracks_without_end_is_one_error(base, tmp_path, monkeypatch, changes):
+    adapter = lora(base, tmp_path / "adapter")
+    edit_config(adapter, **changes)
+    monkeypatch.setattr(folding_module, "_MATCHING_SECONDS", 2.0)
+    refused(f"{base}+{adapter}", f"patterns in adapter_config.json ({next(iter(changes))})", "does not end in 2 s")
+
+
+def test_patterns_that_end_are_matched(base, tmp_path):
+    adapter = lora(base, tmp_path / "adapter", target_modules=r".*\.layers\.\d+\.(self_attn|mlp)\.(q_proj|up_proj)")
+    found = open_checkpoint(f"{base}+{adapter}")
+    changed = [name for name in found.tensors if found.span(name) is None]
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "up_proj"}
     (adapter / "adapter_model.safetensors").unlink()
     refused(adapter, "expected adapter_model.safetensors")
 
