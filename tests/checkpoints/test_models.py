@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from tests.checkpoints.test_checkpoint import PlainConfig, PlainNet
 
 from hf_llfc.checkpoints import load_model, open_checkpoint, state_dict_on_disk
 from hf_llfc.errors import CheckpointError
+from tests.checkpoints.test_checkpoint import PlainConfig, PlainNet
 from tests.tiny_models import TINY, logits, tiny_inputs, tiny_model
 
 

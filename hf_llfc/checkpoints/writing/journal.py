@@ -57,7 +57,7 @@ class Journal:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is finished yet."""
-        return not self.stages and not self.shards
+        return not (self.stages or self.shards or self.is_complete)
 
     def save(self) -> None:
         """Replaces the file.

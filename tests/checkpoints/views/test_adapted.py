@@ -242,8 +242,11 @@ def test_the_tokenizer_is_that_of_the_adapter_if_it_has_one(base, tmp_path):
     assert with_own.folder == files["tokenizer.json"] == adapter
     assert files["generation_config.json"] == base and "chat_template.jinja" not in files
     assert set(with_own.folders) == {base, adapter}
-    with pytest.raises(CheckpointError, match="would replace its own input"):
+    with pytest.raises(CheckpointError, match="was not written by hf-llfc"):
         hf_llfc.merge([adapter], out=base, overwrite=True)
+    hf_llfc.merge([base], out=tmp_path / "merged")
+    with pytest.raises(CheckpointError, match="would replace its own input"):
+        hf_llfc.merge([f"{tmp_path / 'merged'}+{adapter}"], out=tmp_path / "merged", overwrite=True)
 
 
 def test_tied_weights_stay_tied_or_are_refused(tmp_path):

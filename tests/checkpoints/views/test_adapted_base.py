@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.checkpoints.views.test_adapted import edit_config, refused
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
 
 import hf_llfc
 from hf_llfc.checkpoints import load_model, open_checkpoint, state_dict_on_disk
+from tests.checkpoints.views.test_adapted import edit_config, refused
 from tests.runs import byte_llama
 from tests.tiny_models import logits, tiny_config, tiny_inputs, tiny_model
 
