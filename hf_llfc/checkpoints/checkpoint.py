@@ -45,7 +45,7 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Reindexing:
-    """How the rows of a checkpoint lie in the union of several vocabularies.
+    """The position of a checkpoint's rows in the union of several vocabularies.
 
     Attributes:
         union: The union of its vocabulary and those of others.
@@ -107,7 +107,7 @@ class Checkpoint:
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """How the model generates, also where an old config or a model in memory says so."""
+        """Generation config of the model, also where an old config or a model in memory holds it."""
         return self.settings.generation_config
 
     def read(self, name: str) -> torch.Tensor:
@@ -135,7 +135,7 @@ class Checkpoint:
         return name
 
     def span(self, name: str) -> FileSpan | None:
-        """Where the bytes of one tensor lie in a file, to be read in parts.
+        """Finds where the bytes of one tensor lie in a file, to read them in parts.
 
         Args:
             name: One of `tensors`.
@@ -167,7 +167,7 @@ class Checkpoint:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """All folders that it is read from."""
+        """Folders that the checkpoint is read from."""
         beside = (self.adapter.folder, *self.adapter.base.folders) if self.adapter is not None else ()
         return (*([self.folder] if self.folder is not None else []), *beside)
 

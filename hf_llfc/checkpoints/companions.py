@@ -74,7 +74,7 @@ _VOCABULARY_PATTERNS = (
 
 
 def companion_names(names: Iterable[str]) -> list[str]:
-    """Those of the names that belong to a checkpoint besides config, weights and code.
+    """Selects the files that belong to a checkpoint besides config, weights and code.
 
     Args:
         names: Paths below the folder of the checkpoint, with `/`.
@@ -83,7 +83,7 @@ def companion_names(names: Iterable[str]) -> list[str]:
 
 
 def code_names(names: Iterable[str]) -> list[str]:
-    """Those of the names that are code which a config may refer to."""
+    """Selects the files with code that a config may refer to."""
     return [name for name in names if _matches(name, "*.py")]
 
 

@@ -20,7 +20,7 @@ class UnknownConfig(PreTrainedConfig):
 
 
 def known_model_types() -> list[str]:
-    """Every model type that transformers knows, or that was registered with it."""
+    """Lists the model types that transformers knows or that were registered with it."""
     return list(CONFIG_MAPPING.keys())
 
 

@@ -58,7 +58,7 @@ CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of one tensor before it is read."""
+    """The dtype and shape of one tensor, known before it is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

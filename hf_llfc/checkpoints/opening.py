@@ -95,12 +95,12 @@ def _open_adapted(
     hint = "" if base is not None else f"; {files.where} names it as its base, another is named by BASE+ADAPTER"
     try:
         # Looked at before it is opened, because an adapter may name itself as its base.
-        found = _find(named, token) if split_adapter(named)[1] is None else None
-        if found is None or is_adapter(found):
+        files_of_base = _find(named, token) if split_adapter(named)[1] is None else None
+        if files_of_base is None or is_adapter(files_of_base):
             raise CheckpointError(
                 f"{named}: an adapter can be folded into a model, not into another adapter; save it first"
             )
-        opened = _open_files(found, trust_remote_code, allow_pickle, as_stored=False)
+        opened = _open_files(files_of_base, trust_remote_code, allow_pickle, as_stored=False)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{hint}") from error
     return fold(opened, files, config, allow_pickle=allow_pickle)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import UserDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,42 +29,25 @@ class Unsaid(Exception):
     """A file does not say a value that is needed."""
 
 
+@dataclass(frozen=True, eq=False)
 class Settings:
     """The config of a checkpoint, and how its model generates.
 
     Attributes:
         raw: The values in config.json; None where the config is in memory.
+        load: Loads the config; called once, when it is asked for.
+        load_generation: Loads the generation config, given the config; None if there is none.
         is_kept: Whether config.json is written as it was read, with what older ones say of generation.
     """
 
-    def __init__(
-        self,
-        raw: Mapping[str, Any] | None,
-        load: Callable[[], PreTrainedConfig],
-        load_generation: Callable[[PreTrainedConfig], GenerationConfig | None],
-        is_kept: bool = False,
-    ) -> None:
-        """Takes what loads the objects; it is called when they are asked for, once.
-
-        Args:
-            raw: See the attributes.
-            load: Loads the config.
-            load_generation: Loads the generation config, given the config; None if there is none.
-            is_kept: See the attributes.
-        """
-        self.raw = raw
-        self._load = load
-        self._load_generation = load_generation
-        self.is_kept = is_kept
+    raw: Mapping[str, Any] | None
+    load: Callable[[], PreTrainedConfig]
+    load_generation: Callable[[PreTrainedConfig], GenerationConfig | None]
+    is_kept: bool = False
 
     @classmethod
     def in_memory(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None = None) -> Settings:
-        """Takes objects that are in memory.
-
-        Args:
-            config: The config of the model.
-            generation_config: How the model generates, if it does.
-        """
+        """Takes objects that are in memory."""
         return cls(None, lambda: config, lambda _: generation_config)
 
     @classmethod
@@ -104,16 +88,16 @@ class Settings:
         Raises:
             CheckpointError: transformers cannot read it.
         """
-        return self._load()
+        return self.load()
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
-        """How the model generates, or None.
+        """Generation config of the model, or None.
 
         Raises:
             CheckpointError: transformers cannot read it.
         """
-        return self._load_generation(self.config)
+        return self.load_generation(self.config)
 
     @property
     def model_type(self) -> str:

@@ -20,7 +20,7 @@ _SUGGESTIONS = 8
 
 @dataclass(frozen=True)
 class Binding:
-    """What `PermutationSpec.bind` found: the declaration of every tensor of one checkpoint, by its own names.
+    """The declaration of every tensor of one checkpoint, by its own names, as `PermutationSpec.bind` finds it.
 
     Attributes:
         spec: The spec that was bound.

@@ -117,7 +117,7 @@ class TensorSpec:
 
     @cached_property
     def axes(self) -> tuple[AxisUse, ...]:
-        """Every use of an axis, the ones in the name first."""
+        """Uses of axes, the ones in the name first."""
         in_shape = [use for dimension in self.dimensions for use in axis_uses(dimension)]
         return (*(AxisUse(axis) for axis in self.name_axes), *in_shape)
 

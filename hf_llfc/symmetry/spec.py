@@ -34,7 +34,7 @@ TRANSFORM_KINDS = {kind.kind: kind for kind in (Permutation, Orthogonal)}
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """For every tensor of a checkpoint its axis expressions, and which axes are symmetric.
+    """The axis expressions of every tensor of a checkpoint, and which axes are symmetric.
 
     Attributes:
         model_type: The `model_type` of the configs it describes.
@@ -62,7 +62,7 @@ class PermutationSpec:
     notes: tuple[str, ...] = ()
 
     look_up: ClassVar[Callable[[Any], PermutationSpec] | None] = None
-    """From a config to its spec; `hf_llfc.adapters` sets it, which a module below it cannot import."""
+    """Look-up of the spec for a config; `hf_llfc.adapters`, which cannot be imported from here, sets it."""
 
     @classmethod
     def from_config(cls, config: Any) -> PermutationSpec:
@@ -172,7 +172,7 @@ class PermutationSpec:
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every declared tensor by name; of conditional declarations of one name, the first."""
+        """Declared tensors by name; of conditional declarations of one name, the first."""
         tensors: dict[str, TensorSpec] = {}
         for tensor in self.declarations:
             tensors.setdefault(tensor.name, tensor)
@@ -353,7 +353,7 @@ class Alignment:
         )
 
     def places(self, name: str, binding: Binding) -> list[Tensor | None] | None:
-        """Where the entries of a tensor come from in the original.
+        """Finds where the entries of a tensor come from in the original.
 
         Args:
             name: The tensor, by the checkpoint's own name.
@@ -396,7 +396,7 @@ class Alignment:
     def _flat_index(
         self, dimension: Expression, sizes: Mapping[str, int], index_along: Mapping[str, int]
     ) -> Tensor | None:
-        """Where each entry of a self-contained dimension comes from; None if nothing moves."""
+        """Finds where each entry of a self-contained dimension comes from; None if nothing moves."""
         parents = {use.parent for use in axis_uses(dimension)}
         key = (dimension, tuple((axis, index) for axis, index in index_along.items() if axis in parents))
         if key not in self._indices:
@@ -434,7 +434,7 @@ class Alignment:
         )
 
     def then(self, second: Alignment) -> Alignment:
-        """This alignment followed by a second one of the same spec.
+        """Composes this alignment with a second one of the same spec, which comes after it.
 
         Raises:
             AlignmentError: The two belong to different specs.
@@ -457,7 +457,7 @@ class Alignment:
         return Alignment(spec, {axis: _composed(first[axis], then[axis], second._parent_of(axis)) for axis in identity})
 
     def with_metadata(self, **metadata: Any) -> Alignment:
-        """The same transforms with more metadata."""
+        """Adds metadata to the transforms."""
         return replace(self, metadata={**self.metadata, **metadata})
 
     def _parent_of(self, axis: str) -> Transform | None:

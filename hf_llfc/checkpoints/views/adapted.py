@@ -84,7 +84,7 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
 
 
 def _folded(where: str, base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> _ByModule | _Whole:
-    """What folds an adapter: by module where that is possible."""
+    """Prepares the folding of an adapter: by module where that is possible."""
     if is_independent(config):
         by_module = _ByModule(where, base, config, state)
         if by_module.is_of_base:
@@ -141,7 +141,7 @@ class _ByModule:
         return self._make_memory(name, self._read)
 
     def make(self, name: str) -> torch.Tensor:
-        """One tensor, unrounded; what comes of the same module or group is kept until it is asked for, if it is small.
+        """Makes one tensor, unrounded; small ones of the same module or group are kept until they are asked for.
 
         A tensor on disk that is a part of a larger one in memory is kept with the other parts, one group at a time.
         """
@@ -211,7 +211,7 @@ class _Whole:
         return [name for name, info in self._base.tensors.items() if info.dtype.is_floating_point]
 
     def make(self, name: str) -> torch.Tensor:
-        """One tensor, unrounded."""
+        """Makes one tensor, unrounded."""
         with self._folding:
             if self._folded is None:
                 model = load_model(self._base, dtype=_wide(self._base))

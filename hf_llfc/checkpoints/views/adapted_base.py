@@ -75,7 +75,7 @@ def _without_copies(base: Checkpoint, state: Mapping[str, torch.Tensor]) -> dict
     }
     trained = [name for name in kept if name.endswith(_TRAINED_TOKENS)]
     for tied, source in Layout(base.model_class, base.config).ties.items() if len(trained) > 1 else ():
-        modules = [_PREFIX + each.rpartition(".")[0] + "." for each in (tied, source)]
+        modules = [_PREFIX + weight.rpartition(".")[0] + "." for weight in (tied, source)]
         for name in trained:
             twin = name.replace(modules[0], modules[1], 1)
             if name.startswith(modules[0]) and twin in kept and torch.equal(kept[name], kept[twin]):
@@ -123,8 +123,8 @@ def _class_of(base: PreTrainedConfig, config: PeftConfig) -> type[PreTrainedMode
     mapping: Any = _CLASSES.get(str(config.task_type).rpartition(".")[2])
     if mapping is None or type(base) not in mapping:
         return None
-    found = mapping[type(base)]
-    return found[0] if isinstance(found, tuple) else found
+    model_class = mapping[type(base)]
+    return model_class[0] if isinstance(model_class, tuple) else model_class
 
 
 def _labels(
@@ -145,19 +145,19 @@ def _labels(
 
 def _with_rows_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping[str, torch.Tensor]) -> Checkpoint:
     """The base with as many rows of embeddings as the adapter brings."""
-    tokens = {name: each for name, each in _trained_tokens(config, own).items() if name in base.tensors}
+    tokens = {name: rows for name, rows in _trained_tokens(config, own).items() if name in base.tensors}
     resized = {
         name: own[name].shape
         for name, info in base.tensors.items()
         if name in own and own[name].dim() == len(info.shape) and own[name].shape != info.shape
     }
-    if not resized and all(max(each, default=-1) < base.tensors[name].shape[0] for name, each in tokens.items()):
+    if not resized and all(max(rows, default=-1) < base.tensors[name].shape[0] for name, rows in tokens.items()):
         return base
     dimensions = vocabulary_dimensions(base)
     if not dimensions.keys() & {*resized, *tokens}:
         return base  # of another base altogether, which is said where it is folded
     brought = {name: own[name].shape[dimension] for name, dimension in dimensions.items() if name in own}
-    count = max([*brought.values(), *(1 + max(each) for each in tokens.values())])
+    count = max([*brought.values(), *(1 + max(rows) for rows in tokens.values())])
     unknown = [
         name
         for name, dimension in dimensions.items()
@@ -181,15 +181,15 @@ def _trained_tokens(config: PeftConfig, own: Mapping[str, torch.Tensor]) -> dict
     """Name in memory of an embedding of which single rows were trained → which."""
     settings = config.to_dict()
     indices = settings.get("trainable_token_indices") or settings.get("token_indices") or []
-    found = {}
+    trained = {}
     for name in own:
         if name.endswith(_TRAINED_TOKENS):
             module = name.removesuffix(_TRAINED_TOKENS).removesuffix(".token_adapter")
             by_module = indices if isinstance(indices, dict) else {module: indices}
-            found[f"{module}.weight"] = [
-                index for key, each in by_module.items() if f".{module}".endswith(f".{key}") for index in each
+            trained[f"{module}.weight"] = [
+                index for key, rows in by_module.items() if f".{module}".endswith(f".{key}") for index in rows
             ]
-    return found
+    return trained
 
 
 def _room(base: Checkpoint, infos: Mapping[str, TensorInfo], resized: Mapping[str, int] | None = None) -> View:

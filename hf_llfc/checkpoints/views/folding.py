@@ -58,7 +58,7 @@ _PATTERN_KEYS = (
 )
 
 _MATCHING_SECONDS = 10.0
-"""For matching the patterns of a config with every module of the base, which takes milliseconds as a rule."""
+"""Time limit for matching the patterns of a config with the modules of the base; milliseconds are usual."""
 
 _MATCH_ALL = """
 import json, re, sys
@@ -258,13 +258,13 @@ def _added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mappin
         adapted = get_peft_model(model, deepcopy(config), low_cpu_mem_usage=is_independent(config))
         tuner: Any = adapted.base_model
         tuner._check_merge_allowed()
-        found: Any = set_peft_model_state_dict(adapted, dict(state), low_cpu_mem_usage=is_independent(config))
+        loaded: Any = set_peft_model_state_dict(adapted, dict(state), low_cpu_mem_usage=is_independent(config))
     absent = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
     if not is_independent(config) and kind_of(config) not in _SHARED_KINDS:
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]
-        absent = [name for name in found.missing_keys if prefix in name and ".default" in name]
+        absent = [name for name in loaded.missing_keys if prefix in name and ".default" in name]
     problems = [f"the file lacks {name}" for name in absent[:_LISTED]]
-    problems += [f"the base has no place for {name}" for name in found.unexpected_keys[:_LISTED]]
+    problems += [f"the base has no place for {name}" for name in loaded.unexpected_keys[:_LISTED]]
     raise_all(problems, CheckpointError, heading)
     return adapted
 
@@ -331,7 +331,7 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def _merged(module: nn.Module) -> nn.Module:
-    """What one module becomes in `merge_and_unload`."""
+    """Merges one module, as `merge_and_unload` does."""
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import AuxiliaryTrainingWrapper
 

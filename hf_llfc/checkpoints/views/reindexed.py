@@ -25,7 +25,7 @@ from hf_llfc.errors import CheckpointError
 
 
 def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
-    """Which dimension of which tensors is the vocabulary: what grows with `vocab_size` in the config.
+    """Finds the dimension of every tensor that is the vocabulary: the one that grows with `vocab_size` in the config.
 
     Args:
         checkpoint: Of a known model class.
@@ -43,7 +43,7 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
             "allow trust_remote_code"
         )
     larger = Layout(checkpoint.model_class, with_rows(checkpoint, rows_of(checkpoint) + 1)).shapes
-    found: dict[str, int] = {}
+    dimensions: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         grown = [new - old for new, old in zip(larger[name], info.shape, strict=True)]
         if any(grown):
@@ -52,8 +52,8 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
                     f"{checkpoint.label}: {name} of shape {list(info.shape)} becomes {list(larger[name])} with one "
                     "more token, so its rows are not those of tokens and cannot be united"
                 )
-            found[name] = grown.index(1)
-    return found
+            dimensions[name] = grown.index(1)
+    return dimensions
 
 
 def with_rows(checkpoint: Checkpoint, count: int) -> PreTrainedConfig:

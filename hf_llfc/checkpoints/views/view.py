@@ -51,5 +51,5 @@ class View:
         return self.make(name) if name in self.made else self.source.read_unrounded(name)
 
     def span(self, name: str) -> FileSpan | None:
-        """Where the bytes of a tensor lie that is not made."""
+        """Finds where the bytes of a tensor lie that is not made."""
         return None if name in self.made else self.source.span(name)

@@ -73,7 +73,7 @@ class OutputFolder:
 
     @property
     def journal(self) -> Journal:
-        """What is finished; between entering and leaving."""
+        """Journal of what is finished; between entering and leaving."""
         assert self._journal is not None, "nothing is being made"
         return self._journal
 
@@ -191,7 +191,7 @@ class OutputFolder:
         self._lock = lock
 
     def _begin(self) -> Journal:
-        """What there is to go on from; a fresh staging folder if there is nothing.
+        """Takes up the journal of an interrupted run, or makes a fresh staging folder.
 
         Raises:
             CheckpointError: What is there is not ours, or it is of another run.
@@ -212,12 +212,18 @@ class OutputFolder:
         journal = None if self.restart else Journal.load(self._partial / JOURNAL, folder)
         if journal is not None and not journal.is_empty:
             differences = journal.differences(self._identity)
-            if not differences:
+            is_same = bool(self._identity) and not differences
+            if is_same:
                 journal.check_files()
-            if not differences and (journal.is_complete or not is_moved):
+            if is_same and (journal.is_complete or not is_moved):
                 logger.warning("%s: goes on after an interrupted run (%s)", self._named, _told(journal))
                 self._remove_unfinished(journal)
                 return journal
+            if not is_moved and not differences:
+                raise CheckpointError(
+                    f"{self._named}: {folder} holds a finished output that could not be moved into place; rename that"
+                    " folder, or discard it with --restart (in Python restart=True)"
+                )
             if not is_moved:
                 raise CheckpointError(
                     f"{self._named}: {self._partial} holds an interrupted run of something else"
@@ -310,7 +316,7 @@ class OutputFolder:
                 reason = failure.strerror if isinstance(failure, OSError) else failure
                 raise CheckpointError(
                     f"{self._named}: the output is complete, but could not be moved into place ({reason}); it is kept"
-                    f" in {staging}: move away what is at {self.path} and run the same again, which moves it there"
+                    f" in {staging}: move away what is at {self.path}, and rename that folder to it"
                 ) from failure
         self._discard()
 
@@ -418,6 +424,6 @@ def _few(names: list[str]) -> str:
 
 
 def _told(journal: Journal) -> str:
-    """What is finished, in words."""
+    """Describes what is finished."""
     parts = [f"{len(journal.shards)} weight files"] if journal.shards else []
     return "finished: " + ", ".join([*journal.stages, *parts])

@@ -325,7 +325,7 @@ def test_a_pickle_is_opened_where_it_is_allowed_and_never_run(base, tmp_path):
     expected = open_checkpoint(adapter).fingerprint()
     torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
-    refused(adapter, "the adapter is pickled", "--allow-pickle")
+    refused(adapter, "the weights are pickled", "--allow-pickle")
     assert open_checkpoint(adapter, allow_pickle=True).fingerprint() == expected
     torch.save({"a": os.system}, adapter / "adapter_model.bin")
     refused(adapter, "could run code", allow_pickle=True)

@@ -195,20 +195,40 @@ def test_a_parent_without_permission_is_refused(tmp_path):
 
 
 def test_what_someone_else_wrote_there_meanwhile_is_kept(tmp_path):
-    with (
-        pytest.raises(CheckpointError, match=r"could not be moved into place.*kept in .*\.out\.partial/output"),
-        OutputFolder(tmp_path / "out") as folder,
-    ):
-        fill(folder)
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").touch()
+    finished_but_not_moved(tmp_path / "out", RECIPE)
     assert names(tmp_path) == [".out.partial", "out"] and names(tmp_path / "out") == ["theirs"]
-    (tmp_path / "out" / "theirs").rename(tmp_path / "theirs")
-    assert taken_up(tmp_path / "out", {})[3] == ["config.json", "llfc"]
+    (tmp_path / "out").rename(tmp_path / "theirs")
+    assert taken_up(tmp_path / "out")[3] == ["config.json", "llfc"]
     assert names(tmp_path) == ["out", "theirs"] and names(tmp_path / "out") == ["config.json", "llfc"]
 
 
+def test_finished_work_of_unknown_inputs_is_never_taken_for_another_s(tmp_path):
+    target, staging = tmp_path / "out", tmp_path / ".out.partial" / "output"
+    finished_but_not_moved(target, {})
+    (target / "theirs").unlink()
+    for identity in ({}, RECIPE):
+        with pytest.raises(CheckpointError, match="--restart"):
+            taken_up(target, identity)
+    assert (staging / "config.json").read_text() == "new"
+    target.rmdir()
+    staging.rename(target)  # as the error says
+    with pytest.raises(CheckpointError, match="not empty"):
+        taken_up(target, {})
+    assert taken_up(target, {}, overwrite=True)[3] == [] and names(tmp_path) == ["out"]
+
+
 # -- interrupted runs
+
+
+def finished_but_not_moved(target, identity):
+    output = OutputFolder(target)
+    output.made_from(identity)
+    message = r"could not be moved into place.*kept in .*\.out\.partial/output: .*rename that folder"
+    with pytest.raises(CheckpointError, match=message), output as folder:
+        fill(folder)
+        target.mkdir()
+        (target / "theirs").touch()
+
 
 RECIPE = {"recipe": {"models": ["a", "b"], "weights": [0.5, 0.5]}}
 
