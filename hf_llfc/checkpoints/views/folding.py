@@ -281,12 +281,11 @@ def _refuse_endless_patterns(where: str, config: PeftConfig, names: list[str]) -
         CheckpointError: Matching does not end in time.
     """
     settings = config.to_dict()
-    patterns: dict[str, list[str]] = {}
-    for key in _PATTERN_KEYS:
-        value = settings.get(key) or ()
-        patterns[key] = [value] if isinstance(value, str) else [str(entry) for entry in value]
-    # A plain name cannot backtrack.
-    doubtful = [pattern for listed in patterns.values() for pattern in listed if not re.fullmatch(r"[\w.-]*", pattern)]
+    values = [settings.get(key) or () for key in _PATTERN_KEYS]
+    patterns = [str(entry) for value in values for entry in ([value] if isinstance(value, str) else value)]
+    doubtful = [
+        pattern for pattern in patterns if not re.fullmatch(r"[\w.-]*", pattern)
+    ]  # a plain name cannot backtrack
     if not doubtful:
         return
     try:
@@ -299,10 +298,9 @@ def _refuse_endless_patterns(where: str, config: PeftConfig, names: list[str]) -
             capture_output=True,
         )
     except subprocess.TimeoutExpired:
-        keys = [key for key, listed in patterns.items() if set(listed) & set(doubtful)]
         raise CheckpointError(
-            f"{where}: matching the patterns in {ADAPTER_CONFIG} ({', '.join(keys)}) with the modules of the base does "
-            f"not end in {_MATCHING_SECONDS:.0f} s; list the names of the modules there instead"
+            f"{where}: matching the patterns in {ADAPTER_CONFIG} with the modules of the base does not end "
+            f"in {_MATCHING_SECONDS:.0f} s (of {', '.join(doubtful)[:_LONGEST_MESSAGE]}); list module names"
         ) from None
 
 
