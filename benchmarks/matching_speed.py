@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import hf_llfc.alignment.gains as gains_module
 from benchmarks import llama_pair
 from benchmarks.results import RESULTS, markdown, replace_section
+from hf_llfc import PermutationSpec
 from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.assignment.assignment import assign, assign_with_gap
 from hf_llfc.alignment.gains import CHUNK, Gains
@@ -38,7 +39,6 @@ from hf_llfc.alignment.groups import groups_of
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.parallel.workers import Workers
 from hf_llfc.parents.specs import bind, spec_of
-from hf_llfc.symmetry import PermutationSpec
 
 VOCABULARY = 1024
 """Of the models of the widths, so that the layers are what costs."""

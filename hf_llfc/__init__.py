@@ -10,13 +10,13 @@ from hf_llfc.foundation.version import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy
-    from hf_llfc.adapters import register_adapter
+    from hf_llfc.adapters import PermutationSpec, register_adapter
     from hf_llfc.api import align, align_all, check, diagnose, inspect, merge, publish
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.errors import LLFCError
     from hf_llfc.pipeline.flow import run
     from hf_llfc.recipe import load_recipe
-    from hf_llfc.symmetry import Alignment, PermutationSpec
+    from hf_llfc.symmetry import Alignment
     from hf_llfc.trainer import MergeCallback
 
 __all__ = [
@@ -45,7 +45,7 @@ __getattr__ = lazy_names(
         "ConnectivityReport": ".diagnostics",
         "LLFCError": ".errors",
         "MergeCallback": ".trainer",
-        "PermutationSpec": ".symmetry",
+        "PermutationSpec": ".adapters",
         "align": ".api",
         "align_all": ".api",
         "check": ".api",

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
-from hf_llfc.symmetry import PermutationSpec
+from hf_llfc import PermutationSpec
 
 TEXT = "the merged model is the linear blend of its parents, layer by layer, or it is not. " * 12
 

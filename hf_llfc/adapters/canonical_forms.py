@@ -38,9 +38,10 @@ from hf_llfc.symmetry.canonical import (
     Norm,
     Part,
 )
+from hf_llfc.symmetry.declarations import Axis, TensorSpec
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Product, axis_uses
 from hf_llfc.symmetry.matrix_groups import ORTHOGONAL, ORTHOGONAL_FIXING_ONES, PHASES
-from hf_llfc.symmetry.spec import Axis, PermutationSpec, TensorSpec
+from hf_llfc.symmetry.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

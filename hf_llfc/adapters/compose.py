@@ -13,7 +13,7 @@ from hf_llfc.adapters.registry import spec_for
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from hf_llfc.symmetry.spec import TensorSpec
+    from hf_llfc.symmetry.declarations import TensorSpec
 
 _LINE = re.compile(r"(?P<name>\S+)(?P<shape>.*?)(?P<condition>\s+(?:if|unless)\s+\S+)?\s*")
 _WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")  # a word after a dot is the index of an axis

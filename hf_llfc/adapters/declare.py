@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
+from hf_llfc.symmetry.declarations import TensorSpec
+from hf_llfc.symmetry.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.adapters.model_classes import model_class_for
+from hf_llfc.symmetry.declarations import TensorSpec
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression
-from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
+from hf_llfc.symmetry.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -28,11 +28,11 @@ from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.alignment.gains import ROLES
 from hf_llfc.alignment.groups import Group, groups_of, signs_of, solve_group, solve_signed
 from hf_llfc.errors import AlignmentError
-from hf_llfc.symmetry.alignment import Alignment
+from hf_llfc.symmetry.binding import Binding
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, axis_uses
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
 from hf_llfc.symmetry.orthogonal import Orthogonal
-from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.spec import Alignment, PermutationSpec
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
 

@@ -31,11 +31,12 @@ from hf_llfc.alignment.gains import ROLES
 from hf_llfc.alignment.relaxations import Multiplied
 from hf_llfc.errors import AlignmentError
 from hf_llfc.foundation.progress import Progress, silent
-from hf_llfc.symmetry.alignment import Alignment
+from hf_llfc.symmetry.binding import Binding
+from hf_llfc.symmetry.declarations import PERMUTATION
 from hf_llfc.symmetry.expressions import Expression, Fixed, axis_uses
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
 from hf_llfc.symmetry.orthogonal import Orthogonal
-from hf_llfc.symmetry.spec import PERMUTATION, Binding, PermutationSpec
+from hf_llfc.symmetry.spec import Alignment, PermutationSpec
 from hf_llfc.symmetry.transforms import Permutation, Transform
 
 logger = logging.getLogger(__name__)

@@ -36,11 +36,11 @@ from hf_llfc.alignment.groups import NOISE, Group, PairGains, Solution, signs_of
 from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.parallel.workers import ALONE, Workers, largest_share
-from hf_llfc.symmetry.alignment import Alignment
+from hf_llfc.symmetry.declarations import PERMUTATION
 from hf_llfc.symmetry.expressions import Atom, AxisUse, atoms_of_pieces
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
 from hf_llfc.symmetry.orthogonal import Orthogonal
-from hf_llfc.symmetry.spec import PERMUTATION
+from hf_llfc.symmetry.spec import Alignment
 from hf_llfc.symmetry.transforms import Permutation, Transform
 from hf_llfc.symmetry.views import pieces
 

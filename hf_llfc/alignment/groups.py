@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from hf_llfc.alignment.assignment.assignment import assign, assign_with_gap
+from hf_llfc.symmetry.binding import Binding
+from hf_llfc.symmetry.declarations import PERMUTATION
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
 from hf_llfc.symmetry.orthogonal import Orthogonal
-from hf_llfc.symmetry.spec import PERMUTATION, Binding
 from hf_llfc.symmetry.transforms import Permutation, Transform
 
 # A rise of the objective below this fraction of the terms that change is float noise.

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from hf_llfc.alignment.relaxations import Multiplied, relaxation
 from hf_llfc.errors import AlignmentError
 from hf_llfc.foundation.progress import Progress, silent
-from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.spec import Binding
+from hf_llfc.symmetry.binding import Binding
+from hf_llfc.symmetry.spec import Alignment
 from hf_llfc.symmetry.transforms import Transform
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_llfc.alignment.assignment.assignment import assign
+from hf_llfc.symmetry.declarations import PERMUTATION
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS, cayley
 from hf_llfc.symmetry.orthogonal import Orthogonal, multiply_along
-from hf_llfc.symmetry.spec import PERMUTATION, PermutationSpec
+from hf_llfc.symmetry.spec import PermutationSpec
 from hf_llfc.symmetry.transforms import Permutation, Transform
 
 SINKHORN_SWEEPS = 20

@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.spec import PERMUTATION, Binding, PermutationSpec, TensorSpec
+from hf_llfc.symmetry.binding import Binding
+from hf_llfc.symmetry.declarations import PERMUTATION, TensorSpec
+from hf_llfc.symmetry.spec import Alignment, PermutationSpec
 
 ANCHORS = 16.0
 """How often an anchor counts where an axis is transformed by matrices, see `Parameters.with_anchors`."""

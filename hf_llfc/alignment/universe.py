@@ -45,7 +45,7 @@ from hf_llfc.alignment.weight_matching import (
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.workers import ALONE, Workers
-from hf_llfc.symmetry.alignment import Alignment
+from hf_llfc.symmetry.spec import Alignment
 
 logger = logging.getLogger(__name__)
 

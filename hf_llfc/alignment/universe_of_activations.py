@@ -23,9 +23,8 @@ from hf_llfc.alignment.activation_matching import Correlations, observe, solve
 from hf_llfc.alignment.groups import Group
 from hf_llfc.alignment.search import DEFAULT_SEARCH, Search
 from hf_llfc.alignment.weight_matching import CONVERGED
-from hf_llfc.symmetry.alignment import Alignment
 from hf_llfc.symmetry.expressions import AxisUse, Expression, Fixed, Product
-from hf_llfc.symmetry.spec import PermutationSpec
+from hf_llfc.symmetry.spec import Alignment, PermutationSpec
 
 
 def match_universe_of_activations(

@@ -18,8 +18,7 @@ from hf_llfc.alignment.sources import Parameters
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.workers import ALONE, Workers
-from hf_llfc.symmetry.alignment import Alignment
-from hf_llfc.symmetry.spec import PermutationSpec
+from hf_llfc.symmetry.spec import Alignment, PermutationSpec
 from hf_llfc.symmetry.transforms import Transform
 
 # A group, and the axes that are not determined when it is its turn.

@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from hf_llfc.checkpoints.checkpoint import Checkpoint, open_checkpoint, state_dict_on_disk, tensor_bytes
+from hf_llfc.checkpoints.checkpoint import Checkpoint, tensor_bytes
 from hf_llfc.checkpoints.files import FileSpan
 from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.opening import open_checkpoint
+from hf_llfc.checkpoints.planned import state_dict_on_disk
 from hf_llfc.checkpoints.writing.output import OutputFolder
 from hf_llfc.checkpoints.writing.shards import ShardFiles, Sink, Written
 from hf_llfc.foundation.lazy import lazy_names

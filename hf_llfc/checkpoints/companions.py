@@ -11,70 +11,28 @@ from pathlib import Path
 TEMPLATES_FOLDER = "additional_chat_templates"
 
 _TOKENIZER_PATTERNS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "vocab.bpe",
-    "vocab-src.json",
-    "vocab-tgt.json",
-    "target_vocab.json",
-    "entity_vocab.json",
-    "encoder.json",
-    "byte_maps.json",
-    "merges.txt",
-    "bpe.codes",
-    "dict.txt",
-    "emoji.json",
-    "normalizer.json",
-    "tekken.json",
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "sentencepiece.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "spm.model",
-    "spm_char.model",
-    "source.spm",
-    "target.spm",
-    "prophetnet.tokenizer",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    f"{TEMPLATES_FOLDER}/*.jinja",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "vocab.bpe", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json",
+    "encoder.json", "byte_maps.json", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "normalizer.json",
+    "tekken.json", "tokenizer.model", "tokenizer.model.v*", "sentencepiece.model", "sentencepiece.bpe.model",
+    "spiece.model", "spm.model", "spm_char.model", "source.spm", "target.spm", "prophetnet.tokenizer", "*.tiktoken",
+    "chat_template.jinja", "chat_template.json", f"{TEMPLATES_FOLDER}/*.jinja",
+)  # fmt: skip
 
 _PATTERNS = (
-    "generation_config.json",
-    *_TOKENIZER_PATTERNS,
-    # processors
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "audio_tokenizer_config.json",
-)
+    "generation_config.json", *_TOKENIZER_PATTERNS, "preprocessor_config.json", "processor_config.json",
+    "image_processor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
+)  # fmt: skip
 
 # What says how text becomes token ids; one of these is enough to compare two vocabularies.
 _VOCABULARY_PATTERNS = (
-    "tokenizer.json",
-    "vocab*",
-    "*vocab.json",
-    "encoder.json",
-    "byte_maps.json",
-    "tekken.json",
-    "*.model",
-    "*.model.v*",
-    "*.spm",
-    "*.tokenizer",
-    "*.tiktoken",
-)
+    "tokenizer.json", "vocab*", "*vocab.json", "encoder.json", "byte_maps.json", "tekken.json", "*.model",
+    "*.model.v*", "*.spm", "*.tokenizer", "*.tiktoken",
+)  # fmt: skip
 
 
 def companion_names(names: Iterable[str]) -> list[str]:
-    """Those of the names that belong to a checkpoint besides config, weights and code.
+    """Selects the files that belong to a checkpoint besides config, weights and code.
 
     Args:
         names: Paths below the folder of the checkpoint, with `/`.
@@ -83,7 +41,7 @@ def companion_names(names: Iterable[str]) -> list[str]:
 
 
 def code_names(names: Iterable[str]) -> list[str]:
-    """Those of the names that are code which a config may refer to."""
+    """Selects the files with code that a config may refer to."""
     return [name for name in names if _matches(name, "*.py")]
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ def compare(checkpoints: Sequence[Checkpoint], *, bodies_only: bool = False) -> 
     """
     problems: list[str] = []
     for other in checkpoints[1:]:
-        problems += (_compare_bodies if bodies_only else _compare_pair)(checkpoints[0], other)
+        problems += _problems(checkpoints[0], other, bodies_only)
     return problems
 
 
@@ -54,19 +54,19 @@ def body_tensors(checkpoint: Checkpoint, other: Checkpoint) -> frozenset[str]:
 
 
 def tokenizer_problems(models: Sequence[Checkpoint], source: Checkpoint) -> list[str]:
-    """Finds what forbids to give models the tokenizer of another.
+    """Finds what forbids giving models the tokenizer of another.
 
     Args:
-        models: What the tokenizer is to serve; at least one.
-        source: Whose tokenizer it is.
+        models: The models that get the tokenizer; at least one.
+        source: The model that has the tokenizer.
 
     Returns:
-        The problem with the first model that has one; none if every id stands for the token that it stands for there.
+        The problem of the first model that has one; none if every id stands for the same token in all models.
     """
     vocabulary = _vocabulary(source)
     if vocabulary is None:
         return [f"{source.label}: has no tokenizer that can be read; name a model with one"]
-    problems = [problem for each in models for problem in _vocabulary_problems(each, source)]
+    problems = [problem for model in models for problem in _vocabulary_problems(model, source)]
     largest, token = max((index, token) for token, index in vocabulary.items())
     rows = models[0].config.get_text_config().to_dict().get("vocab_size")
     if not problems and isinstance(rows, int) and largest >= rows:
@@ -77,30 +77,17 @@ def tokenizer_problems(models: Sequence[Checkpoint], source: Checkpoint) -> list
     return problems[:1]
 
 
-def _compare_bodies(first: Checkpoint, other: Checkpoint) -> list[str]:
+def _problems(first: Checkpoint, other: Checkpoint, bodies_only: bool) -> list[str]:
     type_1, type_2 = first.settings.model_type, other.settings.model_type
     if type_1 != type_2:
         return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
     problems = list(_config_problems(first, other))
-    shared = body_tensors(other, first)
-    if not shared:
-        return [f"{other.label}: shares no tensor of a base model with {first.label}; save both with a task head"]
-    shapes = [
-        f"{name} {list(other.tensors[name].shape)} against {list(first.tensors[name].shape)}"
-        for name in first.tensors
-        if name in shared and other.tensors[name].shape != first.tensors[name].shape
-    ]
-    if shapes:
-        problems.append(f"{other.label}: other shapes than in {first.label}: {_few(shapes, '; ')}")
-    return [*problems, *_vocabulary_problems(first, other)]
-
-
-def _compare_pair(first: Checkpoint, other: Checkpoint) -> list[str]:
-    type_1, type_2 = first.settings.model_type, other.settings.model_type
-    if type_1 != type_2:
-        return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
-    problems = list(_config_problems(first, other))
-    if first.architecture != other.architecture:
+    if bodies_only:
+        shared = body_tensors(other, first)
+        if not shared:
+            return [f"{other.label}: shares no tensor of a base model with {first.label}; save both with a task head"]
+        problems += _shape_problems(first, other, shared)
+    elif first.architecture != other.architecture:
         problems.append(
             f"{other.label}: the architecture is {other.architecture}, but that of {first.label} is"
             f" {first.architecture}; save both with the same model class"
@@ -108,8 +95,7 @@ def _compare_pair(first: Checkpoint, other: Checkpoint) -> list[str]:
     else:
         problems += _tensor_problems(first, other)
         problems += _label_problems(first, other)
-    problems += _vocabulary_problems(first, other)
-    return problems
+    return [*problems, *_vocabulary_problems(first, other)]
 
 
 def _config_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
@@ -146,19 +132,24 @@ def _tensor_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
             f"{other.label}: one of the two files holds {_listed(names)}, the other does not, and"
             f" {first.architecture} has no use for that; save that model again with save_pretrained"
         )
-    shapes, kinds = [], []
-    for name, info in first.tensors.items():
-        if name not in other.tensors:
-            continue
-        found = other.tensors[name]
-        if found.shape != info.shape:
-            shapes.append(f"{name} {list(found.shape)} against {list(info.shape)}")
-        if found.dtype.is_floating_point != info.dtype.is_floating_point:
-            kinds.append(f"{name} {found.dtype} against {info.dtype}")
-    if shapes:
-        yield f"{other.label}: other shapes than in {first.label}: {_few(shapes, '; ')}"
+    yield from _shape_problems(first, other, other.tensors)
+    kinds = [
+        f"{name} {other.tensors[name].dtype} against {info.dtype}"
+        for name, info in first.tensors.items()
+        if name in other.tensors and other.tensors[name].dtype.is_floating_point != info.dtype.is_floating_point
+    ]
     if kinds:
         yield f"{other.label}: other kinds of numbers than in {first.label}: {_few(kinds, '; ')}"
+
+
+def _shape_problems(first: Checkpoint, other: Checkpoint, names: Container[str]) -> Iterator[str]:
+    shapes = [
+        f"{name} {list(other.tensors[name].shape)} against {list(info.shape)}"
+        for name, info in first.tensors.items()
+        if name in names and other.tensors[name].shape != info.shape
+    ]
+    if shapes:
+        yield f"{other.label}: other shapes than in {first.label}: {_few(shapes, '; ')}"
 
 
 def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:

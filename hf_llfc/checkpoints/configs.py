@@ -10,7 +10,6 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_llfc.checkpoints.files import CONFIG_FILE, GENERATION_FILE, Files
-from hf_llfc.checkpoints.settings import architecture_of
 from hf_llfc.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -21,7 +20,7 @@ class UnknownConfig(PreTrainedConfig):
 
 
 def known_model_types() -> list[str]:
-    """Every model type that transformers knows, or that was registered with it."""
+    """Lists the model types that transformers knows or that were registered with it."""
     return list(CONFIG_MAPPING.keys())
 
 
@@ -33,19 +32,22 @@ def find_config_class(model_type: str) -> type[PreTrainedConfig] | None:
     return CONFIG_MAPPING[model_type]
 
 
-def load_config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a checkpoint; an `UnknownConfig` where transformers does not know the model type.
+def load_config(
+    files: Files, raw: dict[str, Any], architecture: str | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    """Reads the config of a checkpoint; as an `UnknownConfig` where transformers does not know the model type.
 
     Args:
-        files: Of the checkpoint.
-        raw: What its config.json says.
+        files: The files of the checkpoint.
+        raw: The values in its config.json.
+        architecture: The model class that it names, if it names one.
         trust_remote_code: Whether code that comes with the checkpoint may be run.
 
     Raises:
         CheckpointError: transformers cannot read it.
     """
     where = f"{files.where}/{CONFIG_FILE}"
-    model_type = raw.get("model_type") or _model_type(where, raw)
+    model_type = raw.get("model_type") or _model_type(where, architecture)
     auto_map = raw.get("auto_map")
     try:
         if trust_remote_code and isinstance(auto_map, dict) and "AutoConfig" in auto_map:
@@ -68,12 +70,12 @@ def load_config(files: Files, raw: dict[str, Any], trust_remote_code: bool) -> P
 
 
 def load_generation_config(files: Files, raw: dict[str, Any], config: PreTrainedConfig) -> GenerationConfig | None:
-    """How the model of a checkpoint generates, also where an old config says so.
+    """Reads how the model of a checkpoint generates, also where an old config says so.
 
     Args:
-        files: Of the checkpoint.
-        raw: What its config.json says.
-        config: What transformers makes of that.
+        files: The files of the checkpoint.
+        raw: The values in its config.json.
+        config: The config that transformers makes of them.
 
     Raises:
         CheckpointError: It cannot be read.
@@ -91,9 +93,8 @@ def load_generation_config(files: Files, raw: dict[str, Any], config: PreTrained
         raise CheckpointError(f"{files.where}: the generation config cannot be read: {error}") from error
 
 
-def _model_type(where: str, raw: dict[str, Any]) -> str:
-    """The model type of a config from before configs named it."""
-    architecture = architecture_of(where, raw)
+def _model_type(where: str, architecture: str | None) -> str:
+    """Guesses the model type of a config from before configs named it."""
     if architecture is None:
         raise CheckpointError(
             f'{where}: names neither model_type nor architectures; add "model_type", for example "bert"'
@@ -101,11 +102,11 @@ def _model_type(where: str, raw: dict[str, Any]) -> str:
     from hf_llfc.checkpoints import names
 
     try:
-        found = names.find_class_in_transformers(architecture)
+        model_class = names.find_class_in_transformers(architecture)
     except ImportError:
-        found = None
-    if found is not None and found.config_class is not None:
-        return found.config_class.model_type
+        model_class = None
+    if model_class is not None and model_class.config_class is not None:
+        return model_class.config_class.model_type
     begins = architecture.casefold()
     fitting = [known for known in known_model_types() if begins.startswith(re.sub("[-_]", "", known))]
     guess = max(fitting, key=len, default="bert")

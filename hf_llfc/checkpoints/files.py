@@ -28,6 +28,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+_INDEX_ENDING = ".index.json"
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -58,7 +59,7 @@ _QUANTISED_ENDINGS = (
 
 
 class Files(Protocol):
-    """Where the files of a checkpoint come from."""
+    """The files of a checkpoint, wherever they come from."""
 
     @property
     def id(self) -> str:
@@ -67,7 +68,7 @@ class Files(Protocol):
 
     @property
     def where(self) -> str:
-        """What error messages call the checkpoint; with the revision if the user named one."""
+        """Name of the checkpoint in messages; with the revision if the user named one."""
         ...
 
     @property
@@ -77,7 +78,7 @@ class Files(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where the files lie once they are fetched."""
+        """Folder of the files once they are fetched."""
         ...
 
     def sizes(self) -> Mapping[str, int]:
@@ -120,7 +121,7 @@ class LocalFiles:
 
 @dataclass(frozen=True)
 class Stamp:
-    """By what a file shows that it was written to, or that another was put in its place."""
+    """Size, time and inode of a file, by which it shows that it was written to or replaced."""
 
     size: int
     mtime_ns: int
@@ -133,8 +134,8 @@ class Stamp:
         Raises:
             OSError: The file cannot be found.
         """
-        found = path.stat()
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class Weights(Protocol):
@@ -158,17 +159,21 @@ class Weights(Protocol):
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, as stored; not to be changed in place."""
+        """Reads one tensor to the CPU in its stored dtype; it must not be changed in place."""
+        ...
+
+    def read_unrounded(self, name: str) -> torch.Tensor:
+        """Reads one tensor as `read` does, but before it is rounded where it is made from others."""
         ...
 
     def span(self, name: str) -> FileSpan | None:
-        """Where the tensor's bytes lie in a file; None where it has to be read as a whole."""
+        """Finds where the tensor's bytes lie in a file; None where it has to be read as a whole."""
         ...
 
 
 @dataclass(frozen=True)
 class FileSpan:
-    """Where a tensor's bytes lie in a file, as they would lie in memory.
+    """A tensor's bytes in a file, in the order that they would have in memory.
 
     Attributes:
         file: Open for reading, without a buffer.
@@ -236,14 +241,14 @@ class SafetensorsWeights:
 
     def identity(self) -> Mapping[str, Any]:
         """File → hash of its header, and of a file that no commit stands for size and time of its last change."""
-        found = {}
+        identity = {}
         for file, header in self._headers.items():
             layout = [[name, span.code, span.shape, span.begin, span.end] for name, span in header.spans.items()]
             digest = hashlib.sha256(json.dumps([layout, dict(header.metadata)]).encode()).hexdigest()
             stamp = self._stamps.get(file) if self._files.revision is None else None
             changes = {} if stamp is None else {"size": stamp.size, "mtime_ns": stamp.mtime_ns}
-            found[file] = {"header": digest, **changes}
-        return found
+            identity[file] = {"header": digest, **changes}
+        return identity
 
     def refuse_changed(self) -> None:
         """Refuses weights whose files were written to since they were opened.
@@ -255,7 +260,7 @@ class SafetensorsWeights:
             refuse_changed(self._files.folder / file, stamp, f"{self._files.where}/{file}")
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor; the first call fetches the files if they are elsewhere.
+        """Reads one tensor; the first call fetches the files if they are elsewhere.
 
         Raises:
             CheckpointError: If the file has changed since its header was checked, or cannot be read.
@@ -265,8 +270,10 @@ class SafetensorsWeights:
         self.span(name).read_into(data.numpy().data)
         return data.view(info.dtype).reshape(info.shape)
 
+    read_unrounded = read
+
     def span(self, name: str) -> FileSpan:
-        """Where a tensor's bytes lie; the first call fetches the files if they are elsewhere.
+        """Finds where a tensor's bytes lie; the first call fetches the files if they are elsewhere.
 
         Raises:
             CheckpointError: If the file has changed since its header was checked, or cannot be read.
@@ -318,16 +325,18 @@ class TensorWeights:
                 raise CheckpointError(_quantised(where, name, str(info.dtype)))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Reads one tensor."""
         return self._tensors[name].detach().to("cpu")
 
+    read_unrounded = read
+
     def span(self, name: str) -> FileSpan | None:
-        """None: the tensors are in memory."""
+        """Returns None, because the tensors are in memory."""
         return None
 
     def identity(self) -> Mapping[str, Any]:
         """File → size and time of its last change."""
-        return {path.name: {"size": each.size, "mtime_ns": each.mtime_ns} for path, each in self._stamps.items()}
+        return {path.name: {"size": stamp.size, "mtime_ns": stamp.mtime_ns} for path, stamp in self._stamps.items()}
 
     def refuse_changed(self) -> None:
         """Refuses weights whose files were written to since they were opened.
@@ -423,30 +432,18 @@ def open_weights(files: Files, explicit: Any = None, *, allow_pickle: bool = Fal
                 f"{files.where}: transformers_weights in {CONFIG_FILE} is {explicit!r}, which is not a file of the"
                 " checkpoint; remove the key or fetch the file"
             )
-        is_index = explicit.endswith(".index.json")
-        shards = _shards(files, explicit) if is_index else [explicit]
-        return _open_safetensors(files, shards, explicit if is_index else None)
-    if SINGLE_FILE in names:
-        return _open_safetensors(files, [SINGLE_FILE], None)
-    if INDEX_FILE in names:
-        return _open_safetensors(files, _shards(files, INDEX_FILE), INDEX_FILE)
-    if not allow_pickle and not {PICKLE_FILE, PICKLE_INDEX_FILE}.isdisjoint(names):
-        raise CheckpointError(
-            f"{files.where}: the weights are pickled ({PICKLE_FILE}), a format that can carry code; save the model"
-            " again with save_pretrained to get safetensors, or where you trust its author ask for it with"
-            " --allow-pickle (`allow_pickle: true` in a recipe, allow_pickle=True in Python)"
-        )
-    if PICKLE_FILE in names:
-        return _open_pickles(files, [PICKLE_FILE])
-    if PICKLE_INDEX_FILE in names:
-        return _open_pickles(files, _shards(files, PICKLE_INDEX_FILE))
-    found = [name for name in names if "/" not in name]
+        return _open_safetensors(files, explicit)
+    if SINGLE_FILE in names or INDEX_FILE in names:
+        return _open_safetensors(files, SINGLE_FILE if SINGLE_FILE in names else INDEX_FILE)
+    if PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
+        return _open_pickles(files, PICKLE_FILE if PICKLE_FILE in names else PICKLE_INDEX_FILE, allow_pickle)
+    held = [name for name in names if "/" not in name]
     for ending, what in _NO_WEIGHTS.items():
-        if any(name.endswith(ending) for name in found):
+        if any(name.endswith(ending) for name in held):
             raise CheckpointError(f"{files.where}: found {what}")
     raise CheckpointError(
         f"{files.where}: no weights found, expected {SINGLE_FILE}, {INDEX_FILE} or {PICKLE_FILE};"
-        f" the folder holds {', '.join(found) or 'nothing'}"
+        f" the folder holds {', '.join(held) or 'nothing'}"
     )
 
 
@@ -470,23 +467,19 @@ def open_adapter_weights(files: Files, *, allow_pickle: bool = False) -> Weights
     """
     names = files.sizes()
     if ADAPTER_FILE in names:
-        return _open_safetensors(files, [ADAPTER_FILE], None)
+        return _open_safetensors(files, ADAPTER_FILE)
     if ADAPTER_PICKLE_FILE not in names:
         raise CheckpointError(
             f"{files.where}: no weights of an adapter found, expected {ADAPTER_FILE}; it holds"
             f" {', '.join(list(names)[:10]) or 'nothing'}"
         )
-    if not allow_pickle:
-        raise CheckpointError(
-            f"{files.where}: the adapter is pickled ({ADAPTER_PICKLE_FILE}), a format that can carry code; save it"
-            " again with save_pretrained to get safetensors, or where you trust its author ask for it with"
-            " --allow-pickle (`allow_pickle: true` in a recipe, allow_pickle=True in Python)"
-        )
-    return _open_pickles(files, [ADAPTER_PICKLE_FILE])
+    return _open_pickles(files, ADAPTER_PICKLE_FILE, allow_pickle)
 
 
-def _open_safetensors(files: Files, shards: Sequence[str], index: str | None) -> SafetensorsWeights:
-    headers = {shard: files.header(shard) for shard in shards}
+def _open_safetensors(files: Files, file: str) -> SafetensorsWeights:
+    """Opens one file, or all that an index names."""
+    index = file if file.endswith(_INDEX_ENDING) else None
+    headers = {shard: files.header(shard) for shard in _shards(files, file)}
     problems: list[str] = []
     infos: dict[str, TensorInfo] = {}
     shard_of: dict[str, str] = {}
@@ -517,7 +510,9 @@ def _quantised(where: str, name: str, dtype: str) -> str:
 
 
 def _shards(files: Files, index: str) -> list[str]:
-    """The files that an index names, checked to lie in the folder."""
+    """Lists the files that an index names, checked to lie in the folder; a weight file alone is the only one."""
+    if not index.endswith(_INDEX_ENDING):
+        return [index]
     files.fetch([index])
     where = f"{files.where}/{index}"
     weight_map = read_json(files.folder / index, where).get("weight_map")
@@ -542,7 +537,14 @@ def is_outside(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or ":" in name
 
 
-def _open_pickles(files: Files, names: Sequence[str]) -> TensorWeights:
+def _open_pickles(files: Files, file: str, allow_pickle: bool) -> TensorWeights:
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{files.where}: the weights are pickled ({file}), a format that can carry code; save them again with"
+            " save_pretrained to get safetensors, or where you trust their author ask for it with --allow-pickle"
+            " (`allow_pickle: true` in a recipe, allow_pickle=True in Python)"
+        )
+    names = _shards(files, file)
     files.fetch(names)
     tensors: dict[str, torch.Tensor] = {}
     for name in names:

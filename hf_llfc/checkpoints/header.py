@@ -23,56 +23,42 @@ MAX_VALUES = 5_000_000  # in the JSON of a header; half a million tensors, sever
 MAX_DIMENSIONS = 64  # the limit of torch
 ALIGNMENT = 8  # the bytes of the tensors start at a multiple of this
 
-# Bits per element, in the order in which the safetensors library lays tensors out in a file (last first).
-_BITS = {
-    "BOOL": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "C64": 64,
-    "F64": 64,
-    "I64": 64,
-    "U64": 64,
+# Bits per element and torch's type if it has one, in the order in which the safetensors library lays tensors out in a
+# file (last first).
+_DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
+    "BOOL": (8, torch.bool),
+    "F4": (4, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "U8": (8, torch.uint8),
+    "I8": (8, torch.int8),
+    "F8_E5M2": (8, None),
+    "F8_E4M3": (8, None),
+    "F8_E8M0": (8, None),
+    "F8_E4M3FNUZ": (8, None),
+    "F8_E5M2FNUZ": (8, None),
+    "I16": (16, torch.int16),
+    "U16": (16, torch.uint16),
+    "F16": (16, torch.float16),
+    "BF16": (16, torch.bfloat16),
+    "I32": (32, torch.int32),
+    "U32": (32, torch.uint32),
+    "F32": (32, torch.float32),
+    "C64": (64, torch.complex64),
+    "F64": (64, torch.float64),
+    "I64": (64, torch.int64),
+    "U64": (64, torch.uint64),
 }
+_FILE_ORDER = {code: position for position, code in enumerate(_DTYPES)}
 _TRAILING_DIGITS = re.compile(r"(.*?)([0-9]*)", re.DOTALL)
-_FILE_ORDER = {code: position for position, code in enumerate(_BITS)}
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
+TORCH_DTYPES = {code: dtype for code, (_, dtype) in _DTYPES.items() if dtype is not None}
 CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of one tensor before it is read."""
+    """The dtype and shape of one tensor, known before it is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -274,16 +260,16 @@ def _parse_span(name: str, entry: object, where: str) -> Span:
             f"{what}: expected dtype, shape and data_offsets in the header, found {repr(entry)[:120]}"
         )
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _BITS:
-        nearest = suggest(str(code)[:40], _BITS)
-        raise CheckpointError(f"{what}: unknown dtype {repr(code)[:40]}, expected one of {', '.join(_BITS)}{nearest}")
+    if not isinstance(code, str) or code not in _DTYPES:
+        nearest = suggest(str(code)[:40], _DTYPES)
+        raise CheckpointError(f"{what}: unknown dtype {repr(code)[:40]}, expected one of {', '.join(_DTYPES)}{nearest}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(
             f"{what}: shape must be a list of at most {MAX_DIMENSIONS} sizes, found {repr(shape)[:80]}"
         )
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{what}: data_offsets must be [begin, end], found {repr(offsets)[:80]}")
-    bits = math.prod(shape) * _BITS[code]
+    bits = math.prod(shape) * _DTYPES[code][0]
     begin, end = offsets
     if bits != 8 * (end - begin):
         raise CheckpointError(

@@ -49,8 +49,8 @@ def find_class_in_transformers(architecture: str) -> type[PreTrainedModel] | Non
     Raises:
         ImportError: If the class needs a package that is not installed.
     """
-    found = getattr(transformers, architecture, None)  # transformers imports its classes on access
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    model_class = getattr(transformers, architecture, None)  # transformers imports its classes on access
+    return model_class if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel) else None
 
 
 def find_model_class(
@@ -91,7 +91,7 @@ def disk_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def tensors_of(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, str | None]:
-    """Which of some modules every tensor on disk comes from.
+    """Finds the module that every tensor on disk comes from.
 
     Names in memory and on disk may differ, and one tensor on disk may be a part or a stack of tensors in memory; so the
     model's own conversion is run on tensors that hold nothing but the number of their module.
@@ -105,7 +105,7 @@ def tensors_of(model: PreTrainedModel, modules: Sequence[str]) -> dict[str, str 
     """
 
     def number(name: str) -> int:
-        return next((place for place, module in enumerate(modules, start=1) if name.startswith(f"{module}.")), 0)
+        return next((index for index, module in enumerate(modules, start=1) if name.startswith(f"{module}.")), 0)
 
     # One number, spread over the shape, takes no memory.
     marked = {
@@ -153,7 +153,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the tensors on disk come from the tensors of a file.
+    """The way from the tensors of a file to the tensors on disk.
 
     Attributes:
         tensors: Name on disk → dtype and shape, in the order in which they are saved.
@@ -172,7 +172,7 @@ class Plan:
 
 
 class Layout:
-    """How a model class with a given config names its tensors, in memory and on disk."""
+    """The names that a model class with a given config gives its tensors, in memory and on disk."""
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
         """Builds the model without memory for its weights and takes the names from it.
@@ -201,7 +201,7 @@ class Layout:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """All tensors, in groups that are written together."""
+        """Tensors in groups that are written together."""
         return tuple(self._groups_to_make({}))
 
     @property
@@ -245,10 +245,10 @@ class Layout:
             sources = {name: list(loads[name].sources) for name in group.memory}
             wrong = [name for name in group.memory if made[name].shape != self._memory[name].shape]
             for name in wrong:
-                found, expected = _shape(made[name].shape), _shape(self._memory[name].shape)
+                actual, expected = _shape(made[name].shape), _shape(self._memory[name].shape)
                 stored = " + ".join(sources[name])
                 which = stored if stored == name else f"{stored} makes {name}, which"
-                problems.append(f"tensor {which} has shape {found}, but the config makes it {expected}")
+                problems.append(f"tensor {which} has shape {actual}, but the config makes it {expected}")
             used.update(name for names in sources.values() for name in names)
             if not wrong:
                 made_on_disk = self.to_disk(made)
@@ -262,8 +262,8 @@ class Layout:
             if name in absent_on_disk:
                 problems.append(f"tensor {name} of shape {_shape(shape)} is missing")
             elif name in tensors and tensors[name].shape != shape:
-                found = _shape(tensors[name].shape)
-                problems.append(f"tensor {name} has shape {found}, but the config makes it {_shape(shape)}")
+                actual = _shape(tensors[name].shape)
+                problems.append(f"tensor {name} has shape {actual}, but the config makes it {_shape(shape)}")
         raise_all(problems, CheckpointError, heading)
 
         def make(name: str, read: Read) -> dict[str, torch.Tensor]:
@@ -278,7 +278,7 @@ class Layout:
         )
 
     def memory_reader(self, infos: Mapping[str, TensorInfo]) -> Callable[[str, Read], torch.Tensor]:
-        """How single tensors in memory are made, without the rest of the model.
+        """Prepares making single tensors in memory without the rest of the model.
 
         Args:
             infos: The tensors of the file, complete as `plan` has found them.
@@ -418,7 +418,7 @@ def _saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def _saving_transforms(model: PreTrainedModel) -> list[WeightTransform]:
-    """What `save_pretrained` reverses for a new model.
+    """Lists the transforms that `save_pretrained` reverses for a new model.
 
     Not what it reverses for this model: that depends on the file that the model was loaded from, so that two equal
     models would have different names.

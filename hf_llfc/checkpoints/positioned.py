@@ -8,13 +8,13 @@ _SEEKING = threading.Lock()
 """Held where the system can only read and write where a file stands."""
 
 
-def read_at(descriptor: int, room: memoryview, place: int) -> int:
-    """Reads bytes of a file from a place on until the room is full or the file ends.
+def read_at(descriptor: int, room: memoryview, offset: int) -> int:
+    """Reads bytes of a file from an offset on until the room is full or the file ends.
 
     Args:
         descriptor: Of the file.
         room: Where to put the bytes, of format `B`.
-        place: Counted from the beginning of the file.
+        offset: In bytes from the beginning of the file.
 
     Returns:
         How many bytes there were.
@@ -25,38 +25,38 @@ def read_at(descriptor: int, room: memoryview, place: int) -> int:
     filled = 0
     while filled < len(room):
         if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [room[filled:]], place + filled)
+            count = os.preadv(descriptor, [room[filled:]], offset + filled)
         else:
             with _SEEKING:
-                os.lseek(descriptor, place + filled, os.SEEK_SET)
-                found = os.read(descriptor, len(room) - filled)
-            count = len(found)
-            room[filled : filled + count] = found
+                os.lseek(descriptor, offset + filled, os.SEEK_SET)
+                data = os.read(descriptor, len(room) - filled)
+            count = len(data)
+            room[filled : filled + count] = data
         if count == 0:
             break
         filled += count
     return filled
 
 
-def write_at(descriptor: int, data: memoryview, place: int) -> None:
-    """Writes all bytes to a file, from a place on.
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """Writes all bytes to a file, from an offset on.
 
     Args:
         descriptor: Of the file.
         data: The bytes, of format `B`.
-        place: Counted from the beginning of the file.
+        offset: In bytes from the beginning of the file.
 
     Raises:
         OSError: The disk is full, or the file cannot be written.
     """
     while data:
         if hasattr(os, "pwrite"):
-            count = os.pwrite(descriptor, data, place)
+            count = os.pwrite(descriptor, data, offset)
         else:
             with _SEEKING:
-                os.lseek(descriptor, place, os.SEEK_SET)
+                os.lseek(descriptor, offset, os.SEEK_SET)
                 count = os.write(descriptor, data)
-        data, place = data[count:], place + count
+        data, offset = data[count:], offset + count
 
 
 def open_direct(path: Path) -> int | None:

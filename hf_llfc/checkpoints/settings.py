@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,58 +29,42 @@ class Unsaid(Exception):
     """A file does not say a value that is needed."""
 
 
+@dataclass(frozen=True, eq=False)
 class Settings:
     """The config of a checkpoint, and how its model generates.
 
     Attributes:
-        raw: What config.json says; None where the config is in memory.
+        raw: The values in config.json; None where the config is in memory.
+        load: Loads the config; called once, when it is asked for.
+        load_generation: Loads the generation config, given the config; None if there is none.
         is_kept: Whether config.json is written as it was read, with what older ones say of generation.
     """
 
-    def __init__(
-        self,
-        raw: Mapping[str, Any] | None,
-        load: Callable[[], PreTrainedConfig],
-        load_generation: Callable[[PreTrainedConfig], GenerationConfig | None],
-        is_kept: bool = False,
-    ) -> None:
-        """Takes what loads the objects; it is called when they are asked for, once.
-
-        Args:
-            raw: See the attributes.
-            load: The config.
-            load_generation: The generation config, given the config; None if there is none.
-            is_kept: See the attributes.
-        """
-        self.raw = raw
-        self._load = load
-        self._load_generation = load_generation
-        self.is_kept = is_kept
+    raw: Mapping[str, Any] | None
+    load: Callable[[], PreTrainedConfig]
+    load_generation: Callable[[PreTrainedConfig], GenerationConfig | None]
+    is_kept: bool = False
 
     @classmethod
     def in_memory(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None = None) -> Settings:
-        """Those of objects that are there.
-
-        Args:
-            config: Of the model.
-            generation_config: How it generates, if it does.
-        """
+        """Takes objects that are in memory."""
         return cls(None, lambda: config, lambda _: generation_config)
 
     @classmethod
     def of_file(cls, files: Files, raw: dict[str, Any], trust_remote_code: bool) -> Settings:
-        """Those of a checkpoint in files; transformers is asked when they are.
+        """Takes the values of a file; transformers is loaded when the objects are asked for.
 
         Args:
-            files: Of the checkpoint.
-            raw: What its config.json says.
-            trust_remote_code: Whether code that comes with it may be run.
+            files: The files of the checkpoint.
+            raw: The values in its config.json.
+            trust_remote_code: Whether code that comes with the checkpoint may be run.
         """
 
         def load() -> PreTrainedConfig:
             from hf_llfc.checkpoints.configs import load_config
 
-            return load_config(files, raw, trust_remote_code)
+            where = f"{files.where}/{CONFIG_FILE}"
+            return load_config(files, raw, architecture_of(where, raw), trust_remote_code)
 
         def load_generation(config: PreTrainedConfig) -> GenerationConfig | None:
             from hf_llfc.checkpoints.configs import load_generation_config
@@ -88,15 +74,11 @@ class Settings:
         return cls(raw, load, load_generation)
 
     def with_config(self, config: PreTrainedConfig) -> Settings:
-        """The same with another config.
-
-        Args:
-            config: Of the model.
-        """
+        """Settings with another config."""
         return Settings(None, lambda: config, lambda _: self.generation_config)
 
     def kept(self) -> Settings:
-        """The same, to be written as config.json has it."""
+        """Settings that are written as config.json has them."""
         return Settings(self.raw, lambda: self.config, lambda _: self.generation_config, is_kept=self.raw is not None)
 
     @cached_property
@@ -106,16 +88,16 @@ class Settings:
         Raises:
             CheckpointError: transformers cannot read it.
         """
-        return self._load()
+        return self.load()
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
-        """How the model generates, or None.
+        """Generation config of the model, or None.
 
         Raises:
             CheckpointError: transformers cannot read it.
         """
-        return self._load_generation(self.config)
+        return self.load_generation(self.config)
 
     @property
     def model_type(self) -> str:
@@ -124,7 +106,7 @@ class Settings:
         return named if isinstance(named, str) and named else self.config.model_type
 
     def said(self) -> Said | None:
-        """What the file says, to be read like a config; None where code of its own reads it."""
+        """The values in the file, to be read like a config; None where code of its own reads it."""
         return None if self.raw is None or "auto_map" in self.raw else Said(self.raw)
 
     def digest(self) -> str:
@@ -154,18 +136,14 @@ class Settings:
 
 
 class Said:
-    """What config.json says, to be read by adapters: enough to name the tensors of a model and to tell their shapes.
+    """The values in config.json as adapters read them: enough to name the tensors of a model and to tell their shapes.
 
-    A value that is not there is what the adapter takes it for, which need not be the default of the config class; the
-    tensors have to fit for it. A null, in whose place a class may put anything, raises `Unsaid`.
+    For a value that is missing the adapter has its own default, which need not be that of the config class; the tensors
+    have to fit it. A null, in whose place a class may put anything, raises `Unsaid`.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """Takes the values.
-
-        Args:
-            values: Of the file.
-        """
+        """Takes the values of the file."""
         self._values = _Values(values)
 
     def __getattr__(self, name: str) -> Any:
@@ -179,23 +157,14 @@ class Said:
         return self._values
 
 
-class _Values(Mapping[str, Any]):
+class _Values(UserDict[str, Any]):
     """Values of a config, none of them null."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = values
-
     def __getitem__(self, name: str) -> Any:
-        value = self._values[name]
+        value = self.data[name]
         if value is None:
             raise Unsaid(name)
         return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 def architecture_of(where: str, raw: Mapping[str, Any]) -> str | None:

@@ -101,14 +101,14 @@ class StreamedModel:
             model = checkpoint.model_class(deepcopy(checkpoint.config))
         dtype = most_common_dtype(checkpoint.tensors)
         model = nn.Module.to(model, dtype) if dtype is not None else model
-        place = torch.device(device)
+        execution_device = torch.device(device)
         # Its parameters are nowhere, but what runs it asks the model for the device of its inputs.
         kind = type(model)
         model.__class__ = type(
-            kind.__name__, (kind,), {"device": property(lambda _: place), "__module__": kind.__module__}
+            kind.__name__, (kind,), {"device": property(lambda _: execution_device), "__module__": kind.__module__}
         )
         self.model: PreTrainedModel = cpu_offload(
-            model.eval(), execution_device=place, offload_buffers=True, state_dict=self._weights
+            model.eval(), execution_device=execution_device, offload_buffers=True, state_dict=self._weights
         )
 
     def move_to(self, weights: Sequence[float], buffers: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -16,5 +16,8 @@ METHOD_FILE = "method.json"
 RUN_FILE = "run.json"
 """What neither recipe nor report says of a run; see `record`."""
 
+FILES_FILE = "files.json"
+"""The files that a run wrote: `--overwrite` replaces a folder that holds no others."""
+
 PAGE_FILE = "report.html"
 """The interactive report."""

@@ -11,12 +11,11 @@ if TYPE_CHECKING:
     from hf_llfc.merging.combination import linear_combination, task_arithmetic
     from hf_llfc.merging.schedule import Rule, WeightSchedule, layer_depths, resolve_weights
     from hf_llfc.merging.streaming import merge_streamed
-    from hf_llfc.merging.tensors import Merge, Source, merged_infos
+    from hf_llfc.merging.tensors import Merge, merged_infos
 
 __all__ = [
     "Merge",
     "Rule",
-    "Source",
     "WeightSchedule",
     "layer_depths",
     "linear_combination",
@@ -37,7 +36,6 @@ __getattr__ = lazy_names(
         "resolve_weights": ".schedule",
         "merge_streamed": ".streaming",
         "Merge": ".tensors",
-        "Source": ".tensors",
         "merged_infos": ".tensors",
     },
 )

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import FileSpan, Sink, Written, tensor_bytes
+from hf_llfc.checkpoints.source import Moved
 from hf_llfc.merging.combination import CHUNK, DTYPES, Scratch
 from hf_llfc.merging.on_device import DeviceScratch
-from hf_llfc.merging.tensors import Merge, Moved
+from hf_llfc.merging.tensors import Merge
 from hf_llfc.parallel.workers import ALONE, Workers
 
 PART = 1 << 20

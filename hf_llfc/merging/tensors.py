@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hf_llfc.checkpoints import FileSpan, TensorInfo
+from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.buffers import COUNTER, VARIANCE, is_constant
+from hf_llfc.checkpoints.source import Source
 from hf_llfc.errors import CheckpointError
 from hf_llfc.merging.combination import Combination, linear_combination, task_arithmetic
 from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
-
-Places = np.ndarray[tuple[int], np.dtype[np.int64]]
-
-
-@dataclass(frozen=True)
-class Moved:
-    """A matrix in a file whose rows and columns are at other places there; a vector is one of a single column.
-
-    Attributes:
-        span: Where the bytes of the original lie.
-        shape: Rows and columns.
-        rows: Place of every row in the original; None where they stay.
-        columns: The same of columns.
-    """
-
-    span: FileSpan
-    shape: tuple[int, int]
-    rows: Places | None
-    columns: Places | None
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to read from.
-
-    Attributes:
-        label: What it is called, for messages.
-        read: Gives a tensor by name.
-        span: Says where a tensor's bytes lie in a file; None where it has to be read as a whole.
-        moved: Says where those of the original lie of a matrix without a span, if its rows and columns are moved.
-    """
-
-    label: str
-    read: Callable[[str], Tensor]
-    span: Callable[[str], FileSpan | None] = lambda name: None
-    moved: Callable[[str], Moved | None] = lambda name: None
 
 
 def merged_infos(infos: Mapping[str, TensorInfo], out_dtype: torch.dtype | None) -> dict[str, TensorInfo]:

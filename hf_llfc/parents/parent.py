@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint, FileSpan
+from hf_llfc.checkpoints.source import Moved, Source
 from hf_llfc.errors import SpecError
-from hf_llfc.merging import Source
-from hf_llfc.merging.tensors import Moved
 from hf_llfc.parents.fitting import refuse_not_finite
 from hf_llfc.parents.specs import bind, spec_of
 from hf_llfc.symmetry import Alignment, Binding
@@ -78,7 +77,7 @@ class Parent:
         reindexing = self.checkpoint.reindexing
         if not self.lenders or reindexing is None or name not in reindexing.dimensions:
             return False
-        return len(reindexing.union.lacking(reindexing.place)) > 0
+        return len(reindexing.union.lacking(reindexing.index)) > 0
 
     def _is_of_head(self, name: str) -> bool:
         from hf_llfc.checkpoints import body_tensors

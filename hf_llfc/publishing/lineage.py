@@ -12,6 +12,7 @@ from typing import Any
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import CARD_FILE
+from hf_llfc.foundation.model_names import HUB_ID, is_hub_id, parts_of, split_revision
 from hf_llfc.publishing.numbers import weight_text
 from hf_llfc.recipe import ModelEntry, Recipe
 
@@ -22,7 +23,6 @@ PARTS = "parts"
 """Under which the metadata of two cards lie, of a base and of the adapter that is folded into it."""
 LARGEST_CARD = 5_000_000
 """In bytes; a larger one is not read."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 RELEVANT = ("license", "license_name", "license_link", "language", "datasets")
 """Keys of a parent's card on which the card of the merge depends."""
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
@@ -140,27 +140,6 @@ class License:
 
     metadata: Mapping[str, str]
     problem: str | None = None
-
-
-def split_revision(model: str) -> tuple[str, str | None]:
-    """The two parts of `id@revision`; a path that holds an @ stays whole."""
-    model_id, at, revision = model.rpartition("@")
-    return (model_id, revision) if at and revision and HUB_ID.fullmatch(model_id) else (model, None)
-
-
-def parts_of(model: str) -> list[str]:
-    """A model as a recipe names it: one name, or of `base+adapter` the two."""
-    if "+" not in model or Path(model).exists():
-        return [model]
-    from hf_llfc.checkpoints.checkpoint import split_adapter
-
-    base, adapter = split_adapter(model)
-    return [base] if adapter is None else [base, adapter]
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether a model is named by its id on the Hub and not by a folder that exists here."""
-    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def display_name(model: str) -> str:

@@ -6,15 +6,7 @@ from dataclasses import dataclass
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.lineage import display_name
-from hf_llfc.publishing.numbers import (
-    ERROR,
-    LOSS,
-    capitalized,
-    decimal_text,
-    distance_text,
-    height_text,
-    weight_text,
-)
+from hf_llfc.publishing.numbers import ERROR, LOSS, capitalized, decimal_text, distance_text, height_text, weight_text
 from hf_llfc.publishing.reading import farthest_coefficient, largest_ratio, not_finite, point_name, shown_layers
 from hf_llfc.publishing.record import AlignmentSummary
 

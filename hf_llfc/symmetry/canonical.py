@@ -43,9 +43,10 @@ import torch
 from torch import Tensor
 
 from hf_llfc.errors import SpecError
+from hf_llfc.symmetry.binding import Binding
 from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression
 from hf_llfc.symmetry.orthogonal import multiply_along
-from hf_llfc.symmetry.spec import Binding, PermutationSpec
+from hf_llfc.symmetry.spec import PermutationSpec
 from hf_llfc.symmetry.views import map_pieces, pieces
 
 INVERTIBLE = "invertible"
@@ -124,7 +125,7 @@ class HiddenBiases:
 
 @dataclass(frozen=True)
 class CanonicalForm:
-    """How checkpoints of one architecture are brought into canonical form.
+    """The rules by which checkpoints of one architecture are brought into canonical form.
 
     Attributes:
         spec: The permutation spec of what comes out, with the groups that its axes have then.
@@ -209,31 +210,31 @@ class Canonical:
     @cached_property
     def _circuits(self) -> dict[str, list[tuple[int, Circuit, bool]]]:
         """Tensor → (piece, circuit, whether on its left)."""
-        found: dict[str, list[tuple[int, Circuit, bool]]] = {}
+        by_tensor: dict[str, list[tuple[int, Circuit, bool]]] = {}
         for circuit in self.form.circuits:
             for parts, is_left in ((circuit.left, True), (circuit.right, False)):
                 for part in parts:
-                    found.setdefault(part.tensor, []).append((part.piece, circuit, is_left))
-        return found
+                    by_tensor.setdefault(part.tensor, []).append((part.piece, circuit, is_left))
+        return by_tensor
 
     @cached_property
     def _taken(self) -> dict[str, set[int]]:
         """Bias → its pieces that are taken away."""
-        found: dict[str, set[int]] = {}
-        for each in self.form.hidden:
-            moved = each.values if each.bias in self._present else None
-            for part in (each.keys, moved):
+        by_tensor: dict[str, set[int]] = {}
+        for hidden in self.form.hidden:
+            moved = hidden.values if hidden.bias in self._present else None
+            for part in (hidden.keys, moved):
                 if part is not None:
-                    found.setdefault(part.tensor, set()).add(part.piece)
-        return found
+                    by_tensor.setdefault(part.tensor, set()).add(part.piece)
+        return by_tensor
 
     @cached_property
     def _given(self) -> dict[str, HiddenBiases]:
         """Bias of an output map → what it takes up."""
         return {
-            each.bias: each
-            for each in self.form.hidden
-            if each.bias in self._present and each.values.tensor in self._present
+            hidden.bias: hidden
+            for hidden in self.form.hidden
+            if hidden.bias in self._present and hidden.values.tensor in self._present
         }
 
     def is_changed(self, name: str) -> bool:
@@ -242,11 +243,11 @@ class Canonical:
             return True
         declared = self.binding.tensors[name].spec.name
         of_norm = bool(self.form.norms) and (declared in self._norms or self._is_of_stream(declared))
-        biases = {self._bias_of(each) for each in self._readers} | self._taken.keys() | self._given.keys()
+        biases = {self._bias_of(reader) for reader in self._readers} | self._taken.keys() | self._given.keys()
         return of_norm or declared in self._circuits or declared in biases
 
     def canonical(self, name: str) -> Tensor:
-        """One tensor in canonical form, by the checkpoint's own name, float64; others come as they are."""
+        """Computes one tensor in canonical form, by the checkpoint's own name, float64; others come as they are."""
         if not self.is_changed(name):
             return self.read(name)
         declared = name if name in self.added else self.binding.tensors[name].spec.name
@@ -257,9 +258,9 @@ class Canonical:
         number = count()
 
         def balanced(piece: Tensor, atoms: tuple[Atom, ...]) -> Tensor:
-            place = next(number)
+            index = next(number)
             for of_piece, circuit, is_left in involved:
-                if of_piece == place:
+                if of_piece == index:
                     piece = _multiplied(piece, atoms, circuit, is_left, self._matrix(circuit))
             return piece
 
@@ -281,7 +282,9 @@ class Canonical:
     def _stream_dims(self, declared: str) -> list[int]:
         dimensions = self.binding.spec.tensors[declared].dimensions
         return [
-            place for place, each in enumerate(dimensions) if isinstance(each, AxisUse) and each.axis == self.stream
+            index
+            for index, dimension in enumerate(dimensions)
+            if isinstance(dimension, AxisUse) and dimension.axis == self.stream
         ]
 
     def _source(self, declared: str) -> Tensor:
@@ -311,17 +314,17 @@ class Canonical:
         return map_pieces(tensor, self._dimensions(declared), self._sizes, left)
 
     def _output_of_values(self, hidden: HiddenBiases) -> Tensor:
-        """What an output map makes of the bias of the values."""
+        """Applies the output map to the bias of the values."""
         of_bias = list(self._pieces(hidden.values.tensor))
         bias, of_values = of_bias[hidden.values.piece]
         ((weight, atoms),) = self._pieces(hidden.weight)
-        letters = {atom: chr(ord("a") + place) for place, atom in enumerate(atoms)}
+        letters = {atom: chr(ord("a") + index) for index, atom in enumerate(atoms)}
         stream = next(atom for atom in atoms if isinstance(atom, AxisUse) and atom.axis == self.stream)
-        left, right = ("".join(letters[atom] for atom in each) for each in (atoms, of_values))
+        left, right = ("".join(letters[atom] for atom in these) for these in (atoms, of_values))
         return torch.einsum(f"{left},{right}->{letters[stream]}", weight, bias)
 
     def _pieces(self, declared: str) -> Iterator[tuple[Tensor, tuple[Atom, ...]]]:
-        """Of a tensor with its norms folded."""
+        """Reads a tensor with its norms folded."""
         return pieces(self._norms_folded(declared), self._dimensions(declared), self._sizes)
 
     def _norms_folded(self, declared: str) -> Tensor:
@@ -342,7 +345,7 @@ class Canonical:
             norm = self._readers[declared]
             gain = self._gain(norm)
             for dim in dims:
-                tensor = tensor * gain.reshape([-1 if place == dim else 1 for place in range(tensor.ndim)])
+                tensor = tensor * gain.reshape([-1 if index == dim else 1 for index in range(tensor.ndim)])
             # A shift that stays has a mean, which its readers must see.
             if norm.shift in self._present and not self._shift_goes_to_biases(norm):
                 return tensor
@@ -355,7 +358,7 @@ class Canonical:
         return self._source(norm.gain) + (1 - norm.neutral)
 
     def _left_behind(self, declared: str, norm: Norm) -> Tensor:
-        """What a folded norm is left with."""
+        """The weight of a norm after it is folded."""
         stored = self._source(declared)
         if declared == norm.gain:
             return torch.full_like(stored, norm.neutral)
@@ -374,28 +377,28 @@ class Canonical:
         with self._making:
             if circuit.axis not in self._matrices:
                 together = self._sharing(circuit)
-                parts = {part: self._piece(part) for each in together for part in (*each.left, *each.right)}
+                parts = {part: self._piece(part) for other in together for part in (*other.left, *other.right)}
                 self._matrices.update(
-                    _balanced(together, {part: each for part, each in parts.items() if each is not None})
+                    _balanced(together, {part: tensor for part, tensor in parts.items() if tensor is not None})
                 )
             return self._matrices[circuit.axis]
 
     def _sharing(self, circuit: Circuit) -> list[Circuit]:
-        """All circuits that a circuit has pieces in common with, itself among them, and those of these."""
-        found = [circuit]
-        for each in found:
-            parts = {*each.left, *each.right}
-            found += [
-                other for other in self.form.circuits if other not in found and parts & {*other.left, *other.right}
+        """Collects the circuits that share pieces with a circuit, directly or through others, itself among them."""
+        joined = [circuit]
+        for member in joined:
+            parts = {*member.left, *member.right}
+            joined += [
+                other for other in self.form.circuits if other not in joined and parts & {*other.left, *other.right}
             ]
-        return found
+        return joined
 
     def _piece(self, part: Part) -> _Piece | None:
         """A piece of a tensor before it is balanced; None where a checkpoint lacks it."""
         if part.tensor not in self._present:
             return None
-        found = list(pieces(self._folded(part.tensor), self._dimensions(part.tensor), self._sizes))
-        return found[part.piece]
+        views = list(pieces(self._folded(part.tensor), self._dimensions(part.tensor), self._sizes))
+        return views[part.piece]
 
 
 _Piece = tuple[Tensor, tuple[Atom, ...]]
@@ -403,25 +406,27 @@ _Piece = tuple[Tensor, tuple[Atom, ...]]
 
 def _balanced(circuits: list[Circuit], parts: dict[Part, _Piece]) -> dict[str, Tensor]:
     """The matrices of circuits that share pieces, which are changed in `parts`; see the module."""
-    assert len(circuits) == 1 or all(each.kind == SCALES for each in circuits)
-    found: dict[str, Tensor] = {}
+    assert len(circuits) == 1 or all(circuit.kind == SCALES for circuit in circuits)
+    matrices: dict[str, Tensor] = {}
     for _ in range(TURNS):
         change = 0.0
-        for each in circuits:
-            left, right = (_rows([parts[part] for part in side if part in parts], each.axis) for side in _sides(each))
-            matrix = _balance(left, right, each.kind)
+        for circuit in circuits:
+            left, right = (
+                _rows([parts[part] for part in side if part in parts], circuit.axis) for side in _sides(circuit)
+            )
+            matrix = _balance(left, right, circuit.kind)
             if len(circuits) == 1:
-                return {each.axis: matrix}
-            found[each.axis] = found[each.axis] * matrix if each.axis in found else matrix
+                return {circuit.axis: matrix}
+            matrices[circuit.axis] = matrices[circuit.axis] * matrix if circuit.axis in matrices else matrix
             change = max(change, float(matrix.log().abs().max()))
-            for side, is_left in zip(_sides(each), (True, False), strict=True):
+            for side, is_left in zip(_sides(circuit), (True, False), strict=True):
                 for part in side:
                     if part in parts:
                         piece, atoms = parts[part]
-                        parts[part] = _multiplied(piece, atoms, each, is_left, matrix), atoms
+                        parts[part] = _multiplied(piece, atoms, circuit, is_left, matrix), atoms
         if change <= SETTLED:
             break
-    return found
+    return matrices
 
 
 def _sides(circuit: Circuit) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
@@ -455,12 +460,12 @@ def _rows(parts: list[_Piece], axis: str) -> Tensor:
 
 
 def _places(atoms: tuple[Atom, ...], axis: str) -> tuple[int, int | None]:
-    """Where an axis and its parent are in a piece."""
-    (found,) = ((dim, atom) for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse) and atom.axis == axis)
-    dim, use = found
+    """Finds the dimensions of an axis and of its parent in a piece."""
+    (single,) = ((dim, atom) for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse) and atom.axis == axis)
+    dim, use = single
     if use.parent is None:
         return dim, None
-    (parent,) = (place for place, atom in enumerate(atoms) if isinstance(atom, AxisUse) and atom.axis == use.parent)
+    (parent,) = (index for index, atom in enumerate(atoms) if isinstance(atom, AxisUse) and atom.axis == use.parent)
     return dim, parent
 
 

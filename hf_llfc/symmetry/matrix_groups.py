@@ -57,7 +57,7 @@ def _procrustes(gain: Tensor) -> Tensor:
 
 
 def _procrustes_fixing_ones(gain: Tensor) -> Tensor:
-    """The same for what is orthogonal to 1.
+    """Finds the best rotation of what is orthogonal to 1.
 
     The part of the gain along 1 does not count. In its place 1 is made a singular vector, with a singular value that
     no other can have, so that U Vᵀ maps it to itself.

@@ -79,9 +79,9 @@ class Orthogonal:
             AlignmentError: The data are not those of an orthogonal map of that size.
         """
         expected = [size, size] if parent_size is None else [parent_size, size, size]
-        found = {part: [str(tensor.dtype), list(tensor.shape)] for part, tensor in parts.items()}
-        if found != {"matrix": [str(torch.float64), expected]}:
-            raise AlignmentError(f"one float64 matrix of shape {expected} expected, {found} found")
+        present = {part: [str(tensor.dtype), list(tensor.shape)] for part, tensor in parts.items()}
+        if present != {"matrix": [str(torch.float64), expected]}:
+            raise AlignmentError(f"one float64 matrix of shape {expected} expected, {present} found")
         return cls(parts["matrix"])
 
     @property
@@ -91,12 +91,12 @@ class Orthogonal:
 
     @property
     def units(self) -> int:
-        """How many channels it acts on, summed over the indices of the parent."""
+        """Number of channels that it acts on, summed over the indices of the parent."""
         return self.matrix.shape[:-1].numel()
 
     @property
     def moved(self) -> int:
-        """How many channels are not what they were."""
+        """Number of channels that change."""
         change = (self.matrix - torch.eye(self.size, dtype=torch.float64)).abs()
         return int((change.amax(-1) > TOLERANCE).sum()) if self.size else 0
 
@@ -125,7 +125,7 @@ class Orthogonal:
         return Orthogonal(inverted if parent is None else parent.inverse().apply(inverted, 0))
 
     def then(self, second: Transform, second_parent: Transform | None = None) -> Orthogonal:
-        """This map followed by `second`."""
+        """Composes this map with `second`, which comes after it."""
         if self.matrix.ndim == 2:
             return Orthogonal(second.apply(self.matrix, 0))
         rows = self.matrix if second_parent is None else second_parent.apply(self.matrix, 0)

@@ -1,188 +1,40 @@
-"""The permutation spec: which axes every tensor of a checkpoint is built from, and which of them are symmetric."""
+"""The permutation spec, which says what is symmetric in a model, and its alignments, which move models along that."""
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from fnmatch import fnmatchcase
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
-from hf_llfc.errors import SpecError, raise_all, suggest
-from hf_llfc.symmetry.expressions import (
-    AxisUse,
-    Expression,
-    atoms_of_pieces,
-    axis_uses,
-    format_shape,
-    parse,
-    size_of,
+import torch
+from torch import Tensor
+
+from hf_llfc.errors import AlignmentError, SpecError, raise_all, suggest
+from hf_llfc.symmetry.binding import Binding, bind
+from hf_llfc.symmetry.declarations import (
+    PERMUTATION,
+    Axis,
+    TensorSpec,
+    collect_axes,
+    matches_axis,
+    read_axes,
 )
+from hf_llfc.symmetry.expressions import Atom, AxisUse, Expression, axis_uses, size_of
+from hf_llfc.symmetry.orthogonal import Orthogonal
+from hf_llfc.symmetry.transforms import Permutation, Transform, selected
+from hf_llfc.symmetry.views import map_pieces
 
-if TYPE_CHECKING:
-    import torch
+FILE_FORMAT = "hf_llfc.alignment/1"
 
-    from hf_llfc.symmetry.alignment import Alignment
-
-_NAME_AXIS = re.compile(r"<([^<>]+)>")
-_CONDITION = re.compile(r"\s(?P<sense>if|unless)\s+(?P<other>\S+)$")
-_DECLARATION = re.compile(r"(?P<name>[^\s?~]+)(?P<marks>[?~]*)(?:\s+(?P<shape>.*))?")
-
-# The group of an axis whose units move as they are; `hf_llfc.symmetry.matrix_groups` has the others.
-PERMUTATION = "permutation"
-
-# A checkpoint of another architecture misses every name; a few suggestions help, thousands take minutes.
-SUGGESTIONS = 8
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One named dimension.
-
-    Attributes:
-        name: The same name anywhere is the same axis.
-        size: Number of entries; None where only the checkpoint tells (number of labels, say).
-        symmetric: Whether its units may be transformed without changing the function of the model.
-        parent: The axis it depends on: one independent symmetry per index of the parent.
-        group: What may transform it: `permutation`, or one of `hf_llfc.symmetry.matrix_groups.MATRIX_GROUPS`.
-    """
-
-    name: str
-    size: int | None
-    symmetric: bool = False
-    parent: str | None = None
-    group: str = PERMUTATION
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor, or one tensor per index of the axes that its name carries.
-
-    Attributes:
-        name: As on disk; `<experts.3>` in a name stands for the index along that axis.
-        dimensions: Its axis expressions.
-        optional: Whether a checkpoint may lack it (biases, heads, tied weights, buffers).
-        condition: (`if` or `unless`, tensor): present only together with, or only without, the other tensor.
-        covers: For a tensor of another layout (fused experts, say), the names of the tensors it stands for.
-        statistic: Whether it is a running statistic or buffer, which follows the transforms but says nothing about
-            them (BatchNorm's running mean, say).
-    """
-
-    name: str
-    dimensions: tuple[Expression, ...]
-    optional: bool = False
-    condition: tuple[str, str] | None = None
-    covers: tuple[str, ...] = ()
-    statistic: bool = False
-
-    @classmethod
-    def from_line(cls, line: str) -> TensorSpec:
-        """Parses one line: name, `?` if optional, `~` if a statistic, axis expression, `if NAME` or `unless NAME`.
-
-        Raises:
-            SpecError: The line does not follow the grammar.
-        """
-        condition = _CONDITION.search(line.strip())
-        declaration = line.strip() if condition is None else line.strip()[: condition.start()]
-        match = _DECLARATION.fullmatch(declaration.strip())
-        if match is None:
-            raise SpecError(f"not a tensor declaration: {line!r}; write `name  expression`")
-        try:
-            dimensions = parse(match["shape"] or "")
-        except SpecError as error:
-            raise SpecError(f"{match['name']}: {error}") from None
-        return cls(
-            match["name"],
-            dimensions,
-            optional="?" in match["marks"],
-            condition=None if condition is None else (condition["sense"], condition["other"]),
-            statistic="~" in match["marks"],
-        )
-
-    def to_list(self) -> list[Any]:
-        """As JSON values."""
-        condition = list(self.condition) if self.condition is not None else None
-        return [self.name, self.expression, self.optional, condition, list(self.covers), self.statistic]
-
-    @classmethod
-    def from_list(cls, values: Sequence[Any]) -> TensorSpec:
-        """Reads back what `to_list` returned.
-
-        Raises:
-            SpecError: The expression does not follow the grammar.
-            ValueError: The values are not those of a tensor.
-        """
-        name, expression, optional, condition, covers, statistic = values
-        pair = (str(condition[0]), str(condition[1])) if condition is not None else None
-        return cls(str(name), parse(expression), bool(optional), pair, tuple(covers), bool(statistic))
-
-    @cached_property
-    def name_axes(self) -> tuple[str, ...]:
-        """The axes whose index is part of the name."""
-        return tuple(_NAME_AXIS.findall(self.name))
-
-    @cached_property
-    def axes(self) -> tuple[AxisUse, ...]:
-        """Every use of an axis, the ones in the name first."""
-        in_shape = [use for dimension in self.dimensions for use in axis_uses(dimension)]
-        return (*(AxisUse(axis) for axis in self.name_axes), *in_shape)
-
-    def name_at(self, index: Sequence[int]) -> str:
-        """The name of the tensor at an index of the axes that the name carries."""
-        positions = iter(index)
-        return _NAME_AXIS.sub(lambda _: str(next(positions)), self.name)
-
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape that the file must have."""
-        return tuple(size_of(dimension, sizes) for dimension in self.dimensions)
-
-    @cached_property
-    def expression(self) -> str:
-        """The axis expression as text."""
-        return format_shape(self.dimensions)
-
-
-@dataclass(frozen=True)
-class BoundTensor:
-    """A tensor of a checkpoint together with its declaration; `index` is its place along the axes in its name."""
-
-    spec: TensorSpec
-    index: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Binding:
-    """What `PermutationSpec.bind` found: the declaration of every tensor of one checkpoint, by its own names.
-
-    Attributes:
-        spec: The spec that was bound.
-        tensors: Name in the checkpoint → declaration.
-        sizes: Size of every axis that the checkpoint's tensors use.
-    """
-
-    spec: PermutationSpec
-    tensors: Mapping[str, BoundTensor]
-    sizes: Mapping[str, int]
-
-    @cached_property
-    def symmetric_axes(self) -> tuple[str, ...]:
-        """The symmetric axes that the checkpoint's tensors use, parents first."""
-        used = {use.axis for bound in self.tensors.values() for use in bound.spec.axes}
-        return tuple(axis for axis in self.spec.symmetric_axes if axis in used)
-
-    @cached_property
-    def _names(self) -> dict[tuple[str, tuple[int, ...]], str]:
-        return {(bound.spec.name, bound.index): name for name, bound in self.tensors.items()}
-
-    def name_of(self, tensor: TensorSpec, index: tuple[int, ...]) -> str:
-        """The checkpoint's own name of a declared tensor."""
-        return self._names[tensor.name, index]
+TRANSFORM_KINDS = {kind.kind: kind for kind in (Permutation, Orthogonal)}
 
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """For every tensor of a checkpoint its axis expressions, and which axes are symmetric.
+    """The axis expressions of every tensor of a checkpoint, and which axes are symmetric.
 
     Attributes:
         model_type: The `model_type` of the configs it describes.
@@ -209,6 +61,9 @@ class PermutationSpec:
     origin: str = "hand-written"
     notes: tuple[str, ...] = ()
 
+    look_up: ClassVar[Callable[[Any], PermutationSpec] | None] = None
+    """Look-up of the spec for a config; `hf_llfc.adapters`, which cannot be imported from here, sets it."""
+
     @classmethod
     def from_config(cls, config: Any) -> PermutationSpec:
         """Builds the spec of a Hugging Face model config; touches no weights and downloads nothing.
@@ -219,9 +74,9 @@ class PermutationSpec:
         Raises:
             SpecError: `config.model_type` has no adapter, and its spec cannot be derived.
         """
-        from hf_llfc.adapters import spec_for
-
-        return spec_for(config)
+        if cls.look_up is None:
+            raise SpecError("no adapter is loaded; import PermutationSpec from hf_llfc, or import hf_llfc.adapters")
+        return cls.look_up(config)
 
     @classmethod
     def from_lines(
@@ -260,7 +115,7 @@ class PermutationSpec:
         """
         tensors = tuple(TensorSpec.from_line(line) for line in lines)
         symmetric = tuple(symmetric)
-        axes, problems = _collect_axes(tensors, sizes, symmetric)
+        axes, problems = collect_axes(tensors, sizes, symmetric)
         seen: set[tuple[str, tuple[str, str] | None]] = set()
         for tensor in tensors:
             if (tensor.name, tensor.condition) in seen:
@@ -294,11 +149,11 @@ class PermutationSpec:
             SpecError: The values are not those of a spec.
         """
         try:
-            layouts = tuple(TensorSpec.from_list(each) for each in values["layouts"])
+            layouts = tuple(TensorSpec.from_list(tensor) for tensor in values["layouts"])
             return cls(
                 str(values["model_type"]),
-                _axes_of(values["axes"]),
-                tuple(TensorSpec.from_list(each) for each in values["tensors"]),
+                read_axes(values["axes"]),
+                tuple(TensorSpec.from_list(tensor) for tensor in values["tensors"]),
                 str(values["prefix"]),
                 tuple(values["other_prefixes"]),
                 dict(values["old_endings"]),
@@ -317,7 +172,7 @@ class PermutationSpec:
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """Every declared tensor by name; of conditional declarations of one name, the first."""
+        """Declared tensors by name; of conditional declarations of one name, the first."""
         tensors: dict[str, TensorSpec] = {}
         for tensor in self.declarations:
             tensors.setdefault(tensor.name, tensor)
@@ -342,11 +197,11 @@ class PermutationSpec:
         matched: set[str] = set()
         problems = []
         for pattern in patterns:
-            found = {name for name in self.symmetric_axes if matches_axis(name, pattern)}
-            if not found and not any(matches_axis(name, pattern) for name in self.axes):
+            matching = {name for name in self.symmetric_axes if matches_axis(name, pattern)}
+            if not matching and not any(matches_axis(name, pattern) for name in self.axes):
                 kinds = sorted({name.split(".")[0] for name in self.axes})
                 problems.append(f"no axis matches {pattern!r}{suggest(pattern, kinds)} (axes: {', '.join(kinds)})")
-            matched |= found
+            matched |= matching
         raise_all(problems, SpecError, f"axis selection for {self.model_type}")
         axes = {
             name: replace(axis, symmetric=axis.symmetric and (name in matched) == keep)
@@ -366,91 +221,11 @@ class PermutationSpec:
         Raises:
             SpecError: Lists every tensor that is not declared, missing, or of another shape than the config says.
         """
-        declared = self._declared_names(shapes)
-        tensors: dict[str, BoundTensor] = {}
-        names: dict[tuple[str, tuple[int, ...]], str] = {}
-        problems: list[str] = []
-        for name in shapes:
-            bound = self._find(name, declared)
-            if bound is None:
-                nearest = suggest(name, declared) if len(problems) < SUGGESTIONS else ""
-                problems.append(f"{name}: not declared{nearest}")
-                continue
-            tensors[name] = bound
-            same = names.setdefault((bound.spec.name, bound.index), name)
-            if same != name:
-                problems.append(f"{name}: the same tensor as {same}; a checkpoint may hold only one of the two")
-        problems += self._missing(tensors, shapes)
-        sizes = self._sizes(tensors, shapes, problems)
-        raise_all(problems, SpecError, f"the checkpoint does not fit the permutation spec of {self.model_type}")
-        return Binding(self, tensors, sizes)
-
-    def _find(self, name: str, declared: Mapping[str, BoundTensor]) -> BoundTensor | None:
-        for old, new in self.old_endings.items():
-            if name.endswith(old):
-                name = name.removesuffix(old) + new
-        for prefix in (self.prefix, *self.other_prefixes):
-            bare = name.removeprefix(prefix)
-            for candidate in (name, self.prefix + bare, bare, *(other + bare for other in self.other_prefixes)):
-                if candidate in declared:
-                    return declared[candidate]
-        return None
-
-    def _declared_names(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, BoundTensor]:
-        present = set(shapes)
-        declared = _concrete_names(self.declarations, self.axes, lambda other: self._is_present(other, present))
-        if self.other_layouts is not None and any(self._find(name, declared) is None for name in shapes):
-            others = tuple(self.other_layouts(self))
-            concrete = _concrete_names(others, self.axes, lambda other: self._is_present(other, present))
-            declared = {**concrete, **declared}
-        return declared
-
-    def _is_present(self, name: str, present: set[str]) -> bool:
-        bare = name.removeprefix(self.prefix)
-        prefixes = (self.prefix, "", *self.other_prefixes) if bare != name else ("",)
-        return any(prefix + bare in present for prefix in prefixes)
-
-    def _missing(self, tensors: Mapping[str, BoundTensor], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-        found = {(bound.spec.name, bound.index) for bound in tensors.values()}
-        covered = {name for bound in tensors.values() for name in bound.spec.covers}
-        present = set(shapes)
-        problems = []
-        for name, bound in _concrete_names(
-            self.declarations, self.axes, lambda other: self._is_present(other, present)
-        ).items():
-            if not bound.spec.optional and (bound.spec.name, bound.index) not in found and name not in covered:
-                problems.append(f"{name}: missing, expected [{bound.spec.expression}]")
-        return problems
-
-    def _sizes(
-        self, tensors: Mapping[str, BoundTensor], shapes: Mapping[str, Sequence[int]], problems: list[str]
-    ) -> dict[str, int]:
-        sizes = {name: axis.size for name, axis in self.axes.items() if axis.size is not None}
-        for name, bound in tensors.items():
-            found, dimensions = tuple(shapes[name]), bound.spec.dimensions
-            if len(found) == len(dimensions):
-                for size, dimension in zip(found, dimensions, strict=True):
-                    if isinstance(dimension, AxisUse):
-                        sizes.setdefault(dimension.axis, size)
-        for name, bound in tensors.items():
-            found = tuple(shapes[name])
-            if any(use.axis not in sizes for use in bound.spec.axes):
-                unknown = next(use.axis for use in bound.spec.axes if use.axis not in sizes)
-                problems.append(f"{name}: shape {list(found)} does not tell the size of {unknown!r}")
-                continue
-            expected = bound.spec.shape(sizes)
-            if found != expected:
-                problems.append(
-                    f"{name}: shape {list(found)} found, {list(expected)} expected from the config "
-                    f"[{bound.spec.expression}]"
-                )
-        return sizes
+        return bind(self, shapes)
 
     def identity_alignment(self) -> Alignment:
         """The alignment that moves nothing."""
-        from hf_llfc.symmetry.alignment import identity_alignment
-
-        return identity_alignment(self)
+        return Alignment(self, {axis: self._identity(axis) for axis in self.symmetric_axes})
 
     def random_alignment(self, generator: torch.Generator) -> Alignment:
         """A uniformly random transform of every symmetric axis; it does not change the function of the model.
@@ -458,12 +233,27 @@ class PermutationSpec:
         Args:
             generator: Source of randomness.
         """
-        from hf_llfc.symmetry.alignment import random_alignment
+        transforms = {axis: self._random(axis, generator) for axis in self.symmetric_axes}
+        return Alignment(self, transforms, {"method": "random"})
 
-        return random_alignment(self, generator)
+    def _identity(self, axis: str) -> Transform:
+        kind = Permutation if self.axes[axis].group == PERMUTATION else Orthogonal
+        return kind.identity(*self._sizes(axis))
+
+    def _random(self, axis: str, generator: torch.Generator) -> Transform:
+        group, sizes = self.axes[axis].group, self._sizes(axis)
+        if group == PERMUTATION:
+            return Permutation.random(*sizes, generator=generator)
+        return Orthogonal.random(group, *sizes, generator=generator)
+
+    def _sizes(self, name: str) -> tuple[int, int | None]:
+        """The sizes of an axis and of its parent."""
+        axis = self.axes[name]
+        assert axis.size is not None, f"symmetric axis {name} needs a size"
+        return axis.size, None if axis.parent is None else self.axes[axis.parent].size
 
     def table(self) -> list[dict[str, str]]:
-        """One row per tensor: `tensor`, `axes` (its expression), `symmetric` (the axes of it that may move)."""
+        """Lists the tensors, one row each: `tensor`, `axes` (its expression), `symmetric` (those that may move)."""
         return [
             {
                 "tensor": tensor.name + ("?" if tensor.optional else ""),
@@ -474,106 +264,310 @@ class PermutationSpec:
         ]
 
 
-def _axes_of(values: Sequence[Any]) -> dict[str, Axis]:
-    """Axes from JSON values.
-
-    Raises:
-        ValueError: One is not an axis, or depends on none of them.
-    """
-    from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
-
-    axes = {}
-    for each in values:
-        axis = Axis(*each)
-        kinds = {"name": str, "size": int | None, "symmetric": bool, "parent": str | None, "group": str}
-        wrong = [part for part, kind in kinds.items() if not isinstance(getattr(axis, part), kind)]
-        if wrong or axis.group not in (PERMUTATION, *MATRIX_GROUPS):
-            raise ValueError(f"{', '.join(wrong) or 'group'} of the axis {axis.name!r}")
-        axes[axis.name] = axis
-    for axis in axes.values():
-        if axis.parent is not None and axis.parent not in axes:
-            raise ValueError(f"the axis {axis.name!r} depends on {axis.parent!r}, which is none")
-    return axes
-
-
 def _given_layouts(layouts: tuple[TensorSpec, ...], spec: PermutationSpec) -> tuple[TensorSpec, ...]:
     """The layouts that a file carried, whatever the spec; a module-level function, so that a spec can be pickled."""
     return layouts
 
 
-def matches_axis(name: str, pattern: str) -> bool:
-    """Whether an axis name matches a pattern; a bare name matches all its indices (`heads` matches `heads.3`)."""
-    return fnmatchcase(name, pattern) or name.split(".")[0] == pattern
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The transforms that bring one model into the coordinates of another without changing its function.
 
+    Attributes:
+        spec: The permutation spec both models share.
+        transforms: Symmetric axis → transform.
+        metadata: What found it: `method`, `objective_before`, `objective_after`, `reference` and `model`
+            fingerprints, …; JSON values.
+    """
 
-def _collect_axes(
-    tensors: Sequence[TensorSpec], sizes: Mapping[str, int | None], symmetric: Sequence[str]
-) -> tuple[dict[str, Axis], list[str]]:
-    axes: dict[str, Axis] = {}
-    problems: list[str] = []
-    for tensor in tensors:
-        for use in tensor.axes:
-            base = use.axis.split(".")[0]
-            if use.axis not in sizes and base not in sizes:
-                problems.append(f"{tensor.name}: axis {use.axis!r} has no size{suggest(base, sizes)}")
-                continue
-            axis = Axis(
-                use.axis,
-                sizes[use.axis] if use.axis in sizes else sizes[base],
-                use.axis in symmetric or base in symmetric,
-                use.parent,
+    spec: PermutationSpec
+    transforms: Mapping[str, Transform]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    _indices: dict[Any, Tensor | None] = field(default_factory=dict, init=False, repr=False)
+
+    def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moves a whole state dict; tensors that were tied stay tied.
+
+        Args:
+            state_dict: Every tensor of a checkpoint, by the names on disk or those of a model in memory.
+
+        Returns:
+            Tensors under the same names and in the same order; one that nothing moves may be the original itself.
+
+        Raises:
+            SpecError: The tensors do not fit the spec.
+        """
+        binding = self.spec.bind({name: tensor.shape for name, tensor in state_dict.items()})
+        aligned: dict[str, Tensor] = {}
+        tied: dict[tuple[Any, ...], Tensor] = {}
+        for name, tensor in state_dict.items():
+            bound = binding.tensors[name]
+            identity = (
+                tensor.data_ptr(),
+                tensor.shape,
+                tensor.stride(),
+                tensor.device,
+                bound.spec.dimensions,
             )
-            if axes.setdefault(use.axis, axis) != axis:
-                problems.append(
-                    f"{tensor.name}: axis {use.axis!r} depends on {use.parent!r} here, elsewhere on "
-                    f"{axes[use.axis].parent!r}"
-                )
-        problems += _without_parent(tensor)
-        problems += [
-            f"{tensor.name}: axis {axis!r} in its name needs a size"
-            for axis in tensor.name_axes
-            if axis in axes and axes[axis].size is None
+            if bound.index or tensor.numel() == 0 or identity not in tied:
+                tied[identity] = self.read_aligned(name, binding, state_dict.__getitem__)
+            aligned[name] = tied[identity]
+        return aligned
+
+    def read_aligned(self, name: str, binding: Binding, read: Callable[[str], Tensor]) -> Tensor:
+        """Reads one tensor in the coordinates of the reference.
+
+        Args:
+            name: The tensor, by the checkpoint's own name.
+            binding: The binding of the checkpoint's tensors.
+            read: Gives an original tensor by the checkpoint's own name; called once.
+
+        Returns:
+            The aligned tensor, in the dtype of the original.
+        """
+        bound = binding.tensors[name]
+        index_along = dict(zip(bound.spec.name_axes, bound.index, strict=True))
+        tensor = read(self.original(name, binding))
+        places = self.places(name, binding)
+        if places is not None:
+            for position, index in enumerate(places):
+                if index is not None:
+                    tensor = selected(tensor, position, index.to(tensor.device))
+            return tensor
+        return map_pieces(
+            tensor,
+            bound.spec.dimensions,
+            binding.sizes,
+            lambda piece, atoms: self._transform_piece(piece, atoms, index_along),
+        )
+
+    def original(self, name: str, binding: Binding) -> str:
+        """The checkpoint's tensor that one comes from: another layer's or expert's where these are permuted."""
+        bound = binding.tensors[name]
+        return binding.name_of(
+            bound.spec,
+            tuple(
+                self.transforms[axis].source(index) if axis in self.transforms else index
+                for axis, index in zip(bound.spec.name_axes, bound.index, strict=True)
+            ),
+        )
+
+    def places(self, name: str, binding: Binding) -> list[Tensor | None] | None:
+        """Finds where the entries of a tensor come from in the original.
+
+        Args:
+            name: The tensor, by the checkpoint's own name.
+            binding: The binding of the checkpoint's tensors.
+
+        Returns:
+            For every dimension the place of each entry, int64, or None where nothing moves; None where dimensions do
+            not move independently by whole entries.
+        """
+        bound = binding.tensors[name]
+        index_along = dict(zip(bound.spec.name_axes, bound.index, strict=True))
+        if not all(self._is_self_contained(dimension, index_along) for dimension in bound.spec.dimensions):
+            return None
+        return [self._flat_index(dimension, binding.sizes, index_along) for dimension in bound.spec.dimensions]
+
+    def moves(self, name: str, binding: Binding) -> bool:
+        """Whether a tensor comes from another one, or with its entries at other places."""
+        used = {use.axis for use in binding.tensors[name].spec.axes}
+        return not all(self.transforms[axis].is_identity for axis in used if axis in self.transforms)
+
+    def move(self, tensor: Tensor, dimensions: tuple[Expression, ...], sizes: Mapping[str, int]) -> Tensor:
+        """Moves a tensor that is no weight of a checkpoint: activations, say, or their moments.
+
+        Args:
+            tensor: Whatever has the axes.
+            dimensions: Its axis expressions; an axis occurs once.
+            sizes: Size of every named axis.
+        """
+        return map_pieces(tensor, dimensions, sizes, lambda piece, atoms: self._transform_piece(piece, atoms, {}))
+
+    def _is_self_contained(self, dimension: Expression, index_along: Mapping[str, int]) -> bool:
+        """Whether a dimension moves by whole entries, independently of the other dimensions."""
+        names = {use.axis for use in axis_uses(dimension)} | set(index_along)
+        return all(
+            isinstance(self.transforms[use.axis], Permutation) and (use.parent is None or use.parent in names)
+            for use in axis_uses(dimension)
+            if use.axis in self.transforms
+        )
+
+    def _flat_index(
+        self, dimension: Expression, sizes: Mapping[str, int], index_along: Mapping[str, int]
+    ) -> Tensor | None:
+        """Finds where each entry of a self-contained dimension comes from; None if nothing moves."""
+        parents = {use.parent for use in axis_uses(dimension)}
+        key = (dimension, tuple((axis, index) for axis, index in index_along.items() if axis in parents))
+        if key not in self._indices:
+            index = torch.arange(size_of(dimension, sizes))
+            moved = map_pieces(
+                index,
+                (dimension,),
+                sizes,
+                lambda piece, atoms: self._transform_piece(piece, atoms, index_along),
+            )
+            self._indices[key] = None if torch.equal(moved, index) else moved
+        return self._indices[key]
+
+    def _transform_piece(self, piece: Tensor, atoms: tuple[Atom, ...], index_along: Mapping[str, int]) -> Tensor:
+        uses = [(dim, atom) for dim, atom in enumerate(atoms) if isinstance(atom, AxisUse)]
+        for dim, use in sorted(uses, key=lambda item: item[1].parent is not None):
+            transform = self.transforms.get(use.axis)
+            if transform is None:
+                continue
+            if use.parent is None:
+                piece = transform.apply(piece, dim)
+            elif use.parent in index_along:
+                piece = transform.at(index_along[use.parent]).apply(piece, dim)
+            else:
+                parent_dim = next(other for other, atom in uses if atom.axis == use.parent)
+                piece = transform.apply(piece, dim, parent_dim)
+        return piece
+
+    def inverse(self) -> Alignment:
+        """The alignment that undoes this one: `a.inverse().apply(a.apply(x))` is `x`, bit for bit."""
+        return Alignment(
+            self.spec,
+            {axis: transform.inverse(self._parent_of(axis)) for axis, transform in self.transforms.items()},
+            {**self.metadata, "inverted": not self.metadata.get("inverted", False)},
+        )
+
+    def then(self, second: Alignment) -> Alignment:
+        """Composes this alignment with a second one of the same spec, which comes after it.
+
+        Raises:
+            AlignmentError: The two belong to different specs.
+        """
+        shapes = [
+            {name: (axis.size, axis.parent) for name, axis in alignment.spec.axes.items()}
+            for alignment in (self, second)
         ]
-    for axis in axes.values():
-        if axis.symmetric and axis.size is None:
-            problems.append(f"symmetric axis {axis.name!r} needs a size")
-        if axis.parent in axes and axes[axis.parent].parent is not None:
-            problems.append(
-                f"axis {axis.name!r} depends on {axis.parent!r}, which depends on {axes[axis.parent].parent!r}"
+        if shapes[0] != shapes[1]:
+            raise AlignmentError(
+                "only alignments of one permutation spec can be composed: these are of "
+                f"{self.spec.model_type} and {second.spec.model_type}, with axes of other names or sizes"
             )
-    known = {name.split(".")[0] for name in axes} | set(axes)
-    problems += [
-        f"symmetric axis {name!r} occurs in no tensor{suggest(name, known)}" for name in symmetric if name not in known
-    ]
-    return axes, problems
+        # Either may leave out axes that its spec holds fixed.
+        axes = {name: axis if axis.symmetric else second.spec.axes[name] for name, axis in self.spec.axes.items()}
+        spec = replace(self.spec, axes=axes)
+        identity = spec.identity_alignment().transforms
+        first = {**identity, **self.transforms}
+        then = {**identity, **second.transforms}
+        return Alignment(spec, {axis: _composed(first[axis], then[axis], second._parent_of(axis)) for axis in identity})
+
+    def with_metadata(self, **metadata: Any) -> Alignment:
+        """Adds metadata to the transforms."""
+        return replace(self, metadata={**self.metadata, **metadata})
+
+    def _parent_of(self, axis: str) -> Transform | None:
+        parent = self.spec.axes[axis].parent
+        return None if parent is None else self.transforms.get(parent)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing moves."""
+        return all(transform.is_identity for transform in self.transforms.values())
+
+    @property
+    def moved(self) -> dict[str, tuple[int, int]]:
+        """Axis → (units moved, units)."""
+        return {axis: (transform.moved, transform.units) for axis, transform in self.transforms.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Writes the alignment file, a safetensors file of transforms with the metadata as JSON.
+
+        Args:
+            path: The file to write.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{axis}:{part}": tensor.contiguous()
+            for axis, transform in self.transforms.items()
+            for part, tensor in transform.tensors().items()
+        }
+        header = {
+            "format": FILE_FORMAT,
+            "model_type": self.spec.model_type,
+            "spec": self.spec.to_dict(),
+            "kinds": {axis: transform.kind for axis, transform in self.transforms.items()},
+            "metadata": dict(self.metadata),
+        }
+        save_file(tensors, str(path), metadata={"hf_llfc": json.dumps(header, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | Path, spec: PermutationSpec | None = None) -> Alignment:
+        """Reads an alignment file.
+
+        Args:
+            path: The file.
+            spec: The spec of the models it is for; the one that the file carries where None.
+
+        Raises:
+            AlignmentError: The file cannot be read, is of another format, or does not fit the spec.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {}).get("hf_llfc", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            raise AlignmentError(
+                f"{path}: cannot be read as an alignment file: {error}; write it again with `hf-llfc align`"
+            ) from None
+        if (
+            not isinstance(header, dict)
+            or header.get("format") != FILE_FORMAT
+            or not isinstance(header.get("kinds"), dict)
+            or not all(isinstance(kind, str) for kind in header["kinds"].values())
+            or not isinstance(header.get("metadata"), dict)
+        ):
+            raise AlignmentError(
+                f"{path}: not an alignment file of format {FILE_FORMAT!r}; `hf-llfc align` writes one into "
+                "llfc/alignment.safetensors"
+            )
+        if spec is None:
+            try:
+                spec = PermutationSpec.from_dict(header.get("spec", {}))
+            except SpecError as error:
+                raise AlignmentError(f"{path}: carries {error}; give the spec of the models it is for") from None
+        transforms, problems = _transforms_from_file(header, tensors, spec)
+        raise_all(problems, AlignmentError, f"{path} does not fit the permutation spec of {spec.model_type}")
+        return cls(spec, transforms, header["metadata"])
 
 
-def _without_parent(tensor: TensorSpec) -> list[str]:
-    """The dependent axes that do not find their parent, once, beside them or in the name."""
-    problems = []
-    for atoms in atoms_of_pieces(tensor.dimensions):
-        beside = [*tensor.name_axes, *(atom.axis for atom in atoms if isinstance(atom, AxisUse))]
-        for atom in atoms:
-            if isinstance(atom, AxisUse) and atom.parent is not None and beside.count(atom.parent) != 1:
-                problems.append(f"{tensor.name}: {atom} needs its parent axis {atom.parent!r} beside it, exactly once")
-    return list(dict.fromkeys(problems))
+def _composed(first: Transform, second: Transform, second_parent: Transform | None) -> Transform:
+    if first.kind != second.kind:
+        first = Orthogonal.of(first)
+    return first.then(second, second_parent)
 
 
-def _concrete_names(
-    tensors: Sequence[TensorSpec], axes: Mapping[str, Axis], is_present: Callable[[str], bool]
-) -> dict[str, BoundTensor]:
-    """Every name that the declarations allow, one per index of the axes in the name; conditions decided."""
-    concrete: dict[str, BoundTensor] = {}
-    for tensor in tensors:
-        if tensor.condition is not None:
-            sense, other = tensor.condition
-            if is_present(other) != (sense == "if"):
-                continue
-        indices: list[tuple[int, ...]] = [()]
-        for axis in tensor.name_axes:
-            size = axes[axis].size
-            assert size is not None, f"axis {axis} in the name of {tensor.name} needs a size"
-            indices = [(*index, position) for index in indices for position in range(size)]
-        for index in indices:
-            concrete[tensor.name_at(index)] = BoundTensor(tensor, index)
-    return concrete
+def _transforms_from_file(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor], spec: PermutationSpec
+) -> tuple[dict[str, Transform], list[str]]:
+    problems: list[str] = []
+    if header.get("model_type") != spec.model_type:
+        problems.append(f"model type {header.get('model_type')!r} found, {spec.model_type!r} expected")
+    parts_of: dict[str, dict[str, Tensor]] = {axis: {} for axis in header["kinds"]}
+    for name, tensor in tensors.items():
+        axis, _, part = name.rpartition(":")
+        if axis in parts_of:
+            parts_of[axis][part] = tensor
+        else:
+            problems.append(f"{name}: belongs to no transform of the file's header")
+    transforms: dict[str, Transform] = {}
+    for axis, parts in parts_of.items():
+        kind = TRANSFORM_KINDS.get(header["kinds"][axis])
+        if kind is None:
+            known = ", ".join(TRANSFORM_KINDS)
+            problems.append(f"{axis}: unknown transform kind {header['kinds'][axis]!r}; known: {known}")
+        elif axis not in spec.symmetric_axes:
+            problems.append(f"{axis}: not a symmetric axis of the spec{suggest(axis, spec.symmetric_axes)}")
+        else:
+            try:
+                transforms[axis] = kind.from_tensors(parts, *spec._sizes(axis))
+            except AlignmentError as error:
+                problems.append(f"{axis}: {error}")
+    return transforms, problems

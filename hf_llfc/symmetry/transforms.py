@@ -15,10 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_llfc.errors import AlignmentError
+
+# Bytes of an element → integers of that size.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Transform(Protocol):
@@ -38,12 +42,12 @@ class Transform(Protocol):
 
     @property
     def moved(self) -> int:
-        """How many units the transform moves, summed over the indices of the parent."""
+        """Number of units that the transform moves, summed over the indices of the parent."""
         ...
 
     @property
     def units(self) -> int:
-        """How many units it acts on, summed over the indices of the parent."""
+        """Number of units that it acts on, summed over the indices of the parent."""
         ...
 
     def apply(self, tensor: Tensor, dim: int, parent_dim: int | None = None) -> Tensor:
@@ -55,7 +59,7 @@ class Transform(Protocol):
         ...
 
     def source(self, index: int) -> int:
-        """Which original entry becomes entry `index`; only for transforms that move whole entries."""
+        """Finds the original entry that becomes entry `index`; only for transforms that move whole entries."""
         ...
 
     def inverse(self, parent: Transform | None = None) -> Transform:
@@ -63,7 +67,7 @@ class Transform(Protocol):
         ...
 
     def then(self, second: Transform, second_parent: Transform | None = None) -> Transform:
-        """This transform followed by `second`, given the second transform of the parent axis."""
+        """Composes this transform with a `second` after it, given the second transform of the parent axis."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -123,9 +127,9 @@ class Permutation:
             AlignmentError: The data are not those of a permutation of that size.
         """
         expected = [size] if parent_size is None else [parent_size, size]
-        found = {part: [str(tensor.dtype), list(tensor.shape)] for part, tensor in parts.items()}
-        if found != {"perm": [str(torch.int32), expected]}:
-            raise AlignmentError(f"one int32 index array of shape {expected} expected, {found} found")
+        present = {part: [str(tensor.dtype), list(tensor.shape)] for part, tensor in parts.items()}
+        if present != {"perm": [str(torch.int32), expected]}:
+            raise AlignmentError(f"one int32 index array of shape {expected} expected, {present} found")
         return cls(parts["perm"].long())
 
     @property
@@ -135,12 +139,12 @@ class Permutation:
 
     @property
     def units(self) -> int:
-        """How many units it acts on, summed over the indices of the parent."""
+        """Number of units that it acts on, summed over the indices of the parent."""
         return self.perm.numel()
 
     @property
     def moved(self) -> int:
-        """How many units change their place."""
+        """Number of units that move."""
         return int((self.perm != torch.arange(self.size)).sum())
 
     @property
@@ -165,7 +169,7 @@ class Permutation:
         return Permutation(self.perm[index])
 
     def source(self, index: int) -> int:
-        """Which original entry becomes entry `index`."""
+        """Finds the original entry that becomes entry `index`."""
         return int(self.perm[index])
 
     def inverse(self, parent: Transform | None = None) -> Permutation:
@@ -174,7 +178,7 @@ class Permutation:
         return Permutation(inverted if parent is None else parent.inverse().apply(inverted, 0))
 
     def then(self, second: Transform, second_parent: Transform | None = None) -> Permutation:
-        """This permutation followed by `second`."""
+        """Composes this permutation with `second`, which comes after it."""
         if self.perm.ndim == 1:
             return Permutation(second.apply(self.perm, 0))
         rows = self.perm if second_parent is None else second_parent.apply(self.perm, 0)
@@ -189,3 +193,14 @@ class Permutation:
 
     def __hash__(self) -> int:
         return hash(self.perm.numpy().tobytes())
+
+
+def selected(tensor: Tensor, position: int, index: Tensor) -> Tensor:
+    """`index_select`, which along the last dimension takes three times as long as gathering the bits with NumPy."""
+    is_slow = tensor.ndim > 1 and position == tensor.ndim - 1 and tensor.device.type == "cpu"
+    integers = _INTEGERS.get(tensor.element_size())
+    if not is_slow or tensor.requires_grad or integers is None or not tensor.is_contiguous():
+        return tensor.index_select(position, index)
+    # `clip` spares NumPy a check of the indices, which are all valid.
+    moved = np.take(tensor.detach().view(integers).numpy(), index.numpy(), axis=position, mode="clip")
+    return torch.from_numpy(moved).view(tensor.dtype)

@@ -5,8 +5,8 @@ import torch
 import transformers
 from transformers import LlavaConfig, PreTrainedModel
 
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.compose import occurring, only_if, part_of, renamed
-from hf_llfc.symmetry import PermutationSpec
 from tests.tiny_models import randomise, tiny_config
 
 VISION = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 36}

@@ -5,11 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters import spec_for
 from hf_llfc.adapters.layouts import in_memory_layout
 from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.errors import SpecError
-from hf_llfc.symmetry import PermutationSpec, TensorSpec, parse
+from hf_llfc.symmetry import TensorSpec, parse
 from tests.mlp_model import MLPConfig, MLPForImageClassification
 from tests.tiny_models import CONFIGS, tiny_config, tiny_model
 

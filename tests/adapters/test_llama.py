@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_llfc.symmetry import PermutationSpec
+from hf_llfc import PermutationSpec
 from tests.properties.test_families import small_config
 
 

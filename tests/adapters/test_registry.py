@@ -7,9 +7,9 @@ import transformers
 from transformers import PretrainedConfig
 
 import hf_llfc.adapters.registry as registry
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters import known_model_types, register_adapter, spec_for
 from hf_llfc.errors import SpecError
-from hf_llfc.symmetry import PermutationSpec
 from tests.tiny_models import CONFIGS, tiny_config
 
 

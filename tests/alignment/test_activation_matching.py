@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_llfc import PermutationSpec
 from hf_llfc.alignment import match_activations
 from hf_llfc.alignment.activation_matching import _Moments
 from hf_llfc.errors import AlignmentError
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 from tests.alignment.oracle import every_transform
 from tests.tiny_models import tiny_inputs, tiny_model
 

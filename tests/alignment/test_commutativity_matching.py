@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_llfc
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.canonical_forms import canonical_form
 from hf_llfc.alignment import match_activations
 from hf_llfc.alignment.commutativity_matching import _lowest, match_commutativity
@@ -14,7 +15,7 @@ from hf_llfc.checkpoints.models import load_model
 from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
 from hf_llfc.errors import AlignmentError, LLFCError
 from hf_llfc.evaluation import EvaluationConfig
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 from hf_llfc.symmetry.transforms import Permutation
 from tests.runs import byte_llama, moved, text_data
 

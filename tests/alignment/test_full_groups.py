@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_llfc
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.canonical_forms import FORMS, canonical_form
 from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
 from hf_llfc.errors import LLFCError
-from hf_llfc.symmetry import PermutationSpec
 from hf_llfc.symmetry.canonical import Canonical, CanonicalForm
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS
 from tests.mlp_model import MLPConfig, MLPForImageClassification

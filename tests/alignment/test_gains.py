@@ -2,10 +2,11 @@ import pytest
 import torch
 
 import hf_llfc.alignment.gains
+from hf_llfc import PermutationSpec
 from hf_llfc.alignment import match_weights
 from hf_llfc.alignment.gains import Gains
 from hf_llfc.alignment.groups import groups_of
-from hf_llfc.symmetry import Alignment, Permutation, PermutationSpec
+from hf_llfc.symmetry import Alignment, Permutation
 from tests.alignment.oracle import (
     SQUARE,
     TOY,

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 import hf_llfc
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.canonical_forms import canonical_form
 from hf_llfc.alignment.learned_matching import Learning, learn_matching
 from hf_llfc.alignment.relaxations import Multiplied, RelaxedMatrix, RelaxedPermutation, sinkhorn
@@ -20,7 +21,7 @@ from hf_llfc.diagnostics.objectives import LLFCGap, TaskLoss
 from hf_llfc.errors import AlignmentError, LLFCError
 from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.evaluation.scoring import score_samples, task_loss
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 from hf_llfc.symmetry.matrix_groups import MATRIX_GROUPS, cayley
 from hf_llfc.symmetry.orthogonal import Orthogonal
 from hf_llfc.symmetry.transforms import Permutation

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hf_llfc.alignment.universe
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.canonical_forms import canonical_form
 from hf_llfc.alignment import Parameters, Search, match_universe, match_weights
 from hf_llfc.alignment.universe import summed
@@ -14,7 +15,7 @@ from hf_llfc.checkpoints.models import load_model
 from hf_llfc.checkpoints.views.canonical import canonical_checkpoint
 from hf_llfc.errors import AlignmentError
 from hf_llfc.parallel.workers import ALONE, Workers
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 from tests.alignment.oracle import TOY, objective, parameters, toy_state
 from tests.alignment.test_full_groups import CASES, all_in_float64, canonical_state, logits, made, stored
 from tests.parallel.test_workers import on_all

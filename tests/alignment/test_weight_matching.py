@@ -6,6 +6,7 @@ from scipy.optimize import linear_sum_assignment
 
 import hf_llfc.alignment.assignment.assignment
 import hf_llfc.alignment.gains
+from hf_llfc import PermutationSpec
 from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.gains import Gains
 from hf_llfc.alignment.groups import groups_of
@@ -13,7 +14,7 @@ from hf_llfc.alignment.weight_matching import _divided, _waves
 from hf_llfc.errors import AlignmentError
 from hf_llfc.foundation.progress import silent
 from hf_llfc.parallel.workers import ALONE, Workers
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 from tests.alignment.oracle import TOY, objective, parameters, toy_state
 from tests.parallel.test_workers import on_all
 from tests.tiny_models import tiny_model

@@ -149,7 +149,7 @@ def report(content: bytes) -> None:
 @cache
 def alignment_file() -> tuple[bytes, Any]:
     """A valid file, and what it says of itself."""
-    from hf_llfc.symmetry import PermutationSpec
+    from hf_llfc import PermutationSpec
 
     spec = PermutationSpec.from_config(tiny_config("bert")).keep("neurons.0", "heads.0")
     made = spec.random_alignment(torch.Generator().manual_seed(0))

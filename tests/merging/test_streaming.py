@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.files import LocalFiles, open_weights
+from hf_llfc.checkpoints.source import Moved, Source
 from hf_llfc.checkpoints.writing.shards import ShardFiles, ShardLayout
 from hf_llfc.errors import CheckpointError
-from hf_llfc.merging import Merge, Source, WeightSchedule, merge_streamed, streaming
-from hf_llfc.merging.tensors import Moved
+from hf_llfc.merging import Merge, WeightSchedule, merge_streamed, streaming
 from hf_llfc.parallel.forked import can_fork
 from hf_llfc.parallel.workers import Workers
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_llfc.checkpoints import TensorInfo
+from hf_llfc.checkpoints.source import Source
 from hf_llfc.errors import CheckpointError, RecipeError
-from hf_llfc.merging import Merge, Rule, Source, WeightSchedule, linear_combination, merged_infos
+from hf_llfc.merging import Merge, Rule, WeightSchedule, linear_combination, merged_infos
 
 HALVES = (WeightSchedule.constant(0.5), WeightSchedule.constant(0.5))
 

@@ -68,6 +68,7 @@ def test_the_output_is_an_ordinary_checkpoint_with_its_evidence_beside_it(plante
         "generation_config.json",
         "model.safetensors",
         "llfc/alignment.safetensors",
+        "llfc/files.json",
         "llfc/layers.png",
         "llfc/llfc_report.json",
         "llfc/path.png",

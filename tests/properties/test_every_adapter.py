@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_llfc import PermutationSpec
 from hf_llfc.alignment import Parameters, match_activations, match_weights
 from hf_llfc.errors import SpecError
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 from tests.properties.invariance import (
     RELATIVE_CHANGE,
     assert_equal,

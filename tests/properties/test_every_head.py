@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_llfc.symmetry import PermutationSpec
+from hf_llfc import PermutationSpec
 from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
 from tests.tiny_models import randomise, tiny_config, tiny_inputs
 

@@ -22,13 +22,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.declare import returns_features
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.shrink import shrunken
 from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.adapters.registry import FAMILIES
 from hf_llfc.alignment import Parameters, match_weights
-from hf_llfc.symmetry import Alignment, PermutationSpec
+from hf_llfc.symmetry import Alignment
 from tests.properties.invariance import RELATIVE_CHANGE, assert_equal, change_by_random_transform, shapes
 from tests.tiny_models import randomise
 

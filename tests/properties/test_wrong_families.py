@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.derived.inputs import sample_inputs
-from hf_llfc.symmetry import PermutationSpec
 from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
 from tests.properties.test_families import config_of
 from tests.properties.test_wrong_specs import edited

@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
+from hf_llfc import PermutationSpec
 from hf_llfc.adapters.layouts import in_memory_layout
-from hf_llfc.symmetry import PermutationSpec, TensorSpec
+from hf_llfc.symmetry import TensorSpec
 from tests.properties.invariance import RELATIVE_CHANGE, change_by_random_transform
 from tests.tiny_models import tiny_inputs, tiny_model
 

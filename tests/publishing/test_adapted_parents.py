@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 import hf_llfc
-from hf_llfc.publishing.lineage import ParentInfo, combined_license, parts_of
+from hf_llfc.foundation.model_names import parts_of
+from hf_llfc.publishing.lineage import ParentInfo, combined_license
 from tests.runs import byte_llama
 
 

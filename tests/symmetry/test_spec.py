@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from hf_llfc import PermutationSpec
 from hf_llfc.errors import SpecError
-from hf_llfc.symmetry import PermutationSpec, TensorSpec, parse
+from hf_llfc.symmetry import TensorSpec, parse
 from tests.tiny_models import tiny_config
 
 LINES = [
@@ -235,3 +236,9 @@ def test_an_axis_that_is_none_is_refused_as_it_is_read(place, value):
     values["axes"][1][place] = value
     with pytest.raises(SpecError, match=r"not a permutation spec: .*(of the axis|which is none)"):
         PermutationSpec.from_dict(values)
+
+
+def test_without_adapters_the_error_says_what_to_import(monkeypatch):
+    monkeypatch.setattr(PermutationSpec, "look_up", None)
+    with pytest.raises(SpecError, match="import PermutationSpec from hf_llfc"):
+        PermutationSpec.from_config(tiny_config("bert"))

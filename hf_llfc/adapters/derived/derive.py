@@ -20,7 +20,8 @@ from hf_llfc.adapters.derived.nesting import parents_of
 from hf_llfc.adapters.derived.terms import Term, find, fix, is_leaf
 from hf_llfc.adapters.derived.trace import META, Label, Trace, stand_in
 from hf_llfc.adapters.derived.writing import Writer
-from hf_llfc.symmetry.spec import PermutationSpec, TensorSpec
+from hf_llfc.symmetry.declarations import TensorSpec
+from hf_llfc.symmetry.spec import PermutationSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

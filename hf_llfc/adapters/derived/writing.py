@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from hf_llfc.adapters.derived.terms import Term, find
+from hf_llfc.symmetry.declarations import Axis
 from hf_llfc.symmetry.expressions import AxisUse, Concatenation, Expression, Fixed, Product
-from hf_llfc.symmetry.spec import Axis
 
 
 class Writer:

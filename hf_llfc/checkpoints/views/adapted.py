@@ -15,17 +15,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from hf_llfc.checkpoints.checkpoint import Adapter, Checkpoint, state_dict_on_disk
+from hf_llfc.checkpoints.checkpoint import Adapter, Checkpoint
 from hf_llfc.checkpoints.companions import companion_names, has_vocabulary, is_of_tokenizer
-from hf_llfc.checkpoints.files import ADAPTER_CONFIG, Files, FileSpan, Weights, open_adapter_weights
+from hf_llfc.checkpoints.files import ADAPTER_CONFIG, Files, open_adapter_weights
 from hf_llfc.checkpoints.models import load_model, most_common_dtype
 from hf_llfc.checkpoints.names import Group, Layout
+from hf_llfc.checkpoints.planned import state_dict_on_disk
 from hf_llfc.checkpoints.views.adapted_base import as_adapted
 from hf_llfc.checkpoints.views.folding import Folding, fold_whole, is_independent, kind_of
+from hf_llfc.checkpoints.views.view import View
 from hf_llfc.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
 
     Args:
         base: The base, opened with its model class.
-        files: Those of the adapter.
-        config: Of the adapter.
+        files: The files of the adapter.
+        config: The config of the adapter.
         allow_pickle: Whether an adapter that is pickled, not safetensors, may be opened.
 
     Raises:
@@ -65,21 +67,24 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
     own = companion_names(files.sizes())
     files.fetch(own)
     adapter = Adapter(files.id, files.revision, files.folder, kind_of(config), named)
-    pinned = [each for each in (base.revision, files.revision) if each is not None]
+    commits = [commit for commit in (base.revision, files.revision) if commit is not None]
+    # The version of peft is part of the identity because another one may round otherwise.
+    config_digest = hashlib.sha256((files.folder / ADAPTER_CONFIG).read_bytes()).hexdigest()
+    tag = {ADAPTER_CONFIG: {"sha256": config_digest, "peft": version("peft")}}
     return replace(
         base,
         id=f"{base.id}+{files.id}",
         label=f"{base.label}+{files.where}",
-        revision="+".join(pinned) if len(pinned) == 2 else None,
+        revision="+".join(commits) if len(commits) == 2 else None,
         folder=files.folder if has_vocabulary(own) else base.folder,
         companion_files=(*(files.folder / name for name in own), *_kept(base, own)),
         adapter=adapter,
-        _weights=AdaptedWeights(base, files, stored, folded),
+        weights=View(base.weights, base.tensors, frozenset(folded.names), folded.make, tag, beside=(stored,)),
     )
 
 
 def _folded(where: str, base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> _ByModule | _Whole:
-    """What folds an adapter: by module where that is possible."""
+    """Prepares the folding of an adapter: by module where that is possible."""
     if is_independent(config):
         by_module = _ByModule(where, base, config, state)
         if by_module.is_of_base:
@@ -136,7 +141,7 @@ class _ByModule:
         return self._make_memory(name, self._read)
 
     def make(self, name: str) -> torch.Tensor:
-        """One tensor, unrounded; what comes of the same module or group is kept until it is asked for, if it is small.
+        """Makes one tensor, unrounded; small ones of the same module or group are kept until they are asked for.
 
         A tensor on disk that is a part of a larger one in memory is kept with the other parts, one group at a time.
         """
@@ -148,8 +153,8 @@ class _ByModule:
         tensor = made.pop(name)
         with self._making:
             if len(group.disk) > 1:
-                self._made = {kept: each for kept, each in self._made.items() if each.numel() <= _SMALL}
-            self._made |= {kept: each for kept, each in made.items() if each.numel() <= _SMALL or kept in group.disk}
+                self._made = {other: kept for other, kept in self._made.items() if kept.numel() <= _SMALL}
+            self._made |= {other: kept for other, kept in made.items() if kept.numel() <= _SMALL or other in group.disk}
         return tensor
 
     def _make_group(self, group: Group) -> dict[str, torch.Tensor]:
@@ -164,12 +169,12 @@ class _ByModule:
                 memory[name] = self._read_memory(name).to(self._dtype)
                 continue
             folded = self._folding.fold(path, self._read_memory)
-            memory |= {each: tensor for each, tensor in folded.items() if each in group.memory}
+            memory |= {other: tensor for other, tensor in folded.items() if other in group.memory}
             beside |= {
-                each: tensor
-                for each, tensor in folded.items()
+                other: tensor
+                for other, tensor in folded.items()
                 # Under the same name on disk, and not as a part of anything.
-                if tensor.numel() <= _SMALL and self._groups.get(each) == Group((each,), (each,)) != group
+                if tensor.numel() <= _SMALL and self._groups.get(other) == Group((other,), (other,)) != group
             }
         return {**beside, **self._layout.to_disk(memory)}
 
@@ -179,7 +184,7 @@ class _ByModule:
             if name not in changes and other not in changes:
                 continue
             if name in changes and other in changes:
-                both = [self._folding.fold(changes[each], self._read_memory)[each] for each in (name, other)]
+                both = [self._folding.fold(changes[tied], self._read_memory)[tied] for tied in (name, other)]
                 if torch.equal(*both):
                     continue
             raise CheckpointError(
@@ -206,7 +211,7 @@ class _Whole:
         return [name for name, info in self._base.tensors.items() if info.dtype.is_floating_point]
 
     def make(self, name: str) -> torch.Tensor:
-        """One tensor, unrounded."""
+        """Makes one tensor, unrounded."""
         with self._folding:
             if self._folded is None:
                 model = load_model(self._base, dtype=_wide(self._base))
@@ -214,51 +219,6 @@ class _Whole:
                 if self._folded.keys() != self._base.tensors.keys():
                     raise CheckpointError(f"{self._where}: with this adapter the model has other tensors than its base")
             return self._folded[name].detach()
-
-
-class AdaptedWeights:
-    """The base's tensors, with an adapter folded in."""
-
-    def __init__(self, base: Checkpoint, files: Files, stored: Weights, folded: _ByModule | _Whole) -> None:
-        """Takes what folds; nothing of the base is read.
-
-        Args:
-            base: The base.
-            files: Those of the adapter.
-            stored: The weights of the adapter.
-            folded: Makes what the adapter changes.
-        """
-        self.infos = base.tensors
-        self._base = base
-        self._stored = stored
-        self._folded = folded
-        self._changed = frozenset(folded.names)
-        self._config_digest = hashlib.sha256((files.folder / ADAPTER_CONFIG).read_bytes()).hexdigest()
-
-    def identity(self) -> Mapping[str, Any]:
-        """Of the files of both, with the adapter's config and the version of peft, which may round otherwise."""
-        return {
-            **self._base.identity().get("files", {}),
-            **self._stored.identity(),
-            ADAPTER_CONFIG: {"sha256": self._config_digest, "peft": version("peft")},
-        }
-
-    def refuse_changed(self) -> None:
-        """Refuses files of either that were written to since they were opened."""
-        self._base.refuse_changed()
-        self._stored.refuse_changed()
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor in the dtype of the base."""
-        return self.read_unrounded(name).to(self.infos[name].dtype)
-
-    def read_unrounded(self, name: str) -> torch.Tensor:
-        """One tensor, in float32 where the adapter may change it."""
-        return self._folded.make(name) if name in self._changed else self._base.read(name)
-
-    def span(self, name: str) -> FileSpan | None:
-        """Where the bytes of a tensor lie that the adapter leaves alone."""
-        return None if name in self._changed else self._base.span(name)
 
 
 def _wide(base: Checkpoint) -> torch.dtype:

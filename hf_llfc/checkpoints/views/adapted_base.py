@@ -16,12 +16,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from hf_llfc.checkpoints.checkpoint import Checkpoint, planned
-from hf_llfc.checkpoints.files import FileSpan
+from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.models import most_common_dtype
 from hf_llfc.checkpoints.names import Layout, find_class_in_transformers
+from hf_llfc.checkpoints.planned import planned
 from hf_llfc.checkpoints.views.reindexed import resized_shape, vocabulary_dimensions, with_rows
+from hf_llfc.checkpoints.views.view import View
 from hf_llfc.checkpoints.views.vocabulary import rows_of
 from hf_llfc.errors import CheckpointError
 
@@ -74,7 +75,7 @@ def _without_copies(base: Checkpoint, state: Mapping[str, torch.Tensor]) -> dict
     }
     trained = [name for name in kept if name.endswith(_TRAINED_TOKENS)]
     for tied, source in Layout(base.model_class, base.config).ties.items() if len(trained) > 1 else ():
-        modules = [_PREFIX + each.rpartition(".")[0] + "." for each in (tied, source)]
+        modules = [_PREFIX + weight.rpartition(".")[0] + "." for weight in (tied, source)]
         for name in trained:
             twin = name.replace(modules[0], modules[1], 1)
             if name.startswith(modules[0]) and twin in kept and torch.equal(kept[name], kept[twin]):
@@ -111,7 +112,7 @@ def _with_head_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping
         base, settings=base.settings.with_config(changed), architecture=model_class.__name__, model_class=model_class
     )
     heading = f"{base.label}: with the head that {where} brings, it is no {model_class.__name__}"
-    return planned(opened, _Room(base, {**base.tensors, **brought}), heading)
+    return planned(opened, _room(base, {**base.tensors, **brought}), heading)
 
 
 def _class_of(base: PreTrainedConfig, config: PeftConfig) -> type[PreTrainedModel] | None:
@@ -122,8 +123,8 @@ def _class_of(base: PreTrainedConfig, config: PeftConfig) -> type[PreTrainedMode
     mapping: Any = _CLASSES.get(str(config.task_type).rpartition(".")[2])
     if mapping is None or type(base) not in mapping:
         return None
-    found = mapping[type(base)]
-    return found[0] if isinstance(found, tuple) else found
+    model_class = mapping[type(base)]
+    return model_class[0] if isinstance(model_class, tuple) else model_class
 
 
 def _labels(
@@ -144,19 +145,19 @@ def _labels(
 
 def _with_rows_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping[str, torch.Tensor]) -> Checkpoint:
     """The base with as many rows of embeddings as the adapter brings."""
-    tokens = {name: each for name, each in _trained_tokens(config, own).items() if name in base.tensors}
+    tokens = {name: rows for name, rows in _trained_tokens(config, own).items() if name in base.tensors}
     resized = {
         name: own[name].shape
         for name, info in base.tensors.items()
         if name in own and own[name].dim() == len(info.shape) and own[name].shape != info.shape
     }
-    if not resized and all(max(each, default=-1) < base.tensors[name].shape[0] for name, each in tokens.items()):
+    if not resized and all(max(rows, default=-1) < base.tensors[name].shape[0] for name, rows in tokens.items()):
         return base
     dimensions = vocabulary_dimensions(base)
     if not dimensions.keys() & {*resized, *tokens}:
         return base  # of another base altogether, which is said where it is folded
     brought = {name: own[name].shape[dimension] for name, dimension in dimensions.items() if name in own}
-    count = max([*brought.values(), *(1 + max(each) for each in tokens.values())])
+    count = max([*brought.values(), *(1 + max(rows) for rows in tokens.values())])
     unknown = [
         name
         for name, dimension in dimensions.items()
@@ -173,58 +174,41 @@ def _with_rows_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping
         for name, info in base.tensors.items()
     }
     settings = base.settings.with_config(with_rows(base, count))
-    return replace(base, settings=settings, tensors=infos, _weights=_Room(base, infos, dimensions))
+    return replace(base, settings=settings, tensors=infos, weights=_room(base, infos, dimensions))
 
 
 def _trained_tokens(config: PeftConfig, own: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
     """Name in memory of an embedding of which single rows were trained → which."""
     settings = config.to_dict()
     indices = settings.get("trainable_token_indices") or settings.get("token_indices") or []
-    found = {}
+    trained = {}
     for name in own:
         if name.endswith(_TRAINED_TOKENS):
             module = name.removesuffix(_TRAINED_TOKENS).removesuffix(".token_adapter")
             by_module = indices if isinstance(indices, dict) else {module: indices}
-            found[f"{module}.weight"] = [
-                index for key, each in by_module.items() if f".{module}".endswith(f".{key}") for index in each
+            trained[f"{module}.weight"] = [
+                index for key, rows in by_module.items() if f".{module}".endswith(f".{key}") for index in rows
             ]
-    return found
+    return trained
 
 
-class _Room:
-    """The tensors of a base, and room for what an adapter brings: zeros, which it replaces."""
+def _room(base: Checkpoint, infos: Mapping[str, TensorInfo], resized: Mapping[str, int] | None = None) -> View:
+    """The tensors of a base with room for what an adapter brings: zeros, which it replaces.
 
-    def __init__(
-        self, base: Checkpoint, infos: Mapping[str, TensorInfo], resized: Mapping[str, int] | None = None
-    ) -> None:
-        self.infos = infos
-        self._base = base
-        self._resized = resized or {}
+    Args:
+        base: The base.
+        infos: Dtype and shape of every tensor with its room.
+        resized: Name → dimension that grows or shrinks, of the tensors whose shape differs from that in the base.
+    """
 
-    def _is_of_base(self, name: str) -> bool:
-        return name in self._base.tensors and self._base.tensors[name].shape == self.infos[name].shape
-
-    def identity(self) -> Mapping[str, Any]:
-        """Of the files of the base."""
-        files: Mapping[str, Any] = self._base.identity().get("files", {})
-        return files
-
-    def refuse_changed(self) -> None:
-        """Refuses files that were written to since they were opened."""
-        self._base.refuse_changed()
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor of the base, or zeros, or the rows of the base and zeros."""
-        if self._is_of_base(name):
-            return self._base.read(name)
-        info = self.infos[name]
-        room = torch.zeros(info.shape, dtype=info.dtype)
-        if name in self._base.tensors:
-            rows, dimension = self._base.read(name), self._resized[name]
+    def make(name: str) -> torch.Tensor:
+        room = torch.zeros(infos[name].shape, dtype=infos[name].dtype)
+        if name in base.tensors:
+            assert resized is not None
+            rows, dimension = base.read(name), resized[name]
             kept = min(rows.shape[dimension], room.shape[dimension])
             room.narrow(dimension, 0, kept).copy_(rows.narrow(dimension, 0, kept))
         return room
 
-    def span(self, name: str) -> FileSpan | None:
-        """Where the bytes of a tensor of the base lie."""
-        return self._base.span(name) if self._is_of_base(name) else None
+    made = [name for name, info in infos.items() if name not in base.tensors or base.tensors[name].shape != info.shape]
+    return View(base.weights, infos, frozenset(made), make)

@@ -10,6 +10,10 @@ and their like). For these the whole base is loaded in float32 and goes through 
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +46,32 @@ _NOT_WEIGHTS = ("ADAPTION_PROMPT", "CARTRIDGE", "POLY", "XLORA")
 
 # Whose layers share tensors that the file holds once.
 _SHARED_KINDS = ("TINYLORA", "UNILORA", "VBLORA")
+
+# Keys of an adapter's config whose strings, list entries or own keys peft reads as regular expressions.
+_PATTERN_KEYS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+_MATCHING_SECONDS = 10.0
+"""Time limit for matching the patterns of a config with the modules of the base; milliseconds are usual."""
+
+_MATCH_ALL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        try:
+            re.fullmatch(pattern, name)
+            re.match(rf"(?:^|.*\\.)(?:{pattern})($|\\..*)", name)
+        except re.error:
+            break
+"""
+"""Run by a process of its own, because nothing else ends a match that backtracks without end."""
 
 _LISTED = 5
 _LONGEST_MESSAGE = 300
@@ -219,6 +249,7 @@ def _added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mappin
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import set_peft_model_state_dict
 
+    _refuse_endless_patterns(where, config, [name for name, _ in model.named_modules()])
     heading = f"{where}: the adapter does not fit {type(model).__name__} as the base's config describes it"
     # Weights of its own are added without memory: those that the file lacks then show.
     what = f"cannot add this adapter to {type(model).__name__}; is it of another base?"
@@ -227,15 +258,50 @@ def _added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mappin
         adapted = get_peft_model(model, deepcopy(config), low_cpu_mem_usage=is_independent(config))
         tuner: Any = adapted.base_model
         tuner._check_merge_allowed()
-        found: Any = set_peft_model_state_dict(adapted, dict(state), low_cpu_mem_usage=is_independent(config))
+        loaded: Any = set_peft_model_state_dict(adapted, dict(state), low_cpu_mem_usage=is_independent(config))
     absent = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
     if not is_independent(config) and kind_of(config) not in _SHARED_KINDS:
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]
-        absent = [name for name in found.missing_keys if prefix in name and ".default" in name]
+        absent = [name for name in loaded.missing_keys if prefix in name and ".default" in name]
     problems = [f"the file lacks {name}" for name in absent[:_LISTED]]
-    problems += [f"the base has no place for {name}" for name in found.unexpected_keys[:_LISTED]]
+    problems += [f"the base has no place for {name}" for name in loaded.unexpected_keys[:_LISTED]]
     raise_all(problems, CheckpointError, heading)
     return adapted
+
+
+def _refuse_endless_patterns(where: str, config: PeftConfig, names: list[str]) -> None:
+    """Refuses a config with a regular expression that takes too long to match.
+
+    Args:
+        where: What messages call the adapter.
+        config: The config of the adapter.
+        names: The names that peft matches with its patterns.
+
+    Raises:
+        CheckpointError: Matching does not end in time.
+    """
+    settings = config.to_dict()
+    values = [settings.get(key) or () for key in _PATTERN_KEYS]
+    patterns = [str(entry) for value in values for entry in ([value] if isinstance(value, str) else value)]
+    doubtful = [
+        pattern for pattern in patterns if not re.fullmatch(r"[\w.-]*", pattern)
+    ]  # a plain name cannot backtrack
+    if not doubtful:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH_ALL],
+            input=json.dumps([doubtful, names]),
+            text=True,
+            check=True,
+            timeout=_MATCHING_SECONDS,
+            capture_output=True,
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"{where}: matching the patterns in {ADAPTER_CONFIG} with the modules of the base does not end "
+            f"in {_MATCHING_SECONDS:.0f} s (of {', '.join(doubtful)[:_LONGEST_MESSAGE]}); list module names"
+        ) from None
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -263,7 +329,7 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def _merged(module: nn.Module) -> nn.Module:
-    """What one module becomes in `merge_and_unload`."""
+    """Merges one module, as `merge_and_unload` does."""
     from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -8,10 +8,9 @@ Shape suffixes: `t` ids of the union, `m` those that a model lacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +18,14 @@ from transformers import PreTrainedConfig
 
 from hf_llfc.checkpoints.checkpoint import Checkpoint, Reindexing
 from hf_llfc.checkpoints.companions import is_of_tokenizer
-from hf_llfc.checkpoints.files import FileSpan
-from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.names import Layout
+from hf_llfc.checkpoints.views.view import View
 from hf_llfc.checkpoints.views.vocabulary import LACKING, Union, rows_of, text_config
 from hf_llfc.errors import CheckpointError
 
 
 def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
-    """Which dimension of which tensors is the vocabulary: what grows with `vocab_size` in the config.
+    """Finds the dimension of every tensor that is the vocabulary: the one that grows with `vocab_size` in the config.
 
     Args:
         checkpoint: Of a known model class.
@@ -45,7 +43,7 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
             "allow trust_remote_code"
         )
     larger = Layout(checkpoint.model_class, with_rows(checkpoint, rows_of(checkpoint) + 1)).shapes
-    found: dict[str, int] = {}
+    dimensions: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         grown = [new - old for new, old in zip(larger[name], info.shape, strict=True)]
         if any(grown):
@@ -54,8 +52,8 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
                     f"{checkpoint.label}: {name} of shape {list(info.shape)} becomes {list(larger[name])} with one "
                     "more token, so its rows are not those of tokens and cannot be united"
                 )
-            found[name] = grown.index(1)
-    return found
+            dimensions[name] = grown.index(1)
+    return dimensions
 
 
 def with_rows(checkpoint: Checkpoint, count: int) -> PreTrainedConfig:
@@ -70,27 +68,42 @@ def with_rows(checkpoint: Checkpoint, count: int) -> PreTrainedConfig:
     return config
 
 
-def reindexed(checkpoint: Checkpoint, union: Union, place: int) -> Checkpoint:
-    """The same model over the union of vocabularies; nothing is read.
+def reindexed(checkpoint: Checkpoint, union: Union, index: int) -> Checkpoint:
+    """Brings a model to the union of vocabularies; nothing is read.
 
     Args:
-        checkpoint: As it is.
-        union: Of its vocabulary with others.
-        place: Of the checkpoint among the models of the union.
+        checkpoint: Any checkpoint of a known model class.
+        union: The union of its vocabulary and those of others.
+        index: The position of the checkpoint among the models of the union.
 
     Raises:
         CheckpointError: Which tensors have a row a token cannot be told.
     """
-    reindexing = Reindexing(union, place, vocabulary_dimensions(checkpoint))
-    weights = ReindexedWeights(checkpoint, reindexing)
+    dimensions = vocabulary_dimensions(checkpoint)
+    rows_t = union.rows[index]
+    ids = (rows_t != LACKING).nonzero().flatten()
+
+    def make(name: str) -> Tensor:
+        tensor, dimension = checkpoint.read_unrounded(name), dimensions[name]
+        moved = tensor.new_zeros(resized_shape(tensor.shape, dimension, len(rows_t)))
+        return moved.index_copy_(dimension, ids, tensor.index_select(dimension, rows_t[ids]))
+
+    infos = {
+        name: replace(info, shape=resized_shape(info.shape, dimensions[name], union.size))
+        if name in dimensions
+        else info
+        for name, info in checkpoint.tensors.items()
+    }
+    is_moved = not torch.equal(rows_t, torch.arange(rows_of(checkpoint)))
+    own = {"companions": checkpoint.companion_stamps()} if checkpoint.revision is None else {}
     return replace(
         checkpoint,
         settings=checkpoint.settings.with_config(with_rows(checkpoint, union.size)),
-        tensors=weights.infos,
+        tensors=infos,
         # The tokenizer is that of the union, which is nobody's own.
         companion_files=tuple(path for path in checkpoint.companion_files if not is_of_tokenizer(path.name)),
-        reindexing=reindexing,
-        _weights=weights,
+        reindexing=Reindexing(union, index, dimensions),
+        weights=View(checkpoint.weights, infos, dimensions if is_moved else (), make, {**own, "union": union.digest}),
     )
 
 
@@ -108,7 +121,7 @@ def lend_rows(tensor: Tensor, name: str, reindexing: Reindexing, others: Sequenc
     Returns:
         The tensor; in float32 or better where rows were averaged.
     """
-    ids_m = reindexing.union.lacking(reindexing.place)
+    ids_m = reindexing.union.lacking(reindexing.index)
     dimension = reindexing.dimensions.get(name)
     if dimension is None or not len(ids_m):
         return tensor
@@ -125,68 +138,11 @@ def lend_rows(tensor: Tensor, name: str, reindexing: Reindexing, others: Sequenc
             count_m += lends_m
     if bool((count_m > 1).any()):
         dtype = torch.promote_types(dtype, torch.float32)
-    shape = [-1 if place == dimension else 1 for place in range(tensor.dim())]
+    shape = [-1 if index == dimension else 1 for index in range(tensor.dim())]
     lent_m /= count_m.view(shape)
     return tensor.to(dtype, copy=True).index_copy_(dimension, ids_m, lent_m.to(dtype))
 
 
-class ReindexedWeights:
-    """The tensors of a checkpoint, their rows under the ids of a union; zero where it has none."""
-
-    def __init__(self, checkpoint: Checkpoint, reindexing: Reindexing) -> None:
-        """Takes what is reindexed; nothing is read.
-
-        Args:
-            checkpoint: As it was.
-            reindexing: Into what.
-        """
-        self._checkpoint = checkpoint
-        self._union = reindexing.union
-        self._rows_t = reindexing.union.rows[reindexing.place]
-        self._dimensions = reindexing.dimensions
-        self._is_moved = not torch.equal(self._rows_t, torch.arange(rows_of(checkpoint)))
-        self.infos: Mapping[str, TensorInfo] = {
-            name: replace(info, shape=resized_shape(info.shape, self._dimensions[name], reindexing.union.size))
-            if name in self._dimensions
-            else info
-            for name, info in checkpoint.tensors.items()
-        }
-
-    def identity(self) -> Mapping[str, Any]:
-        """Of the files that it is made from, with the vocabulary; empty in memory."""
-        identity = self._checkpoint.identity()
-        files = identity.get("files", {})
-        own = {key: identity[key] for key in ("companions",) if key in identity}
-        return {**files, **own, "union": self._union.digest} if files else {}
-
-    def refuse_changed(self) -> None:
-        """Refuses files that were written to since they were opened."""
-        self._checkpoint.refuse_changed()
-
-    def read(self, name: str) -> Tensor:
-        """One tensor in the dtype of the checkpoint."""
-        return self._reindexed(name, self._checkpoint.read(name))
-
-    def read_unrounded(self, name: str) -> Tensor:
-        """One tensor, unrounded where the checkpoint makes it."""
-        return self._reindexed(name, self._checkpoint.read_unrounded(name))
-
-    def span(self, name: str) -> FileSpan | None:
-        """Where the bytes of a tensor lie whose rows stay as they are."""
-        return None if self._moves(name) else self._checkpoint.span(name)
-
-    def _moves(self, name: str) -> bool:
-        return name in self._dimensions and self._is_moved
-
-    def _reindexed(self, name: str, tensor: Tensor) -> Tensor:
-        if not self._moves(name):
-            return tensor
-        dimension = self._dimensions[name]
-        ids = (self._rows_t != LACKING).nonzero().flatten()
-        moved = tensor.new_zeros(resized_shape(tensor.shape, dimension, len(self._rows_t)))
-        return moved.index_copy_(dimension, ids, tensor.index_select(dimension, self._rows_t[ids]))
-
-
 def resized_shape(shape: Sequence[int], dimension: int, size: int) -> tuple[int, ...]:
     """A shape with another size in one dimension."""
-    return tuple(size if place == dimension else length for place, length in enumerate(shape))
+    return tuple(size if index == dimension else length for index, length in enumerate(shape))

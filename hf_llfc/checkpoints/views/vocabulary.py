@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _OTHER_SIZES = ("type_vocab_size",)
 
 LACKING = -1
-"""In place of a row, of a model that lacks a token."""
+"""Stands in place of a row where a model lacks a token."""
 
 _TOKENIZER_FILE = "tokenizer.json"
 _SETTINGS_FILE = "tokenizer_config.json"
@@ -46,11 +46,11 @@ _SPELLING = ("type", "continuing_subword_prefix", "end_of_word_suffix", "byte_fa
 _SPLITTING = ("normalizer", "pre_tokenizer", "decoder")
 
 Description = dict[str, Any]
-"""What tokenizer.json holds."""
+"""Content of tokenizer.json."""
 
 
 class Union:
-    """Every token of several models.
+    """The tokens of several models, joined into one vocabulary.
 
     Attributes:
         tokens: Token → id.
@@ -74,14 +74,16 @@ class Union:
         Raises:
             CheckpointError: A model has no tokenizer that can be read, or they cannot be joined.
         """
-        labels = [each.label for each in models]
-        descriptions = [_description(each) for each in models]
+        labels = [model.label for model in models]
+        descriptions = [_description(model) for model in models]
         joined = _joined(descriptions, labels)
         self.base = base
         self.tokens: Mapping[str, int] = _vocabulary(joined)
         self.size = 1 + max(self.tokens.values())
-        counts = [rows_of(each) for each in models]
-        self.is_of_each = len(set(counts)) == 1 and all(_vocabulary(each) == self.tokens for each in descriptions)
+        counts = [rows_of(model) for model in models]
+        self.is_of_each = len(set(counts)) == 1 and all(
+            _vocabulary(description) == self.tokens for description in descriptions
+        )
         if self.size > sum(counts):  # a damaged id, for which no room is to be made
             raise CheckpointError(
                 f"tokenizer_source: the union of the vocabularies reaches id {self.size - 1}, and the models have "
@@ -99,12 +101,12 @@ class Union:
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self.companions = _written(self.folder, models[0], joined, text)
 
-    def lacking(self, place: int) -> Tensor:
+    def lacking(self, index: int) -> Tensor:
         """The ids that one of the models has no row for."""
-        return (self.rows[place] == LACKING).nonzero().flatten()
+        return (self.rows[index] == LACKING).nonzero().flatten()
 
     def lenders(self, ids_t: Tensor) -> Sequence[Tensor]:
-        """Who stands in for a model that lacks some tokens.
+        """Finds the models whose rows stand in for those of a model that lacks some tokens.
 
         Args:
             ids_t: Ids of the union.
@@ -117,7 +119,7 @@ class Union:
         if self.base is None:
             return has
         by_base = has[self.base]
-        return [each & (~by_base if place != self.base else True) for place, each in enumerate(has)]
+        return [rows & (~by_base if index != self.base else True) for index, rows in enumerate(has)]
 
     def _rows_of(self, vocabulary: Mapping[str, int], rows: int) -> Tensor:
         # A tokenizer may know more tokens than the model has rows.
@@ -160,7 +162,7 @@ def rows_of(checkpoint: Checkpoint) -> int:
         for key, value in config.to_dict().items()
         if key == named or ("vocab_size" in key and key not in _OTHER_SIZES)
     }
-    if not isinstance(sizes.get(named), int) or len([each for each in sizes.values() if each is not None]) > 1:
+    if not isinstance(sizes.get(named), int) or len([size for size in sizes.values() if size is not None]) > 1:
         raise CheckpointError(
             f"{checkpoint.label}: the union of vocabularies needs a model of one vocabulary; its config names "
             f"{', '.join(sizes) or 'none'}"
@@ -240,7 +242,7 @@ def _joined(descriptions: Sequence[Description], labels: Sequence[str]) -> Descr
     following = 1 + max(known.values())
     for other in descriptions[1:]:
         flags = {token["content"]: token for token in other["added_tokens"]}
-        for token, _ in sorted(_vocabulary(other).items(), key=lambda each: each[1]):
+        for token, _ in sorted(_vocabulary(other).items(), key=lambda entry: entry[1]):
             if token in known:
                 continue
             known[token] = following
@@ -259,10 +261,10 @@ def _join_pieces(model: dict[str, Any], other: Mapping[str, Any], known: Mapping
     # Added tokens among them: one that is no piece would get the id after all pieces, when the file is read.
     model["vocab"] = dict(known)
     if "merges" in model:
-        merges = [_pair(each) for each in model["merges"]]
-        present = {tuple(each) for each in merges}
+        merges = [_pair(merge) for merge in model["merges"]]
+        present = {tuple(merge) for merge in merges}
         # A merge later in the list is one of lower rank: those of the first model come before all others.
-        model["merges"] = [*merges, *(pair for each in other["merges"] if tuple(pair := _pair(each)) not in present)]
+        model["merges"] = [*merges, *(pair for merge in other["merges"] if tuple(pair := _pair(merge)) not in present)]
 
 
 def _pair(merge: str | Sequence[str]) -> list[str]:
@@ -272,7 +274,7 @@ def _pair(merge: str | Sequence[str]) -> list[str]:
 def _scored(
     pieces: Sequence[Sequence[Any]], scores: Mapping[str, float], known: Mapping[str, int]
 ) -> Iterator[list[Any]]:
-    """What follows the pieces of a unigram model, where the place of each is its id."""
+    """Yields the pieces that follow those of a unigram model, in which the position of a piece is its id."""
     by_id = {index: token for token, index in known.items()}
     lowest = min(score for _, score in pieces)
     for index in range(len(pieces), 1 + max(by_id)):
@@ -303,18 +305,18 @@ def _written(folder: Path, first: Checkpoint, joined: Description, text: str) ->
     first.config.save_pretrained(folder)  # where the settings name no class of tokenizers, the model type does
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        found = tokenizer.get_vocab()
+        vocabulary = tokenizer.get_vocab()
     except Exception as error:  # the class of the tokenizer may raise anything
         raise CheckpointError(f"tokenizer_source: the union of the vocabularies cannot be loaded: {error}") from error
     expected = _vocabulary(joined)
-    lost = [token for token, index in expected.items() if found.get(token) != index]
+    lost = [token for token, index in expected.items() if vocabulary.get(token) != index]
     if lost:
         raise CheckpointError(
             f"tokenizer_source: {type(tokenizer).__name__} of {first.label} does not keep {len(lost)} of the "
             f"{len(expected)} tokens of the union, {lost[0]!r} first; name a model first whose tokenizer is of a class "
             "that does"
         )
-    if own := [token for token in found if token not in expected]:
+    if own := [token for token in vocabulary if token not in expected]:
         logger.warning(
             "%s adds %d tokens of its own to the union, %r first, for which the result has no rows",
             type(tokenizer).__name__,

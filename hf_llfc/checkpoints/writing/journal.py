@@ -34,7 +34,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class Journal:
-    """What of one output is finished; in a run of several processes the main one alone writes it, from any thread.
+    """The finished parts of one output; in a run of several processes the main one alone writes it, from any thread.
 
     Attributes:
         path: The file.
@@ -57,7 +57,7 @@ class Journal:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is finished yet."""
-        return not self.stages and not self.shards
+        return not (self.stages or self.shards or self.is_complete)
 
     def save(self) -> None:
         """Replaces the file.
@@ -112,7 +112,7 @@ class Journal:
         return cls(path, folder, identity, stages, shards, content.get("complete") is True)
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
-        """What the journal's output is made from, against something else; none if the two are the same."""
+        """Lists how the inputs of the journal's output differ from others; none if the two are the same."""
         return [
             f"{name} was {_short(before)} and is {_short(now)}"
             for name, before, now in _differing(self.identity, identity)
@@ -124,8 +124,8 @@ class Journal:
             if all(_has_checksum(self.folder / name, digest) for name, digest in entry["files"].items()):
                 continue
             logger.warning("the files of the stage %r are not as they were written; it is done again", stage)
-            place = list(self.stages).index(stage)
-            for later in list(self.stages)[place:]:
+            index = list(self.stages).index(stage)
+            for later in list(self.stages)[index:]:
                 del self.stages[later]
             self.is_complete = False
             return
@@ -240,18 +240,18 @@ def _are_checksums(value: object) -> bool:
 
 
 def _differing(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Where two JSON values differ: the path to the place, and both values there."""
+    """Lists where two JSON values differ: the path, and both values there."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
-        found = [
+        differences = [
             _differing(before.get(key), now.get(key), f"{name}.{key}" if name else key)
             for key in keys
             if before.get(key) != now.get(key)
         ]
-        return [place for places in found for place in places]
+        return [difference for listed in differences for difference in listed]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        found = [_differing(*pair, f"{name}.{place}") for place, pair in enumerate(zip(before, now, strict=True))]
-        return [place for places in found for place in places]
+        differences = [_differing(*pair, f"{name}.{index}") for index, pair in enumerate(zip(before, now, strict=True))]
+        return [difference for listed in differences for difference in listed]
     return [] if before == now else [(name, before, now)]
 
 

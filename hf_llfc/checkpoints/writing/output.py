@@ -6,18 +6,18 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_llfc.checkpoints.files import CONFIG_FILE
 from hf_llfc.checkpoints.writing.journal import Journal, flush, flush_all, listed, storing
 from hf_llfc.errors import CheckpointError, LLFCError, ProcessError, StorageError
-from hf_llfc.foundation.layout import LLFC_FOLDER
+from hf_llfc.foundation.layout import CARD_FILE, FILES_FILE, LLFC_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,10 @@ WORK = "work"
 JOURNAL = "journal.json"
 LOCK = "lock"
 _KNOWN = {OUTPUT, EARLIER, WORK, JOURNAL, "journal.draft", LOCK}
+
+FILES_FORMAT = "hf_llfc.files/1"
+_LARGEST_LIST = 100_000_000
+_NAMED = 5
 
 # The lock dies with its process, but a worker that the process forked may live on for a moment.
 _LOCK_SECONDS = 2.0
@@ -52,8 +56,8 @@ class OutputFolder:
 
         Args:
             path: The target.
-            overwrite: Whether an earlier checkpoint at the target may be replaced. Any other folder that is not
-                empty is refused all the same.
+            overwrite: Whether an earlier output at the target may be replaced. A folder that no run has written, or
+                that holds files which no run has written, is refused all the same.
             restart: Whether what an interrupted run had finished is discarded.
         """
         # A link stays a link: what it points at is replaced.
@@ -69,7 +73,7 @@ class OutputFolder:
 
     @property
     def journal(self) -> Journal:
-        """What is finished; between entering and leaving."""
+        """Journal of what is finished; between entering and leaving."""
         assert self._journal is not None, "nothing is being made"
         return self._journal
 
@@ -98,11 +102,16 @@ class OutputFolder:
         """Refuses a target that cannot be written, without making anything.
 
         Raises:
-            CheckpointError: If the target is a file, not empty, or in a folder that cannot be written.
+            CheckpointError: If the target is a file, a mount point, not empty, or in a folder that cannot be written.
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(
                 f"{self._named}: the output must be a folder, and this is a file; choose another path"
+            )
+        if os.path.ismount(self.path):
+            raise CheckpointError(
+                f"{self._named}: the output folder is a mount point, which nothing can take the place of; name a folder"
+                " in it"
             )
         parent = self.path.parent
         while not parent.exists():
@@ -124,16 +133,22 @@ class OutputFolder:
             return
         with suppress(OSError):
             self._partial.rmdir()  # empty where a run was stopped in its very last moment
-        few = ", ".join(held[:5]) + (", …" if len(held) > 5 else "")
         if not self.overwrite:
             raise CheckpointError(
-                f"{self._named}: the output folder is not empty (it holds {few}); choose another one, or overwrite it "
-                "(`--overwrite`, in a recipe `overwrite: true`)"
+                f"{self._named}: the output folder is not empty (it holds {_few(held)}); choose another one, or "
+                "overwrite it (`--overwrite`, in a recipe `overwrite: true`)"
             )
-        if CONFIG_FILE not in held and LLFC_FOLDER not in held:
+        ours = _written_files(self.path)
+        if ours is None:
             raise CheckpointError(
-                f"{self._named}: the output folder holds no checkpoint that could be overwritten, but {few}; choose"
-                " another one"
+                f"{self._named}: the output folder was not written by hf-llfc, so it is not overwritten (it holds "
+                f"{_few(held)}); choose another one"
+            )
+        strangers = list(islice((name for name in _files_in(self.path) if not _is_ours(name, ours)), _NAMED + 1))
+        if strangers:
+            raise CheckpointError(
+                f"{self._named}: the output folder holds files that no run of hf-llfc wrote, and overwriting would"
+                f" delete them: {_few(strangers)}; move them elsewhere, or choose another folder"
             )
 
     def _is_moved(self) -> bool:
@@ -176,7 +191,7 @@ class OutputFolder:
         self._lock = lock
 
     def _begin(self) -> Journal:
-        """What there is to go on from; a fresh staging folder if there is nothing.
+        """Takes up the journal of an interrupted run, or makes a fresh staging folder.
 
         Raises:
             CheckpointError: What is there is not ours, or it is of another run.
@@ -191,16 +206,24 @@ class OutputFolder:
             (self._partial / EARLIER).rename(self.path)
         self.check()
         is_moved = self._is_moved()
+        if not is_moved:
+            self._refuse_fixed()
         folder = self.path if is_moved else self._partial / OUTPUT
         journal = None if self.restart else Journal.load(self._partial / JOURNAL, folder)
         if journal is not None and not journal.is_empty:
             differences = journal.differences(self._identity)
-            if not differences:
+            is_same = bool(self._identity) and not differences
+            if is_same:
                 journal.check_files()
-            if not differences and (journal.is_complete or not is_moved):
+            if is_same and (journal.is_complete or not is_moved):
                 logger.warning("%s: goes on after an interrupted run (%s)", self._named, _told(journal))
                 self._remove_unfinished(journal)
                 return journal
+            if not is_moved and not differences:
+                raise CheckpointError(
+                    f"{self._named}: {folder} holds a finished output that could not be moved into place; rename that"
+                    " folder, or discard it with --restart (in Python restart=True)"
+                )
             if not is_moved:
                 raise CheckpointError(
                     f"{self._named}: {self._partial} holds an interrupted run of something else"
@@ -210,6 +233,24 @@ class OutputFolder:
             (self._partial / JOURNAL).unlink()  # that run's output is in its place, or was
             self.check()
         return self._fresh()
+
+    def _refuse_fixed(self) -> None:
+        """Refuses, before any work, a target folder that cannot be moved away, by moving it away and back.
+
+        Raises:
+            CheckpointError: The system does not move it.
+        """
+        if not self.path.exists():
+            return
+        earlier = self._partial / EARLIER
+        shutil.rmtree(earlier, ignore_errors=True)  # there only if its successor is in its place
+        try:
+            self.path.rename(earlier)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._named}: the output folder cannot be replaced ({error.strerror}); name a new folder"
+            ) from error
+        earlier.rename(self.path)
 
     def _remove_unfinished(self, journal: Journal) -> None:
         """Removes files that were being written when the run stopped; they are written again."""
@@ -249,7 +290,7 @@ class OutputFolder:
 
     def _stop(self, error: BaseException | None) -> None:
         at_fault = isinstance(error, LLFCError) and not isinstance(error, StorageError | ProcessError)
-        if self.journal.is_empty or at_fault:
+        if self.journal.is_empty or (at_fault and not self.journal.is_complete):
             self._discard()
             return
         logger.warning(
@@ -264,16 +305,18 @@ class OutputFolder:
         staging = self.journal.folder
         if staging != self.path:
             with storing(staging):
+                _list_files(staging)
                 flush_all(staging)
             self.journal.complete()
             try:
+                self.check()  # for what was written there meanwhile
                 self._replace(staging)
                 flush(self.path.parent)
-            except OSError as failure:
-                self._discard()
+            except (OSError, CheckpointError) as failure:
+                reason = failure.strerror if isinstance(failure, OSError) else failure
                 raise CheckpointError(
-                    f"{self._named}: the output could not be moved into place ({failure.strerror}); was something else"
-                    " written there meanwhile?"
+                    f"{self._named}: the output is complete, but could not be moved into place ({reason}); it is kept"
+                    f" in {staging}: move away what is at {self.path}, and rename that folder to it"
                 ) from failure
         self._discard()
 
@@ -341,7 +384,46 @@ class OutputFolder:
         self._made_parents.clear()
 
 
+def _files_in(folder: Path) -> Iterator[str]:
+    """The paths of all files below a folder, with `/`."""
+    for path, folders, names in os.walk(folder):
+        links = [name for name in folders if (Path(path) / name).is_symlink()]
+        for name in sorted([*names, *links]):
+            yield (Path(path) / name).relative_to(folder).as_posix()
+
+
+def _list_files(folder: Path) -> None:
+    """Writes the list of the files in an output folder into it."""
+    (folder / LLFC_FOLDER).mkdir(exist_ok=True)
+    path = folder / LLFC_FOLDER / FILES_FILE
+    files = sorted({*_files_in(folder), path.relative_to(folder).as_posix()})
+    path.write_text(json.dumps({"format": FILES_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def _written_files(folder: Path) -> set[str] | None:
+    """The files that a run has written into a folder, by its own list; None if there is no such list."""
+    path = folder / LLFC_FOLDER / FILES_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_LIST else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or content.get("format") != FILES_FORMAT:
+        return None
+    files = content.get("files")
+    return {str(name) for name in files} if isinstance(files, list) else None
+
+
+def _is_ours(name: str, listed: set[str]) -> bool:
+    """Whether a file is on the list, or is one of a card, which may be written later."""
+    of_card = name.startswith(f"{LLFC_FOLDER}/") and name.endswith((".png", ".html", ".json"))
+    return name in listed or name == CARD_FILE or of_card
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
 def _told(journal: Journal) -> str:
-    """What is finished, in words."""
+    """Describes what is finished."""
     parts = [f"{len(journal.shards)} weight files"] if journal.shards else []
     return "finished: " + ", ".join([*journal.stages, *parts])

@@ -93,7 +93,7 @@ class Shard:
         return dict(zip(in_order, [*(self.places[name] for name in in_order[1:]), self.size], strict=True))
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """Where every piece that is hashed by itself begins and ends in the file, in the order of the file."""
+        """Yields where every piece that is hashed by itself begins and ends in the file, in the order of the file."""
         for name, end in self.ends.items():
             for begin in range(self.places[name], end, PIECE):
                 yield begin, min(begin + PIECE, end)
@@ -124,7 +124,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Which tensors lie where in which files, as `save_pretrained` would have it.
+    """The position of every tensor in the weight files, as `save_pretrained` would have it.
 
     Attributes:
         shards: File → what is in it.
@@ -232,7 +232,7 @@ class ShardFiles:
                 direct = open_direct(self._folder / filename) if shard.size >= DIRECT else None
                 if direct is not None:
                     self._direct[filename] = direct
-                self._places |= {name: (filename, place) for name, place in shard.places.items()}
+                self._places |= {name: (filename, offset) for name, offset in shard.places.items()}
         for filename, missing in list(self._missing.items()):
             if missing == 0:
                 self._complete(filename)
@@ -260,8 +260,8 @@ class ShardFiles:
         Raises:
             OSError: The disk is full or cannot be written.
         """
-        filename, place = self._places[name]
-        begin, end = place + start, place + start + len(data)
+        filename, offset = self._places[name]
+        begin, end = offset + start, offset + start + len(data)
         # Part of what is written, if any, are whole blocks.
         first, last = -(-begin // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
         if filename in self._direct and last - first >= _LEAST_DIRECT:
@@ -285,21 +285,21 @@ class ShardFiles:
         if is_complete:
             self._complete(written.filename)
 
-    def _write_cached(self, filename: str, data: memoryview, place: int) -> None:
-        write_at(self._files[filename], data, place)
+    def _write_cached(self, filename: str, data: memoryview, offset: int) -> None:
+        write_at(self._files[filename], data, offset)
 
-    def _write_blocks(self, filename: str, data: memoryview, place: int) -> None:
+    def _write_blocks(self, filename: str, data: memoryview, offset: int) -> None:
         """Writes whole blocks past the page cache, or through it where the system refuses that after all."""
         room = self._rooms.blocks
         for start in range(0, len(data), len(room)):
             part = data[start : start + len(room)]
             np.copyto(room[: len(part)], np.frombuffer(part, dtype=np.uint8))  # other threads go on meanwhile
             try:
-                write_at(self._direct[filename], room[: len(part)].data, place + start)
+                write_at(self._direct[filename], room[: len(part)].data, offset + start)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._write_cached(filename, part, place + start)
+                self._write_cached(filename, part, offset + start)
 
     def _known(self, filename: str, name: str, begin: int, data: memoryview) -> dict[int, bytes]:
         """The checksums of the pieces that lie within what is written, by where they begin."""
@@ -318,7 +318,7 @@ class ShardFiles:
 
 
 class _Rooms(threading.local):
-    """What every thread has of its own."""
+    """Memory that every thread has of its own."""
 
     @cached_property
     def blocks(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -8,8 +8,9 @@ from pathlib import PurePath
 from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.foundation.model_names import parts_of
 from hf_llfc.publishing.card.results import standard_error
-from hf_llfc.publishing.lineage import ParentInfo, parts_of, setting_in_words
+from hf_llfc.publishing.lineage import ParentInfo, setting_in_words
 from hf_llfc.publishing.numbers import decimal_text, distance_text, weight_text
 from hf_llfc.publishing.reading import merge_point, shown_layers
 from hf_llfc.publishing.record import MeasuredData, MergekitRun, Result

@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE
+from hf_llfc.foundation.model_names import is_hub_id, parts_of, split_revision
 from hf_llfc.publishing.files import read_recipe
 from hf_llfc.publishing.hub.hub_errors import explained
 from hf_llfc.publishing.hub.target import Target
-from hf_llfc.publishing.lineage import (
-    ParentInfo,
-    combined_license,
-    is_hub_id,
-    parts_of,
-    read_parent_card,
-    split_revision,
-)
+from hf_llfc.publishing.lineage import ParentInfo, combined_license, read_parent_card
 from hf_llfc.recipe import PublishSection, Recipe
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.lineage import display_name
 from hf_llfc.publishing.numbers import MetricStyle, capitalized, height_text, value_text
 from hf_llfc.publishing.path import Curve, path_curves
 from hf_llfc.publishing.plots.canvas import cut
 from hf_llfc.publishing.reading import point_name
+from hf_llfc.publishing.words import display_name
 
 WIDTH = 400.0
 LINE_HEIGHT = 250.0

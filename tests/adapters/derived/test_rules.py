@@ -12,7 +12,7 @@ from hf_llfc.adapters.derived.terms import find, leaves
 from hf_llfc.adapters.derived.trace import Trace
 from hf_llfc.adapters.derived.writing import Writer
 from hf_llfc.symmetry import PermutationSpec
-from hf_llfc.symmetry.spec import TensorSpec
+from hf_llfc.symmetry.declarations import TensorSpec
 
 Function = Callable[..., Tensor]
 

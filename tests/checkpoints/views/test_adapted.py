@@ -14,9 +14,9 @@ from torch import Tensor
 
 import hf_llfc
 from hf_llfc.checkpoints import Checkpoint, compare, load_model, open_checkpoint, state_dict_on_disk
-from hf_llfc.checkpoints.checkpoint import split_adapter
 from hf_llfc.checkpoints.views import folding as folding_module
 from hf_llfc.errors import CheckpointError
+from hf_llfc.foundation.model_names import split_adapter
 from tests.checkpoints.conftest import save_tokenizer
 from tests.runs import byte_llama
 from tests.tiny_models import tiny_model
@@ -242,8 +242,11 @@ def test_the_tokenizer_is_that_of_the_adapter_if_it_has_one(base, tmp_path):
     assert with_own.folder == files["tokenizer.json"] == adapter
     assert files["generation_config.json"] == base and "chat_template.jinja" not in files
     assert set(with_own.folders) == {base, adapter}
-    with pytest.raises(CheckpointError, match="would replace its own input"):
+    with pytest.raises(CheckpointError, match="was not written by hf-llfc"):
         hf_llfc.merge([adapter], out=base, overwrite=True)
+    hf_llfc.merge([base], out=tmp_path / "merged")
+    with pytest.raises(CheckpointError, match="would replace its own input"):
+        hf_llfc.merge([f"{tmp_path / 'merged'}+{adapter}"], out=tmp_path / "merged", overwrite=True)
 
 
 def test_tied_weights_stay_tied_or_are_refused(tmp_path):
@@ -322,7 +325,7 @@ def test_a_pickle_is_opened_where_it_is_allowed_and_never_run(base, tmp_path):
     expected = open_checkpoint(adapter).fingerprint()
     torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
-    refused(adapter, "the adapter is pickled", "--allow-pickle")
+    refused(adapter, "the weights are pickled", "--allow-pickle")
     assert open_checkpoint(adapter, allow_pickle=True).fingerprint() == expected
     torch.save({"a": os.system}, adapter / "adapter_model.bin")
     refused(adapter, "could run code", allow_pickle=True)
@@ -340,6 +343,23 @@ def test_files_that_are_not_there_or_no_adapter_are_named(base, tmp_path):
     refused(f"{tmp_path}/gone+{adapter}", f"{tmp_path}/gone: there is no such folder")
     refused(f"{base}+{tmp_path}/gone", f"{tmp_path}/gone: there is no such folder")
     refused(f"{adapter}+{adapter}", "not into another adapter")
+    edit_config(adapter, base_model_name_or_path=str(adapter))
+    refused(str(adapter), f"{adapter}: an adapter can be folded into a model", "names it as its base")
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": r"(\w+\.?)+!"}, {"rank_pattern": {r"(\w+\.?)+!": 2}}])
+def test_a_pattern_that_backtracks_without_end_is_one_error(base, tmp_path, monkeypatch, changes):
+    adapter = lora(base, tmp_path / "adapter")
+    edit_config(adapter, **changes)
+    monkeypatch.setattr(folding_module, "_MATCHING_SECONDS", 2.0)
+    refused(f"{base}+{adapter}", "patterns in adapter_config.json", r"does not end in 2 s (of (\w+\.?)+!)")
+
+
+def test_patterns_that_end_are_matched(base, tmp_path):
+    adapter = lora(base, tmp_path / "adapter", target_modules=r".*\.layers\.\d+\.(self_attn|mlp)\.(q_proj|up_proj)")
+    found = open_checkpoint(f"{base}+{adapter}")
+    changed = [name for name in found.tensors if found.span(name) is None]
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "up_proj"}
     (adapter / "adapter_model.safetensors").unlink()
     refused(adapter, "expected adapter_model.safetensors")
 

@@ -1,5 +1,6 @@
 """The output folder: complete or not there at all, and nobody else's files are touched."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,12 @@ from hf_llfc.errors import CheckpointError, StorageError
 def fill(folder, text="new"):
     (folder / "config.json").write_text(text)
     (folder / "llfc").mkdir()
+
+
+def earlier(target):
+    """An output that a run wrote before."""
+    with OutputFolder(target) as folder:
+        fill(folder, "old")
 
 
 def names(folder):
@@ -64,10 +71,10 @@ def test_an_empty_folder_is_taken(tmp_path):
 @pytest.mark.parametrize("existing", [None, "empty", "checkpoint"])
 def test_on_failure_everything_is_as_it_was(tmp_path, error, existing):
     target = tmp_path / "out"
-    if existing is not None:
+    if existing == "empty":
         target.mkdir()
     if existing == "checkpoint":
-        fill(target, "old")
+        earlier(target)
     before = names(tmp_path)
     with pytest.raises(error), OutputFolder(target, overwrite=True) as folder:
         fill(folder)
@@ -84,9 +91,9 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path):
 
 
 def test_overwriting_replaces_an_earlier_checkpoint_as_a_whole(tmp_path):
-    (tmp_path / "out").mkdir()
-    fill(tmp_path / "out", "old")
-    (tmp_path / "out" / "model-00009-of-00009.safetensors").touch()
+    with OutputFolder(tmp_path / "out") as folder:
+        fill(folder, "old")
+        (folder / "model-00009-of-00009.safetensors").touch()
     refused(tmp_path / "out", "not empty")
     with OutputFolder(tmp_path / "out", overwrite=True) as folder:
         fill(folder)
@@ -95,10 +102,65 @@ def test_overwriting_replaces_an_earlier_checkpoint_as_a_whole(tmp_path):
     assert (tmp_path / "out" / "config.json").read_text() == "new"
 
 
-def test_overwriting_never_removes_what_is_no_checkpoint(tmp_path, monkeypatch):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "one.jpg").touch()
-    refused(tmp_path / "photos", "holds no checkpoint that could be overwritten", overwrite=True)
+@pytest.mark.parametrize("listed", [None, "", "[]", '{"format": "other"}', '{"format": "hf_llfc.files/1"}'])
+def test_overwriting_never_removes_what_no_run_wrote(tmp_path, listed):
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    fill(folder, "a checkpoint of somebody else")
+    if listed is not None:
+        (folder / "llfc" / "files.json").write_text(listed)
+    refused(folder, "was not written by hf-llfc, so it is not overwritten (it holds config.json", overwrite=True)
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "llfc/mine.yaml", "checkpoint-500/config.json", "data/train.jsonl"])
+def test_overwriting_never_removes_files_beside_those_of_a_run(tmp_path, stranger):
+    target = tmp_path / "out"
+    earlier(target)
+    for name in ("README.md", "llfc/path.png"):  # a card that was written later
+        (target / name).touch()
+    (target / stranger).parent.mkdir(exist_ok=True)
+    (target / stranger).touch()
+    refused(target, f"overwriting would delete them: {stranger}; move them elsewhere", overwrite=True)
+    (target / stranger).unlink()
+    with OutputFolder(target, overwrite=True) as folder:
+        fill(folder)
+    assert (target / "config.json").read_text() == "new"
+
+
+def test_files_that_appear_in_an_earlier_output_meanwhile_are_kept(tmp_path):
+    earlier(tmp_path / "out")
+    with (
+        pytest.raises(CheckpointError, match=r"would delete them: notes\.txt"),
+        OutputFolder(tmp_path / "out", overwrite=True) as folder,
+    ):
+        fill(folder)
+        (tmp_path / "out" / "notes.txt").touch()
+    assert names(tmp_path / "out") == ["config.json", "llfc", "notes.txt"]
+    assert (tmp_path / ".out.partial" / "output" / "config.json").read_text() == "new"
+
+
+def test_a_target_that_cannot_be_moved_away_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    rename = Path.rename
+
+    def busy(self, to):
+        if self == tmp_path / "out":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(CheckpointError, match=r"cannot be replaced .*busy"), OutputFolder(tmp_path / "out"):
+        pytest.fail("work began")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a mount point")
+def test_a_mount_point_is_refused():
+    with pytest.raises(CheckpointError, match=r"^/proc: the output folder is a mount point"):
+        OutputFolder("/proc").check()
+
+
+def test_overwriting_never_removes_the_current_folder(tmp_path, monkeypatch):
     fill(tmp_path)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -133,17 +195,40 @@ def test_a_parent_without_permission_is_refused(tmp_path):
 
 
 def test_what_someone_else_wrote_there_meanwhile_is_kept(tmp_path):
-    with (
-        pytest.raises(CheckpointError, match="could not be moved into place"),
-        OutputFolder(tmp_path / "out") as folder,
-    ):
-        fill(folder)
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").touch()
-    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+    finished_but_not_moved(tmp_path / "out", RECIPE)
+    assert names(tmp_path) == [".out.partial", "out"] and names(tmp_path / "out") == ["theirs"]
+    (tmp_path / "out").rename(tmp_path / "theirs")
+    assert taken_up(tmp_path / "out")[3] == ["config.json", "llfc"]
+    assert names(tmp_path) == ["out", "theirs"] and names(tmp_path / "out") == ["config.json", "llfc"]
+
+
+def test_finished_work_of_unknown_inputs_is_never_taken_for_another_s(tmp_path):
+    target, staging = tmp_path / "out", tmp_path / ".out.partial" / "output"
+    finished_but_not_moved(target, {})
+    (target / "theirs").unlink()
+    for identity in ({}, RECIPE):
+        with pytest.raises(CheckpointError, match="--restart"):
+            taken_up(target, identity)
+    assert (staging / "config.json").read_text() == "new"
+    target.rmdir()
+    staging.rename(target)  # as the error says
+    with pytest.raises(CheckpointError, match="not empty"):
+        taken_up(target, {})
+    assert taken_up(target, {}, overwrite=True)[3] == [] and names(tmp_path) == ["out"]
 
 
 # -- interrupted runs
+
+
+def finished_but_not_moved(target, identity):
+    output = OutputFolder(target)
+    output.made_from(identity)
+    message = r"could not be moved into place.*kept in .*\.out\.partial/output: .*rename that folder"
+    with pytest.raises(CheckpointError, match=message), output as folder:
+        fill(folder)
+        target.mkdir()
+        (target / "theirs").touch()
+
 
 RECIPE = {"recipe": {"models": ["a", "b"], "weights": [0.5, 0.5]}}
 
@@ -250,8 +335,7 @@ def test_two_runs_on_one_folder_exclude_each_other(tmp_path):
 def test_a_run_stopped_while_it_takes_its_place_is_taken_up(tmp_path, monkeypatch, existing, step):
     target = tmp_path / "out"
     if existing == "checkpoint":
-        target.mkdir()
-        fill(target, "old")
+        earlier(target)
     rename, moves = Path.rename, []
 
     def stop(self, to):
@@ -278,8 +362,7 @@ def test_a_run_stopped_while_it_takes_its_place_is_taken_up(tmp_path, monkeypatc
 
 def test_an_earlier_output_comes_back_when_its_replacement_is_discarded(tmp_path, monkeypatch):
     target = tmp_path / "out"
-    target.mkdir()
-    fill(target, "old")
+    earlier(target)
     stopped(target, KeyboardInterrupt())
     target.rename(tmp_path / ".out.partial" / "earlier")  # as if killed between the two moves
     with pytest.raises(CheckpointError, match="something else"):

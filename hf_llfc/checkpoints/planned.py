@@ -1,0 +1,148 @@
+"""A checkpoint whose tensors have the names on disk of its model class, made from those in its files."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_llfc.checkpoints.checkpoint import Checkpoint
+from hf_llfc.checkpoints.files import CONFIG_FILE, Weights
+from hf_llfc.checkpoints.views.view import View
+from hf_llfc.errors import CheckpointError
+
+if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is loaded where a class is needed
+    from transformers import PreTrainedModel
+
+    from hf_llfc.checkpoints import names
+
+logger = logging.getLogger(__name__)
+
+_NAMES_IN_A_MESSAGE = 5
+
+
+def planned(checkpoint: Checkpoint, weights: Weights, heading: str | None = None) -> Checkpoint:
+    """Gives the tensors of a checkpoint the names on disk of its model class, where that is known.
+
+    Args:
+        checkpoint: A checkpoint whose tensors have the names of its files.
+        weights: The tensors by those names.
+        heading: The first line of the error, if there is one.
+
+    Raises:
+        CheckpointError: The tensors are not those of the model class.
+    """
+    plan = _plan(checkpoint, weights, heading)
+    if plan is None:
+        return checkpoint
+    making = _Making(checkpoint.label, plan, weights)
+    view = View(weights, plan.tensors, making.names, making.make)
+    return replace(checkpoint, tensors=plan.tensors, unused=plan.unused, weights=view)
+
+
+def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None) -> names.Plan | None:
+    """Finds how the tensors on disk come from those in the files; None if the model class is not known here."""
+    model_class, where = checkpoint.model_class, checkpoint.label
+    if model_class is None:
+        return None
+    from hf_llfc.checkpoints import names
+
+    try:
+        layout = names.Layout(model_class, checkpoint.config)
+    except ImportError as error:
+        logger.warning("%s: %s cannot be built (%s); its tensors keep their names", where, model_class.__name__, error)
+        return None
+    except Exception as error:  # a model class may raise anything on values it does not expect
+        raise CheckpointError(
+            f"{where}/{CONFIG_FILE}: {model_class.__name__} cannot be built from this config: {error}"
+        ) from error
+    heading = heading or (
+        f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it; fetch or save "
+        "the checkpoint again"
+    )
+    plan = layout.plan(weights.infos, heading)
+    if plan.converted:
+        logger.info(
+            "%s: %d tensors are stored under other names, or in the layout of the memory; they are converted as they"
+            " are read, which takes the memory of one group of tensors",
+            where,
+            len(plan.converted),
+        )
+    if plan.unused:
+        more = f" and {len(plan.unused) - _NAMES_IN_A_MESSAGE} more" if len(plan.unused) > _NAMES_IN_A_MESSAGE else ""
+        logger.warning(
+            "%s: %s does not use the tensors %s%s; they are left out",
+            where,
+            model_class.__name__,
+            ", ".join(plan.unused[:_NAMES_IN_A_MESSAGE]),
+            more,
+        )
+    return plan
+
+
+class _Making:
+    """Makes the tensors on disk of a plan from those in the files.
+
+    Attributes:
+        names: The tensors that are made, and the tied ones whose copies are still to be compared.
+    """
+
+    def __init__(self, where: str, plan: names.Plan, stored: Weights) -> None:
+        self.names = {*plan.converted, *plan.ties}
+        self._where = where
+        self._plan = plan
+        self._stored = stored
+        self._made: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def make(self, name: str) -> torch.Tensor:
+        """Makes one tensor; the rest of its group is kept until the next group is made."""
+        if name in self._plan.converted:
+            with self._lock:
+                if name not in self._made:
+                    self._made.clear()
+                    self._made = self._plan.make(name, self._stored.read)
+                return self._made.pop(name)
+        tensor = self._stored.read(name)
+        for copy in self._plan.ties[name]:
+            other = self._stored.read(copy)
+            if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+                raise CheckpointError(
+                    f"{self._where}: the config ties {copy} to {name}, but the file holds two different tensors; set"
+                    f" tie_word_embeddings to false in {CONFIG_FILE} if both are meant"
+                )
+        self.names.discard(name)  # compared once
+        return tensor
+
+
+def state_dict_on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Takes the state of a loaded model under the names that `save_pretrained` writes, tied weights once.
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        Name on disk → tensor; most share their memory with the model.
+
+    Raises:
+        CheckpointError: If the model has adapters, is not in memory, or ties weights that its class does not declare.
+    """
+    from hf_llfc.checkpoints import names
+
+    label = model.name_or_path or type(model).__name__
+    if model._hf_peft_config_loaded:
+        raise CheckpointError(f"{label}: the model carries adapters; merge them with merge_and_unload() first")
+    try:
+        state = names.disk_state(model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{label}: the weights cannot be named as on disk: {error}") from error
+    absent = [name for name, tensor in state.items() if tensor.device.type == "meta"]
+    if absent:
+        raise CheckpointError(
+            f"{label}: tensor {absent[0]} is not in memory (offloaded, or on the meta device; {len(absent)} tensors);"
+            " load the model without a device map, or give the folder it came from"
+        )
+    return state
