@@ -13,6 +13,7 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.errors import AlignmentError, suggest
 from hf_llfc.foundation.choices import ALIGNMENT_METHODS
 from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.parents.parent import Parent, open_data
 from hf_llfc.parents.provenance import identified
@@ -33,6 +34,7 @@ Found = TypeVar("Found")
 NEEDS_CALIBRATION = "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
 
 
+@one_thread_if_small(lambda reference, *_, **__: reference.nbytes)
 def align_checkpoints(
     reference: Checkpoint,
     model: Checkpoint,

@@ -21,6 +21,7 @@ from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.parent import Parent, open_data
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.recipe import DiagnoseSection
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from hf_llfc.parallel.ranks import Ranks
 
 
+@one_thread_if_small(lambda parents, *_, **__: parents[0].checkpoint.nbytes)
 def diagnose_checkpoints(
     parents: Sequence[Parent],
     data: EvaluationData,
@@ -177,6 +179,7 @@ def module_layers(model: PreTrainedModel, report: ConnectivityReport) -> tuple[s
     )
 
 
+@one_thread_if_small(lambda parents, *_, **__: parents[0].checkpoint.nbytes)
 def broken_tensors(
     parents: Sequence[Parent],
     data: EvaluationData,

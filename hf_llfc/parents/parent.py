@@ -17,6 +17,7 @@ from hf_llfc.foundation.choices import GROUPS, HEADS
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.merging import Source
 from hf_llfc.merging.tensors import Moved
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.specs import bind, spec_of
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment, Binding
@@ -248,6 +249,7 @@ def open_data(
     return load_evaluation_data(config, source.folder or beside, checkpoint.config)
 
 
+@one_thread_if_small(lambda parents, *_, **__: parents[0].checkpoint.nbytes)
 def evaluate_parents(
     parents: Sequence[Parent],
     data: EvaluationData,
