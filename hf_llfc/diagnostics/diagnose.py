@@ -74,7 +74,7 @@ def diagnose_models(
         references: `id`, `revision` and `weight` of all, for the report.
         alignment: How the models were aligned (`method`, ...), for the report and the verdict; None or the method
             ``none`` if they were not.
-        on_batch: Called with the number of batches done and the number there are, for progress bars.
+        on_batch: Called with the samples done and all of this process; see `EvaluationData.batches`.
 
     Returns:
         The report, equal on all processes.

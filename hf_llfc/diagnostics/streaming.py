@@ -46,7 +46,7 @@ def over_batches(
         add: Takes a batch and the numbers of its samples, and adds to `sums`.
         sums: What this process gathers.
         processes: Share the samples.
-        on_batch: Called with the number of batches done and the number there are, for progress bars.
+        on_batch: Called with the samples done and all of this process; see `EvaluationData.batches`.
 
     Returns:
         The sums over all samples, equal on all processes.
@@ -56,12 +56,9 @@ def over_batches(
     """
     rank, world = (0, 1) if processes is None else (processes.rank, processes.count)
     problem: str | None = None
-    total = data.batch_count(rank, world)
     try:
-        for done, (batch, sample_ids) in enumerate(data.batches(rank, world), start=1):
+        for batch, sample_ids in data.batches(rank, world, on_batch):
             add(batch, sample_ids)
-            if on_batch is not None:
-                on_batch(done, total)
     except EvaluationError as error:
         problem = str(error)
     if processes is None:

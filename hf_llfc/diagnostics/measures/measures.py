@@ -98,7 +98,7 @@ def run_measures(
         layers: Where to stitch, and whose features' geometry to measure: patterns or words of `select_layers`; every
             block without them.
         processes: Share the samples; every process gets the rows of all.
-        on_batch: Called with the number of batches done and the number there are, for progress bars.
+        on_batch: Called with the samples done and all of this process; see `EvaluationData.batches`.
 
     Returns:
         Rows by the name of the measure, which is also that of the report's part: `AdditivityRow`, `CommutativityRow`,
