@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,13 @@ class Settings:
         named = self.raw.get("model_type") if self.raw is not None else None
         return named if isinstance(named, str) and named else self.config.model_type
 
-    def said(self) -> Said | None:
-        """What the file says, to be read like a config; None where code of its own reads it."""
-        return None if self.raw is None or "auto_map" in self.raw else Said(self.raw)
+    def said(self, silent: Collection[str] | None = None) -> Said | None:
+        """What the file says, to be read like a config; None where code of its own reads it.
+
+        Args:
+            silent: See `Said`.
+        """
+        return None if self.raw is None or "auto_map" in self.raw else Said(self.raw, silent)
 
     def digest(self) -> str:
         """SHA-256 of the config, as hexadecimal digits."""
@@ -157,16 +161,18 @@ class Said:
     """What config.json says, to be read by adapters: enough to name the tensors of a model and to tell their shapes.
 
     A value that is not there is what the adapter takes it for, which need not be the default of the config class; the
-    tensors have to fit for it. A null, in whose place a class may put anything, raises `Unsaid`.
+    tensors have to fit for it, or `silent` says which may be missing. A null, in whose place a class may put anything,
+    raises `Unsaid`.
     """
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], silent: Collection[str] | None = None) -> None:
         """Takes the values.
 
         Args:
             values: Of the file.
+            silent: Names that the file may leave out, any other raises `Unsaid`; None where every name may be missing.
         """
-        self._values = _Values(values)
+        self._values = _Values(values, silent)
 
     def __getattr__(self, name: str) -> Any:
         """A value that has to be there."""
@@ -182,10 +188,13 @@ class Said:
 class _Values(Mapping[str, Any]):
     """Values of a config, none of them null."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], silent: Collection[str] | None) -> None:
         self._values = values
+        self._silent = silent
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._values and self._silent is not None and name not in self._silent:
+            raise Unsaid(name)
         value = self._values[name]
         if value is None:
             raise Unsaid(name)
