@@ -97,7 +97,7 @@ def inspect(
         verification["verified"] = verification["change"] <= 10 * max(verification["noise"], 1e-12)
     return Inspection(
         model=checkpoint.id,
-        model_type=checkpoint.config.model_type,
+        model_type=checkpoint.settings.model_type,
         architecture=checkpoint.architecture,
         spec=spec,
         parameters=sum(info.elements for info in checkpoint.tensors.values()),
@@ -138,10 +138,11 @@ def check(
         EvaluationError: The level and the data do not go together, or the models cannot be run on the data.
     """
     from hf_llfc.checkpoints import open_checkpoint
+    from hf_llfc.parents.specs import open_headers
     from hf_llfc.pipeline.mergeability import check_checkpoints
 
-    pair = (open_checkpoint(a, allow_pickle=allow_pickle), open_checkpoint(b, allow_pickle=allow_pickle))
-    return check_checkpoints(pair, level=level, data=data, seed=seed, progress=progress)
+    opening = partial(open_headers if level == 0 else open_checkpoint, allow_pickle=allow_pickle)
+    return check_checkpoints((opening(a), opening(b)), level=level, data=data, seed=seed, progress=progress)
 
 
 def align(

@@ -14,6 +14,7 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.errors import AlignmentError, suggest
 from hf_llfc.foundation.choices import ALIGNMENT_METHODS, METHODS_WITH_DATA
 from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.parents.data import open_data
 from hf_llfc.parents.parent import Parent
@@ -34,6 +35,7 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
+@one_thread_if_small(lambda reference, *_, **__: reference.nbytes)
 def align_checkpoints(
     reference: Checkpoint,
     model: Checkpoint,

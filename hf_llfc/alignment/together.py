@@ -19,6 +19,7 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.errors import AlignmentError, suggest
 from hf_llfc.foundation.choices import TOGETHER, UNIVERSE_METHODS
 from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parallel.workers import Workers
 from hf_llfc.parents.provenance import identified
 from hf_llfc.recipe import AlignSection
@@ -27,6 +28,7 @@ from hf_llfc.symmetry import Alignment
 Align = Callable[[Checkpoint, Checkpoint, AlignSection], Alignment | None]
 
 
+@one_thread_if_small(lambda reference, *_, **__: reference.nbytes)
 def align_all(
     reference: Checkpoint,
     models: Sequence[Checkpoint],

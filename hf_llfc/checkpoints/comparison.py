@@ -156,8 +156,8 @@ def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     """Names of classes in another order would merge the row of one class with that of another."""
     if "Classification" not in (first.architecture or ""):
         return
-    labels_2 = {int(index): str(label) for index, label in (other.config.id2label or {}).items()}
-    for key, label in (first.config.id2label or {}).items():
+    labels_2 = {int(index): str(label) for index, label in _labels(other).items()}
+    for key, label in _labels(first).items():
         index, label_1 = int(key), str(label)
         label_2 = labels_2.get(index, label_1)
         generic = f"LABEL_{index}"
@@ -167,6 +167,12 @@ def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
                 " classes into one order"
             )
             return
+
+
+def _labels(checkpoint: Checkpoint) -> Mapping[Any, str]:
+    """Index → class: as config.json says, or else as the config class does."""
+    said = (checkpoint.settings.raw or {}).get("id2label")
+    return said if isinstance(said, Mapping) and said else checkpoint.config.id2label or {}
 
 
 def _vocabulary_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,9 +104,13 @@ class Settings:
         named = self.raw.get("model_type") if self.raw is not None else None
         return named if isinstance(named, str) and named else self.config.model_type
 
-    def said(self) -> Said | None:
-        """The values in the file, to be read like a config; None where code of its own reads it."""
-        return None if self.raw is None or "auto_map" in self.raw else Said(self.raw)
+    def said(self, silent: Collection[str] | None = None) -> Said | None:
+        """The values in the file, to be read like a config; None where code of its own reads it.
+
+        Args:
+            silent: See `Said`.
+        """
+        return None if self.raw is None or "auto_map" in self.raw else Said(self.raw, silent)
 
     def digest(self) -> str:
         """SHA-256 of the config, as hexadecimal digits."""
@@ -139,12 +142,18 @@ class Said:
     """The values in config.json as adapters read them: enough to name the tensors of a model and to tell their shapes.
 
     For a value that is missing the adapter has its own default, which need not be that of the config class; the tensors
-    have to fit it. A null, in whose place a class may put anything, raises `Unsaid`.
+    have to fit it, or `silent` says which may be missing. A null, in whose place a class may put anything, raises
+    `Unsaid`.
     """
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        """Takes the values of the file."""
-        self._values = _Values(values)
+    def __init__(self, values: Mapping[str, Any], silent: Collection[str] | None = None) -> None:
+        """Takes the values.
+
+        Args:
+            values: Of the file.
+            silent: Names that the file may leave out, any other raises `Unsaid`; None where every name may be missing.
+        """
+        self._values = _Values(values, silent)
 
     def __getattr__(self, name: str) -> Any:
         """A value that has to be there."""
@@ -157,14 +166,26 @@ class Said:
         return self._values
 
 
-class _Values(UserDict[str, Any]):
+class _Values(Mapping[str, Any]):
     """Values of a config, none of them null."""
 
+    def __init__(self, values: Mapping[str, Any], silent: Collection[str] | None) -> None:
+        self._values = values
+        self._silent = silent
+
     def __getitem__(self, name: str) -> Any:
-        value = self.data[name]
+        if name not in self._values and self._silent is not None and name not in self._silent:
+            raise Unsaid(name)
+        value = self._values[name]
         if value is None:
             raise Unsaid(name)
         return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def architecture_of(where: str, raw: Mapping[str, Any]) -> str | None:

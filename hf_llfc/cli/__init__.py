@@ -21,6 +21,17 @@ if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy: `--help` loads nothing that 
 # What the processes of a launcher do together; anything else the main one does alone.
 SHARED_COMMANDS = ("align", "merge", "diagnose", "run")
 
+# What of its options a command that takes long reads first: it is named before what computes is loaded, which takes
+# seconds.
+READ_FIRST = {
+    "align": ("to", "model"),
+    "check": ("a", "b"),
+    "demo": (),
+    "diagnose": ("models",),
+    "merge": ("models",),
+    "run": ("recipe",),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -37,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries(verbose=options.verbose)
     _stop_as_interrupted()
     try:
+        from hf_llfc.parallel.threads import wait_asleep  # `--help` waits for nothing that it does not need
+
+        wait_asleep()
+        _announce(options)
         _import_modules(options.imports)
         return int(import_module(f"hf_llfc.cli.{options.command.replace('-', '_')}").execute(options))
     except ProcessError as error:
@@ -85,6 +100,16 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _announce(options: argparse.Namespace) -> None:
+    """Says at once what is going to be read."""
+    if options.command not in READ_FIRST or options.quiet or not is_main_process():
+        return
+    values = [vars(options)[name] for name in READ_FIRST[options.command]]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    what = f"reading {', '.join(names)}" if names else "loading scikit-learn's digits and transformers"
+    print(f"hf-llfc: {what}", file=sys.stderr, flush=True)
+
+
 def _stop_as_interrupted() -> None:
     """Lets a termination clean up as an interrupt from the keyboard does."""
     import signal
@@ -98,7 +123,8 @@ def _stop(number: int, frame: object) -> None:
     """Says why a run ends; a launcher stops all its processes when one of them has ended."""
     if is_main_process():
         launched = ": another process of the launcher ended, or the launcher was stopped" if _is_launched() else ""
-        print(f"hf-llfc: stopped by a signal{launched}; run the same again to go on", file=sys.stderr, flush=True)
+        # What is kept for a next run, if anything is, whoever writes it says.
+        print(f"hf-llfc: stopped by a signal{launched}", file=sys.stderr, flush=True)
     sys.exit(128 + number)
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from hf_llfc.foundation.progress import Progress, silent
 
+SECONDS_BETWEEN_LINES = 30.0
+"""How often long work says how far it is where stderr is no terminal."""
+
 
 @contextmanager
 def progress_bars(*, shown: bool) -> Iterator[Progress]:
-    """Shows one bar with an estimate per description, on stderr; nothing where `shown` is false or stderr is a file."""
+    """Shows on stderr one bar with an estimate per description, plain lines where that is no terminal.
+
+    Args:
+        shown: Whether anything is shown at all.
+    """
     if not shown or not sys.stderr.isatty():
-        yield silent
+        yield plain_lines() if shown else silent
         return
     from rich.console import Console
     from rich.progress import (
@@ -46,6 +54,34 @@ def progress_bars(*, shown: bool) -> Iterator[Progress]:
             bars.update(tasks[description], completed=done, total=total)
 
         yield advance
+
+
+def plain_lines(now: Callable[[], float] = time.monotonic) -> Progress:
+    """Says on stderr when a stage begins, and every `SECONDS_BETWEEN_LINES` how far it is and how long it may take.
+
+    Steps of a stage share its line: what a description says after its first comma or colon names the step.
+
+    Args:
+        now: The time in seconds.
+    """
+    stage, step, began, last = "", "", 0.0, 0.0
+
+    def say(description: str, done: int, total: int) -> None:
+        nonlocal stage, step, began, last
+        time_now = now()
+        if description != step:
+            step, began = description, time_now
+        name = re.split("[,:] ", description)[0]
+        if name == stage and (time_now - last < SECONDS_BETWEEN_LINES or not 0 < done < total):
+            return
+        far = ""
+        if name == stage:
+            left = (time_now - began) * (total - done) / done
+            far = f", {done:,} of {total:,} ({done / total:.0%}), about {format_seconds(left)} left"
+        stage, last = name, time_now
+        print(f"hf-llfc: {description if far else name}{far}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def print_json(value: Any) -> None:
@@ -99,6 +135,14 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """A time that is an estimate."""
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _width(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> int:

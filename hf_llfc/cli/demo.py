@@ -2,7 +2,8 @@
 
 Small Hugging Face models are trained on scikit-learn's handwritten digits: for each architecture two independent seeds
 and a spawned pair (one shared start, two branches). Each pair is then merged by recipes, without and with
-alignment, through the pipeline that any recipe runs. What is printed is what the run measured.
+alignment, through the pipeline that any recipe runs. What is printed is what the run measured. A demo that was stopped
+goes on with the models and merges that it had finished.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 import yaml
 from torch import Tensor
 from transformers import (
@@ -29,10 +31,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_llfc import __version__
 from hf_llfc.cli.console import print_json, print_table, progress_bars
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import CheckpointError
+from hf_llfc.foundation.layout import LLFC_FOLDER, REPORT_FILE
 from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.threads import one_thread
 from hf_llfc.pipeline.flow import run
 from hf_llfc.recipe import load_recipe
 
@@ -41,6 +46,8 @@ logger = logging.getLogger(__name__)
 TEST_IMAGES = 360
 METHODS = {"independent": ("none", "weight_matching", "activation_matching"), "spawned": ("none", "weight_matching")}
 SUMMARY = "demo.json"
+UNFINISHED = "unfinished.json"
+"""Beside the summary's place while the demo runs: the seed and the versions, on which all results depend."""
 BATCH_SIZE = 64
 
 
@@ -110,12 +117,16 @@ def run_demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, progres
     """
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    folder = _empty_folder(Path(out), overwrite)
+    folder = _begin(Path(out), seed, overwrite)
     try:
-        for architecture in ARCHITECTURES:
-            rows += _train_and_merge(folder, architecture, seed, progress)
+        with one_thread():  # the models are tiny
+            for architecture in ARCHITECTURES:
+                rows += _train_and_merge(folder, architecture, seed, progress)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if any((folder / "parents").glob("*")):
+            logger.warning("%s: stopped before the end; what is finished is kept: run the same again to go on", out)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     seconds = time.monotonic() - started
     result = {
@@ -125,6 +136,7 @@ def run_demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, progres
         "out": str(out),
     }
     (folder / SUMMARY).write_text(json.dumps(result, indent=2))
+    (folder / UNFINISHED).unlink()
     return result
 
 
@@ -153,19 +165,35 @@ def _train_and_merge(folder: Path, architecture: Architecture, seed: int, progre
     return rows
 
 
-def _empty_folder(out: Path, overwrite: bool) -> Path:
-    """The folder to write, absolute; of an existing one only an earlier demo is replaced."""
+def _begin(out: Path, seed: int, overwrite: bool) -> Path:
+    """The folder to write, absolute: a new one, or that of the same demo stopped; only demos are replaced."""
     folder = out.expanduser().resolve()
+    libraries = {"hf_llfc": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    identity = {"seed": seed, **libraries}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (overwrite and (folder / SUMMARY).is_file()):
-            hint = "--overwrite replaces it" if (folder / SUMMARY).is_file() else "choose another with --out"
-            raise CheckpointError(f"{out}: the folder is not empty; {hint}")
+        if (folder / UNFINISHED).is_file() and _read(folder / UNFINISHED) == identity:
+            logger.warning("%s: goes on after an interrupted demo", out)
+            return folder
+        if not any((folder / name).is_file() for name in (SUMMARY, UNFINISHED)):
+            raise CheckpointError(f"{out}: the folder is not empty; choose another with --out")
+        if not overwrite:
+            found = "an interrupted demo of another seed or version" if (folder / UNFINISHED).is_file() else "a demo"
+            raise CheckpointError(f"{out}: the folder is not empty, it holds {found}; --overwrite replaces it")
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out}: the folder cannot be made ({error.strerror})") from None
+    (folder / UNFINISHED).write_text(json.dumps(identity))
     return folder
+
+
+def _read(path: Path) -> Any:
+    """What a file says as JSON; None where a stop left half of it."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 def _digits(scale: int, seed: int) -> tuple[Digits, Digits]:
@@ -184,47 +212,63 @@ def _write_data(folder: Path, architecture: Architecture, name: str, part: Digit
 
     path = folder / "data" / f"{architecture.title}-{name}.parquet"
     path.parent.mkdir(exist_ok=True)
-    columns = {"image": list(part.images.numpy()), "label": part.labels.tolist()}
-    datasets.Dataset.from_dict(columns).to_parquet(str(path))
+    if not path.exists():
+        columns = {"image": list(part.images.numpy()), "label": part.labels.tolist()}
+        draft = path.with_suffix(".draft")
+        datasets.Dataset.from_dict(columns).to_parquet(str(draft))
+        draft.rename(path)
     return path
 
 
 def _train_parents(
     folder: Path, architecture: Architecture, train: Digits, seed: int, progress: Progress
 ) -> dict[str, tuple[Path, Path]]:
-    """Two independent runs, and two branches of the first half of a third."""
+    """Two independent runs, and two branches of the first half of a third; those that are there stay."""
     paths = {name: folder / "parents" / f"{architecture.title}-{name}" for name in ("a", "b", "branch-a", "branch-b")}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    branches = [name for name in missing if name.startswith("branch")]
     epochs = architecture.epochs
-    total = 2 * epochs + epochs // 2 + 2 * epochs
+    total = len(missing) * epochs + (epochs // 2 if branches else 0)
     done = 0
 
     def fit(model: PreTrainedModel, count: int, order_seed: int) -> PreTrainedModel:
         nonlocal done
         for _ in _epochs(model, train, count, architecture.learning_rate, order_seed):
-            done += 1
             progress(f"training {architecture.title}", done, total)
+            done += 1
         return model
 
+    def save(model: PreTrainedModel, name: str) -> None:
+        draft = folder / "draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        model.save_pretrained(draft)
+        paths[name].parent.mkdir(exist_ok=True)
+        draft.rename(paths[name])
+
     for offset, name in enumerate(("a", "b")):
-        torch.manual_seed(seed + offset)
-        fit(architecture.build(), epochs, seed + offset).save_pretrained(paths[name])
-    torch.manual_seed(seed + 2)
-    shared = fit(architecture.build(), epochs // 2, seed + 2)
-    state = {name: tensor.clone() for name, tensor in shared.state_dict().items()}
-    for offset, name in enumerate(("branch-a", "branch-b")):
+        if name in missing:
+            torch.manual_seed(seed + offset)
+            save(fit(architecture.build(), epochs, seed + offset), name)
+    if branches:
+        torch.manual_seed(seed + 2)
+        shared = fit(architecture.build(), epochs // 2, seed + 2)
+        state = {name: tensor.clone() for name, tensor in shared.state_dict().items()}
+    for name in branches:
         branch = architecture.build()
         branch.load_state_dict(state)
-        fit(branch, epochs, seed + 10 + offset).save_pretrained(paths[name])
+        save(fit(branch, epochs, seed + 10 + ("branch-a", "branch-b").index(name)), name)
+    progress(f"training {architecture.title}", total, total)
     return {"independent": (paths["a"], paths["b"]), "spawned": (paths["branch-a"], paths["branch-b"])}
 
 
 def _epochs(model: PreTrainedModel, train: Digits, count: int, learning_rate: float, seed: int) -> Iterator[int]:
-    """Trains for a number of epochs, yielding after each."""
+    """Trains for a number of epochs, yielding before each."""
     generator = torch.Generator().manual_seed(seed)
     steps = count * -(-len(train.labels) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for epoch in range(count):
+        yield epoch
         model.train()
         for picked in torch.randperm(len(train.labels), generator=generator).split(BATCH_SIZE):
             loss = model(pixel_values=train.images[picked], labels=train.labels[picked]).loss
@@ -232,7 +276,6 @@ def _epochs(model: PreTrainedModel, train: Digits, count: int, learning_rate: fl
             loss.backward()
             optimizer.step()
             schedule.step()
-        yield epoch
     model.eval()
 
 
@@ -245,8 +288,12 @@ def _merge(
     data: Mapping[str, Path],
     progress: Progress,
 ) -> ConnectivityReport:
-    """Writes a recipe and runs it."""
+    """Writes a recipe and runs it, unless it was run."""
     name = f"{architecture.title}-{pair}-{method}"
+    merged = folder / "merged" / name
+    # An output is there when all of it is, and what it was made in is gone.
+    if merged.exists() and not (merged.parent / f".{name}.partial").exists():
+        return ConnectivityReport.load(merged / LLFC_FOLDER / REPORT_FILE)
     calibration = {"task": "image-classification", "dataset": str(data["train"]), "samples": 512, "batch_size": 256}
     align: dict[str, Any] = {"method": method}
     if method == "activation_matching":
@@ -264,12 +311,16 @@ def _merge(
         "merge_method": "linear",
         "align": align,
         "diagnose": diagnose,
-        "output_dir": str(folder / "merged" / name),
+        "output_dir": str(merged),
     }
     path = folder / "recipes" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    result = run(load_recipe(path), progress=progress)
+
+    def say(description: str, done: int, total: int) -> None:
+        progress(f"merging {name}: {description}", done, total)
+
+    result = run(load_recipe(path), progress=say)
     assert result.report is not None
     return result.report
 

@@ -20,6 +20,7 @@ from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation import EvaluationData
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.recipe import DiagnoseSection
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@one_thread_if_small(lambda parents, *_, **__: parents[0].checkpoint.nbytes)
 def diagnose_checkpoints(
     parents: Sequence[Parent],
     data: EvaluationData,
@@ -158,6 +160,7 @@ def module_layers(model: PreTrainedModel, report: ConnectivityReport) -> tuple[s
     )
 
 
+@one_thread_if_small(lambda parents, *_, **__: parents[0].checkpoint.nbytes)
 def broken_tensors(
     parents: Sequence[Parent],
     data: EvaluationData,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ class Execution:
 
     Attributes:
         processes: Processes that share the samples, each of which gets the result over all; None for this one alone.
-        progress: Told what is done, the batches done and all batches.
+        progress: Told what is done, the samples done and all samples of this process.
         combined: Model that takes the weights of every point between the models; a copy of the first where None.
     """
 
@@ -81,11 +82,9 @@ def over_batches(
     """
     processes = execution.processes
     problem: str | None = None
-    total = data.batch_count(*execution.share)
     try:
-        for done, (batch, sample_ids) in enumerate(data.batches(*execution.share), start=1):
+        for batch, sample_ids in data.batches(*execution.share, partial(execution.progress, doing)):
             add(batch, sample_ids)
-            execution.progress(doing, done, total)
     except EvaluationError as error:
         problem = str(error)
     if processes is None:

@@ -79,12 +79,15 @@ class EvaluationData:
         """How many batches one process gets."""
         return math.ceil(len(self.sample_ids[rank::world]) / self.config.batch_size)
 
-    def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, torch.Tensor]]:
+    def batches(
+        self, rank: int = 0, world: int = 1, on_batch: Callable[[int, int], None] | None = None
+    ) -> Iterator[tuple[Batch, torch.Tensor]]:
         """The batches of one process; over all processes every sample comes exactly once.
 
         Args:
             rank: Number of this process.
             world: Number of processes.
+            on_batch: Called before every batch and after the last with the samples done and all of this process.
 
         Yields:
             The model's inputs as CPU tensors with, if `labelled`, the key `labels`: class indices (n,), or
@@ -92,8 +95,12 @@ class EvaluationData:
         """
         shard = np.arange(rank, len(self.sample_ids), world)
         for start in range(0, len(shard), self.config.batch_size):
+            if on_batch is not None:
+                on_batch(start, len(shard))
             positions = shard[start : start + self.config.batch_size]
             yield self.encode(positions), torch.from_numpy(self.sample_ids[positions])
+        if on_batch is not None:
+            on_batch(len(shard), len(shard))
 
 
 def load_evaluation_data(

@@ -120,7 +120,7 @@ def evaluate_model(
         model: With a head for the task.
         data: Labelled samples.
         processes: Share the samples; every process gets the result of all.
-        on_batch: Called with the number of batches done and the number there are, for progress bars.
+        on_batch: Called with the samples done and all of this process; see `EvaluationData.batches`.
 
     Returns:
         Loss, error rate and metrics.
@@ -135,10 +135,9 @@ def evaluate_model(
         model.to(processes.device)  # type: ignore[arg-type]  # the signature is hidden
     sums = ScoreSums()
     problem: str | None = None
-    total = data.batch_count(rank, world)
     try:
         with evaluation_mode(model):
-            for done, (batch, sample_ids) in enumerate(data.batches(rank, world), start=1):
+            for batch, sample_ids in data.batches(rank, world, on_batch):
                 logits = forward_logits(model, batch)
                 if logits is None:
                     raise EvaluationError(f"{type(model).__name__} has no logits; a model with a task head is needed")
@@ -148,8 +147,6 @@ def evaluate_model(
                     sample = int(sample_ids[int((~finite).nonzero()[0])])
                     raise EvaluationError(f"the loss of {type(model).__name__} is not finite for sample {sample}")
                 sums.add(scores)
-                if on_batch is not None:
-                    on_batch(done, total)
     except EvaluationError as error:
         problem = str(error)
     if processes is None:

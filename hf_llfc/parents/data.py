@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.opening import Models
 from hf_llfc.parents.parent import Parent
 from hf_llfc.recipe import DiagnoseSection, Recipe
@@ -50,6 +51,7 @@ def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | N
     return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
 
 
+@one_thread_if_small(lambda parents, *_, **__: parents[0].checkpoint.nbytes)
 def evaluate_parents(
     parents: Sequence[Parent],
     data: EvaluationData,

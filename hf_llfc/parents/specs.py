@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.header import natural_order
+from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.checkpoints.writing.shards import MAX_SHARD_SIZE
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError
 from hf_llfc.recipe import AlignSection
@@ -24,6 +26,37 @@ if TYPE_CHECKING:
 
 SAVED_IN_OTHER_ORDER = frozenset({"aria_text", "gpt_neox", "granitemoe", "granitemoeshared"})
 """Model types with a hand-written spec whose tensors `save_pretrained` does not sort by the names that it writes."""
+
+_OF_BERT = frozenset({"add_cross_attention", "embedding_size", "max_2d_position_embeddings", "task_type_vocab_size"})
+_OF_LLAMA = frozenset({"head_dim", "layer_types", "n_group", "rope_parameters"})
+
+MAY_BE_MISSING: dict[str, frozenset[str]] = {
+    "bert": _OF_BERT,
+    "roberta": _OF_BERT,
+    "xlm-roberta": _OF_BERT,
+    "distilbert": frozenset(),
+    "llama": _OF_LLAMA | {"num_key_value_heads"},
+    "mistral": _OF_LLAMA,
+    "qwen2": _OF_LLAMA,
+    "qwen3": _OF_LLAMA - {"head_dim"},
+}
+"""Model types whose spec is read from config.json alone, without the config class, which takes seconds to load; and the
+values that their adapter may miss there, because the class has none or the one that the adapter takes."""
+
+TENSORS_OF_HEADS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"], frozenset({"lm_head.weight"})),
+    "BertForMaskedLM": frozenset(  # tied; of others the class knows
+        {
+            "cls.predictions.bias",
+            *(f"cls.predictions.transform.{name}" for name in ("dense.weight", "dense.bias")),
+            *(f"cls.predictions.transform.LayerNorm.{name}" for name in ("weight", "bias")),
+        }
+    ),
+    "BertForSequenceClassification": frozenset(
+        {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    ),
+}
+"""Model classes whose tensors are known without them: the optional ones of the spec that a checkpoint has to have."""
 
 _SEPARATE_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
@@ -36,10 +69,25 @@ def spec_of(checkpoint: Checkpoint) -> PermutationSpec:
     """
     if checkpoint.canonical is not None:
         return checkpoint.canonical
+    said = _spec_as_said(checkpoint.settings)
+    if said is not None:
+        return said
     try:
         return spec_for(checkpoint.config)
     except SpecError as error:
         raise SpecError(f"{checkpoint.label}: {error}") from None
+
+
+def _spec_as_said(settings: Settings) -> PermutationSpec | None:
+    """The spec by config.json alone; None where the config class might read it otherwise."""
+    may_be_missing = MAY_BE_MISSING.get(settings.model_type)
+    said = settings.said(may_be_missing)
+    # The class moves this value to where the adapter looks for it.
+    if may_be_missing is None or said is None or "partial_rotary_factor" in json.dumps(settings.raw):
+        return None
+    with suppress(Exception):  # what does not bear a closer look raises what it likes, and gets one by the class
+        return spec_for(cast("PreTrainedConfig", said))
+    return None
 
 
 def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> PermutationSpec:
@@ -86,6 +134,35 @@ def open_weights(
         if light is not None and light.nbytes <= MAX_SHARD_SIZE:
             return light
     return opening()
+
+
+def open_headers(model: str | Path | PreTrainedModel, *, allow_pickle: bool = False) -> Checkpoint:
+    """Opens a checkpoint to judge it by config and headers: without its model class, where that would find no fault.
+
+    Args:
+        model: See `open_checkpoint`.
+        allow_pickle: See `open_checkpoint`.
+
+    Raises:
+        CheckpointError: See `open_checkpoint`.
+    """
+    if isinstance(model, str | Path):
+        light = as_saved(open_checkpoint(model, allow_pickle=allow_pickle, as_stored=True))
+        if light is not None and _is_whole(light):
+            return light
+    return open_checkpoint(model, allow_pickle=allow_pickle)
+
+
+def _is_whole(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint as `as_saved` returns it has exactly the tensors of its model class, of their sizes."""
+    raw, head = checkpoint.settings.raw, TENSORS_OF_HEADS.get(checkpoint.architecture or "")
+    if raw is None or head is None:
+        return False
+    binding = bind(spec_of(checkpoint), checkpoint)
+    optional = {name for name, bound in binding.tensors.items() if bound.spec.optional}
+    wanted = head - {"lm_head.weight"} if raw.get("tie_word_embeddings") else head
+    labels = binding.sizes.get("labels")
+    return optional == wanted and (labels is None or labels == len(raw.get("id2label") or (0, 1)))
 
 
 def is_sorted_as_saved(checkpoint: Checkpoint) -> bool:

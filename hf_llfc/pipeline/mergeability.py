@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hf_llfc.checkpoints import Checkpoint, compare
 from hf_llfc.errors import EvaluationError
 from hf_llfc.foundation.progress import Progress, silent
+from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.recipe import AlignSection
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS, EvaluationConfig
 
@@ -264,6 +265,7 @@ class CheckResult:
     outputs: OutputAgreement | None = None
 
 
+@one_thread_if_small(lambda a, *_, **__: a.nbytes)
 def check_checkpoints(
     pair: tuple[Checkpoint, Checkpoint],
     *,

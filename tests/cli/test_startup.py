@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_llfc
+from hf_llfc.adapters import spec_for
 from hf_llfc.checkpoints import open_checkpoint
-from hf_llfc.parents.specs import as_saved
+from hf_llfc.checkpoints.files import LocalFiles
+from hf_llfc.checkpoints.settings import Settings
+from hf_llfc.parents.specs import MAY_BE_MISSING, _spec_as_said, as_saved, open_headers
 from tests.runs import byte_llama, saved
 from tests.tiny_models import TINY, tiny_model
 
@@ -21,7 +26,8 @@ HEAVY = {
     "pandas", "rich", "safetensors", "scipy", "sklearn", "yaml",
 }  # fmt: skip
 
-NEEDED_BY_CONFIGS = {"torch", "transformers", "huggingface_hub", "numpy", "rich", "safetensors", "yaml"}
+# What describes a model by its config and headers.
+NEEDED_BY_HEADERS = {"torch", "huggingface_hub", "numpy", "rich", "safetensors", "yaml"}
 
 # What of torch and transformers runs, compiles and spreads models.
 HEAVY_PARTS = {"torch._dynamo", "torch.distributed.tensor", "transformers.modeling_utils", "sympy"}
@@ -61,17 +67,91 @@ def test_help_and_wrong_usage_load_nothing(words, code):
     assert loaded_by(*words) == (code, set())
 
 
-def test_inspect_loads_what_configs_need(shelf):
-    code, modules = loaded_by("inspect", str(shelf / "bert"))
-    assert code == 0 and modules <= NEEDED_BY_CONFIGS
-    # The config class of Llama loads parts of torch that run models; what runs data or measures is not among them.
-    code, modules = loaded_by("inspect", str(shelf / "llama"))
-    assert code == 0 and modules <= NEEDED_BY_CONFIGS | {"accelerate"} | HEAVY_PARTS - {"transformers.modeling_utils"}
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_inspect_and_a_check_of_headers_load_no_transformers(shelf, name):
+    for words in (["inspect", name], ["check", name, name, "--level", "0"]):
+        code, modules = loaded_by(*[str(shelf / word) if word == name else word for word in words])
+        assert code == 0 and modules <= NEEDED_BY_HEADERS, words
 
 
-def test_check_of_headers_loads_no_data_and_no_metrics(shelf):
-    code, modules = loaded_by("check", str(shelf / "bert"), str(shelf / "bert"), "--level", "0")
-    assert code == 0 and not modules & {"datasets", "evaluate", "matplotlib", "pandas", "sklearn"}
+def config_of_type(model_type: str):
+    """A config with more heads than key/value heads, and no two sizes alike."""
+    small = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 40}
+    if model_type == "distilbert":
+        small = {"dim": 48, "n_heads": 6, "n_layers": 2, "hidden_dim": 20, "vocab_size": 40}
+    elif "bert" not in model_type:
+        small |= {"num_key_value_heads": 2, "intermediate_size": 20}
+    config = CONFIG_MAPPING[model_type](**small)
+    config.architectures = ["AnyForSequenceClassification"]
+    return config
+
+
+@pytest.mark.parametrize("model_type", MAY_BE_MISSING)
+def test_a_spec_without_the_config_class_is_that_of_the_class(model_type, tmp_path):
+    """Also where the file leaves out what it may leave out; and what else it leaves out is for the class."""
+    raw = json.loads(config_of_type(model_type).to_json_string(use_diff=False))
+    for missing in [None, *sorted(raw)]:
+        values = {key: value for key, value in raw.items() if key != missing and value is not None}
+        if missing == "model_type":
+            continue
+        said = spec_as_said(values, tmp_path)
+        try:
+            config = CONFIG_MAPPING[model_type].from_dict(values)
+        except StrictDataclassClassValidationError:  # what the class puts there does not go with the rest
+            assert said is None
+            continue
+        assert said is None or said == spec_for(config), missing
+        assert said is not None or missing not in (None, *MAY_BE_MISSING[model_type]), missing
+    assert spec_as_said({**raw, "partial_rotary_factor": 0.5}, tmp_path) is None
+    assert spec_as_said({**raw, "auto_map": {"AutoConfig": "mine.Config"}}, tmp_path) is None
+
+
+def spec_as_said(values, folder):
+    """What `config.json` alone says."""
+    files = LocalFiles("model", folder)
+    return _spec_as_said(Settings.of_file(files, values, trust_remote_code=False))
+
+
+@pytest.mark.parametrize("change", ["head missing", "buffer too many", "classes of another number"])
+def test_headers_that_the_class_would_refuse_are_refused(change, tmp_path, capsys):
+    model = tiny_model("bert", "sequence-classification") if change.startswith("classes") else byte_llama(0)
+    folder = saved(model, tmp_path / "model")
+    light = open_headers(folder)
+    assert light.model_class is None and dict(light.tensors) == dict(open_checkpoint(folder).tensors)
+    tensors = load_file(folder / "model.safetensors")
+    if change == "head missing":
+        del tensors["lm_head.weight"]
+    elif change == "buffer too many":
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    else:
+        labels = {str(index): f"class {index}" for index in range(9)}
+        (folder / "config.json").write_text(json.dumps(config_of(folder) | {"id2label": labels}))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if change == "buffer too many":  # the class has no use for it, and says so
+        assert open_headers(folder).model_class is not None
+        return
+    with pytest.raises(hf_llfc.LLFCError, match=r"lm_head\.weight|classifier"):
+        open_headers(folder)
+
+
+def test_the_first_line_comes_before_anything_is_loaded(shelf, tmp_path):
+    code = """
+import sys
+from hf_llfc.cli import main
+class Note:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "numpy", "yaml"):
+            sys.stderr.write(f"loads {name}\\n")
+sys.meta_path.insert(0, Note())
+main(sys.argv[1:])
+"""
+    words = ["merge", str(shelf / "llama"), str(shelf / "llama"), "--out", str(tmp_path / "merged")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and lines[0] == f"hf-llfc: reading {words[1]}, {words[2]}"
+    assert "loads torch" in lines and lines[-1] == "hf-llfc: merging"
+    quiet = subprocess.run([sys.executable, "-m", "hf_llfc", *words, "--overwrite", "--quiet"], capture_output=True)
+    assert (quiet.returncode, quiet.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(("family", "head"), TINY)
