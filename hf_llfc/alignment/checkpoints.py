@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint
-from hf_llfc.errors import AlignmentError, suggest
-from hf_llfc.foundation.choices import ALIGNMENT_METHODS
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.workers import ALONE, Workers
 from hf_llfc.parents.parent import Parent, open_data
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 
 
 Found = TypeVar("Found")
-
-NEEDS_CALIBRATION = "activation matching needs calibration data: give `align.calibration` in a recipe, or --dataset"
 
 
 def align_checkpoints(
@@ -58,14 +54,8 @@ def align_checkpoints(
         the method `none`.
 
     Raises:
-        AlignmentError: An option is not valid, or calibration data are missing.
         SpecError: The architecture has no adapter, or a checkpoint does not fit it.
     """
-    if options.method not in ALIGNMENT_METHODS:
-        hint = suggest(options.method, ALIGNMENT_METHODS)
-        raise AlignmentError(
-            f"unknown alignment method {options.method!r}{hint} (known: {', '.join(ALIGNMENT_METHODS)})"
-        )
     if options.method == "none":
         return None
     from hf_llfc.alignment import match_weights
@@ -105,8 +95,6 @@ def parameters_of(
 
     spec = alignment_spec(checkpoints[0], options)
     weight = options.anchors if options.anchors is not None else anchors_of(spec)
-    if not 0 < weight < float("inf"):
-        raise AlignmentError(f"anchors: a number above 0 is expected, found {weight:g}")
     return [
         Parameters(bind(spec, each), each.read, each.label, workers.device).with_anchors(weight) for each in checkpoints
     ]
@@ -144,8 +132,7 @@ def _on_first(workers: Workers, match: Callable[[], Found]) -> Found:
 def _match_universe_by_activations(
     checkpoints: Sequence[Checkpoint], reference: int, options: AlignSection, device: torch.device | None
 ) -> list[Alignment]:
-    if options.calibration is None:
-        raise AlignmentError(NEEDS_CALIBRATION)
+    assert options.calibration is not None
     from hf_llfc.alignment import Parameters, match_universe
     from hf_llfc.alignment.universe_of_activations import match_universe_of_activations
 
@@ -207,8 +194,7 @@ def _match_commutativity(
     device: torch.device | None,
     progress: Progress,
 ) -> Alignment:
-    if options.calibration is None:
-        raise AlignmentError("commutativity matching needs data: give `align.calibration` in a recipe, or --dataset")
+    assert options.calibration is not None
     from hf_llfc.alignment.commutativity_matching import match_commutativity
 
     with _running([reference, model], options.calibration, device) as (models, batches):
@@ -225,8 +211,7 @@ def _learn(
     progress: Progress,
 ) -> Alignment:
     """Learned matching from a start; processes share each step's samples."""
-    if options.calibration is None:
-        raise AlignmentError("learned matching needs data: give `align.calibration` in a recipe, or --dataset")
+    assert options.calibration is not None
     from hf_llfc.alignment.learned_matching import LEARNING_RATE, STEPS, Learning, learn_matching
     from hf_llfc.diagnostics.features.layers import select_layers
     from hf_llfc.diagnostics.objectives import LLFCGap, TaskLoss
@@ -278,8 +263,7 @@ def _match_activations(
     options: AlignSection,
     device: torch.device | None,
 ) -> Alignment:
-    if options.calibration is None:
-        raise AlignmentError(NEEDS_CALIBRATION)
+    assert options.calibration is not None
     from hf_llfc.alignment import Parameters, match_activations, match_weights
 
     with _running([reference, model], options.calibration, device) as (models, batches):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 
 from hf_llfc.cli.console import print_json
+from hf_llfc.cli.settings import given
 from hf_llfc.publishing import publish
+from hf_llfc.recipe import PublishSection
 
 
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     url = publish(
         options.folder,
-        options.repo_id,
-        private=options.private,
-        create_pr=options.create_pr,
-        revision=options.revision,
-        tag=options.tag,
         force=options.force,
+        **given(options, PublishSection),
     )
     if options.format == "json":
         print_json({"url": url})

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_llfc.checkpoints import Checkpoint, FileSpan
 from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
-from hf_llfc.foundation.choices import GROUPS, HEADS
+from hf_llfc.foundation.choices import HEADS
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.merging import Source
 from hf_llfc.merging.tensors import Moved
@@ -215,12 +215,7 @@ def in_groups(checkpoints: Sequence[Checkpoint], options: AlignSection) -> list[
 
     Raises:
         SpecError: The architecture knows no more than permutations.
-        AlignmentError: The options ask for more than permutations from a method that knows no others.
     """
-    if options.groups not in GROUPS:
-        raise AlignmentError(
-            f"unknown groups {options.groups!r}{suggest(options.groups, GROUPS)} (known: {', '.join(GROUPS)})"
-        )
     if options.groups == "permutation" or options.method == "none":
         return list(checkpoints)
     from hf_llfc.adapters.canonical_forms import canonical_form

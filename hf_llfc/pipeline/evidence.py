@@ -91,7 +91,7 @@ def write_evidence(
             report=report,
             models=models,
             name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
-            license=recipe.publish.licence if recipe.publish is not None else None,
+            license=recipe.publish.license if recipe.publish is not None else None,
         )
 
 

@@ -128,7 +128,7 @@ def test_nothing_to_look_at_is_refused():
     spec = PermutationSpec.from_config(a.config)
     with pytest.raises(AlignmentError, match="needs calibration data"):
         match_commutativity(a, a, [], spec, spec.identity_alignment())
-    with pytest.raises(LLFCError, match="commutativity matching needs data"):
+    with pytest.raises(LLFCError, match="commutativity matching needs calibration data"):
         hf_llfc.align(a, to=a, method="commutativity_matching")
 
 

@@ -275,7 +275,7 @@ def test_wrong_sections_are_refused(align, message, tmp_path):
 
 def test_without_data_there_is_nothing_to_learn_from():
     models = [byte_llama(seed) for seed in (0, 1)]
-    with pytest.raises(LLFCError, match="learned matching needs data"):
+    with pytest.raises(LLFCError, match="learned matching needs calibration data"):
         hf_llfc.align(models[1], to=models[0], method="learned_matching")
 
 
