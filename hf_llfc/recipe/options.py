@@ -161,12 +161,13 @@ def settle(section: object, error: type[LLFCError], disagreements: Callable[[], 
         LLFCError: Everything that is wrong, one problem an option.
     """
     problems = []
-    for name, each in options_of(type(section)).items():
+    kind: Any = type(section)
+    for name, each in options_of(kind).items():
         value, wrong = each.read(vars(section)[name])
         problems += [f"{each.key}{problem}" for problem in wrong]
         if not wrong:
             object.__setattr__(section, name, value)
-    raise_all(problems or disagreements(), error, f"{_WORDS.get(type(section).__name__, 'the recipe')} is not valid")
+    raise_all(problems or disagreements(), error, f"{_WORDS.get(kind.__name__, 'the recipe')} is not valid")
 
 
 _WORDS = {

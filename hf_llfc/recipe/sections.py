@@ -198,6 +198,8 @@ class BatchNormSection:
 
 
 def _alphas(value: Any) -> tuple[float, ...]:
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], int) and value[0] >= 3:
+        value = value[0]  # as the command line has it
     if isinstance(value, int) and not isinstance(value, bool) and value >= 3:
         return tuple(round(step / (value - 1), 12) for step in range(value))
     if value is None:
@@ -235,7 +237,7 @@ class DiagnoseSection:
         shown="no",
     )
     offload: bool = option("Read weights when a module runs, for models larger than memory.", False)
-    batch_norm: BatchNormSection = option("How BatchNorm is measured anew.", BatchNormSection)
+    batch_norm: BatchNormSection = option("How BatchNorm is measured anew.", BatchNormSection, shown="below")
 
     def __post_init__(self) -> None:
         settle(self, EvaluationError)
@@ -305,7 +307,7 @@ class Recipe:
         shown="none",
         metavar="MODEL",
     )
-    parameters: MergeParameters = option("Parameters of the merge.", MergeParameters)
+    parameters: MergeParameters = option("Parameters of the merge.", MergeParameters, shown="below")
     dtype: str | None = option(
         "Dtype of the result, unless `out_dtype` is given; arithmetic is exact to one rounding.",
         None,
