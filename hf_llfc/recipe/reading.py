@@ -238,14 +238,17 @@ class _Reader:
         return dict(value)
 
     def align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:
+        before = len(self.problems)
         settings = {"seed": self.seed, **value}
         if isinstance(settings.get("calibration"), Mapping):
             settings["calibration"] = self._data(settings["calibration"], f"{path}.calibration")
         if isinstance(settings.get("reference"), str):
             settings["reference"] = self._located(settings["reference"])
-        return build(AlignSection, settings, path, self.problems)
+        fitted = fitted_values(AlignSection, settings, path, self.problems)
+        return made(AlignSection, fitted, path, self.problems) if len(self.problems) == before else None
 
     def _diagnose(self, value: Mapping[str, Any], path: str) -> DiagnoseSection | None:
+        before = len(self.problems)
         own = [key for key in options_of(DiagnoseSection) if key != "data"]
         measured = {key: each for key, each in value.items() if key in own}
         settings = {key: each for key, each in value.items() if key not in own}
@@ -253,7 +256,8 @@ class _Reader:
         if isinstance(batch_norm := measured.get("batch_norm"), Mapping):
             measured["batch_norm"] = self._batch_norm(batch_norm, settings, f"{path}.batch_norm")
         fitted = fitted_values(DiagnoseSection, measured, path, self.problems, without=("data",))
-        return None if self.problems else made(DiagnoseSection, {"data": data, **fitted}, path, self.problems)
+        fitted["data"] = data
+        return made(DiagnoseSection, fitted, path, self.problems) if len(self.problems) == before else None
 
     def _batch_norm(self, value: Mapping[str, Any], settings: Mapping[str, Any], path: str) -> BatchNormSection | None:
         """Keys of data replace those of the diagnosis."""
@@ -270,8 +274,7 @@ class _Reader:
                 known[key] = self._located(known[key])
         if not isinstance(known.get("dataset"), str | int | float | Path | None):
             # A recipe names its data; a loaded dataset is for callers from Python.
-            self.problems.append(f"{path}.dataset: text is expected, found {known.pop('dataset')!r}")
-            known["dataset"] = "unknown"
+            self.problems.append(f"{path}.dataset: text is expected, found {known['dataset']!r}")
         return build(EvaluationConfig, known, path, self.problems)
 
     def _located(self, name: str) -> str:

@@ -404,6 +404,10 @@ class TestProblems:
                 changed(align={"method": "activation_matching", "anchors": 4}),
                 "align.anchors: has no meaning for the method activation_matching",
             ),
+            (
+                changed(align={"method": "activation_matching", "calibration": {**DATA, "samples": 0}}),
+                "the recipe cannot be run: align.calibration.samples: at least 1 is expected, found 0",
+            ),
             (changed(align={"start": "random"}), "align.start: unknown 'random'"),
             (changed(align={"solver": "exakt"}), "align.solver: unknown 'exakt'; did you mean 'exact'"),
             (changed(align="weight_matching"), "align: a mapping of keys is expected, found 'weight_matching'"),
