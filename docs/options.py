@@ -16,7 +16,10 @@ MARKED = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end of options -->)", 
 def table(options: list[Option]) -> str:
     """A Markdown table, one row an option."""
     rows = ["| key | value | default | |", "|---|---|---|---|"]
-    return "\n".join(rows + [f"| `{each.key}` | {_value(each)} | {_default(each)} | {each.help} |" for each in options])
+    for each in options:
+        default = "required" if each.is_required else each.default_words
+        rows.append(f"| `{each.key}` | {_value(each)} | {default} | {each.help} |")
+    return "\n".join(rows)
 
 
 def _value(each: Option) -> str:
@@ -32,12 +35,6 @@ def _value(each: Option) -> str:
         return "text"
     words = describe(each.type).removesuffix(" or nothing")
     return each.range if each.range.startswith("a ") else f"{words}, {each.range}" if each.range else words
-
-
-def _default(each: Option) -> str:
-    if each.is_required:
-        return "required"
-    return each.shown or ("none" if each.default in (None, (), {}) else f"`{str(each.default).lower()}`")
 
 
 def written(page: str) -> str:

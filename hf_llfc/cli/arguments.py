@@ -154,46 +154,42 @@ def _dest(name: str) -> str:
 
 def add_option(group: Group, each: Option, *flags: str, **settings: Any) -> None:
     """Adds one option as its description has it; its value is None where it is not given."""
+    from collections.abc import Mapping, Sequence
+
     from hf_llfc.recipe.fitting import parts_of
 
     dest = _dest(each.name)
     names = flags or (*(["-o"] if dest == "out" else []), f"--{dest.replace('_', '-')}")
-    kinds, is_list = parts_of(each.type)
+    kinds = parts_of(each.type)
     known = f" (one of: {', '.join(each.choices)})" if each.choices and each.metavar else ""
-    settings = {"dest": dest, "help": f"{each.help}{known}{_default_of(each)}".replace("`", ""), **settings}
+    default = f" (default: {each.default_words})" if not each.is_required and each.default is not False else ""
+    settings = {"dest": dest, "help": f"{each.help}{known}{default}".replace("`", ""), **settings}
     if kinds == [bool]:
         action = argparse.BooleanOptionalAction if each.default is not False else "store_true"
         group.add_argument(*names, default=None, action=action, **settings)
         return
-    if each.reads is not None:
-        settings["type"] = _numbers if is_list else str
-    elif kinds in ([int], [float]):
-        settings["type"] = kinds[0]
-    elif dict in kinds:
-        settings |= {"type": _pair, "metavar": "KEY=VALUE"}
-    elif int in kinds:
-        settings["type"] = _whole_or_text
-    if each.metavar and not settings.get("metavar"):
+    if each.metavar:
         settings["metavar"] = each.metavar
-    if is_list:
-        settings |= {"nargs": "+", "action": _Joined}
+    if each.reads is not None:
+        settings["type"] = _numbers if tuple in kinds else str
+    elif kinds == [tuple]:
+        settings["nargs"] = "+"
+    elif Mapping in kinds:
+        settings |= {"type": _pairs, "metavar": "KEY=VALUE,…"}
+    elif Sequence in kinds:
+        settings["type"] = lambda text: text.split(",")
+    elif int in kinds:
+        settings["type"] = int if kinds == [int] else _whole_or_text
+    elif kinds == [float]:
+        settings["type"] = float
     group.add_argument(*names, choices=each.choices or None, **settings)
-
-
-def _default_of(each: Option) -> str:
-    """The default in words, as the end of a help text."""
-    if each.is_required or each.default is False:
-        return ""
-    shown = each.shown or ("none" if each.default in (None, ()) else str(each.default).lower())
-    return f" (default: {shown})" if shown else ""
 
 
 class _Joined(argparse.Action):
     """Values of one option, each of which may be several in a row."""
 
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
-        setattr(namespace, self.dest, dict(flat) if flat and isinstance(flat[0], tuple) else flat)
+        setattr(namespace, self.dest, [part for value in values for part in value])
 
 
 def _numbers(text: str) -> list[float]:
@@ -204,11 +200,12 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
 
 
-def _pair(text: str) -> tuple[str, str | int]:
-    key, equals, value = text.rpartition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"write KEY=VALUE, not {text!r}")
-    return key, _whole_or_text(value)
+def _pairs(text: str) -> dict[str, str | int]:
+    """Keys and values, with commas between the pairs."""
+    pairs = [word.rpartition("=") for word in text.split(",")]
+    if not all(key for key, _, _ in pairs):
+        raise argparse.ArgumentTypeError(f"write KEY=VALUE,KEY=VALUE, not {text!r}")
+    return {key: _whole_or_text(value) for key, _, value in pairs}
 
 
 def _whole_or_text(text: str) -> int | str:

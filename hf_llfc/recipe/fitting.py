@@ -39,18 +39,10 @@ def fit(value: Any, hint: Any) -> tuple[bool, Any]:
     return isinstance(value, hint), value
 
 
-def parts_of(hint: Any) -> tuple[list[type], bool]:
-    """The types of one value that a type allows, nothing aside, and whether a list of them may be given."""
-    kinds: list[type] = []
-    is_list = False
-    for each in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        if get_origin(each) in (tuple, collections.abc.Sequence):
-            kinds, is_list = [get_args(each)[0], *kinds], True
-        elif get_origin(each) is collections.abc.Mapping:
-            kinds, is_list = [dict, *kinds], True
-        elif each is not type(None):
-            kinds.append(each)
-    return list(dict.fromkeys(kinds)), is_list
+def parts_of(hint: Any) -> list[Any]:
+    """The types that a type allows, nothing aside; of lists and mappings what holds the values."""
+    union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [get_origin(each) or each for each in union if each is not type(None)]
 
 
 def describe(hint: Any) -> str:

@@ -62,6 +62,11 @@ class Option:
         return self.default is REQUIRED
 
     @property
+    def default_words(self) -> str:
+        """The default as help and documentation show it."""
+        return self.shown or ("none" if self.default in (None, (), {}) else str(self.default).lower())
+
+    @property
     def section(self) -> Any:
         """The section that the value is, or None."""
         return next((kind for kind in (self.type, *get_args(self.type)) if dataclasses.is_dataclass(kind)), None)

@@ -7,6 +7,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import hf_llfc
 from hf_llfc.cli.arguments import COMMANDS, LEFT_OUT, NAMES, OF_A_RUN, parse
@@ -15,6 +17,7 @@ from hf_llfc.publishing import publish
 from hf_llfc.recipe import load_recipe, sections
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.options import options_of
+from tests.runs import byte_llama, saved, text_data
 
 ROOT = Path(__file__).parents[2]
 
@@ -136,6 +139,13 @@ def test_numbers_are_separated_by_commas_or_blanks(words):
     assert parse(["merge", "A", "B", "-o", "out", *words]).weights == [0.25, 0.75]
 
 
+def test_lists_are_read_in_any_place():
+    words = ["diagnose", "--alphas", "0,0.5,1", "--metric", "f1,mcc", "--label-map", "no=0,yes=good", "A", "B"]
+    options = parse(words)
+    assert (options.alphas, options.metric, options.models) == ([0, 0.5, 1], ["f1", "mcc"], ["A", "B"])
+    assert options.label_map == {"no": 0, "yes": "good"}
+
+
 def test_options_of_a_run_win_over_its_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("models: [{model: a}]\noutput_dir: there\n")
@@ -221,6 +231,18 @@ def test_python_takes_the_same_forms_everywhere(case):
     with pytest.raises(LLFCError) as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_weights_stand_beside_their_models(tmp_path):
+    a, b = (str(saved(byte_llama(seed), tmp_path / name)) for seed, name in enumerate("ab"))
+    hf_llfc.merge({a: 0.9, b: 0.1}, out=tmp_path / "out")
+    first, second, merged = (load_file(Path(each) / "model.safetensors") for each in (a, b, tmp_path / "out"))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, 0.9 * first[name] + 0.1 * second[name])
+    data = {"task": "text-generation", "dataset": str(text_data(tmp_path)), "tokenizer": "bytes", "max_length": 32}
+    report = hf_llfc.diagnose(a, b, data, alphas=3, layers="model.layers.0")
+    assert [point.weights for point in report.path] == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
+    assert {row.layer for row in report.layers} == {"model.layers.0"}
 
 
 def test_no_option_is_added_twice():
