@@ -65,7 +65,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         recipe = next((word for word in words if "=" not in word), words[0])
         words.remove(recipe)
         # An option wins over a key, as the last word does elsewhere; JSON is YAML that keeps every text a text.
-        words += [f"{name}={json.dumps(vars(options)[_dest(name)])}" for name in OF_A_RUN if vars(options)[_dest(name)]]
+        values = {name: vars(options)[_dest(name)] for name in OF_A_RUN}
+        words += [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
         options.recipe, options.overrides = recipe, words
     return options
 

@@ -242,7 +242,7 @@ def test_weights_stand_beside_their_models(tmp_path):
     data = {"task": "text-generation", "dataset": str(text_data(tmp_path)), "tokenizer": "bytes", "max_length": 32}
     report = hf_llfc.diagnose(a, b, data, alphas=3, layers="model.layers.0")
     assert [point.weights for point in report.path] == [(0.0, 1.0), (0.5, 0.5), (1.0, 0.0)]
-    assert {row.layer for row in report.layers} == {"model.layers.0"}
+    assert {row.layer for row in report.layers} == {"model.layers.0", "logits"}
 
 
 def test_no_option_is_added_twice():
