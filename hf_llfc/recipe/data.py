@@ -39,7 +39,8 @@ class EvaluationConfig:
     task: str = option("What the models do.", choices=tuple(TASKS))
     dataset: str | Path | datasets.Dataset = option(
         "Hub id or id@revision; a csv, tsv, json, jsonl, parquet or txt file; a folder of such files, of images by "
-        "class, or of `Dataset.save_to_disk`; in Python also a loaded `Dataset`."
+        "class, or of `Dataset.save_to_disk`; in Python also a loaded `Dataset`.",
+        reads=lambda dataset: dataset,  # what can be opened is known where it is opened
     )
     name: str | None = option("Configuration of the dataset, where it has several.", None, shown="the only one")
     split: str | None = option(

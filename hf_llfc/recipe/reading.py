@@ -272,6 +272,8 @@ class _Reader:
         for key in ("dataset", "tokenizer"):
             if isinstance(known.get(key), str):
                 known[key] = self._located(known[key])
+        if isinstance(known.get("dataset"), int | float):
+            known["dataset"] = str(known["dataset"])
         if not isinstance(known.get("dataset"), str | int | float | Path | None):
             # A recipe names its data; a loaded dataset is for callers from Python.
             self.problems.append(f"{path}.dataset: text is expected, found {known['dataset']!r}")
