@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,10 +112,10 @@ def check(
     b: Model,
     *,
     level: int | None = None,
-    data: EvaluationConfig | None = None,
+    data: EvaluationConfig | Mapping[str, Any] | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> CheckResult:
     """Answers whether two models may be merged: as they are, after alignment, or not.
 
@@ -140,7 +140,9 @@ def check(
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.parents.specs import open_headers
     from hf_llfc.pipeline.mergeability import check_checkpoints
+    from hf_llfc.recipe import load_data
 
+    data, progress = load_data(data) if data is not None else None, _shown(progress)
     opening = partial(open_headers if level == 0 else open_checkpoint, allow_pickle=allow_pickle)
     return check_checkpoints((opening(a), opening(b)), level=level, data=data, seed=seed, progress=progress)
 
@@ -161,10 +163,10 @@ def align(
     seed: int = 0,
     steps: int | None = None,
     learning_rate: float | None = None,
-    calibration: EvaluationConfig | None = None,
+    calibration: EvaluationConfig | Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Alignment:
     """Finds the transforms that bring a model into the coordinates of a reference, without changing its function.
 
@@ -202,13 +204,13 @@ def align(
     from hf_llfc.alignment.checkpoints import align_checkpoints
     from hf_llfc.parallel.devices import device_alone
     from hf_llfc.parents.opening import open_models
-    from hf_llfc.recipe import AlignSection
+    from hf_llfc.recipe import AlignSection, load_data
 
-    place = device_alone(device)
+    progress = _shown(progress)
     options = AlignSection(
         method=method,
-        axes=tuple(axes),
-        exclude=tuple(exclude),
+        axes=axes,  # type: ignore[arg-type]
+        exclude=exclude,  # type: ignore[arg-type]
         groups=groups,
         anchors=anchors,
         start=start,
@@ -218,8 +220,9 @@ def align(
         seed=seed,
         steps=steps,
         learning_rate=learning_rate,
-        calibration=calibration,
+        calibration=load_data(calibration) if calibration is not None else None,
     )
+    place = device_alone(device)
     reference, moving = open_models([to, model], align=options, allow_pickle=allow_pickle).parents
     alignment = align_checkpoints(reference, moving, options, workers=_workers(place), device=place, progress=progress)
     if alignment is None:
@@ -236,7 +239,7 @@ def align_all(
     reference: int = 0,
     allow_pickle: bool = False,
     device: str | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> list[Alignment]:
     """Finds the transforms that bring several models into the coordinates of one of them.
@@ -266,6 +269,7 @@ def align_all(
     from hf_llfc.parents.specs import alignment_spec
     from hf_llfc.recipe import load_align
 
+    models, progress = _listed(models, "models"), _shown(progress)
     options = load_align({"together": together, **settings})
     if not -len(models) <= reference < len(models):
         raise AlignmentError(f"there is no model {reference}; models are counted from 0, and there are {len(models)}")
@@ -279,7 +283,7 @@ def align_all(
 
 
 def merge(
-    models: Sequence[Model],
+    models: Sequence[Model] | Mapping[str, float],
     weights: Sequence[float] | None = None,
     *,
     out: str | Path,
@@ -287,14 +291,14 @@ def merge(
     merge_method: str = "linear",
     base_model: str | Path | None = None,
     restart: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
     """Merges models into a new folder; `hf_llfc.run` on the recipe that these arguments spell.
 
     Args:
-        models: One or more models; the first is the reference of the alignment. Of a loaded model the recipe beside
-            the result says where it was loaded from.
+        models: One or more models, or a mapping of models to their weights; the first is the reference of the
+            alignment. Of a loaded model the recipe beside the result says where it was loaded from.
         weights: One weight a model; equal weights where None, and none for a method that mergekit computes.
         out: The folder to write.
         align: Alignment method, or the whole `align` section of a recipe.
@@ -315,6 +319,12 @@ def merge(
     from hf_llfc.pipeline.flow import run
     from hf_llfc.recipe import load_recipe
 
+    if isinstance(models, Mapping):
+        if weights is not None:
+            raise RecipeError("weights: are given twice, by the mapping of models and by `weights`; leave one out")
+        weights, models = list(models.values()), list(models)
+    models, progress = _listed(models, "models"), _shown(progress)
+    weights = _listed(weights, "weights") if weights is not None else None
     shares: list[float] | list[None] = list(weights) if weights is not None else [1 / len(models) for _ in models]
     if weights is None and merge_method in MERGEKIT_METHODS:
         shares = [None for _ in models]
@@ -326,13 +336,31 @@ def merge(
             for model, share in zip(models, shares, strict=True)
         ],
         "merge_method": merge_method,
-        "align": {"method": align} if isinstance(align, str) else dict(align),
+        "align": {"method": align} if isinstance(align, str) else align,
         "output_dir": str(out),
         **settings,
     }
     if base_model is not None:
         recipe["base_model"] = str(base_model)
     return run(load_recipe(recipe), models=models, restart=restart, progress=progress)
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    """Several values; one alone, or a text, would be taken apart."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Path | Mapping):
+        raise RecipeError(f"{name}: a list is expected, found {values!r}")
+    return list(values)
+
+
+def _shown(progress: Progress | None) -> Progress:
+    """What is told of progress; nothing where None."""
+    if progress is None:
+        return silent
+    if not callable(progress):
+        raise RecipeError(
+            f"progress: a function of a description, the steps done and all steps is expected, found {progress!r}"
+        )
+    return progress
 
 
 def _named(model: Model) -> str:
@@ -347,13 +375,13 @@ def _named(model: Model) -> str:
 def diagnose(
     a: Model,
     b: Model,
-    data: EvaluationConfig,
+    data: EvaluationConfig | Mapping[str, Any],
     *,
     more: Sequence[Model] = (),
     weights: Sequence[float] | None = None,
     base_model: Model | None = None,
     align: str | Mapping[str, Any] | Alignment = "none",
-    alphas: Sequence[float] | None = None,
+    alphas: int | Sequence[float] | None = None,
     layers: Sequence[str] = (),
     unit: str = "sample",
     measures: Sequence[str] = (),
@@ -362,7 +390,7 @@ def diagnose(
     heads: str = "own",
     allow_pickle: bool = False,
     device: str | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> ConnectivityReport:
     """Measures loss, metric and layerwise linear feature connectivity between models.
 
@@ -375,7 +403,7 @@ def diagnose(
         base_model: θ₀ of task arithmetic; the points are then sums of the models' differences from it.
         align: How the others are aligned to A, or all to the base: a method, the whole `align` section of a recipe, or
             an alignment of B to A.
-        alphas: The grid of α on the line; eleven steps from 0 to 1 where None.
+        alphas: The grid of α on the line, as values or as a number of equal steps from 0 to 1; eleven where None.
         layers: Patterns of module names, or `blocks`, `attention`, `mlp`, `pre_activations`; block outputs and the
             logits where empty.
         unit: `sample`, one feature vector a sample, or `token`, one a token.
@@ -395,7 +423,6 @@ def diagnose(
         LLFCError: The models do not fit each other, the alignment or the data.
     """
     from hf_llfc.alignment.together import align_all
-    from hf_llfc.diagnostics import DEFAULT_ALPHAS
     from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
     from hf_llfc.diagnostics.streaming import Execution
     from hf_llfc.parallel.devices import device_alone
@@ -403,8 +430,12 @@ def diagnose(
     from hf_llfc.parents.data import batch_norm_data, open_data
     from hf_llfc.parents.opening import NOT_ALIGNED, open_models
     from hf_llfc.parents.provenance import refuse_foreign_alignment
-    from hf_llfc.recipe import DiagnoseSection
+    from hf_llfc.recipe import DiagnoseSection, load_data
 
+    data, progress = load_data(data), _shown(progress)
+    section = DiagnoseSection(data, alphas, layers, unit, measures, suggest, offload)  # type: ignore[arg-type]
+    weights = _listed(weights, "weights") if weights is not None else None
+    more = _listed(more, "more")
     place = device_alone(device)
     given = None if isinstance(align, str | Mapping) else align
     options = _align_options(align, data) if isinstance(align, str | Mapping) else NOT_ALIGNED
@@ -413,8 +444,6 @@ def diagnose(
     opened = open_models([a, b, *more], base=base_model, align=options, heads=heads, allow_pickle=allow_pickle)
     if given is not None and "model" in given.metadata:  # one that was written by hand names no inputs
         refuse_foreign_alignment(given, *opened.parents)
-    grid = tuple(alphas or DEFAULT_ALPHAS)
-    section = DiagnoseSection(data, grid, tuple(layers), unit, tuple(measures), suggest, offload)
     first = opened.parents[0]
     alignments = [None, given]
     if given is None:
@@ -449,10 +478,10 @@ def _align_options(align: str | Mapping[str, Any], data: EvaluationConfig) -> Al
 
     if isinstance(align, str):
         return AlignSection(align, calibration=data)
-    options = load_align(align)
+    options = load_align({"calibration": data, **align})
     if options.reference != 0:
         raise AlignmentError("align.reference: has no meaning in a diagnosis, where the first model or the base stays")
-    return options if options.calibration is not None else replace(options, calibration=data)
+    return options
 
 
 def publish(

@@ -10,7 +10,13 @@ _LISTED = 30
 
 
 class LLFCError(ValueError):
-    """The input is at fault; the message is complete and needs no traceback."""
+    """The input is at fault; the message is complete and needs no traceback.
+
+    Attributes:
+        problems: Each thing that is wrong, where several were collected.
+    """
+
+    problems: Sequence[str] = ()
 
 
 class SpecError(LLFCError):
@@ -67,13 +73,18 @@ def raise_all(problems: Sequence[str], kind: type[LLFCError], heading: str) -> N
     if not problems:
         return
     if len(problems) == 1:
-        raise kind(f"{heading}: {problems[0]}")
+        raise _with_problems(kind(f"{heading}: {problems[0]}"), problems)
     lines = [f"{heading}: {len(problems)} problems"]
     for problem in problems[:_LISTED]:
         lines.append("  - " + problem.replace("\n", "\n    "))
     if len(problems) > _LISTED:
         lines.append(f"  and {len(problems) - _LISTED} more")
-    raise kind("\n".join(lines))
+    raise _with_problems(kind("\n".join(lines)), problems)
+
+
+def _with_problems(error: LLFCError, problems: Sequence[str]) -> LLFCError:
+    error.problems = tuple(problems)
+    return error
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint
-from hf_llfc.errors import AlignmentError, suggest
-from hf_llfc.foundation.choices import ALIGNMENT_METHODS, METHODS_WITH_DATA
+from hf_llfc.errors import AlignmentError
+from hf_llfc.foundation.choices import METHODS_WITH_DATA
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parallel.workers import ALONE, Workers
@@ -61,14 +61,8 @@ def align_checkpoints(
         the method `none`.
 
     Raises:
-        AlignmentError: An option is not valid, or calibration data are missing.
         SpecError: The architecture has no adapter, or a checkpoint does not fit it.
     """
-    if options.method not in ALIGNMENT_METHODS:
-        hint = suggest(options.method, ALIGNMENT_METHODS)
-        raise AlignmentError(
-            f"unknown alignment method {options.method!r}{hint} (known: {', '.join(ALIGNMENT_METHODS)})"
-        )
     if options.method == "none":
         return None
     from hf_llfc.alignment import Search, match_weights
@@ -99,8 +93,6 @@ def parameters_of(
 
     spec = alignment_spec(checkpoints[0], options)
     weight = options.anchors if options.anchors is not None else anchors_of(spec)
-    if not 0 < weight < float("inf"):
-        raise AlignmentError(f"anchors: a number above 0 is expected, found {weight:g}")
     return [
         Parameters(bind(spec, checkpoint), checkpoint.read, checkpoint.label, workers.device).with_anchors(weight)
         for checkpoint in checkpoints

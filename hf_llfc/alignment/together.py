@@ -16,8 +16,6 @@ from hf_llfc.alignment.checkpoints import (
     parameters_of,
 )
 from hf_llfc.checkpoints import Checkpoint
-from hf_llfc.errors import AlignmentError, suggest
-from hf_llfc.foundation.choices import TOGETHER, UNIVERSE_METHODS
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parallel.workers import Workers
@@ -61,17 +59,8 @@ def align_all(
         One alignment a model; None for the reference, and for the method `none`.
 
     Raises:
-        AlignmentError: An option is not valid, or calibration data are missing.
         SpecError: The architecture has no adapter, or a checkpoint does not fit it.
     """
-    if options.together not in TOGETHER:
-        hint = suggest(options.together, TOGETHER)
-        raise AlignmentError(f"together: unknown {options.together!r}{hint} (known: {', '.join(TOGETHER)})")
-    if options.together == "universe" and options.method not in (*UNIVERSE_METHODS, "none"):
-        raise AlignmentError(
-            f"a universe is found by {' or '.join(UNIVERSE_METHODS)}, not by {options.method}; change one of them, or "
-            "let the models be together as a `star`"
-        )
     workers = workers if workers is not None else Workers(torch.get_num_threads())
 
     def align(onto: Checkpoint, model: Checkpoint, options: AlignSection) -> Alignment | None:

@@ -5,30 +5,23 @@ from __future__ import annotations
 import argparse
 
 from hf_llfc.cli import is_main_process
-from hf_llfc.cli.arguments import DATA_FIELDS, MATCHING_OPTIONS
 from hf_llfc.cli.console import print_json, print_table, progress_bars
-from hf_llfc.cli.settings import (
-    align_section,
-    evaluation_config,
-    refuse_given,
-    refuse_unused_data,
-    refuse_unused_learning,
-)
+from hf_llfc.cli.settings import evaluation_config, given, matching_names, refuse_given, refuse_unused_data
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.single_stages import write_aligned
 from hf_llfc.recipe import ModelEntry, Recipe
+from hf_llfc.recipe.options import options_of
+from hf_llfc.recipe.sections import AlignSection, EvaluationConfig
 
 
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     refuse_unused_data(options)
-    refuse_unused_learning(options)
     if options.use is not None:
         # An alignment that was found between canonical forms is one of these only.
-        matching = [name for name in MATCHING_OPTIONS if name not in ("groups", "together")]
-        names = ("method", *matching, "seed", *DATA_FIELDS)
-        refuse_given(options, names, "with --use, which matches nothing")
-    settings = align_section(options, calibration=evaluation_config(options, required=False))
+        names = [*(name for name in matching_names() if name != "groups"), "seed", *options_of(EvaluationConfig)]
+        refuse_given(options, dict.fromkeys(names), "with --use, which matches nothing")
+    settings = AlignSection(**given(options, AlignSection), calibration=evaluation_config(options, required=False))
     with progress_bars(shown=not options.quiet) as progress:
         recipe = Recipe(
             models=(ModelEntry(options.model),),

@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 
-from hf_llfc import __version__
 from hf_llfc.errors import suggest
-from hf_llfc.foundation.choices import (
-    ALIGNMENT_METHODS,
-    GROUPS,
-    HEADS,
-    MEASURES,
-    SOLVERS,
-    STARTS,
-    SUGGESTIONS,
-    TOGETHER,
-    TRACKERS,
-    UNITS,
-)
+from hf_llfc.foundation.choices import HEADS
+from hf_llfc.foundation.version import __version__
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy: `--help` loads nothing that it does not need
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Any
 
-MATCHING_OPTIONS = ("axes", "exclude", "groups", "together", "start", "restarts", "max_sweeps", "solver")
+    from hf_llfc.recipe.options import Option
 
-DATA_FIELDS = (
-    "task", "dataset", "name", "split", "text_column", "text_pair_column", "label_column", "image_column", "tokenizer",
-    "metric", "samples", "batch_size", "max_length",
-)  # fmt: skip
+    Group = argparse._ActionsContainer
+
+NAMES = {"output_dir": "out", "scale": "lambda"}
+"""Options that have another name on the command line than their field."""
+
+_NO_LABELS = "check looks at no labels"
+LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
+    ("merge", "Recipe"): {
+        "models": "stand without an option",
+        "parameters": "have options of their own: --weights, --normalize, --parameter",
+        "align": "has options of its own",
+        **dict.fromkeys(("diagnose", "keep_where_broken", "publish"), "is a section of a recipe; see `run`"),
+    },
+    ("merge", "AlignSection"): {"calibration": "has options of its own"},
+    ("align", "AlignSection"): {
+        "calibration": "has options of its own",
+        "reference": "is named by --to",
+        "together": "align takes two models",
+    },
+    ("diagnose", "AlignSection"): {
+        "calibration": "has options of its own",
+        "reference": "the first model, or the base, stays",
+    },
+    ("diagnose", "DiagnoseSection"): {
+        "data": "have options of their own",
+        "batch_norm": "is a section of a recipe; see `run`",
+    },
+    ("check", "EvaluationConfig"): dict.fromkeys(("label_column", "label_map", "labels", "metric"), _NO_LABELS),
+    ("push", "PublishSection"): {
+        "repo_id": "stands without an option",
+        "license": "the card that states it is written by then",
+    },
+}
+"""Command and section → options that the command does not have, with the reason."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,6 +64,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         words = [options.recipe, *options.overrides, *rest]
         recipe = next((word for word in words if "=" not in word), words[0])
         words.remove(recipe)
+        # An option wins over a key, as the last word does elsewhere; JSON is YAML that keeps every text a text.
+        values = {name: vars(options)[_dest(name)] for name in OF_A_RUN}
+        words += [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
         options.recipe, options.overrides = recipe, words
     return options
 
@@ -61,6 +85,10 @@ class _Parser(argparse.ArgumentParser):
         adders, self.adders = self.adders, ()
         for add in adders:
             add(self)
+        if adders:
+            named = [action for action in self._actions if action.required and action.metavar]
+            words = [" ".join([*action.option_strings[-1:], str(action.metavar)]) for action in named]
+            self.usage = " ".join([self.prog, *sorted(words, key=lambda word: word.startswith("-")), "[options]"])
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self.add_options()
@@ -93,67 +121,149 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"hf-llfc {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (add, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary + ".")
-        command.adders = (_add_common, add)
+    for name, (add, summary, example) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ("" if summary.endswith("?") else "."),
+            epilog="example:\n  " + example.replace("\n", "\n  "),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.adders = (add, _add_common)
     return parser
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="how the answer is printed")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--verbose", action="store_true", help="log what is being done")
-    parser.add_argument(
+    group = parser.add_argument_group("messages")
+    group.add_argument("--format", choices=("table", "json"), default="table", help="How the answer is printed.")
+    group.add_argument("--quiet", action="store_true", help="Show no progress bars.")
+    group.add_argument("--verbose", action="store_true", help="Log what is being done.")
+    group.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    group.add_argument(
         "--import",
         dest="imports",
         action="append",
         default=[],
         metavar="MODULE",
-        help="import a Python module first: your own architectures and adapters",
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def _add_pickle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--allow-pickle", action="store_true", help="open weights that are pickled, where you trust their author"
+        help="Import a Python module first: your own architectures and adapters.",
     )
 
 
-def _add_trackers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--log-with", nargs="+", default=[], choices=TRACKERS, help="trackers of accelerate to log to as well"
+def _dest(name: str) -> str:
+    return NAMES.get(name, name)
+
+
+def add_option(group: Group, each: Option, *flags: str, **settings: Any) -> None:
+    """Adds one option as its description has it; its value is None where it is not given."""
+    from collections.abc import Mapping, Sequence
+
+    from hf_llfc.recipe.fitting import parts_of
+
+    dest = _dest(each.name)
+    names = flags or (*(["-o"] if dest == "out" else []), f"--{dest.replace('_', '-')}")
+    kinds = parts_of(each.type)
+    known = f" (one of: {', '.join(each.choices)})" if each.choices and each.metavar else ""
+    default = f" (default: {each.default_words})" if not each.is_required and each.default is not False else ""
+    settings = {"dest": dest, "help": f"{each.help}{known}{default}".replace("`", ""), **settings}
+    if kinds == [bool]:
+        action = argparse.BooleanOptionalAction if each.default is not False else "store_true"
+        group.add_argument(*names, default=None, action=action, **settings)
+        return
+    if each.metavar:
+        settings["metavar"] = each.metavar
+    if each.reads is not None:
+        settings["type"] = _numbers if tuple in kinds else str
+    elif kinds == [tuple]:
+        settings["nargs"] = "+"
+    elif Mapping in kinds:
+        settings |= {"type": _pairs, "metavar": "KEY=VALUE,…"}
+    elif Sequence in kinds:
+        settings["type"] = lambda text: text.split(",")
+    elif int in kinds:
+        settings["type"] = int if kinds == [int] else _whole_or_text
+    elif kinds == [float]:
+        settings["type"] = float
+    group.add_argument(*names, choices=each.choices or None, **settings)
+
+
+class _Joined(argparse.Action):
+    """Values of one option, each of which may be several in a row."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        setattr(namespace, self.dest, [part for value in values for part in value])
+
+
+def _numbers(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [int(word) if word.strip().isdigit() else float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+
+
+def _pairs(text: str) -> dict[str, str | int]:
+    """Keys and values, with commas between the pairs."""
+    pairs = [word.rpartition("=") for word in text.split(",")]
+    if not all(key for key, _, _ in pairs):
+        raise argparse.ArgumentTypeError(f"write KEY=VALUE,KEY=VALUE, not {text!r}")
+    return {key: _whole_or_text(value) for key, _, value in pairs}
+
+
+def _whole_or_text(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _add_section(group: Group, command: str, section: str, *, without: Iterable[str] = ()) -> None:
+    """Adds the options of a section; those that the command leaves out are known, to say why, and not shown."""
+    from hf_llfc.recipe import sections
+    from hf_llfc.recipe.options import options_of
+
+    left_out = LEFT_OUT.get((command, section), {})
+    for name, each in options_of(vars(sections)[section]).items():
+        if name == "seed" or name in without or each.section is not None or (name in left_out and each.is_required):
+            continue
+        add_option(group, each, **({"help": argparse.SUPPRESS} if name in left_out else {}))
+
+
+def _add_of_recipe(group: Group, *names: str, **settings: Any) -> None:
+    """Adds options that recipes have at the top."""
+    from hf_llfc.recipe.options import options_of
+    from hf_llfc.recipe.sections import Recipe
+
+    for name in names:
+        add_option(group, options_of(Recipe)[name], **settings)
+
+
+def _add_seed(parser: Group) -> None:
+    parser.add_argument("--seed", type=int, help="Seed of all that is drawn at random. (default: 0)")
+
+
+def _add_restart(group: Group) -> None:
+    group.add_argument(
+        "--restart", action="store_true", help="Discard what an interrupted run into the same folder had finished."
     )
-    parser.add_argument(
-        "--logging-dir", default="runs", metavar="DIR", help="where trackers write that write files (default: runs)"
-    )
 
 
-def _add_restart(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--restart", action="store_true", help="discard what an interrupted run into the same folder had finished"
-    )
+def _add_dry_run(group: Group) -> None:
+    group.add_argument("--dry-run", action="store_true", help="Print the plan and its cost, do nothing.")
 
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
+def _add_output(parser: argparse.ArgumentParser, *names: str, required: bool) -> Group:
     """What every command has that reads checkpoints and writes a folder."""
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    _add_restart(parser)
-    _add_pickle(parser)
-    parser.add_argument(
-        "--device",
-        help="where models run, matching multiplies and tensors are summed: auto, cpu, cuda, cuda:1 (default: models "
-        "where accelerate puts them, all else on the processor)",
-    )
+    group = parser.add_argument_group("output")
+    _add_of_recipe(group, "output_dir", required=required)
+    _add_of_recipe(group, "overwrite", *names)
+    _add_restart(group)
+    return group
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--verify", action="store_true", help="check on the real weights that the symmetries hold")
-    parser.add_argument("--all", action="store_true", help="one row a tensor, layers not folded")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust-remote-code", action="store_true")
-    _add_pickle(parser)
+    parser.add_argument("--verify", action="store_true", help="Check on the real weights that the symmetries hold.")
+    parser.add_argument("--all", action="store_true", help="Show one row a tensor, layers not folded.")
+    parser.add_argument("--trust-remote-code", action="store_true", help="Run code that comes with the checkpoint.")
+    _add_of_recipe(parser, "allow_pickle")
+    _add_seed(parser)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -163,174 +273,163 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         "--level",
         type=int,
         choices=(0, 1, 2),
-        help="how far to look: 0 configs and headers, 1 weights, 2 features (default: 2 with data, 1 without)",
+        help="How far to look: 0 configs and headers, 1 weights, 2 features. (default: 2 with data, else 1)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    _add_pickle(parser)
-    _add_data(parser, purpose="a few samples for level 2; labels are not looked at")
+    _add_of_recipe(parser, "allow_pickle")
+    _add_seed(parser)
+    _add_data(parser, "check", "a few samples for level 2; labels are not looked at")
 
 
 def _add_align(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="B")
-    parser.add_argument("--to", required=True, metavar="A", help="the reference, which stays")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--use", metavar="FILE", help="apply this alignment file instead of matching")
-    _add_output(parser)
-    _add_matching(parser, default="weight_matching")
-    _add_data(parser, purpose="calibration data for activation matching and learned matching")
+    parser.add_argument("--to", required=True, metavar="A", help="The reference, which stays.")
+    parser.add_argument("--use", metavar="FILE", help="Apply this alignment file instead of matching.")
+    _add_of_recipe(parser, "allow_pickle", "device")
+    _add_seed(parser)
+    _add_output(parser, required=True)
+    _add_matching(parser, "align", "--method", default="weight_matching")
+    _add_data(parser, "align", CALIBRATION)
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one a model; equal weights without it")
-    parser.add_argument(
+    _add_of_recipe(parser, "allow_pickle", "device", "max_memory")
+    _add_dry_run(parser)
+    _add_seed(parser)
+    group = parser.add_argument_group("merge")
+    _add_of_recipe(group, "merge_method", "base_model", "tokenizer_source")
+    _add_weights(group, "One weight a model. (default: equal weights)")
+    group.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        help="divide the weights by their sum: the default of linear; other methods take them as they are",
+        help="Divide the weights by their sum: the default of linear; other methods take them as they are.",
     )
-    parser.add_argument(
-        "--merge-method", default="linear", help="linear, task_arithmetic, or of mergekit ties, slerp, …"
-    )
-    parser.add_argument(
+    group.add_argument(
         "--parameter",
         dest="parameters",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="of the merge, for a method of mergekit (density=0.5)",
+        help="Parameter of the merge method (lambda=0.5, density=0.5); may be given several times.",
     )
-    parser.add_argument("--base-model", metavar="MODEL", help="the base of task arithmetic, or of mergekit's methods")
-    parser.add_argument("--dtype", help="of the result; that of the first model without it")
-    parser.add_argument(
-        "--tokenizer-source",
-        metavar="MODEL",
-        help="whose tokenizer and processor go with the result: a model, its place, base, or union of their "
-        "vocabularies (default: 0, the first)",
-    )
-    parser.add_argument("--out", required=True, metavar="DIR")
-    _add_output(parser)
-    _add_trackers(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
-    _add_matching(parser, default="none")
-    _add_data(parser, purpose="calibration data for activation matching and learned matching")
+    output = _add_output(parser, "dtype", "out_dtype", "max_shard_size", required=True)
+    _add_of_recipe(output, "log_with", "logging_dir")
+    _add_matching(parser, "merge", "--align", default="none")
+    _add_data(parser, "merge", CALIBRATION)
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="two: the line from A to B; more: the simplex")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="of the merge of more than two models")
-    parser.add_argument("--base-model", metavar="MODEL", help="add and negate task vectors over this model")
-    parser.add_argument("--alphas", type=int, default=11, help="how many steps of the path, ends included")
-    parser.add_argument("--heads", choices=HEADS, default="own", help="first: compare models of different tasks")
-    parser.add_argument(
-        "--layers",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="modules to compare instead of the blocks, or: attention, mlp, pre_activations",
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="Two: the line from A to B; more: the simplex.")
+    _add_of_recipe(parser, "allow_pickle", "device")
+    _add_seed(parser)
+    group = parser.add_argument_group("diagnosis")
+    _add_weights(group, "Weights of the merge of more than two models, or of task vectors. (default: equal weights)")
+    _add_of_recipe(group, "base_model", help="Add and negate task vectors over this model. (default: none)")
+    group.add_argument(
+        "--heads", choices=HEADS, default="own", help="first: compare models of different tasks. (default: own)"
     )
-    parser.add_argument("--unit", choices=UNITS, default="sample", help="one feature vector a sample or a token")
-    parser.add_argument("--measures", nargs="+", default=[], choices=MEASURES, help="what else to measure on a pair")
-    parser.add_argument(
-        "--suggest", choices=SUGGESTIONS, help="look for better weights: one a model, or one a model and layer"
-    )
-    parser.add_argument(
-        "--offload", action="store_true", help="read weights when a module runs, for models larger than memory"
-    )
-    parser.add_argument("--out", metavar="DIR", help="folder for report and plots")
-    _add_output(parser)
-    _add_trackers(parser)
-    _add_matching(parser, default="none")
-    _add_data(parser, purpose="data to measure on")
+    _add_section(group, "diagnose", "DiagnoseSection")
+    output = _add_output(parser, required=False)
+    _add_of_recipe(output, "log_with", "logging_dir")
+    _add_matching(parser, "diagnose", "--align", default="none")
+    _add_data(parser, "diagnose", "data to measure on")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file.")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="values that replace those of the recipe"
+        "overrides", nargs="*", default=[], metavar="key=value", help="Values that replace those of the recipe."
     )
+    _add_of_recipe(parser, *OF_A_RUN)
     _add_restart(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and its cost, do nothing")
+    _add_dry_run(parser)
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("repo_id", metavar="REPO_ID")
-    parser.add_argument("--private", action="store_true", default=None, help="a new repository is private")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request on an existing repository")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where it is missing")
-    parser.add_argument("--tag", help="name the commit; a tag that names another one is refused")
+    _add_section(parser, "push", "PublishSection")
     parser.add_argument(
         "--force",
         action="store_true",
-        help="push although verdict, sanity check or a parent's terms say no, or over weights of others",
+        help="Push although verdict, sanity check or a parent's terms say no, or over weights of others.",
     )
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="demo", metavar="DIR", help="folder to write (default: demo)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("-o", "--out", default="demo", metavar="DIR", help="The folder to write. (default: demo)")
+    _add_of_recipe(parser, "overwrite")
+    _add_seed(parser)
 
 
 def _add_nothing(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-def _add_matching(parser: argparse.ArgumentParser, *, default: str) -> None:
+def _add_weights(group: Group, help: str) -> None:
+    group.add_argument("--weights", type=_numbers, nargs="+", action=_Joined, metavar="W", help=help)
+
+
+def _add_matching(parser: argparse.ArgumentParser, command: str, flag: str, *, default: str) -> None:
+    from hf_llfc.recipe.options import options_of
+    from hf_llfc.recipe.sections import AlignSection
+
     group = parser.add_argument_group("alignment")
-    flag = "--method" if parser.prog.endswith(" align") else "--align"
-    group.add_argument(flag, dest="method", choices=ALIGNMENT_METHODS, default=default, help=f"default: {default}")
-    group.add_argument("--axes", nargs="+", default=[], metavar="PATTERN", help="axes that may move (all)")
-    group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="axes that stay (residual, say)")
+    method = options_of(AlignSection)["method"]
     group.add_argument(
-        "--groups", choices=GROUPS, default="permutation", help="full: all that the architecture allows, by its weights"
+        flag, dest="method", choices=method.choices, default=default, help=f"{method.help} (default: {default})"
     )
-    if flag == "--align":
-        group.add_argument(
-            "--together",
-            choices=TOGETHER,
-            default="reference",
-            help="of more than two models: each onto the first, by way of a centre, or all at once",
-        )
-    group.add_argument("--start", choices=STARTS, default="identity")
-    group.add_argument("--restarts", type=int, default=2, help="starts of weight matching; the best wins")
-    group.add_argument("--max-sweeps", type=int, default=50)
-    group.add_argument(
-        "--solver", choices=SOLVERS, default="exact", help="auction: to within 1e-4 of the optimum, for very wide axes"
-    )
-    group.add_argument("--steps", type=int, help="of learned matching (500)")
-    group.add_argument("--learning-rate", type=float, help="of learned matching (0.01)")
-    group.add_argument("--seed", type=int, default=0)
+    _add_section(group, command, "AlignSection", without=("method",))
 
 
-def _add_data(parser: argparse.ArgumentParser, *, purpose: str) -> None:
+def _add_data(parser: argparse.ArgumentParser, command: str, purpose: str) -> None:
+    from hf_llfc.recipe.options import options_of
+    from hf_llfc.recipe.sections import EvaluationConfig
+
     group = parser.add_argument_group("data", purpose)
-    group.add_argument("--dataset", help="Hub id, or a local csv, json, parquet, text file or folder")
-    group.add_argument("--task", help="text-classification, text-generation, fill-mask or image-classification")
-    for name in (
-        "name",
-        "split",
-        "text-column",
-        "text-pair-column",
-        "label-column",
-        "image-column",
-        "tokenizer",
-        "metric",
-    ):
-        group.add_argument(f"--{name}", dest=name.replace("-", "_"))
-    for name in ("samples", "batch-size", "max-length"):
-        group.add_argument(f"--{name}", dest=name.replace("-", "_"), type=int)
+    for name in ("task", "dataset"):
+        add_option(group, options_of(EvaluationConfig)[name])
+    _add_section(group, command, "EvaluationConfig", without=("task", "dataset"))
 
+
+CALIBRATION = "calibration data for activation, commutativity and learned matching"
+
+OF_A_RUN = ("output_dir", "overwrite", "allow_pickle", "device")
+"""Keys of a recipe that `run` has options for too."""
 
 COMMANDS = {
-    "inspect": (_add_inspect, "the permutation spec of a model as a table"),
-    "check": (_add_check, "may these two be merged, as they are or aligned?"),
-    "align": (_add_align, "B as an ordinary checkpoint in A's coordinates"),
-    "merge": (_add_merge, "merge models into a new folder"),
-    "diagnose": (_add_diagnose, "loss, metric and features between models, layer by layer"),
-    "run": (_add_run, "a recipe, from parents to card"),
-    "push": (_add_push, "an output folder to the Hub, with its card"),
-    "demo": (_add_demo, "the main job on data and models that need no network"),
-    "register-extension": (_add_nothing, "let the Hub's own command find this one as `hf llfc`"),
+    "inspect": (
+        _add_inspect,
+        "the permutation spec of a model as a table",
+        "hf-llfc inspect google-bert/bert-base-uncased --verify",
+    ),
+    "check": (
+        _add_check,
+        "may these two be merged, as they are or aligned?",
+        "hf-llfc check A B --task text-classification --dataset data.jsonl",
+    ),
+    "align": (_add_align, "B as an ordinary checkpoint in A's coordinates", "hf-llfc align B --to A --out aligned"),
+    "merge": (
+        _add_merge,
+        "merge models into a new folder",
+        "hf-llfc merge A B --weights 0.7 0.3 --align weight_matching --out merged",
+    ),
+    "diagnose": (
+        _add_diagnose,
+        "loss, metric and features between models, layer by layer",
+        "hf-llfc diagnose A B --task text-classification --dataset data.jsonl --out report",
+    ),
+    "run": (
+        _add_run,
+        "a recipe, from parents to card",
+        "hf-llfc run recipe.yaml align.method=weight_matching --out merged",
+    ),
+    "push": (_add_push, "an output folder to the Hub, with its card", "hf-llfc push merged NAMESPACE/NAME --private"),
+    "demo": (_add_demo, "the main job on data and models that need no network", "hf-llfc demo --out demo"),
+    "register-extension": (
+        _add_nothing,
+        "let the Hub's own command find this one as `hf llfc`",
+        "hf-llfc register-extension",
+    ),
 }
-"""Name → what adds its options, and its summary. The module of that name in this package executes it."""
+"""Name → what adds its options, its summary and an example. The module of that name in this package executes it."""

@@ -7,13 +7,12 @@ from dataclasses import asdict
 
 from hf_llfc.api import check
 from hf_llfc.cli.console import print_json, print_table, progress_bars
-from hf_llfc.cli.settings import evaluation_config, refuse_given
+from hf_llfc.cli.settings import evaluation_config
 from hf_llfc.diagnostics import LayerRow
 
 
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    refuse_given(options, ("label_column", "metric"), "for check, which looks at no labels")
     data = evaluation_config(options, required=options.level == 2)
     with progress_bars(shown=not options.quiet) as progress:
         result = check(
@@ -21,7 +20,7 @@ def execute(options: argparse.Namespace) -> int:
             options.b,
             level=options.level,
             data=data,
-            seed=options.seed,
+            seed=options.seed or 0,
             allow_pickle=options.allow_pickle,
             progress=progress,
         )

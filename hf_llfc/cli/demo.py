@@ -143,7 +143,7 @@ def run_demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, progres
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     with progress_bars(shown=not options.quiet) as progress:
-        result = run_demo(options.out, seed=options.seed, overwrite=options.overwrite, progress=progress)
+        result = run_demo(options.out, seed=options.seed or 0, overwrite=options.overwrite, progress=progress)
     if options.format == "json":
         print_json(result)
     else:

@@ -13,7 +13,7 @@ def execute(options: argparse.Namespace) -> int:
     found = inspect(
         options.model,
         verify=options.verify,
-        seed=options.seed,
+        seed=options.seed or 0,
         trust_remote_code=options.trust_remote_code,
         allow_pickle=options.allow_pickle,
     )

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 
 from hf_llfc.cli.console import print_json
+from hf_llfc.cli.settings import given
 from hf_llfc.publishing import publish
 from hf_llfc.recipe import PublishSection
 
 
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    names = ("repo_id", "private", "create_pr", "revision", "tag")
-    where = PublishSection(**{name: vars(options)[name] for name in names})
-    url = publish(options.folder, where, force=options.force)
+    url = publish(options.folder, PublishSection(**given(options, PublishSection)), force=options.force)
     if options.format == "json":
         print_json({"url": url})
     else:

@@ -3,90 +3,71 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from hf_llfc.cli.arguments import DATA_FIELDS
+from hf_llfc.cli.arguments import LEFT_OUT, NAMES
 from hf_llfc.errors import EvaluationError, RecipeError
-from hf_llfc.evaluation import EvaluationConfig
-from hf_llfc.recipe import AlignSection
+from hf_llfc.recipe.options import options_of
+from hf_llfc.recipe.sections import AlignSection, EvaluationConfig, uses_data
 
 
-def data_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The data options that were given."""
-    return {field: value for field in DATA_FIELDS if (value := vars(options)[field]) is not None}
+def given(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The values of a section that were given, by field.
+
+    Raises:
+        RecipeError: The command has no use for one of them.
+    """
+    left_out = LEFT_OUT.get((options.command, kind.__name__), {})
+    values = {}
+    for name, each in options_of(kind).items():
+        value = vars(options).get(NAMES.get(name, name))
+        if value is not None and each.section is None:
+            if name in left_out and not each.is_required:
+                raise RecipeError(f"{_flag(name)}: has no meaning for {options.command}: {left_out[name]}")
+            values[name] = value
+    return values
 
 
-def evaluation_config(options: argparse.Namespace, *, required: bool) -> EvaluationConfig | None:
-    """The data to measure on, or None where none are given.
+def data_settings(options: argparse.Namespace, *, required: bool) -> dict[str, Any] | None:
+    """The keys of the data that were given, or None where there are none.
 
     Raises:
         EvaluationError: They are required, or given in part only.
     """
-    settings = data_settings(options)
-    if not settings and not required:
+    settings = given(options, EvaluationConfig)
+    if settings.keys() <= {"seed"} and not required:
         return None
-    missing = [f"--{field}" for field in ("task", "dataset") if field not in settings]
+    missing = [_flag(name) for name in ("task", "dataset") if name not in settings]
     if missing:
         raise EvaluationError(f"{' and '.join(missing)} must be given to know what to measure on")
-    return EvaluationConfig(**settings, seed=options.seed)
+    return settings
 
 
-def refuse_given(options: argparse.Namespace, names: Sequence[str], because: str) -> None:
+def evaluation_config(options: argparse.Namespace, *, required: bool) -> EvaluationConfig | None:
+    """The data to measure on, or None where none are given; raises as `data_settings`."""
+    settings = data_settings(options, required=required)
+    return None if settings is None else EvaluationConfig(**settings)
+
+
+def refuse_given(options: argparse.Namespace, names: Iterable[str], because: str) -> None:
     """Nothing that a user wrote is ignored: options that have no effect here are an error."""
-    unset = vars(AlignSection())
-    given = [name for name in names if vars(options)[name] and vars(options)[name] != unset.get(name)]
-    if given:
-        raise RecipeError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: has no meaning {because}")
+    useless = [name for name in names if vars(options).get(name) is not None]
+    if useless:
+        raise RecipeError(f"{', '.join(map(_flag, useless))}: has no meaning {because}")
 
 
 def refuse_unused_data(options: argparse.Namespace) -> None:
     """Data are for activations and for learning."""
-    if not AlignSection(options.method, start=options.start).uses_data:
-        refuse_given(options, DATA_FIELDS, "without activation matching or learned matching, which alone look at data")
+    if not uses_data(options.method, options.start or ""):
+        names = [name for name in options_of(EvaluationConfig) if name != "seed"]
+        refuse_given(options, names, "without activation, commutativity or learned matching, which alone look at data")
 
 
-def refuse_unused_learning(options: argparse.Namespace) -> None:
-    """Steps are of learned matching."""
-    if options.method != "learned_matching":
-        refuse_given(options, ("steps", "learning_rate"), "without learned matching")
+def matching_names() -> list[str]:
+    """What says how weights are matched, the method aside."""
+    return [name for name in options_of(AlignSection) if name not in ("method", "calibration", "seed")]
 
 
-def align_section(options: argparse.Namespace, *, calibration: EvaluationConfig | None) -> AlignSection:
-    """How to align."""
-    return AlignSection(
-        method=options.method,
-        axes=tuple(options.axes),
-        exclude=tuple(options.exclude),
-        groups=options.groups,
-        together=vars(options).get("together", "reference"),
-        start=options.start,
-        restarts=options.restarts,
-        max_sweeps=options.max_sweeps,
-        solver=options.solver,
-        seed=options.seed,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        calibration=calibration,
-    )
-
-
-def matching_section(options: argparse.Namespace) -> dict[str, Any]:
-    """The section `align` of a recipe, as its YAML."""
-    section: dict[str, Any] = {"method": options.method}
-    if options.method != "none":
-        section |= {
-            "groups": options.groups,
-            "together": options.together,
-            "start": options.start,
-            "restarts": options.restarts,
-            "max_sweeps": options.max_sweeps,
-            "solver": options.solver,
-            "seed": options.seed,
-        }
-        chosen = ("axes", "exclude", "steps", "learning_rate")
-        section |= {name: vars(options)[name] for name in chosen if vars(options)[name]}
-        if data := data_settings(options):
-            evaluation_config(options, required=True)  # says which option is missing
-            section["calibration"] = data
-    return section
+def _flag(name: str) -> str:
+    return "--" + NAMES.get(name, name).replace("_", "-")

@@ -83,7 +83,7 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
             journal.folder,
             Evidence(parents, as_run, report, record, MergekitRun.load(journal.folder)),
             name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
-            license=recipe.publish.licence if recipe.publish is not None else None,
+            license=recipe.publish.license if recipe.publish is not None else None,
         )
 
 

@@ -22,8 +22,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.errors import LLFCError, suggest
-from hf_llfc.foundation.choices import TRACKERS
+from hf_llfc.errors import LLFCError
 from hf_llfc.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,14 +37,11 @@ PROJECT = "hf-llfc"
 
 
 def refuse_missing_trackers(names: Sequence[str]) -> None:
-    """Refuses trackers that accelerate does not know, or whose package is not installed.
+    """Refuses trackers whose package is not installed.
 
     Raises:
         LLFCError: One of them.
     """
-    unknown = [name for name in names if name not in TRACKERS]
-    if unknown:
-        raise LLFCError(f"unknown tracker {unknown[0]!r}{suggest(unknown[0], TRACKERS)} (known: {', '.join(TRACKERS)})")
     if not names:
         return
     from accelerate.tracking import get_available_trackers

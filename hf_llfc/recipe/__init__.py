@@ -8,21 +8,26 @@ A relative path of a model, tokenizer or dataset is looked up beside the recipe 
 directory; what is in neither place is a Hub id. `output_dir` is relative to the working directory.
 """
 
-from hf_llfc.recipe.reading import dump_recipe, load_align, load_recipe
-from hf_llfc.recipe.sections import (
-    DTYPES,
-    MERGE_METHODS,
-    AlignSection,
-    BatchNormSection,
-    DiagnoseSection,
-    KeepSection,
-    MergeParameters,
-    ModelEntry,
-    ModelParameters,
-    PublishSection,
-    Recipe,
-    WeightRule,
-)
+from typing import TYPE_CHECKING
+
+from hf_llfc.foundation.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hf_llfc.recipe.reading import dump_recipe, load_align, load_data, load_recipe
+    from hf_llfc.recipe.sections import (
+        DTYPES,
+        MERGE_METHODS,
+        AlignSection,
+        BatchNormSection,
+        DiagnoseSection,
+        KeepSection,
+        MergeParameters,
+        ModelEntry,
+        ModelParameters,
+        PublishSection,
+        Recipe,
+        WeightRule,
+    )
 
 __all__ = [
     "DTYPES",
@@ -39,5 +44,11 @@ __all__ = [
     "WeightRule",
     "dump_recipe",
     "load_align",
+    "load_data",
     "load_recipe",
 ]
+
+_READ = ("dump_recipe", "load_align", "load_data", "load_recipe")
+
+# The sections alone, as the command line needs them for its help, load no YAML.
+__getattr__ = lazy_names(__name__, {name: ".reading" if name in _READ else ".sections" for name in __all__})

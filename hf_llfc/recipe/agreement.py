@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hf_llfc.errors import RecipeError, suggest
-from hf_llfc.foundation.choices import METHODS_WITH_DATA, UNION, UNIVERSE_METHODS
+from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging.mergekit_methods import MergekitMethod
-from hf_llfc.recipe.sections import MERGE_METHODS, Recipe
+
+if TYPE_CHECKING:
+    from hf_llfc.recipe.sections import Recipe
 
 
 def disagreements(recipe: Recipe) -> list[str]:
     """What no single key can tell: keys that contradict or lack each other, one line each, as `key: what`."""
     problems: list[str] = []
+    if not recipe.output_dir:
+        problems.append("output_dir: missing; name the folder to write")
     if recipe.merge_method == "task_arithmetic" and recipe.base_model is None:
         problems.append("base_model: task_arithmetic needs one")
     if recipe.merge_method == "linear":
@@ -22,8 +28,7 @@ def disagreements(recipe: Recipe) -> list[str]:
         problems += _disagreements_with_mergekit(recipe, recipe.mergekit_method)
         if recipe.align.groups == "full":
             problems.append(
-                f"align.groups: what mergekit merges is aligned by permutations only; merge by {MERGE_METHODS[0]} "
-                f"or {MERGE_METHODS[1]}"
+                "align.groups: what mergekit merges is aligned by permutations only; merge by linear or task_arithmetic"
             )
     given = [entry.parameters is not None for entry in recipe.models]
     if any(given) and not all(given) and recipe.mergekit_method is None:
@@ -47,18 +52,6 @@ def disagreements(recipe: Recipe) -> list[str]:
             problems.append("keep_where_broken: has a meaning for a linear merge of two models or more only")
         if not 0 <= keep.model < len(names):
             problems.append(f"keep_where_broken.model: there is no model {keep.model}; models are counted from 0")
-        if keep.ratio <= 0:
-            problems.append(f"keep_where_broken.ratio: a number above 0 is expected, found {keep.ratio:g}")
-    if recipe.align.together != "reference" and recipe.align.method == "none":
-        problems.append("align.together: has no meaning for the method none")
-    elif recipe.align.together == "universe" and recipe.align.method not in UNIVERSE_METHODS:
-        problems.append(
-            f"align.together: a universe is found by {' or '.join(UNIVERSE_METHODS)}, not by {recipe.align.method}; "
-            "change one of them, or write `together: star`"
-        )
-    if recipe.align.uses_data and recipe.align.calibration is None:
-        method = recipe.align.method if recipe.align.method in METHODS_WITH_DATA else recipe.align.start
-        problems.append(f"align.calibration: {method.replace('_', ' ')} needs calibration data")
     if recipe.align.calibration is not None and not recipe.align.uses_data:
         problems.append(
             f"align.calibration: has no meaning for the method {recipe.align.method}; remove it, or write "

@@ -8,7 +8,6 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from hf_llfc.merging.mergekit_methods import SHARES, SWITCHES
-from hf_llfc.recipe.sections import Weight
 
 
 def fit(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -40,6 +39,12 @@ def fit(value: Any, hint: Any) -> tuple[bool, Any]:
     return isinstance(value, hint), value
 
 
+def parts_of(hint: Any) -> list[Any]:
+    """The types that a type allows, nothing aside; of lists and mappings what holds the values."""
+    union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [get_origin(each) or each for each in union if each is not type(None)]
+
+
 def describe(hint: Any) -> str:
     """What a type expects, in the words of an error."""
     words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "nothing"}
@@ -62,7 +67,7 @@ def is_weight(value: Any) -> bool:
     return is_number(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_number, value)))
 
 
-def as_weight(value: Any) -> Weight:
+def as_weight(value: Any) -> float | tuple[float, ...]:
     """What `is_weight` in its type."""
     return tuple(float(each) for each in value) if isinstance(value, list) else float(value)
 

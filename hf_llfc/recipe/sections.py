@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_llfc.foundation.choices import METHODS_WITH_DATA
+from hf_llfc.errors import AlignmentError, EvaluationError, RecipeError
+from hf_llfc.foundation.choices import (
+    ALIGNMENT_METHODS,
+    GROUPS,
+    MEASURES,
+    METHODS_WITH_DATA,
+    SOLVERS,
+    STARTS,
+    SUGGESTIONS,
+    TOGETHER,
+    TRACKERS,
+    UNITS,
+    UNIVERSE_METHODS,
+)
 from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
 from hf_llfc.merging.schedule import effective_weights
+from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.data import EvaluationConfig
+from hf_llfc.recipe.fitting import is_number
+from hf_llfc.recipe.options import documented, option, settle
 
 MERGE_METHODS = ("linear", "task_arithmetic", *MERGEKIT_METHODS)
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -49,207 +66,293 @@ class ModelParameters:
     settings: Mapping[str, Setting] = field(default_factory=dict)
 
 
+@documented
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model of the merge.
+    """One model of the merge."""
 
-    Attributes:
-        model: Hub id, `id@revision`, or a local folder; `base+adapter` for a base with an adapter of peft folded in.
-        parameters: Its parameters; equal shares where no model of the recipe has a weight.
-        trust_remote_code: Whether code that comes with this checkpoint may be run.
-    """
+    model: str = option("Hub id, id@revision, or a folder; base+adapter with an adapter of peft folded in.")
+    parameters: ModelParameters | None = option(
+        "Parameters of this model: its weight as a number, a gradient over the layers, or rules of filter and value.",
+        None,
+        shown="equal weights where no model has one",
+    )
+    trust_remote_code: bool = option("Run code that comes with this checkpoint.", False)
 
-    model: str
-    parameters: ModelParameters | None = None
-    trust_remote_code: bool = False
+    def __post_init__(self) -> None:
+        settle(self, RecipeError)
 
 
+@documented
 @dataclass(frozen=True)
 class MergeParameters:
-    """Parameters of the merge.
+    """Parameters of the merge."""
 
-    Attributes:
-        normalize: Whether the weights of every tensor are divided by their sum. Where None, those of a linear merge
-            are, and those of task arithmetic are not.
-        scale: Key `lambda`; task arithmetic: factor on every model's weight.
-        settings: Of a method that mergekit computes all parameters, as in its YAML.
-    """
+    normalize: bool | None = option(
+        "Whether the weights of every tensor are divided by their sum; where left out, those of a linear merge are, "
+        "and those of task arithmetic are not.",
+        None,
+    )
+    scale: float = option("Factor on every weight of task arithmetic.", 1.0, key="lambda")
+    settings: Mapping[str, Any] = option("All parameters of a method that mergekit computes, as in its YAML.", dict)
 
-    normalize: bool | None = None
-    scale: float = 1.0
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    def __post_init__(self) -> None:
+        settle(self, RecipeError)
 
 
+def uses_data(method: str, start: str) -> bool:
+    """Whether a way to align runs models on calibration data."""
+    return method != "none" and any(each in METHODS_WITH_DATA for each in (method, start))
+
+
+@documented
 @dataclass(frozen=True)
 class AlignSection:
-    """How the models are brought into the coordinates of the reference.
+    """How the models are brought into the coordinates of the reference."""
 
-    Attributes:
-        method: One of `ALIGNMENT_METHODS`.
-        reference: Index of the model that stays, or its id; task arithmetic aligns onto `base_model` instead.
-        together: Of more than two models one of `TOGETHER`; two are aligned to each other whatever it says.
-        axes: Patterns of the axes that may move; all symmetric axes where empty.
-        exclude: Patterns of axes that stay, for example `residual`.
-        groups: `permutation`, or `full`: all that the architecture allows, between models in canonical form.
-        anchors: How often weight matching counts weights that hold the residual stream beside fixed axes, such as
-            embeddings; where None 16 with the groups `full`, else 1.
-        start: `identity`, or `activation_matching` to start weight matching from.
-        solver: How wide axes are assigned, one of `SOLVERS`.
-        restarts: Starts of weight matching.
-        max_sweeps: Sweeps per start.
-        seed: Seed of visit orders and random starts; that of the recipe if left out.
-        steps: Of learned matching; 500 where None.
-        learning_rate: Of learned matching; 0.01 where None.
-        calibration: Data for activation, commutativity and learned matching. With labels, what is learned has a low
-            loss at the merge; without, a small LLFC gap.
-    """
+    method: str = option("How a model is aligned.", "weight_matching", choices=ALIGNMENT_METHODS)
+    reference: int | str = option(
+        "The model that stays, by index or id; task arithmetic aligns onto `base_model` instead.", 0, metavar="MODEL"
+    )
+    together: str = option(
+        "How more than two models are aligned: each onto the reference, by way of a central model, or all at once.",
+        "reference",
+        choices=TOGETHER,
+    )
+    axes: tuple[str, ...] = option(
+        "Patterns of the axes that may move.", (), shown="all symmetric axes", metavar="PATTERN"
+    )
+    exclude: tuple[str, ...] = option(
+        "Patterns of axes that stay, for example residual.", (), shown="none", metavar="PATTERN"
+    )
+    groups: str = option(
+        "What may transform an axis: permutations, or all that the architecture allows.", "permutation", choices=GROUPS
+    )
+    anchors: float | None = option(
+        "How often weight matching counts weights between the residual stream and fixed axes, such as embeddings.",
+        None,
+        above=0,
+        shown="16 with the groups full, else 1",
+    )
+    start: str = option("Where weight matching starts.", "identity", choices=STARTS)
+    solver: str = option(
+        "How wide axes are assigned; auction stops within 1e-4 of the optimum.", "exact", choices=SOLVERS
+    )
+    restarts: int = option("Starts of weight matching; the best objective wins.", 2, at_least=1)
+    max_sweeps: int = option("Sweeps of weight matching per start, at most.", 50, at_least=1)
+    seed: int = option("Seed of visit orders and random starts.", 0, shown="the seed of the recipe")
+    steps: int | None = option("Steps of learned matching.", None, at_least=1, shown="500")
+    learning_rate: float | None = option("Highest learning rate of learned matching.", None, above=0, shown="0.01")
+    calibration: EvaluationConfig | None = option(
+        "Data for activation, commutativity and learned matching; with labels, learned matching lowers the loss of the "
+        "merge, without them its LLFC gap.",
+        None,
+    )
 
-    method: str = "weight_matching"
-    reference: int | str = 0
-    together: str = "reference"
-    axes: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    groups: str = "permutation"
-    anchors: float | None = None
-    start: str = "identity"
-    solver: str = "exact"
-    restarts: int = 2
-    max_sweeps: int = 50
-    seed: int = 0
-    steps: int | None = None
-    learning_rate: float | None = None
-    calibration: EvaluationConfig | None = None
+    def __post_init__(self) -> None:
+        settle(self, AlignmentError, self._disagreements)
+
+    def _disagreements(self) -> list[str]:
+        problems = []
+        if self.method in ("none", "activation_matching") and self.anchors is not None:
+            problems.append(f"anchors: has no meaning for the method {self.method}; weights have them")
+        if self.method != "learned_matching":
+            problems += [
+                f"{name}: has no meaning for the method {self.method}; only learned_matching learns"
+                for name in ("steps", "learning_rate")
+                if vars(self)[name] is not None
+            ]
+        if self.uses_data and self.calibration is None:
+            method = self.method if self.method in METHODS_WITH_DATA else self.start
+            problems.append(f"calibration: {method.replace('_', ' ')} needs calibration data; give task and dataset")
+        if self.together != "reference" and self.method == "none":
+            problems.append("together: has no meaning for the method none")
+        elif self.together == "universe" and self.method not in UNIVERSE_METHODS:
+            problems.append(
+                f"together: a universe is found by {' or '.join(UNIVERSE_METHODS)}, not by {self.method}; change one "
+                "of them, or write `together: star`"
+            )
+        return problems
 
     @property
     def uses_data(self) -> bool:
         """Whether models are run on calibration data."""
-        return self.method != "none" and any(each in METHODS_WITH_DATA for each in (self.method, self.start))
+        return uses_data(self.method, self.start)
 
 
+@documented
 @dataclass(frozen=True)
 class BatchNormSection:
-    """How running statistics of BatchNorm are made for merged weights.
+    """How running statistics of BatchNorm are made for merged weights."""
 
-    Attributes:
-        recompute: Whether they are measured anew (REPAIR); otherwise they are averaged like weights.
-        data: Calibration data; that of `diagnose` without its labels where None. Training data are best.
-    """
+    recompute: bool = option(
+        "Whether running statistics are measured anew (REPAIR); otherwise they are averaged like weights.", True
+    )
+    data: EvaluationConfig | None = option(
+        "Calibration data, whose keys stand in the section itself; training data are best.",
+        None,
+        shown="those of `diagnose`, without labels",
+    )
 
-    recompute: bool = True
-    data: EvaluationConfig | None = None
+    def __post_init__(self) -> None:
+        settle(self, EvaluationError)
 
 
+def _alphas(value: Any) -> tuple[float, ...]:
+    if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], int) and value[0] >= 3:
+        value = value[0]  # as the command line has it
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 3:
+        return tuple(round(step / (value - 1), 12) for step in range(value))
+    if value is None:
+        return _alphas(11)
+    if isinstance(value, list | tuple) and value and all(is_number(each) and 0 <= each <= 1 for each in value):
+        return tuple(sorted({float(each) for each in value}))
+    raise ValueError("a number of at least 3 or a list of values from 0 to 1")
+
+
+@documented
 @dataclass(frozen=True)
 class DiagnoseSection:
-    """What is measured on the merge.
+    """What is measured on the merge."""
 
-    Attributes:
-        data: Task and data; its keys stand in the section itself.
-        alphas: The grid of α: a number of equal steps from 0 to 1, or values.
-        layers: Patterns of module names; block outputs and the logits where empty.
-        unit: `sample`, one feature vector a sample, or `token`, one a token.
-        measures: What else to measure on a pair: any of `MEASURES`.
-        offload: Whether every module reads its weights when it runs, for models that do not fit into memory.
-        suggest: Whether to look for better weights: one of `SUGGESTIONS`, or None.
-        batch_norm: See `BatchNormSection`.
-    """
+    data: EvaluationConfig = option("Task and data, whose keys stand in the section itself.")
+    alphas: tuple[float, ...] = option(
+        "The weights α of the path: how many equal steps from 0 to 1, or values.",
+        lambda: _alphas(11),
+        reads=_alphas,
+        shown="11",
+        metavar="ALPHA",
+    )
+    layers: tuple[str, ...] = option(
+        "Patterns of modules to compare, or attention, mlp, pre_activations.",
+        (),
+        shown="block outputs and logits",
+        metavar="PATTERN",
+    )
+    unit: str = option("What has a feature vector: a sample, or a token.", "sample", choices=UNITS)
+    measures: tuple[str, ...] = option("What else to measure on a pair.", (), choices=MEASURES, shown="none")
+    suggest: str | None = option(
+        "Look for better weights on half of the samples: one a model, or one a model and layer.",
+        None,
+        choices=SUGGESTIONS,
+        shown="no",
+    )
+    offload: bool = option("Read weights when a module runs, for models larger than memory.", False)
+    batch_norm: BatchNormSection = option("How BatchNorm is measured anew.", BatchNormSection, shown="below")
 
-    data: EvaluationConfig
-    alphas: tuple[float, ...]
-    layers: tuple[str, ...] = ()
-    unit: str = "sample"
-    measures: tuple[str, ...] = ()
-    suggest: str | None = None
-    offload: bool = False
-    batch_norm: BatchNormSection = field(default_factory=BatchNormSection)
+    def __post_init__(self) -> None:
+        settle(self, EvaluationError)
 
 
+@documented
 @dataclass(frozen=True)
 class KeepSection:
-    """Layer-selective merging: where features are not connected, one model's weights stay as they are.
+    """Layer-selective merging: where features are not connected, one model's weights stay as they are."""
 
-    Attributes:
-        model: Index of the model whose weights stay.
-        ratio: A block is kept where its LLFC exceeds this share of the baseline, measured on the data of `diagnose`.
-    """
+    model: int = option("Index of the model whose weights stay.", 0, at_least=0)
+    ratio: float = option(
+        "A block is kept where its LLFC exceeds this share of the baseline, on the data of `diagnose`.", 0.5, above=0
+    )
 
-    model: int = 0
-    ratio: float = 0.5
+    def __post_init__(self) -> None:
+        settle(self, RecipeError)
 
 
+@documented
 @dataclass(frozen=True)
 class PublishSection:
-    """Where the merge goes on the Hub.
+    """Where the merge goes on the Hub."""
 
-    Attributes:
-        repo_id: The repository.
-        private: Whether a new repository is private.
-        create_pr: Whether a pull request is opened instead of a commit.
-        revision: The branch; the main one where None.
-        tag: Names the commit.
-        licence: What the card says; combined from the parents where None.
-    """
+    repo_id: str = option("The repository, as NAMESPACE/NAME.")
+    private: bool | None = option("Whether a new repository is private.", None, shown="as the Hub has it")
+    create_pr: bool = option("Open a pull request on an existing repository instead of a commit.", False)
+    revision: str | None = option(
+        "Branch to push to, made where it is missing.", None, shown="the main one", metavar="BRANCH"
+    )
+    tag: str | None = option("Tag that names the commit; it must be new.", None, shown="none")
+    license: str | None = option(
+        "License that the card states.", None, shown="that of the parents where they agree", formerly=("licence",)
+    )
 
-    repo_id: str
-    private: bool | None = None
-    create_pr: bool = False
-    revision: str | None = None
-    tag: str | None = None
-    licence: str | None = None
+    def __post_init__(self) -> None:
+        settle(self, RecipeError)
 
 
+_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", value.strip().upper()) if isinstance(value, str) else None
+    if match is None or match[2] not in _BYTES:
+        raise ValueError("bytes, or a size such as 5GB or 500MiB,")
+    return int(float(match[1]) * _BYTES[match[2]])
+
+
+def _no_alignment() -> AlignSection:
+    return AlignSection(method="none")
+
+
+@documented
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run; see the module.
+    """A whole run; see the module."""
 
-    Attributes:
-        models: The parents; the first one's config and names are those of the result.
-        output_dir: The folder to write.
-        merge_method: One of `MERGE_METHODS`; `linear` and `task_arithmetic` are computed here, the others by mergekit.
-        base_model: θ₀ of task arithmetic, or the base of a method that mergekit computes.
-        parameters: Of the merge.
-        dtype: Dtype of the result unless `out_dtype` is given; arithmetic is always exact to one rounding. That of
-            the first model where None.
-        out_dtype: Dtype of the result.
-        tokenizer_source: Whose tokenizer and processor files are carried over: the index of a model, or a model, which
-            need not be one that is merged, or `base`; the first where None. `union`: the models' vocabularies are
-            united, and their embeddings with them.
-        align: How the models are aligned; `method: none` where the recipe has no such section.
-        diagnose: What is measured; nothing where None.
-        keep_where_broken: Where the weights of one model stay; nowhere where None.
-        publish: Where the result goes; nowhere where None.
-        seed: For every section that gives none of its own.
-        overwrite: Whether an earlier output may be replaced.
-        allow_pickle: Whether models whose weights are pickled, not safetensors, may be read.
-        max_shard_size: Bytes above which weights are split into several files; in YAML also as `5GB`.
-        max_memory: Bytes of tensors that have to be moved or made as they are merged and may be in memory together;
-            the largest one always may. In YAML also as `1GB`.
-        device: Where models run, products of matching are made and tensors summed: `auto`, `cpu`, `cuda`, `cuda:1`, …;
-            where None, models run where accelerate puts them, and all else is the processor's.
-        log_with: Trackers of accelerate that the run is logged to, any of `TRACKERS`; see `hf_llfc.pipeline.trackers`.
-        logging_dir: Where trackers write that write files, in a folder named like the output folder.
-    """
+    models: tuple[ModelEntry, ...] = option("The parents; the first gives config, tokenizer and names of the result.")
+    output_dir: str = option("The folder to write.", metavar="DIR")
+    merge_method: str = option("How weights are merged.", "linear", choices=MERGE_METHODS, metavar="METHOD")
+    base_model: str | None = option(
+        "The base of task arithmetic, or of a method that takes differences from one.",
+        None,
+        shown="none",
+        metavar="MODEL",
+    )
+    parameters: MergeParameters = option("Parameters of the merge.", MergeParameters, shown="below")
+    dtype: str | None = option(
+        "Dtype of the result, unless `out_dtype` is given; arithmetic is exact to one rounding.",
+        None,
+        choices=DTYPES,
+        shown="that of the first model",
+    )
+    out_dtype: str | None = option("Dtype of the result.", None, choices=DTYPES, shown="that of `dtype`")
+    tokenizer_source: int | str | None = option(
+        "Whose tokenizer and processor go with the result: a model, its index, base, or the union of all vocabularies.",
+        None,
+        shown="0, the first model",
+        metavar="MODEL",
+    )
+    align: AlignSection = option("How the models are aligned.", _no_alignment, shown="not aligned")
+    diagnose: DiagnoseSection | None = option("What is measured.", None, shown="nothing")
+    keep_where_broken: KeepSection | None = option("Where the weights of one model stay.", None, shown="nowhere")
+    publish: PublishSection | None = option("Where the result goes on the Hub.", None, shown="nowhere")
+    seed: int = option("Seed of every section that has none of its own.", 0)
+    overwrite: bool = option("Replace an earlier output, never a folder of something else.", False)
+    allow_pickle: bool = option("Read weights that are pickled, where you trust their author.", False)
+    max_shard_size: int = option(
+        "Size above which weights are split into several files.",
+        5_000_000_000,
+        reads=_size,
+        shown="5GB",
+        metavar="SIZE",
+    )
+    max_memory: int = option(
+        "Memory for tensors that are moved or made as they are merged; the largest one is always held.",
+        1 << 28,
+        reads=_size,
+        shown="256MiB",
+        metavar="SIZE",
+    )
+    device: str | None = option(
+        "Where models run, matching multiplies and tensors are summed: auto, cpu, cuda, cuda:1.",
+        None,
+        shown="models where accelerate puts them, all else on the processor",
+    )
+    log_with: tuple[str, ...] = option("Trackers of accelerate to log to as well.", (), choices=TRACKERS, shown="none")
+    logging_dir: str = option("Folder of the trackers that write files.", "runs", metavar="DIR")
 
-    models: tuple[ModelEntry, ...]
-    output_dir: str
-    merge_method: str = "linear"
-    base_model: str | None = None
-    parameters: MergeParameters = field(default_factory=MergeParameters)
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: int | str | None = None
-    align: AlignSection = field(default_factory=lambda: AlignSection(method="none"))
-    diagnose: DiagnoseSection | None = None
-    keep_where_broken: KeepSection | None = None
-    publish: PublishSection | None = None
-    seed: int = 0
-    overwrite: bool = False
-    allow_pickle: bool = False
-    max_shard_size: int = 5_000_000_000
-    max_memory: int = 1 << 28
-    device: str | None = None
-    log_with: tuple[str, ...] = ()
-    logging_dir: str = "runs"
+    def __post_init__(self) -> None:
+        settle(self, RecipeError, lambda: disagreements(self))
 
     @property
     def mergekit_method(self) -> MergekitMethod | None:
@@ -332,7 +435,7 @@ def _plain(value: Any) -> Any:
             isinstance(value, AlignSection) and each.name == "method"
         )
         # A section without a seed takes that of the recipe.
-        is_told = is_told or each.name == "seed"
+        is_told = is_told or each.name in ("seed", "alphas")
         if entry == default and not is_told:
             continue
         key = "lambda" if (isinstance(value, MergeParameters) and each.name == "scale") else each.name

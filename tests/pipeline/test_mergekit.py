@@ -191,7 +191,7 @@ def test_the_command_line_takes_parameters(shelf, capsys):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"merge_method": "tise"}, "merge_method: 'tise' is not supported; did you mean 'ties'"),
+        ({"merge_method": "tise"}, "merge_method: unknown 'tise'; did you mean 'ties'"),
         ({"base_model": None}, "base_model: ties needs one"),
         ({"parameters": {"densty": 0.5}}, "parameters.densty: unknown key; did you mean 'density'"),
         ({"parameters": {"density": 1.5}}, "parameters.density: a number from 0 to 1 is expected, found 1.5"),

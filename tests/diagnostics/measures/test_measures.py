@@ -37,8 +37,6 @@ def test_rows_are_parts_of_a_report():
 def test_what_was_asked_for_is_checked():
     models = pair("bert", torch.float32)
     data = data_of("bert", models[0].config)
-    with pytest.raises(EvaluationError, match="unknown measure 'stiching'; did you mean 'stitching'"):
-        run_measures(["stiching"], *models, data)
     with pytest.raises(EvaluationError, match="give an alpha between 0 and 1"):
         run_measures(["additivity"], *models, data, alphas=[0, 1])
     rows = run_measures(["additivity"], *models, data, alphas=[0, 0.25, 1])["additivity"]
