@@ -199,7 +199,8 @@ def bert(config: BertConfig) -> PermutationSpec:
         norm = layer_norm(layout.norms[0].replace("attention", name))
         if layout.windowed:
             return [*windowed_attention(f"{name}.self", f"{name}.output.dense", heads, "global_head_dim"), *norm]
-        return [*attention(*parts, heads, context=context, bias=True, output_bias=True), *norm]
+        bias = options.get("use_bias", True)  # BigBird's
+        return [*attention(*parts, heads, context=context, bias=bias, output_bias=True), *norm]
 
     blocks = [
         *within(
