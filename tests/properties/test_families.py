@@ -378,7 +378,7 @@ def rotary_types() -> Iterator[Any]:
             seen.add(module)
 
 
-@pytest.mark.parametrize("model_type", rotary_types())
+@pytest.mark.parametrize("model_type", list(rotary_types()))
 def test_channels_move_only_where_the_model_does_not_rotate_them(model_type: str):
     """Whatever factor a config names: some models read it, the others rotate the whole head."""
     rope = small_config(model_type).to_dict()["rope_parameters"]
