@@ -1,6 +1,6 @@
 """The GPT line before Llama: learned or ALiBi positions, LayerNorm, fused projections of several layouts.
 
-What differs from one family to the next is a row of `LAYOUTS`; OPT, whose embedding may be narrow, is a function.
+What differs from one family to the next is a row of `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -284,50 +284,6 @@ def gpt(config: PreTrainedConfig) -> PermutationSpec:
         outputs=("residual",),
         prefix=f"{layout.root}.",
         other_prefixes=() if layout.root == "transformer" else ("transformer.",),
-    )
-
-
-def opt(config: PreTrainedConfig) -> PermutationSpec:
-    """OPT with any of its heads."""
-    heads = _free_heads(config)
-    # Some sizes are embedded in a narrower space than the residual stream.
-    narrow = config.word_embed_proj_dim != config.hidden_size
-    outside = "embedding" if narrow else "residual"
-    lines = [
-        *within(
-            "model.decoder",
-            embedding("embed_tokens", axis=outside),
-            embedding("embed_positions", rows="positions"),
-            linear("project_in", "residual", "embedding", bias=False) if narrow else [],
-            layers(
-                "layers",
-                config.num_hidden_layers,
-                _optional(norm("self_attn_layer_norm")),
-                within("self_attn", attention("q_proj", "k_proj", "v_proj", "out_proj", heads)),
-                _optional(norm("final_layer_norm")),
-                mlp("fc1", "fc2"),
-            ),
-            _optional(norm("final_layer_norm")),
-            linear("project_out", "embedding", "residual", bias=False) if narrow else [],
-        ),
-        *(line for name in ("score", "qa_outputs") for line in head(name, into=outside)),
-        *head("lm_head", into=outside, out="vocab"),
-    ]
-    return declare(
-        config,
-        lines,
-        sizes={
-            "vocab": config.vocab_size,
-            "positions": None,
-            "residual": config.hidden_size,
-            "embedding": config.word_embed_proj_dim,
-            "neurons": config.ffn_dim,
-            "labels": None,
-            **heads.sizes,
-        },
-        symmetric=occurring(("residual", "embedding", *heads.symmetric, "neurons"), lines),
-        outputs=(outside,),
-        prefix="model.",
     )
 
 

@@ -66,7 +66,19 @@ def sample_inputs(model: PreTrainedModel, *, seed: int = 0, batch_size: int = 2)
         raise _failure(request, f"no value can be made for {', '.join(sorted(missing))}")
     if not request.made:
         raise _failure(request, f"none of its arguments can be made: {', '.join(arguments)}")
-    return request.made
+    return _for_head(model, request.made)
+
+
+def _for_head(model: PreTrainedModel, made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs in the form that some heads ask for: two choices a row, the end of a text that the decoder reads too."""
+    head = type(model).__name__
+    if "MultipleChoice" in head:
+        return {name: value[:, None].repeat_interleave(2, dim=1) for name, value in made.items()}
+    if "SequenceClassification" in head and "decoder_input_ids" in made:
+        made = {name: value for name, value in made.items() if not name.startswith("decoder_")}
+        made["input_ids"][made["input_ids"] == model.config.eos_token_id] = 5
+        made["input_ids"][:, -1] = model.config.eos_token_id
+    return made
 
 
 def forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
