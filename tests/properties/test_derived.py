@@ -3,17 +3,21 @@
 import copy
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_llfc.adapters import known_model_types, spec_for
 from hf_llfc.adapters.derived import derived_spec, model_class_for, shrunken, verified_copy
 from hf_llfc.alignment import Parameters, match_weights
+from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.names import disk_state
+from hf_llfc.specs import bind, spec_of
 from hf_llfc.symmetry import PermutationSpec
 from tests.properties.invariance import shapes
 from tests.properties.test_families import config_of
@@ -225,6 +229,30 @@ def test_a_copy_shows_every_kind_of_layer_of_a_repeating_pattern(model_type: str
     """Attention comes in the fifth layer of Jamba, in the third of RecurrentGemma."""
     config = CONFIG_MAPPING[model_type]()
     assert set(config.layer_types) == set(shrunken(config).layer_types)
+
+
+# What checkpoints of older versions of transformers hold beside the weights.
+OLD_BUFFERS: list[tuple[str, str, dict[str, object], str]] = [
+    (
+        "beit",
+        "BeitModel",
+        {"use_relative_position_bias": True},
+        "encoder.layer.0.attention.attention.relative_position_bias.relative_position_index",
+    ),
+    ("openai-gpt", "OpenAIGPTLMHeadModel", {}, "transformer.h.0.attn.bias"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "name", "changes", "buffer"), OLD_BUFFERS)
+def test_a_checkpoint_with_an_old_buffer_binds_to_its_derived_spec(
+    model_type: str, name: str, changes: dict[str, object], buffer: str, tmp_path: Path
+):
+    getattr(transformers, name)(config_of(model_type, changes)).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, buffer: torch.ones(8, 8)}, path, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert bind(spec_of(checkpoint), checkpoint).tensors.keys() == weights.keys()
 
 
 @pytest.mark.parametrize("model_type", FAST)
