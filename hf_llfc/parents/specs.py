@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.checkpoints.writing.shards import MAX_SHARD_SIZE
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError
 from hf_llfc.recipe import AlignSection
-from hf_llfc.symmetry import Binding, PermutationSpec
+from hf_llfc.symmetry import Binding, PermutationSpec, TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -86,8 +87,14 @@ def _spec_as_said(settings: Settings) -> PermutationSpec | None:
     if may_be_missing is None or said is None or "partial_rotary_factor" in json.dumps(settings.raw):
         return None
     with suppress(Exception):  # what does not bear a closer look raises what it likes, and gets one by the class
-        return spec_for(cast("PreTrainedConfig", said))
+        return replace(spec_for(cast("PreTrainedConfig", said)), other_layouts=partial(_other_layouts, settings))
     return None
+
+
+def _other_layouts(settings: Settings, spec: PermutationSpec) -> Sequence[TensorSpec]:
+    """The names in memory, for which the config class is loaded after all."""
+    layouts = spec_for(settings.config).other_layouts
+    return layouts(spec) if layouts is not None else ()
 
 
 def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> PermutationSpec:

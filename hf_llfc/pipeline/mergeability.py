@@ -265,7 +265,7 @@ class CheckResult:
     outputs: OutputAgreement | None = None
 
 
-@one_thread_if_small(lambda a, *_, **__: a.nbytes)
+@one_thread_if_small(lambda pair, *_, **__: pair[0].nbytes)
 def check_checkpoints(
     pair: tuple[Checkpoint, Checkpoint],
     *,

@@ -27,6 +27,8 @@ def fit(value: Any, hint: Any) -> tuple[bool, Any]:
             return False, None
         fitted = [fit(each, get_args(hint)[0]) for each in entries]
         return all(fits for fits, _ in fitted), tuple(converted for _, converted in fitted)
+    if hint is Any:
+        return True, value
     if hint is type(None):
         return value is None, None
     if hint is float:

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from hf_llfc.publishing.shares import models_of
 from safetensors.torch import load_file
 
 import hf_llfc
 from hf_llfc.diagnostics.checkpoints import region_of
 from hf_llfc.parents.opening import open_recipe
 from hf_llfc.pipeline.weighting import plan_merge
+from hf_llfc.publishing.lineage import models_of
 from hf_llfc.recipe import load_recipe
 from tests.runs import byte_llama, saved, text_data
 
@@ -65,11 +65,11 @@ def test_merge_diagnosis_and_card_have_the_same_weights(shelf, tmp_path, method,
     opened = open_recipe(recipe)
     written = plan_merge(*opened.moved([None, None]), recipe).weights
     weights = expected(method, normalize, scale)
-    on_card = [model["weight"] for model in models_of(recipe.to_dict(), None) if not model.get("is_base")]
+    on_card = [parent.weight for parent in models_of(recipe, None) if not parent.is_base]
     if shape in ("one number", "a rule for all"):
         assert [list(row) for row in set(written.values())] == [pytest.approx(weights)]
         assert recipe.weights == pytest.approx(weights)
-        assert on_card == (pytest.approx(weights) if shape == "one number" else [None, None])
+        assert on_card == pytest.approx(weights)
         section = load_recipe({**content, "diagnose": {"task": "text-generation", "dataset": "d"}}).diagnose
         points = region_of(recipe.weights, section, arithmetic_over_base=method == "task_arithmetic").points
         if method == "task_arithmetic":  # the base has what is left of one

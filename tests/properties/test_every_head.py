@@ -173,11 +173,6 @@ OLD_TENSORS = {
         {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 3]},
         {"swin.encoder.layers.0.blocks.0.attention.self.relative_position_index": (49, 49)},
     ),
-    "BEiT, positions": (
-        "BeitModel",
-        {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "use_relative_position_bias": True},
-        {"encoder.layer.0.attention.attention.relative_position_bias.relative_position_index": (197, 197)},
-    ),
 }
 
 

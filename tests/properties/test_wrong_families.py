@@ -60,9 +60,9 @@ WRONG_SPECS: dict[str, tuple[str, str, dict, tuple[str, str, str], dict]] = {
         {"own": "state.0"},
     ),
     "heads moved out of the group that they share a state with": (
-        "mamba2",
-        "Mamba2ForCausalLM",
-        {},
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        {"mamba_n_groups": 2},
         (r"A_log|dt_bias", r"\((groups\.\d) (scan_heads\.\d)\[groups\]\)", r"(\2[groups] \1)"),
         {},
     ),

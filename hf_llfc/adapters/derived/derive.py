@@ -17,6 +17,7 @@ from hf_llfc.adapters.derived.answers import answers, run
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.naming import names_of
 from hf_llfc.adapters.derived.nesting import parents_of
+from hf_llfc.adapters.derived.rules import rule_for
 from hf_llfc.adapters.derived.terms import Term, find, fix, is_leaf
 from hf_llfc.adapters.derived.trace import META, Label, Trace, stand_in
 from hf_llfc.adapters.derived.writing import Writer
@@ -66,7 +67,7 @@ def traced(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Trac
     with torch.device(META):
         model = model_class._from_config(config).eval()
     _replace_meta(model)
-    trace = Trace()
+    trace = Trace(rule_for)
     state = model.state_dict(keep_vars=True)
     never_saved = set(model._keys_to_ignore_on_save or ())
     buffers = {name for name, _ in model.named_buffers()}

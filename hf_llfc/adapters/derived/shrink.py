@@ -529,7 +529,8 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
         for name, value in values.items()
         if re.fullmatch(_TAPS, name) and isinstance(value, list | tuple) and all(type(item) is int for item in value)
     ]
-    least = max([min(least, depth), *(len(set(indices)) for indices in taps)])
+    least = min(max(least, _pattern_length(values)), depth)
+    least = max([least, *(len(set(indices)) for indices in taps)])
     kept = sorted({*kept, *[index for index in range(depth) if index not in kept][: max(0, least - len(kept))]})
     for name in _DEPTH:
         if values.get(name) == depth and name in small:
@@ -547,6 +548,12 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
         if any(value is indices for indices in taps):
             small[name] = _tapped(value, depth, len(kept))
     return small
+
+
+def _pattern_length(values: dict[str, Any]) -> int:
+    """How many of the first layers show every kind, where a config gives the kinds as a pattern that repeats."""
+    offsets = (value + 1 for name, value in values.items() if name.endswith("_layer_offset"))
+    return max([len(values.get("block_types") or ()), *offsets])
 
 
 def _tapped(indices: Any, depth: int, kept: int) -> Any:

@@ -61,6 +61,9 @@ class Label:
 class Trace(TorchDispatchMode):
     """Follows dimensions while it is active.
 
+    Args:
+        rule_for: Gives the rule of an operation, None for one that has none.
+
     Attributes:
         seen: The dimensions of every tensor that there was, each combination once.
         mixed: For every operation that mixes the entries of some dimensions of a tensor: those, and the others.
@@ -70,8 +73,9 @@ class Trace(TorchDispatchMode):
             of its own name, and not an operation that tells the entries apart.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rule_for: Callable[[Any], Rule | None]) -> None:
         super().__init__()
+        self._rule_for = rule_for
         self.seen: dict[tuple[int, ...], list[Term]] = {}
         self.mixed: list[tuple[list[Term], list[Term]]] = []
         self.unknown: Counter[str] = Counter()
@@ -123,8 +127,6 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from hf_llfc.adapters.derived.rules import rule_for
-
         kwargs = dict(kwargs or {})
         tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
         self.met.update(map(id, tensors))
@@ -135,7 +137,7 @@ class Trace(TorchDispatchMode):
         self._made_hollow = []
         result = self._run(func, args, kwargs, tensors)
         outputs = [each for each in tree_flatten(result)[0] if isinstance(each, Tensor)]
-        rule = rule_for(func)
+        rule = self._rule_for(func)
         token = operation.set(partial(_describe, func))
         if rule is None:
             self.unknown[str(func)] += 1

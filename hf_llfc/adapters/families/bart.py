@@ -1,4 +1,4 @@
-"""BART and the encoder-decoders of its layout, for text and speech.
+"""BART and the encoder-decoders of its layout, for text and, as Whisper, speech.
 
 Encoder and decoder have a residual stream each; a shared embedding makes them one axis.
 """
@@ -42,19 +42,6 @@ def _two_convolutions(config: Any) -> list[str]:
     ]
 
 
-def _gated_convolutions(config: Any) -> list[str]:
-    """Each convolution gives channels and their gates."""
-    lines, into = [], "features"
-    for layer in range(config.num_conv_layers):
-        out = "encoder_residual" if layer == config.num_conv_layers - 1 else f"stem.{layer}"
-        lines += [
-            f"conv.conv_layers.{layer}.weight  {out} + {out}  {into}  kernel.{layer}",
-            f"conv.conv_layers.{layer}.bias  {out} + {out}",
-        ]
-        into = out
-    return lines
-
-
 def _audio_classifier() -> list[str]:
     return [
         "layer_weights?  all_layers",
@@ -95,7 +82,6 @@ LAYOUTS: dict[str, Layout] = {
     "mbart": Layout(embedding_norm=True),
     "pegasus": Layout(computed_positions=True),
     "plbart": Layout(embedding_norm=True, last_norm=False),
-    "speech_to_text": Layout(computed_positions=True, shared_embedding=False, front=_gated_convolutions),
     "whisper": Layout(shared_embedding=False, front=_two_convolutions),
 }
 
@@ -177,9 +163,9 @@ def bart(config: Any) -> PermutationSpec:
         sizes={
             "vocab": config.vocab_size,
             "decoder_vocab": options.get("decoder_vocab_size") or config.vocab_size,
-            **dict.fromkeys(("positions", "decoder_positions", "frames", "features", "kernel", "all_layers"), None),
+            **dict.fromkeys(("positions", "decoder_positions", "frames", "features", "all_layers"), None),
             **dict.fromkeys((*residuals, "classifier"), config.d_model),
-            "stem": config.d_model if whisper else options.get("conv_channels", 0) // 2,
+            "stem": config.d_model,
             "projection": options.get("classifier_proj_size"),
             **{axis: size for each in heads.values() for axis, size in each.sizes.items()},
             **({"global_head_dim": heads["encoder"].sizes["encoder_head_dim"]} if longformer else {}),
@@ -190,8 +176,7 @@ def bart(config: Any) -> PermutationSpec:
         symmetric=(
             *(() if layout.computed_positions else residuals),
             *("encoder_neurons", "decoder_neurons", "classifier"),
-            *(("stem",) if layout.front is not _embedded_tokens else ()),
-            *(("projection",) if whisper else ()),
+            *(("stem", "projection") if whisper else ()),
             *(axis for each in heads.values() for axis in each.symmetric),
             *(("global_head_dim",) if longformer else ()),
         ),

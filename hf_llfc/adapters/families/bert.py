@@ -1,4 +1,4 @@
-"""BERT and the encoders of its layout: one residual stream throughout, norms before or after the blocks.
+"""BERT and the encoders of its layout: one residual stream throughout, norms after the blocks.
 
 DistilBERT names everything differently; the others differ from BERT in the rows of `LAYOUTS`.
 """
@@ -106,11 +106,6 @@ def electra_heads(prefix: str) -> list[str]:
     ]
 
 
-def generation_head(prefix: str) -> list[str]:
-    """The head of a BERT that generates; its weight is the embedding's."""
-    return ["lm_head.bias?  vocab", *head("lm_head.decoder", out="vocab")]
-
-
 POSITIONS = {"position_embeddings": "positions"}
 POSITIONS_AND_TYPES = {**POSITIONS, "token_type_embeddings": "token_types"}
 
@@ -123,9 +118,6 @@ class Layout:
         prefix: The head prefix.
         heads: From the head prefix to its task heads and their poolers.
         tables: Embedding tables beside that of words, and the axis along their rows.
-        embedding_norm: Whether a norm follows the embedding.
-        norms: The norms of a layer, that of its attention and that of its MLP.
-        last_norm: The norm after the last layer.
         pooled: What the pooler gives out; `residual` where checkpoints with a pooler also classify tokens.
         crosses: Whether it always has attention to an encoder; others have where their config says so.
         windowed: Whether attention is Longformer's.
@@ -135,9 +127,6 @@ class Layout:
     prefix: str
     heads: Callable[[str], list[str]]
     tables: Mapping[str, str] = field(default_factory=lambda: POSITIONS_AND_TYPES)
-    embedding_norm: bool = True
-    norms: tuple[str, str] = ("attention.output.LayerNorm", "output.LayerNorm")
-    last_norm: str | None = None
     pooled: str = "pooled"
     crosses: bool = False
     windowed: bool = False
@@ -149,13 +138,11 @@ ROBERTA = Layout("roberta", roberta_heads)
 LAYOUTS: dict[str, Layout] = {
     "bert": Layout("bert", bert_heads),
     "big_bird": Layout("bert", big_bird_heads, pooled="residual"),
-    "bert-generation": Layout("bert", generation_head, tables=POSITIONS),
     "blip_text_model": Layout("bert", bert_heads, tables=POSITIONS, crosses=True),
     "camembert": ROBERTA,
     "chinese_clip_text_model": Layout("bert", bert_heads),
     "data2vec-text": Layout("data2vec_text", roberta_heads),
     "electra": Layout("electra", electra_heads, projection="embeddings_project"),
-    "ernie": Layout("ernie", bert_heads, tables={**POSITIONS_AND_TYPES, "task_type_embeddings": "tasks"}),
     "layoutlm": Layout(
         "layoutlm",
         bert_heads,
@@ -163,24 +150,8 @@ LAYOUTS: dict[str, Layout] = {
         pooled="residual",
     ),
     "longformer": Layout("longformer", roberta_heads, windowed=True),
-    "megatron-bert": Layout(
-        "bert", bert_heads, embedding_norm=False, norms=("attention.ln", "ln"), last_norm="encoder.ln"
-    ),
     "roberta": ROBERTA,
-    "roberta-prelayernorm": Layout(
-        "roberta_prelayernorm",
-        roberta_heads,
-        norms=("attention.LayerNorm", "intermediate.LayerNorm"),
-        last_norm="LayerNorm",
-    ),
     "xlm-roberta": ROBERTA,
-    "xlm-roberta-xl": Layout(
-        "roberta",
-        roberta_heads,
-        embedding_norm=False,
-        norms=("attention.self_attn_layer_norm", "LayerNorm"),
-        last_norm="encoder.LayerNorm",
-    ),
 }
 
 SYMMETRIC = ("residual", "embedding", "neurons", "pooled", "classifier", "discriminator")
@@ -196,21 +167,18 @@ def bert(config: BertConfig) -> PermutationSpec:
 
     def attend(name: str, heads: Heads, context: str | None = None) -> list[str]:
         parts = (f"{name}.self.query", f"{name}.self.key", f"{name}.self.value", f"{name}.output.dense")
-        norm = layer_norm(layout.norms[0].replace("attention", name))
+        norm = layer_norm(f"{name}.output.LayerNorm")
         if layout.windowed:
             return [*windowed_attention(f"{name}.self", f"{name}.output.dense", heads, "global_head_dim"), *norm]
-        return [*attention(*parts, heads, context=context, bias=True, output_bias=True), *norm]
+        bias = options.get("use_bias", True)  # BigBird's
+        return [*attention(*parts, heads, context=context, bias=bias, output_bias=True), *norm]
 
     blocks = [
         *within(
             layout.prefix,
             embedding("embeddings.word_embeddings", axis=width),
-            *(
-                embedding(f"embeddings.{table}", rows, width)
-                for table, rows in layout.tables.items()
-                if rows != "tasks" or options["use_task_id"]
-            ),
-            layer_norm("embeddings.LayerNorm", width) if layout.embedding_norm else [],
+            *(embedding(f"embeddings.{table}", rows, width) for table, rows in layout.tables.items()),
+            layer_norm("embeddings.LayerNorm", width),
             ["embeddings.position_ids?  1 positions", "embeddings.token_type_ids?  1 positions"],
             linear(layout.projection, "residual", width, bias=True)
             if layout.projection and width != "residual"
@@ -223,9 +191,8 @@ def bert(config: BertConfig) -> PermutationSpec:
                 if layout.crosses or options.get("add_cross_attention")
                 else [],
                 mlp("intermediate.dense", "output.dense", bias=True),
-                layer_norm(layout.norms[1]),
+                layer_norm("output.LayerNorm"),
             ),
-            layer_norm(layout.last_norm) if layout.last_norm else [],
         ),
         *renamed(layout.heads(layout.prefix), embedding=width, pooled=layout.pooled),
         *head("qa_outputs"),
@@ -237,7 +204,6 @@ def bert(config: BertConfig) -> PermutationSpec:
             "vocab": config.vocab_size,
             "positions": config.max_position_embeddings,
             "token_types": options.get("type_vocab_size"),
-            "tasks": options.get("task_type_vocab_size"),
             "places": options.get("max_2d_position_embeddings"),
             "embedding": options.get("embedding_size"),
             "context": None,

@@ -22,7 +22,7 @@ def encoder_decoder(config: Any) -> PermutationSpec:
     """
     inner = spec_for(config.encoder)
     streams = [stream for stream in ("residual", GROUPED) if occurring(inner.axes, [f"_ {stream}"])]
-    if not streams or "context" not in spec_for(config.decoder).axes:
+    if inner.origin == "derived" or not streams or "context" not in spec_for(config.decoder).axes:
         from hf_llfc.adapters.derived import derived_spec
 
         return derived_spec(config)

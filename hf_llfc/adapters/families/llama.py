@@ -173,7 +173,7 @@ def mimo_attention(config: PreTrainedConfig, index: int) -> Part:
         config.num_key_value_heads * (2 if window else 1),
         head_dim=head_dim,
         value_dim=config.v_head_dim,
-        rotary_dim=rotary_channels(config.to_dict(), head_dim, index),
+        rotary_dim=rotary_channels(config.to_dict(), head_dim, index, default=0.334),
         prefix="window_" if window else "",
     )
     sink = [f"attention_sink_bias  {heads.query_heads}"] if window else []
@@ -237,6 +237,8 @@ class Layout:
         qk_gain: What the gain of those runs over: the `channels` that heads share, all of a `projection`, or each of
             the `heads` on its own, in one tensor or with a tensor for each (`names`).
         without_rotary: Whether a layer has no rotary embedding, given the config's values and the layer.
+        partial_rotary: Whether the model reads `partial_rotary_factor`. The others rotate every channel of a head,
+            whatever their config says.
         mlp: Declarations of the MLP.
         experts: The routed layers.
         more: Further declarations of a layer, given its heads.
@@ -255,6 +257,7 @@ class Layout:
     qk_flag: str = ""
     qk_gain: str = "channels"
     without_rotary: Callable[[dict[str, Any], int], bool] | None = None
+    partial_rotary: bool = False
     mlp: tuple[str, ...] = GATED
     experts: Experts | None = None
     more: Callable[[Heads], Sequence[str]] = lambda heads: ()
@@ -411,19 +414,23 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "gemma2": Layout(norms=BOTH_NORMS),
     "gemma3_text": Layout(norms=BOTH_NORMS, qk_norms=QK_NORMS),
-    "glm": Layout(mlp=GATED_FUSED),
-    "glm4": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
-    "glm4_moe": Layout(predicts_further=True, qk_norms=QK_NORMS, qk_flag="use_qk_norm", experts=DEEPSEEK_EXPERTS),
+    "glm": Layout(partial_rotary=True, mlp=GATED_FUSED),
+    "glm4": Layout(partial_rotary=True, norms=GLM4_NORMS, mlp=GATED_FUSED),
+    "glm4_moe": Layout(
+        predicts_further=True, partial_rotary=True, qk_norms=QK_NORMS, qk_flag="use_qk_norm", experts=DEEPSEEK_EXPERTS
+    ),
     "glm4_moe_lite": Layout(
         predicts_further=True, attention=latent_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)
     ),
-    "glm4v_moe_text": Layout(experts=replace(DEEPSEEK_EXPERTS, lines=(*FUSED_ROUTED, *CORRECTION, *SHARED_EXPERTS))),
-    "glm4v_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
-    "glm_image_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
+    "glm4v_moe_text": Layout(
+        partial_rotary=True, experts=replace(DEEPSEEK_EXPERTS, lines=(*FUSED_ROUTED, *CORRECTION, *SHARED_EXPERTS))
+    ),
+    "glm4v_text": Layout(partial_rotary=True, norms=GLM4_NORMS, mlp=GATED_FUSED),
+    "glm_image_text": Layout(partial_rotary=True, norms=GLM4_NORMS, mlp=GATED_FUSED),
     "glm_moe_dsa": Layout(
         predicts_further=True, attention=indexed_attention, experts=replace(DEEPSEEK_EXPERTS, layers=as_listed)
     ),
-    "glm_ocr_text": Layout(norms=GLM4_NORMS, mlp=GATED_FUSED),
+    "glm_ocr_text": Layout(partial_rotary=True, norms=GLM4_NORMS, mlp=GATED_FUSED),
     "gpt_oss": Layout(
         more=sinks("sinks"),
         experts=Experts(
@@ -521,6 +528,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "minicpm3": Layout(attention=latent_attention),
     "minimax_m2": Layout(
+        partial_rotary=True,
         qk_norms=QK_NORMS,
         qk_gain="projection",
         experts=replace(
@@ -530,12 +538,13 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "mixtral": Layout(experts=MIXTRAL_EXPERTS),
     "nanochat": Layout(norms=(), last_norm="", mlp=tuple(mlp("mlp.fc1", "mlp.fc2"))),
-    "nemotron": Layout(mlp=PLAIN),
+    "nemotron": Layout(partial_rotary=True, mlp=PLAIN),
     "olmo": Layout(norms=(), last_norm=""),
     "olmo2": Layout(norms=POST_NORMS, qk_norms=QK_NORMS, qk_gain="projection"),
     "olmo3": Layout(norms=POST_NORMS, qk_norms=QK_NORMS, qk_gain="projection"),
     "olmoe": Layout(qk_norms=QK_NORMS, qk_gain="projection", experts=Experts(ROUTED, neurons=("intermediate_size",))),
     "persimmon": Layout(
+        partial_rotary=True,
         last_norm="final_layernorm",
         fused="query_key_value",
         by_head=True,
@@ -545,6 +554,7 @@ LAYOUTS: dict[str, Layout] = {
         mlp=tuple(mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
     ),
     "phi": Layout(
+        partial_rotary=True,
         norms=("input_layernorm",),
         last_norm="final_layernorm",
         projections=("q_proj", "k_proj", "v_proj", "dense"),
@@ -552,7 +562,7 @@ LAYOUTS: dict[str, Layout] = {
         qk_flag="qk_layernorm",
         mlp=tuple(mlp("mlp.fc1", "mlp.fc2")),
     ),
-    "phi3": Layout(fused="qkv_proj", mlp=GATED_FUSED),
+    "phi3": Layout(partial_rotary=True, fused="qkv_proj", mlp=GATED_FUSED),
     "phimoe": Layout(experts=MIXTRAL_EXPERTS),
     "qwen2_moe": Layout(
         experts=Experts(
@@ -569,6 +579,7 @@ LAYOUTS: dict[str, Layout] = {
     "smollm3": Layout(without_rotary=lambda values, index: not values["no_rope_layers"][index]),
     "solar_open": Layout(experts=replace(DEEPSEEK_EXPERTS, layers=lambda values, index: True)),
     "stablelm": Layout(
+        partial_rotary=True,
         norms=("input_layernorm", "post_attention_layernorm?"),
         qk_norms=("q_layernorm", "k_layernorm"),
         qk_flag="qk_layernorm",
@@ -654,7 +665,7 @@ def _heads(config: PreTrainedConfig, layout: Layout, values: dict[str, Any], ind
     without = layout.without_rotary
     if without is not None and without(values, index):
         return heads(free_channels=True, shared_channels=shared)
-    rotary_dim = rotary_channels(values, head_dim, index)
+    rotary_dim = rotary_channels(values, head_dim, index) if layout.partial_rotary else head_dim
     if rotary_dim == head_dim and without is None:
         return heads()
     return heads(rotary_dim=rotary_dim, shared_channels=shared)
@@ -670,18 +681,23 @@ def _norm_of_each_head(name: str, heads: Heads) -> list[str]:
     return [line for index in range(count) for line in norm(f"{name}.norms.{index}", heads.channels)]
 
 
-def rotary_channels(values: dict[str, Any], head_dim: int, index: int = 0) -> int:
-    """How many leading channels of a head a rotary embedding acts on.
+def rotary_channels(values: dict[str, Any], head_dim: int, index: int = 0, *, default: float = 1.0) -> int:
+    """Counts the leading channels of a head that a rotary embedding acts on, in a model that reads the factor.
 
     Args:
         values: The config's values.
         head_dim: Query and key channels of a head.
         index: The layer.
+        default: The factor of a config that has none.
+
+    Returns:
+        Whole pairs: an odd number of channels is rounded up, as the table of frequencies is.
     """
     rope = values.get("rope_parameters") or {}
     if "rope_type" not in rope and values.get("layer_types"):
         rope = rope.get(values["layer_types"][index]) or {}
-    return int(head_dim * (rope.get("partial_rotary_factor") or 1))
+    rotated = int(head_dim * (rope.get("partial_rotary_factor") or default))
+    return min(head_dim, rotated + rotated % 2)
 
 
 def _widths(config: PreTrainedConfig, layout: Layout, index: int, routed: Experts | None) -> dict[str, int | None]:

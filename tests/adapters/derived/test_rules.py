@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_llfc.adapters.derived.naming import names_of
+from hf_llfc.adapters.derived.rules import rule_for
 from hf_llfc.adapters.derived.terms import find, leaves
 from hf_llfc.adapters.derived.trace import Trace
 from hf_llfc.adapters.derived.writing import Writer
@@ -131,7 +132,7 @@ def test_what_a_rule_leaves_free_commutes_with_the_operation(name: str):
     function, shapes, expected = OPERATIONS[name]
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
-    trace = Trace()
+    trace = Trace(rule_for)
     labels = [trace.put_leaf(tensor) for tensor in inputs]
     with torch.no_grad(), trace:
         output = function(*inputs)
@@ -151,7 +152,7 @@ def test_what_a_rule_leaves_free_commutes_with_the_operation(name: str):
 
 
 def test_an_operation_without_a_rule_is_reported():
-    trace = Trace()
+    trace = Trace(rule_for)
     x = torch.eye(3)
     trace.put_leaf(x)
     with trace:
@@ -160,7 +161,7 @@ def test_an_operation_without_a_rule_is_reported():
 
 
 def test_a_hollow_tensor_takes_no_memory_and_gives_hollow_results():
-    trace = Trace()
+    trace = Trace(rule_for)
     weight = torch.zeros(()).expand(1 << 20, 1 << 20)
     trace.put_leaf(weight, hollow=True)
     with torch.no_grad(), trace:
