@@ -48,8 +48,8 @@ def whole_sce(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Ten
     Args:
         models: Every model's tensor, of one shape.
         base: That of the base.
-        settings: `select_topk`, the share of the elements that vary at all. Of equal variances the first are selected;
-            mergekit leaves that to the sort.
+        settings: `select_topk`, the share of the elements that vary at all. Variances are compared in float32, or in
+            float64 if the tensors are; of equal ones the first are selected, which mergekit leaves to the processor.
 
     Returns:
         The merge.
@@ -57,7 +57,8 @@ def whole_sce(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Ten
     dtype = torch.promote_types(base.dtype, torch.float32)
     variance_n = torch.empty(base.numel(), dtype=dtype, device=base.device)
     for part, models_c, base_c in parts(models, base):
-        variance_n[part] = torch.stack(differences(models_c, base_c)).var(dim=0, unbiased=False)
+        changes = [model_c.to(dtype) - base_c.to(dtype) for model_c in models_c]
+        variance_n[part] = torch.stack(changes).var(dim=0, unbiased=False)
     count = int(int(torch.count_nonzero(variance_n)) * settings.number("select_topk"))
     kept_n = largest(variance_n, count)
     del variance_n

@@ -1,7 +1,8 @@
 """Which elements of a tensor are the largest, and random draws that keep some of them.
 
-Ranks are those of a stable sort, as in mergekit: of equal elements, the one that comes first ranks first. Only values
-at the cuts are looked for, which takes a tenth of the time of a sort.
+Ranks are those of a stable sort: of equal elements, the one that comes first ranks first. Only values at the cuts are
+looked for, which takes a tenth of the time of a sort. mergekit's sort is not stable, so that which of equal elements it
+keeps depends on the processor.
 
 Shape suffixes: `n` all elements of a tensor, `rc` rows and columns.
 """

@@ -57,16 +57,22 @@ def compare(case: Case, base, models, settings):
     return ours, reference, largest, error
 
 
-def check(ours, found, reference, largest, error):
+SELECTING = ("arcee_fusion", "sce")
+"""Methods that choose elements by numbers that rounding in float32 may put in another order than the oracle's."""
+
+
+def check(case, ours, found, reference, largest, error):
     """Ours are near mergekit's, and no farther from the oracle.
 
     Where mergekit's rounding alone takes it farther than the tolerance from its own formula, which ill-conditioned rows
     do, that distance counts.
     """
     error_of_theirs = (found.double() - reference).abs().max().item()
-    assert error_of_theirs <= 5 * TOLERANCE * largest, (tuple(ours.shape), error_of_theirs, largest)
+    if case.method not in SELECTING:
+        assert error_of_theirs <= 5 * TOLERANCE * largest, (tuple(ours.shape), error_of_theirs, largest)
     distance = (ours - found).abs().max().item()
-    assert distance <= max(TOLERANCE * largest, 1.1 * error_of_theirs), (tuple(ours.shape), distance, largest)
+    allowed = TOLERANCE * largest if case.method in SELECTING else max(TOLERANCE * largest, 1.1 * error_of_theirs)
+    assert distance <= allowed, (tuple(ours.shape), distance, largest)
     assert error <= max(error_of_theirs, HALF_ULP * largest), (tuple(ours.shape), error, error_of_theirs)
 
 
@@ -80,7 +86,7 @@ def test_values_are_those_of_mergekit(case, kind, monkeypatch):
     for seed, shape in enumerate(SHAPES):
         base, models = tensors(kind, shape, case.models, seed)
         compared = compare(case, base, models, case.settings())
-        check(compared[0], theirs(case, base, models), *compared[1:])
+        check(case, compared[0], theirs(case, base, models), *compared[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,5 +105,5 @@ def test_the_same_mask_gives_the_same_values(case, kind, monkeypatch):
             continue  # mergekit divides by zero where an element is alone in its row
         compared = compare(case, base, models, settings)
         drawn += [mask for mask in masks_of(case, base, models, settings) if mask is not None]
-        check(compared[0], theirs(case, base, models), *compared[1:])
+        check(case, compared[0], theirs(case, base, models), *compared[1:])
         assert not drawn
