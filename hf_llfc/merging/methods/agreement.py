@@ -56,15 +56,14 @@ def whole_sce(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Ten
     """
     dtype = torch.promote_types(base.dtype, torch.float32)
     variance_n = torch.empty(base.numel(), dtype=dtype, device=base.device)
-    for part, models_c, base_c in parts(models, base):
-        changes = [model_c.to(dtype) - base_c.to(dtype) for model_c in models_c]
-        variance_n[part] = torch.stack(changes).var(dim=0, unbiased=False)
+    for part, (base_c, *models_c) in parts([base, *models]):
+        variance_n[part] = _variance([model_c.to(dtype) - base_c.to(dtype) for model_c in models_c])
     count = int(int(torch.count_nonzero(variance_n)) * settings.number("select_topk"))
     kept_n = largest(variance_n, count)
     del variance_n
     sums = torch.zeros(len(models) + 1, dtype=torch.float64)
-    for part, models_c, base_c in parts(models, base):
-        sums += _squares([change.mul_(kept_n[part]) for change in differences(models_c, base_c)])
+    for _, (base_c, kept_c, *models_c) in parts([base, kept_n, *models]):
+        sums += _squares([change.mul_(kept_c) for change in differences(models_c, base_c)])
     shares = _energy_shares(sums)
 
     def combine(columns_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
@@ -127,6 +126,17 @@ def ramplus_tl(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings, s
         ratio = min(max(shared / max(single, epsilon), 0.0), settings.number("alpha"))
         lonely_c.add_(change, alpha=settings.number("r") * ratio)
     return merged_c.div_(counts.clamp_(min=1)).add_(lonely_c.mul_(unique)).add_(base_c)
+
+
+def _variance(changes: Sequence[Tensor]) -> Tensor:
+    """The variance over the models, in float64 by Welford's recurrence, which is zero where the changes are equal."""
+    mean_c = changes[0].double()
+    spread_c = torch.zeros_like(mean_c)
+    for count, change in enumerate(changes[1:], start=2):
+        step_c = change - mean_c
+        mean_c = mean_c + step_c / count
+        spread_c.add_(step_c.mul_(change - mean_c))
+    return spread_c.div_(len(changes))
 
 
 def _squares(changes: Sequence[Tensor]) -> Tensor:

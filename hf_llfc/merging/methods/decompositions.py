@@ -105,7 +105,7 @@ class Ridge:
     """Right division by AᵀA + εI, with A given as a stack of matrices.
 
     If A has fewer rows than columns, the smaller AAᵀ + εI is factorised instead: X(AᵀA + εI)⁻¹ =
-    (X − XAᵀ(AAᵀ + εI)⁻¹A)/ε.
+    (X − XAᵀ(AAᵀ + εI)⁻¹A)/ε, which loses as many digits as the square of A's norm has more than ε.
     """
 
     def __init__(self, stack_ai: Tensor, epsilon: float) -> None:

@@ -68,9 +68,10 @@ def passthrough(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Set
         settings: `scale`.
 
     Returns:
-        The same elements of the merge, in float64.
+        The same elements of the merge, in float64; those of the model where the scale is 1.
     """
-    return combination(models_c, settings.numbers("scale"))
+    scale = settings.numbers("scale")
+    return models_c[0] if scale == (1.0,) else combination(models_c, scale)
 
 
 def fisher(

@@ -40,7 +40,7 @@ def merged_change(
     scale = settings.number("lambda")
     if is_matrix(base):
         merged_oi = change(differences(models, base)).mul_(scale)
-        return merged_oi.add_(base.reshape(merged_oi.shape)).to(base.dtype).view(base.shape)
+        return merged_oi.add_(base.reshape(merged_oi.shape)).to(base.dtype).contiguous().view(base.shape)
 
     def mean(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         return around_base(models_c, base_c, [scale / len(models_c)] * len(models_c))

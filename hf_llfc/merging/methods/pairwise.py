@@ -46,8 +46,9 @@ def arcee_fusion(models: Sequence[Tensor], base: Tensor, settings: Settings) -> 
 
     The importance of an element is |θ − θ₀| times the Kullback–Leibler divergence of softmax(θ) from softmax(θ₀) over
     its row; important is what reaches the median plus 1.5 times the distance between the quartiles. Arcee AI, "Arcee
-    Fusion", 2025. The quartiles are those of all elements, and need the whole tensor; mergekit takes them from a
-    million elements drawn at random where there are more, so that its result changes from run to run.
+    Fusion", 2025. Importance is computed in float32 as in mergekit, or in float64 if the tensors are. The quartiles
+    are those of all elements; mergekit takes them from a million elements drawn at random where there are more, so
+    that its result changes from run to run.
 
     Args:
         models: The one model's tensor; the rows run along the last dimension.
@@ -62,12 +63,14 @@ def arcee_fusion(models: Sequence[Tensor], base: Tensor, settings: Settings) -> 
         return model.clone()
     columns = model.shape[-1] if model.dim() else 1
     model_rc, base_rc = model.reshape(-1, columns), base.reshape(-1, columns)
-    importance_rc = torch.empty_like(model_rc)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    importance_rc = torch.empty(model_rc.shape, dtype=dtype, device=model.device)
     for rows in row_blocks(*model_rc.shape):
-        distribution = torch.softmax(model_rc[rows], dim=-1).add_(SMALLEST_PROBABILITY)
-        reference = torch.softmax(base_rc[rows], dim=-1).add_(SMALLEST_PROBABILITY)
+        of_model, of_base = model_rc[rows].to(dtype), base_rc[rows].to(dtype)
+        distribution = torch.softmax(of_model, dim=-1).add_(SMALLEST_PROBABILITY)
+        reference = torch.softmax(of_base, dim=-1).add_(SMALLEST_PROBABILITY)
         divergence = (distribution / reference).log_().mul_(distribution).sum(dim=-1, keepdim=True)
-        importance_rc[rows] = (model_rc[rows] - base_rc[rows]).abs_().mul_(divergence)
+        importance_rc[rows] = (of_model - of_base).abs_().mul_(divergence)
     importance_n = importance_rc.view(-1)
     last = importance_n.numel() - 1
     lower, median, upper = order_statistics(importance_n, [int(share * last) for share in (0.25, 0.5, 0.75)])

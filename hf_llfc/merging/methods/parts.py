@@ -19,21 +19,19 @@ Function = Callable[[Sequence[Tensor], Tensor | None], Tensor]
 """Merges, or measures, the same part of every model's tensor and of the base's."""
 
 
-def parts(models: Sequence[Tensor], base: Tensor | None) -> Iterator[tuple[slice, list[Tensor], Tensor | None]]:
+def parts(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
     """The same elements of every tensor, part by part, in order.
 
     Args:
-        models: Tensors of one shape.
-        base: That of the base model, of the same shape, if there is one.
+        tensors: At least one, all with as many elements.
 
     Yields:
-        Which elements, those of every model, and those of the base, one-dimensional.
+        Which elements, and those of every tensor, one-dimensional.
     """
-    models_n = [model.reshape(-1) for model in models]
-    base_n = None if base is None else base.reshape(-1)
-    for begin in range(0, models_n[0].numel(), PART):
-        part = slice(begin, min(begin + PART, models_n[0].numel()))
-        yield part, [model_n[part] for model_n in models_n], None if base_n is None else base_n[part]
+    columns = [tensor.reshape(-1) for tensor in tensors]
+    for begin in range(0, columns[0].numel(), PART):
+        part = slice(begin, min(begin + PART, columns[0].numel()))
+        yield part, [column_n[part] for column_n in columns]
 
 
 def merge_in_parts(function: Function, models: Sequence[Tensor], base: Tensor | None) -> Tensor:
@@ -49,8 +47,8 @@ def merge_in_parts(function: Function, models: Sequence[Tensor], base: Tensor | 
     """
     merged = torch.empty_like(models[0], memory_format=torch.contiguous_format)
     merged_n = merged.view(-1)
-    for part, models_c, base_c in parts(models, base):
-        merged_n[part] = function(models_c, base_c)
+    for part, columns in parts(models if base is None else [*models, base]):
+        merged_n[part] = function(columns[: len(models)], None if base is None else columns[-1])
     return merged
 
 
@@ -63,14 +61,11 @@ def sum_over_parts(function: Function, models: Sequence[Tensor], base: Tensor | 
         base: That of the base model, if there is one.
 
     Returns:
-        The sums; what is measured of an empty part if there is no element.
+        The sums; what is measured of no element is where they begin.
     """
-    sums: Tensor | None = None
-    for _, models_c, base_c in parts(models, base):
-        measured = function(models_c, base_c)
-        sums = measured if sums is None else sums + measured
-    if sums is None:
-        return function([model.reshape(-1) for model in models], None if base is None else base.reshape(-1))
+    sums = function([model.new_empty(0) for model in models], None if base is None else base.new_empty(0))
+    for _, columns in parts(models if base is None else [*models, base]):
+        sums = sums + function(columns[: len(models)], None if base is None else columns[-1])
     return sums
 
 

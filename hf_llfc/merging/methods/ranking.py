@@ -52,7 +52,7 @@ def largest(magnitudes_n: Tensor, count: int) -> Tensor:
         return torch.full((size,), count > 0, dtype=torch.bool, device=magnitudes_n.device)
     (cut,) = order_statistics(magnitudes_n, [size - count])
     chosen_n = magnitudes_n >= cut
-    excess = int(chosen_n.sum()) - count
+    excess = int(torch.count_nonzero(chosen_n)) - count
     if excess:
         chosen_n[(magnitudes_n == cut).nonzero().view(-1)[-excess:]] = False
     return chosen_n
@@ -74,9 +74,10 @@ def between(magnitudes_n: Tensor, low: int, high: int) -> Tensor:
     if low >= high:
         return torch.zeros(size, dtype=torch.bool, device=magnitudes_n.device)
     smallest, biggest = order_statistics(magnitudes_n, [low, high - 1])
-    chosen_n = (magnitudes_n >= smallest).logical_and_(magnitudes_n <= biggest)
-    before = low - int((magnitudes_n < smallest).sum())
-    after = int((magnitudes_n <= biggest).sum()) - high
+    below_n, above_n = magnitudes_n < smallest, magnitudes_n > biggest
+    before = low - int(torch.count_nonzero(below_n))
+    after = size - int(torch.count_nonzero(above_n)) - high
+    chosen_n = below_n.logical_or_(above_n).logical_not_()
     if before:
         chosen_n[(magnitudes_n == smallest).nonzero().view(-1)[:before]] = False
     if after:

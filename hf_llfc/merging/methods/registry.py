@@ -405,7 +405,7 @@ _ALL = (
         parameters=(
             _LAMBDA,
             Parameter("normalize", bool, True, "Whether every model counts alike, however large its change is."),
-            Parameter("epsilon", float, 1e-6, "Ridge, as a share of the mean of the diagonal.", low=1e-12),
+            Parameter("epsilon", float, 1e-6, "Ridge, as a share of the mean of the diagonal.", low=1e-9),
         ),
     ),
     MergeMethod(
@@ -420,7 +420,7 @@ _ALL = (
         whole="ace",
         parameters=(
             _LAMBDA,
-            Parameter("epsilon", float, 0.01, "Ridge added to every covariance.", low=1e-12),
+            Parameter("epsilon", float, 0.01, "Ridge added to every covariance.", low=1e-9),
             Parameter(
                 "heterogeneity", float, 0.3, "How much the sizes of the changes must differ for a refinement.", 0
             ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -29,7 +30,7 @@ def elect_signs(changes: Sequence[Tensor]) -> Tensor:
         1 or −1, in a new tensor of that shape.
     """
     sign_c = total([changes[0].clone(), *changes[1:]])
-    sign_c = (sign_c >= 0).to(sign_c.dtype).mul_(2).sub_(1)
+    torch.copysign(sign_c.new_ones(()), sign_c, out=sign_c)  # a negative zero has no change to agree with
     for change in changes:
         change.mul_(sign_c).clamp_(min=0)
     return sign_c

@@ -168,8 +168,7 @@ def _magnitudes(model: Tensor, base: Tensor) -> Tensor:
     """|θ − θ₀|, one-dimensional, in float32 as mergekit ranks them; in float64 if the tensors are."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     magnitudes_n = torch.empty(model.numel(), dtype=dtype, device=model.device)
-    for part, (model_c,), base_c in parts([model], base):
-        assert base_c is not None
+    for part, (model_c, base_c) in parts([model, base]):
         torch.sub(model_c.to(dtype), base_c.to(dtype), out=magnitudes_n[part]).abs_()
     return magnitudes_n
 
@@ -177,11 +176,10 @@ def _magnitudes(model: Tensor, base: Tensor) -> Tensor:
 def _rescaling(model: Tensor, base: Tensor, kept_n: Tensor) -> float:
     """The l1 norm of a task vector over that of what is kept of it; 1 where one of the two is next to nothing."""
     before = after = 0.0
-    for part, (model_c,), base_c in parts([model], base):
-        assert base_c is not None
+    for _, (model_c, base_c, kept_c) in parts([model, base, kept_n]):
         magnitude_c = (model_c.double() - base_c.double()).abs_()
         before += float(magnitude_c.sum())
-        after += float(magnitude_c.mul_(kept_n[part]).sum())
+        after += float(magnitude_c.mul_(kept_c).sum())
     return before / after if min(before, after) >= SMALLEST_NORM else 1.0
 
 

@@ -28,8 +28,8 @@ SMALLEST_NORM = 1e-8
 SMALLEST_NORM_OF_NUSLERP = 1e-7
 """`nuslerp` divides by no smaller norm."""
 
-COLLINEAR_IN_NUSLERP = 1e-16
-"""`nuslerp` interpolates linearly where the squared sine is at most this."""
+COLLINEAR_IN_NUSLERP = 1e-14
+"""`nuslerp` interpolates linearly where the squared sine is at most this, which float64 can tell from zero."""
 
 SMALLEST_PRODUCT = 1e-6
 """`model_stock` divides by no smaller product of two norms, and by no smaller denominator."""
@@ -74,9 +74,9 @@ def slerp(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings, sums: 
 def nuslerp(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Settings, sums: Tensor) -> Tensor:
     """Slerp of two models, or of their differences from a base, by t = w₂ / (w₁ + w₂).
 
-    Norms are kept: sin((1−t)Ω)/sin Ω · θ₁ + sin(tΩ)/sin Ω · θ₂. Linear only where sin² Ω ≤ 1e-16, that is, where the
-    vectors are collinear or opposite but for rounding in float64. After mergekit's method of that name. mergekit
-    computes the cosine in float32, so that rounding decides whether opposite vectors count as such; here they do.
+    Norms are kept: sin((1−t)Ω)/sin Ω · θ₁ + sin(tΩ)/sin Ω · θ₂. Linear only where sin² Ω ≤ 1e-14, that is, where the
+    vectors are collinear or opposite but for rounding. After mergekit's method of that name, whose limit of 1e-16 is
+    below the rounding of its cosine, so that opposite vectors may or may not count as such; here they do.
 
     Args:
         models_c: Some elements of the two models' tensors.

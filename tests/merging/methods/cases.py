@@ -111,6 +111,23 @@ RANDOM = tuple(
 )
 """Methods that mergekit has and that draw."""
 
+SPECTRAL = (
+    *(Case("tsv_m", count) for count in (1, 2, 3, 4)),
+    Case("tsv_m", 2, {"lambda": 0.7}),
+    *(Case("iso_c", count, {"lambda": scale}) for count in (1, 2, 3) for scale in (1.0, 1.4)),
+    *(Case("iso_cts", count) for count in (1, 2, 3, 4)),
+    *(Case("iso_cts", 2, {"common_space_fraction": share, "lambda": 1.3}) for share in (0.0, 0.5, 1.0)),
+    *(Case("wudi", count, {"normalize": each}) for count in (1, 2, 3, 4) for each in (True, False)),
+    Case("wudi", 2, {"epsilon": 0.1, "lambda": 0.5}),
+    *(Case("ace", count, {"heterogeneity": limit}) for count in (2, 3, 4) for limit in (0.0, 10.0)),
+    *(
+        Case("ace", 3, {"heterogeneity": 0.0, **part})
+        for part in ({"prior": 0.0}, {"center": False}, {"refined_share": 0.0}, {"epsilon": 0.5, "lambda": 0.6})
+    ),
+    Case("ace", 2, {"heterogeneity": 10.0, "prior": 3.0}),
+)
+"""Methods that decompose matrices, which no merging tool has."""
+
 
 def _trimmed(case: Case) -> Case:
     """A case whose lists have as many values as models."""
