@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.merging.methods.decompositions import Ridge, singular
-from hf_llfc.merging.methods.matrices import as_matrix, merged_change
+from hf_llfc.merging.methods.matrices import Tasks, merged_change
 from hf_llfc.merging.methods.settings import Settings
 
 TINY = 1e-12
@@ -38,24 +38,22 @@ def wudi(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         The merge.
     """
 
-    def change(tasks: Sequence[Tensor]) -> Tensor:
-        matrices = [as_matrix(task) for task in tasks]
-        squares = [float(matrix_oi.square().sum()) for matrix_oi in matrices]
-        if settings.switch("normalize"):
-            shares = [1 / square if square else 0.0 for square in squares]
-        else:
-            shares = [1.0] * len(matrices)
-        trace = sum(share * square for share, square in zip(shares, squares, strict=True))
+    def change(tasks: Tasks) -> Tensor:
+        energies = [float(task_oi.square_().sum()) for task_oi in tasks]
+        shares = [1 / energy if energy else 0.0 for energy in energies]
+        if not settings.switch("normalize"):
+            shares = [1.0] * len(shares)
+        trace = sum(share * energy for share, energy in zip(shares, energies, strict=True))
+        numerator_oi = torch.zeros(tasks.shape, dtype=torch.float64, device=base.device)
         if not trace:
-            return torch.zeros_like(matrices[0])
-        for matrix_oi, share in zip(matrices, shares, strict=True):
-            matrix_oi.mul_(math.sqrt(share))
-        numerator_oi = torch.zeros_like(matrices[0])
-        for matrix_oi, share in zip(matrices, shares, strict=True):
-            if share:
-                numerator_oi.add_(_cubed(matrix_oi), alpha=1 / math.sqrt(share))
-        epsilon = settings.number("epsilon") * trace / numerator_oi.shape[1]
-        return Ridge(torch.cat(matrices), epsilon).divide(numerator_oi)
+            return numerator_oi
+        for task_oi, share in zip(tasks, shares, strict=True):
+            numerator_oi.add_(_times_gram(task_oi, task_oi), alpha=share)
+        roots = (task_oi.mul_(math.sqrt(share)) for task_oi, share in zip(tasks, shares, strict=True))
+        outputs, inputs = tasks.shape
+        return Ridge(roots, outputs * len(tasks), inputs, settings.number("epsilon") * trace / inputs).divide(
+            numerator_oi
+        )
 
     return merged_change(models, base, settings, change)
 
@@ -81,44 +79,39 @@ def ace(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         The merge.
     """
 
-    def change(tasks: Sequence[Tensor]) -> Tensor:
-        matrices = [as_matrix(task) for task in tasks]
-        energies = [float(matrix_oi.square().sum()) for matrix_oi in matrices]
+    def change(tasks: Tasks) -> Tensor:
+        center = settings.switch("center")
+        energies = [float(task_oi.square_().sum()) for task_oi in tasks]
+        merged_oi = torch.zeros(tasks.shape, dtype=torch.float64, device=base.device)
         if not any(energies):
-            return torch.zeros_like(matrices[0])
+            return merged_oi
         differ = _heterogeneity(energies) > settings.number("heterogeneity")
-        centred = [_centred(matrix_oi) if settings.switch("center") else matrix_oi for matrix_oi in matrices]
-        shares = [1 / (float(matrix_oi.square().sum()) + TINY) if differ else 1.0 for matrix_oi in centred]
+        shares = [1.0] * len(tasks)
+        if differ:
+            shares = [1 / (float(_centred(task_oi, center).square_().sum()) + TINY) for task_oi in tasks]
         epsilons = [settings.number("epsilon") * share for share in shares]
-        numerator_oi = torch.zeros_like(matrices[0])
-        for matrix_oi, share, epsilon in zip(centred, shares, epsilons, strict=True):
-            numerator_oi.add_(_cubed(matrix_oi), alpha=share).add_(matrix_oi, alpha=epsilon)
-        stack = torch.cat([matrix_oi * math.sqrt(share) for matrix_oi, share in zip(centred, shares, strict=True)])
-        ridge = Ridge(stack, sum(epsilons))
-        # The means of the columns of AᵀA, without AᵀA: the sum of A's rows, each times the mean of its elements.
-        prior_1i = settings.number("prior") * (stack.mean(dim=1, keepdim=True).T @ stack)
+        for task_oi, share, epsilon in zip(tasks, shares, epsilons, strict=True):
+            centred_oi = _centred(task_oi, center)
+            merged_oi.add_(_times_gram(centred_oi, centred_oi), alpha=share).add_(centred_oi, alpha=epsilon)
+        roots = (_centred(task_oi, center).mul_(math.sqrt(share)) for task_oi, share in zip(tasks, shares, strict=True))
+        outputs, inputs = tasks.shape
+        ridge = Ridge(roots, outputs * len(tasks), inputs, sum(epsilons))
+        mean_1i = merged_oi.new_full((1, inputs), 1 / inputs)
+        prior_1i = (ridge.multiply(mean_1i) - sum(epsilons) * mean_1i) * settings.number("prior")
         if differ:
             prior_1i /= sum(energies) / len(energies) + TINY
-        merged_oi = _divide_with_prior(ridge, numerator_oi, prior_1i)
-        count = int(min(merged_oi.shape) * settings.number("refined_share"))
+        merged_oi = _divide_with_prior(ridge, merged_oi, prior_1i)
+        count = int(min(tasks.shape) * settings.number("refined_share"))
         if differ and count:
-            rest_oi = merged_oi.clone()
-            for matrix_oi, centred_oi, share in zip(matrices, centred, shares, strict=True):
-                rest_oi.add_(_times_gram(matrix_oi, centred_oi), alpha=share)
-            total_oi = sum(matrices[1:], matrices[0])
-            rest_oi.sub_(_times_gram(total_oi, stack), alpha=1 / len(tasks))
-            rest_oi.sub_(total_oi, alpha=sum(epsilons) / len(tasks))
+            rest_oi = merged_oi.sub(ridge.multiply(tasks.sum()), alpha=1 / len(tasks))
+            for task_oi, share in zip(tasks, shares, strict=True):
+                rest_oi.add_(_times_gram(task_oi, _centred(task_oi, center)), alpha=share)
             top = singular(rest_oi, count, exact_size=settings.count("exact_size"), seed=settings.seed_of(0))
             if top.values_k.numel():
                 merged_oi.add_(top.left_ok @ top.right_ki, alpha=float(top.values_k.mean()))
         return merged_oi
 
     return merged_change(models, base, settings, change)
-
-
-def _cubed(matrix_oi: Tensor) -> Tensor:
-    """MMᵀM."""
-    return _times_gram(matrix_oi, matrix_oi)
 
 
 def _times_gram(rows_oi: Tensor, matrix_ai: Tensor) -> Tensor:
@@ -128,9 +121,9 @@ def _times_gram(rows_oi: Tensor, matrix_ai: Tensor) -> Tensor:
     return rows_oi @ (matrix_ai.T @ matrix_ai)
 
 
-def _centred(matrix_oi: Tensor) -> Tensor:
-    """A matrix minus the mean of its rows."""
-    return matrix_oi - matrix_oi.mean(dim=0, keepdim=True)
+def _centred(matrix_oi: Tensor, center: bool) -> Tensor:
+    """A new matrix, minus the mean of its rows if it shall be centred."""
+    return matrix_oi - matrix_oi.mean(dim=0, keepdim=True) if center else matrix_oi.clone()
 
 
 def _heterogeneity(energies: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ stack.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ OVERSAMPLING = 16
 
 ITERATIONS = 3
 """Power iterations of a randomised search."""
+
+BLOCK = 1024
+"""Columns that are replaced at a time."""
 
 WORTHWHILE = 0.4
 """A randomised search is used only for a smaller share of all singular values; for more, the exact one is as quick."""
@@ -75,24 +79,26 @@ def singular(matrix_oi: Tensor, count: int, *, exact_size: int, seed: int) -> Si
     return Singular(basis_ok @ inner.left_ok, inner.values_k, inner.right_ki, missed)
 
 
-def flattened(matrix_oi: Tensor) -> tuple[Tensor, Tensor]:
-    """The polar factor UVᵀ of a matrix A = USVᵀ, and its singular values.
+def flatten(matrix_oi: Tensor) -> Tensor:
+    """Replaces a matrix A = USVᵀ by its polar factor UVᵀ, in its memory.
 
     Always exact: it takes every direction of the smaller side. Directions of negligible singular values, which are
     arbitrary, stay out of the factor.
 
     Args:
-        matrix_oi: In float64.
+        matrix_oi: In float64; it becomes the factor, whose singular values are 1, or 0 where they were negligible.
 
     Returns:
-        The factor, whose other singular values are all 1, and the singular values that are not negligible, descending.
+        The singular values that are not negligible, descending.
     """
     wide = matrix_oi.shape[0] <= matrix_oi.shape[1]
     short = matrix_oi if wide else matrix_oi.T
-    values, vectors_sk = _eigen(short @ short.T, short.shape[0])
-    root_ss = (vectors_sk / values) @ vectors_sk.T
-    factor = root_ss @ short
-    return (factor if wide else factor.T), values
+    values_k, vectors_sk = _eigen(short @ short.T, short.shape[0])
+    root_ss = (vectors_sk / values_k) @ vectors_sk.T
+    del vectors_sk
+    for block in short.split(BLOCK, dim=1):
+        block.copy_(root_ss @ block)
+    return values_k
 
 
 def inverse_root(gram_kk: Tensor) -> Tensor:
@@ -102,32 +108,46 @@ def inverse_root(gram_kk: Tensor) -> Tensor:
 
 
 class Ridge:
-    """Right division by AᵀA + εI, with A given as a stack of matrices.
+    """M = AᵀA + εI, with A the matrices Aᵢ one below the other: products with it, and right division by it.
 
-    If A has fewer rows than columns, the smaller AAᵀ + εI is factorised instead: X(AᵀA + εI)⁻¹ =
-    (X − XAᵀ(AAᵀ + εI)⁻¹A)/ε, which loses as many digits as the square of A's norm has more than ε.
+    If A has fewer rows than columns, the smaller AAᵀ + εI is factorised instead: XM⁻¹ = (X − XAᵀ(AAᵀ + εI)⁻¹A)/ε,
+    which loses as many digits as the square of A's norm has more than ε.
     """
 
-    def __init__(self, stack_ai: Tensor, epsilon: float) -> None:
+    def __init__(self, matrices: Iterable[Tensor], rows: int, columns: int, epsilon: float) -> None:
         """Factorises.
 
         Args:
-            stack_ai: A, in float64.
+            matrices: The Aᵢ, in float64; none of them is needed after the next one.
+            rows: How many rows they have in all.
+            columns: How many columns they have.
             epsilon: ε > 0.
         """
         self._epsilon = epsilon
-        self._dual_ai = stack_ai if stack_ai.shape[0] < stack_ai.shape[1] else None
-        short = stack_ai if self._dual_ai is not None else stack_ai.T
-        gram_ss = short @ short.T
-        gram_ss.diagonal().add_(epsilon)
-        self._factor_ss = torch.linalg.cholesky(gram_ss)
+        self._stack_ai: Tensor | None = None
+        if rows < columns:
+            self._stack_ai = torch.cat(list(matrices))
+            gram = self._stack_ai @ self._stack_ai.T
+        else:
+            first, *others = matrices
+            gram = first.T @ first
+            for matrix_oi in others:
+                gram.addmm_(matrix_oi.T, matrix_oi)
+        gram.diagonal().add_(epsilon)
+        self._factor = torch.linalg.cholesky(gram)
+
+    def multiply(self, rows_oi: Tensor) -> Tensor:
+        """XM for X of any number of rows."""
+        if self._stack_ai is None:
+            return (rows_oi @ self._factor) @ self._factor.T
+        return ((rows_oi @ self._stack_ai.T) @ self._stack_ai).add_(rows_oi, alpha=self._epsilon)
 
     def divide(self, rows_oi: Tensor) -> Tensor:
-        """X(AᵀA + εI)⁻¹ for X of any number of rows."""
-        if self._dual_ai is None:
-            return torch.cholesky_solve(rows_oi.T, self._factor_ss).T
-        inner_oa = torch.cholesky_solve(self._dual_ai @ rows_oi.T, self._factor_ss).T
-        return (rows_oi - inner_oa @ self._dual_ai) / self._epsilon
+        """XM⁻¹ for X of any number of rows."""
+        if self._stack_ai is None:
+            return torch.cholesky_solve(rows_oi.T, self._factor).T
+        inner_oa = torch.cholesky_solve(self._stack_ai @ rows_oi.T, self._factor).T
+        return (rows_oi - inner_oa @ self._stack_ai).div_(self._epsilon)
 
 
 def _eigen(gram_ss: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,9 @@ from hf_llfc.errors import RecipeError
 Value = float | int | bool
 """What a parameter may be."""
 
+ZERO_SUM = 1e-6
+"""Sums of weights below this share of the sum of their magnitudes are what float32 leaves of zero."""
+
 
 def seed_for(seed: int, tensor: str, model: int) -> int:
     """The seed of the draws for one tensor of one model.
@@ -87,7 +90,3 @@ class Settings:
 def is_zero(total: float, weights: tuple[float, ...]) -> bool:
     """Whether a sum of weights is zero but for rounding: at most a millionth of the sum of their magnitudes."""
     return abs(total) <= ZERO_SUM * sum(abs(weight) for weight in weights)
-
-
-ZERO_SUM = 1e-6
-"""Sums of weights below this share of the sum of their magnitudes are what float32 leaves of zero."""

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.decompositions import flattened, inverse_root, singular
-from hf_llfc.merging.methods.matrices import as_matrix, merged_change
+from hf_llfc.merging.methods.decompositions import Singular, flatten, inverse_root, singular
+from hf_llfc.merging.methods.matrices import Tasks, merged_change
 from hf_llfc.merging.methods.settings import Settings
 
 
@@ -36,14 +36,9 @@ def tsv_m(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         The merge.
     """
 
-    def change(tasks: Sequence[Tensor]) -> Tensor:
-        count = max(1, min(base.shape[0], base.numel() // base.shape[0]) // len(tasks))
-        found = [_top(as_matrix(task), count, settings, index) for index, task in enumerate(tasks)]
-        return _orthogonal(
-            torch.cat([left_ok for left_ok, _, _ in found], dim=1),
-            torch.cat([values_k for _, values_k, _ in found]),
-            torch.cat([right_ki for _, _, right_ki in found]),
-        )
+    def change(tasks: Tasks) -> Tensor:
+        count = max(1, min(tasks.shape) // len(tasks))
+        return _orthogonal([_top(task_oi, count, settings, index) for index, task_oi in enumerate(tasks)])
 
     return merged_change(models, base, settings, change)
 
@@ -63,8 +58,9 @@ def iso_c(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         The merge.
     """
 
-    def change(tasks: Sequence[Tensor]) -> Tensor:
-        factor_oi, values_k = flattened(_sum(tasks))
+    def change(tasks: Tasks) -> Tensor:
+        factor_oi = tasks.sum()
+        values_k = flatten(factor_oi)
         return factor_oi.mul_(float(values_k.mean())) if values_k.numel() else factor_oi
 
     return merged_change(models, base, settings, change)
@@ -88,44 +84,33 @@ def iso_cts(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tenso
         The merge.
     """
 
-    def change(tasks: Sequence[Tensor]) -> Tensor:
-        side = min(base.shape[0], base.numel() // base.shape[0])
+    def change(tasks: Tasks) -> Tensor:
+        side = min(tasks.shape)
         free = side - int(side * settings.number("common_space_fraction"))
         per_task = round(free / len(tasks))
-        common = singular(_sum(tasks), side - per_task * len(tasks), exact_size=side, seed=0)
-        lefts, values, rights = [common.left_ok], [common.values_k], [common.right_ki]
-        for index, task in enumerate(tasks if per_task else []):
-            task_oi = as_matrix(task)
-            rest_oi = task_oi - common.left_ok @ (common.left_ok.T @ task_oi)
-            left_ok, values_k, right_ki = _top(rest_oi, per_task, settings, index)
-            lefts.append(left_ok)
-            values.append(values_k)
-            rights.append(right_ki)
-        values_k = torch.cat(values)
-        if values_k.numel():
-            values_k.fill_(float(values_k.mean()))
-        return _orthogonal(torch.cat(lefts, dim=1), values_k, torch.cat(rights))
+        common = singular(tasks.sum(), side - per_task * len(tasks), exact_size=side, seed=0)
+        found = [common]
+        for index, task_oi in enumerate(tasks if per_task else ()):
+            task_oi.sub_(common.left_ok @ (common.left_ok.T @ task_oi))
+            found.append(_top(task_oi, per_task, settings, index))
+        return _orthogonal(found, equal=True)
 
     return merged_change(models, base, settings, change)
 
 
-def _sum(tasks: Sequence[Tensor]) -> Tensor:
-    """Σ τᵢ, as a matrix."""
-    summed_oi = as_matrix(tasks[0]).clone()
-    for task in tasks[1:]:
-        summed_oi.add_(as_matrix(task))
-    return summed_oi
-
-
-def _top(matrix_oi: Tensor, count: int, settings: Settings, index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _top(matrix_oi: Tensor, count: int, settings: Settings, index: int) -> Singular:
     """The largest singular triples of a model."""
-    found = singular(matrix_oi, count, exact_size=settings.count("exact_size"), seed=settings.seed_of(index))
-    return found.left_ok, found.values_k, found.right_ki
+    return singular(matrix_oi, count, exact_size=settings.count("exact_size"), seed=settings.seed_of(index))
 
 
-def _orthogonal(left_ok: Tensor, values_k: Tensor, right_ki: Tensor) -> Tensor:
-    """U⊥ S V⊥ᵀ."""
+def _orthogonal(found: Sequence[Singular], *, equal: bool = False) -> Tensor:
+    """U⊥ S V⊥ᵀ of all triples together; with the mean of all singular values instead of each if they shall be equal."""
+    left_ok = torch.cat([triples.left_ok for triples in found], dim=1)
+    values_k = torch.cat([triples.values_k for triples in found])
+    right_ki = torch.cat([triples.right_ki for triples in found])
     if not values_k.numel():
         return left_ok @ right_ki
+    if equal:
+        values_k.fill_(float(values_k.mean()))
     core_kk = (inverse_root(left_ok.T @ left_ok) * values_k) @ inverse_root(right_ki @ right_ki.T)
-    return left_ok @ (core_kk @ right_ki)
+    return left_ok @ (core_kk @ right_ki) if left_ok.shape[0] > right_ki.shape[1] else (left_ok @ core_kk) @ right_ki

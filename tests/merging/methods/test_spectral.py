@@ -10,7 +10,7 @@ from hf_llfc.merging.methods.decompositions import (
     OVERSAMPLING,
     WORTHWHILE,
     Ridge,
-    flattened,
+    flatten,
     inverse_root,
     singular,
 )
@@ -110,13 +110,16 @@ def test_ridge_division_is_that_of_the_inverse(rows, columns, generator):
     stack = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     top = torch.randn(7, columns, generator=generator, dtype=torch.float64)
     expected = top @ torch.linalg.inv(stack.T @ stack + 1e-3 * torch.eye(columns, dtype=torch.float64))
-    torch.testing.assert_close(Ridge(stack, 1e-3).divide(top), expected, rtol=1e-8, atol=1e-8)
+    ridge = Ridge(stack.split(3), rows, columns, 1e-3)
+    torch.testing.assert_close(ridge.divide(top), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ridge.multiply(ridge.divide(top)), top, rtol=1e-8, atol=1e-8)
 
 
 def test_negligible_directions_stay_out_of_polar_factors(generator):
     matrix = torch.randn(20, 3, generator=generator, dtype=torch.float64)
     matrix = matrix @ torch.randn(3, 30, generator=generator, dtype=torch.float64)
-    factor, values = flattened(matrix)
+    factor = matrix.clone()
+    values = flatten(factor)
     assert values.numel() == 3
     found = torch.linalg.svdvals(factor)
     torch.testing.assert_close(found, torch.tensor([1.0] * 3 + [0.0] * 17, dtype=torch.float64), rtol=0, atol=1e-8)
