@@ -47,13 +47,12 @@ def wudi(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         numerator_oi = torch.zeros(tasks.shape, dtype=torch.float64, device=base.device)
         if not trace:
             return numerator_oi
-        for task_oi, share in zip(tasks, shares, strict=True):
-            numerator_oi.add_(_times_gram(task_oi, task_oi), alpha=share)
-        roots = (task_oi.mul_(math.sqrt(share)) for task_oi, share in zip(tasks, shares, strict=True))
         outputs, inputs = tasks.shape
-        return Ridge(roots, outputs * len(tasks), inputs, settings.number("epsilon") * trace / inputs).divide(
-            numerator_oi
-        )
+        ridge = Ridge(outputs * len(tasks), inputs, settings.number("epsilon") * trace / inputs)
+        for task_oi, share in zip(tasks, shares, strict=True):
+            if share:
+                numerator_oi.add_(ridge.add(task_oi.mul_(math.sqrt(share))), alpha=1 / math.sqrt(share))
+        return ridge.divide(numerator_oi)
 
     return merged_change(models, base, settings, change)
 
@@ -90,12 +89,13 @@ def ace(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         if differ:
             shares = [1 / (float(_centred(task_oi, center).square_().sum()) + TINY) for task_oi in tasks]
         epsilons = [settings.number("epsilon") * share for share in shares]
+        outputs, inputs = tasks.shape
+        ridge = Ridge(outputs * len(tasks), inputs, sum(epsilons))
         for task_oi, share, epsilon in zip(tasks, shares, epsilons, strict=True):
             centred_oi = _centred(task_oi, center)
-            merged_oi.add_(_times_gram(centred_oi, centred_oi), alpha=share).add_(centred_oi, alpha=epsilon)
-        roots = (_centred(task_oi, center).mul_(math.sqrt(share)) for task_oi, share in zip(tasks, shares, strict=True))
-        outputs, inputs = tasks.shape
-        ridge = Ridge(roots, outputs * len(tasks), inputs, sum(epsilons))
+            merged_oi.add_(centred_oi, alpha=epsilon)
+            root = math.sqrt(share)
+            merged_oi.add_(ridge.add(centred_oi.mul_(root)), alpha=1 / root)
         mean_1i = merged_oi.new_full((1, inputs), 1 / inputs)
         prior_1i = (ridge.multiply(mean_1i) - sum(epsilons) * mean_1i) * settings.number("prior")
         if differ:

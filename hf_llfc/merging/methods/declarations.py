@@ -129,6 +129,7 @@ class MergeMethod:
         measure: Name of the function that measures parts in the first of two passes.
         whole: Name of the function of whole tensors; None if there is none.
         parameters: What may be set.
+        reduces: What is computed over all elements of a tensor before it is merged; nothing if empty.
         random: Whether the method draws random numbers, anew for every tensor and model.
     """
 
@@ -144,6 +145,7 @@ class MergeMethod:
     measure: str | None = None
     whole: str | None = None
     parameters: tuple[Parameter, ...] = ()
+    reduces: str = ""
     random: bool = False
 
     def parameter(self, name: str) -> Parameter:

@@ -9,7 +9,6 @@ stack.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -114,40 +113,60 @@ class Ridge:
     which loses as many digits as the square of A's norm has more than ε.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], rows: int, columns: int, epsilon: float) -> None:
-        """Factorises.
+    def __init__(self, rows: int, columns: int, epsilon: float) -> None:
+        """Begins without a matrix.
 
         Args:
-            matrices: The Aᵢ, in float64; none of them is needed after the next one.
-            rows: How many rows they have in all.
+            rows: How many rows the Aᵢ will have in all.
             columns: How many columns they have.
             epsilon: ε > 0.
         """
         self._epsilon = epsilon
-        self._stack_ai: Tensor | None = None
-        if rows < columns:
-            self._stack_ai = torch.cat(list(matrices))
-            gram = self._stack_ai @ self._stack_ai.T
-        else:
-            first, *others = matrices
-            gram = first.T @ first
-            for matrix_oi in others:
-                gram.addmm_(matrix_oi.T, matrix_oi)
-        gram.diagonal().add_(epsilon)
-        self._factor = torch.linalg.cholesky(gram)
+        self._is_dual = rows < columns
+        self._parts: list[Tensor] = []  # the Aᵢ, or AᵀA
+        self._matrix: Tensor | None = None
+        self._factor: Tensor | None = None
+
+    def add(self, matrix_oi: Tensor) -> Tensor:
+        """Adds Aᵢ, and returns AᵢAᵢᵀAᵢ, with which it has a product in common.
+
+        Args:
+            matrix_oi: In float64; it is kept if A has fewer rows than columns.
+        """
+        assert self._factor is None, "a matrix was added after a division"
+        if self._is_dual:
+            self._parts.append(matrix_oi)
+            return (matrix_oi @ matrix_oi.T) @ matrix_oi
+        gram_ii = matrix_oi.T @ matrix_oi
+        cubed_oi = matrix_oi @ gram_ii
+        self._parts = [self._parts[0].add_(gram_ii) if self._parts else gram_ii]
+        return cubed_oi
 
     def multiply(self, rows_oi: Tensor) -> Tensor:
         """XM for X of any number of rows."""
-        if self._stack_ai is None:
-            return (rows_oi @ self._factor) @ self._factor.T
-        return ((rows_oi @ self._stack_ai.T) @ self._stack_ai).add_(rows_oi, alpha=self._epsilon)
+        matrix, factor = self._factorised()
+        if not self._is_dual:
+            return (rows_oi @ factor) @ factor.T
+        return ((rows_oi @ matrix.T) @ matrix).add_(rows_oi, alpha=self._epsilon)
 
     def divide(self, rows_oi: Tensor) -> Tensor:
         """XM⁻¹ for X of any number of rows."""
-        if self._stack_ai is None:
-            return torch.cholesky_solve(rows_oi.T, self._factor).T
-        inner_oa = torch.cholesky_solve(self._stack_ai @ rows_oi.T, self._factor).T
-        return (rows_oi - inner_oa @ self._stack_ai).div_(self._epsilon)
+        matrix, factor = self._factorised()
+        if not self._is_dual:
+            return torch.cholesky_solve(rows_oi.T, factor).T
+        inner_oa = torch.cholesky_solve(matrix @ rows_oi.T, factor).T
+        return (rows_oi - inner_oa @ matrix).div_(self._epsilon)
+
+    def _factorised(self) -> tuple[Tensor, Tensor]:
+        """A and the factor of AAᵀ + εI; or twice the factor of AᵀA + εI."""
+        if self._matrix is None or self._factor is None:
+            stacked = torch.cat(self._parts)
+            gram = stacked @ stacked.T if self._is_dual else stacked
+            self._parts = []
+            gram.diagonal().add_(self._epsilon)
+            self._factor = torch.linalg.cholesky(gram)
+            self._matrix = stacked if self._is_dual else self._factor
+        return self._matrix, self._factor
 
 
 def _eigen(gram_ss: Tensor, count: int) -> tuple[Tensor, Tensor]:

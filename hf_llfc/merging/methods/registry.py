@@ -112,6 +112,7 @@ _ALL = (
         function="slerp",
         measure="measure_models",
         parameters=(Parameter("t", float, REQUIRED, "Where on the arc: 0 is the base, 1 the model."),),
+        reduces="norms of base and model, and their inner product",
     ),
     MergeMethod(
         "nuslerp",
@@ -137,6 +138,7 @@ _ALL = (
                 "nuslerp_flatten", bool, True, "Whether a tensor counts as one vector.", need=Need.PER_TENSOR
             ),
         ),
+        reduces="norms of the two vectors, and their inner product",
     ),
     MergeMethod(
         "multislerp",
@@ -154,6 +156,7 @@ _ALL = (
             Parameter("normalize_weights", bool, True, "Whether weights are divided by their sum."),
             Parameter("eps", float, 1e-8, "Added to norms, and the length below which directions cancel.", 0),
         ),
+        reduces="norms of the vectors, and inner products of all pairs",
     ),
     MergeMethod(
         "karcher",
@@ -170,6 +173,7 @@ _ALL = (
             Parameter("max_iter", int, 10, "Most steps towards the mean.", 0),
             Parameter("tol", float, 1e-5, "Angle of a step below which the mean is found.", 0),
         ),
+        reduces="norms of the models, and inner products of all pairs",
     ),
     MergeMethod(
         "model_stock",
@@ -186,6 +190,7 @@ _ALL = (
         parameters=(
             Parameter("filter_wise", bool, False, "Whether every row has an angle of its own.", need=Need.PER_ROW),
         ),
+        reduces="norms of the changes, and inner products of all pairs",
     ),
     MergeMethod(
         "nearswap",
@@ -209,6 +214,7 @@ _ALL = (
         Need.PER_TENSOR,
         "pairwise",
         whole="arcee_fusion",
+        reduces="quartiles of the importance",
     ),
     MergeMethod(
         "ties",
@@ -221,6 +227,7 @@ _ALL = (
         "sparse",
         whole="ties",
         parameters=with_default(_THINNED, "normalize", True),
+        reduces="every model's smallest magnitude that is kept; with rescale, l1 norms before and after",
     ),
     MergeMethod(
         "dare_ties",
@@ -234,6 +241,7 @@ _ALL = (
         whole="dare_ties",
         parameters=_DRAWN,
         random=True,
+        reduces="with rescale, l1 norms before and after the draw",
     ),
     MergeMethod(
         "dare_linear",
@@ -247,6 +255,7 @@ _ALL = (
         whole="dare_linear",
         parameters=_DRAWN,
         random=True,
+        reduces="with rescale, l1 norms before and after the draw",
     ),
     MergeMethod(
         "breadcrumbs",
@@ -259,6 +268,7 @@ _ALL = (
         "sparse",
         whole="breadcrumbs",
         parameters=_TRIMMED,
+        reduces="every model's smallest and largest magnitude that is kept; with rescale, l1 norms before and after",
     ),
     MergeMethod(
         "breadcrumbs_ties",
@@ -271,6 +281,7 @@ _ALL = (
         "sparse",
         whole="breadcrumbs_ties",
         parameters=_TRIMMED,
+        reduces="every model's smallest and largest magnitude that is kept; with rescale, l1 norms before and after",
     ),
     MergeMethod(
         "della",
@@ -284,6 +295,7 @@ _ALL = (
         whole="della",
         parameters=with_default(_DRAWN_BY_RANK, "normalize", True),
         random=True,
+        reduces="ranks in every row; with rescale, l1 norms before and after the draw",
     ),
     MergeMethod(
         "della_linear",
@@ -297,6 +309,7 @@ _ALL = (
         whole="della_linear",
         parameters=_DRAWN_BY_RANK,
         random=True,
+        reduces="ranks in every row; with rescale, l1 norms before and after the draw",
     ),
     MergeMethod(
         "sce",
@@ -322,6 +335,7 @@ _ALL = (
                 need=Need.PER_TENSOR,
             ),
         ),
+        reduces="mean squares of the changes; with select_topk, the smallest variance that is kept",
     ),
     MergeMethod(
         "ram",
@@ -351,6 +365,7 @@ _ALL = (
             Parameter("alpha", float, 0.2, "Limit of that ratio.", 0),
             _SMALLEST_CHANGE,
         ),
+        reduces="counts of the elements that every model changed alone, and with others",
     ),
     MergeMethod(
         "tsv_m",
@@ -363,6 +378,7 @@ _ALL = (
         "spectral",
         whole="tsv_m",
         parameters=(_LAMBDA, _EXACT_SIZE),
+        reduces="singular vectors of every change",
     ),
     MergeMethod(
         "iso_c",
@@ -375,6 +391,7 @@ _ALL = (
         "spectral",
         whole="iso_c",
         parameters=(_LAMBDA,),
+        reduces="singular values, and the polar factor, of the sum of the changes",
     ),
     MergeMethod(
         "iso_cts",
@@ -391,6 +408,7 @@ _ALL = (
             Parameter("common_space_fraction", float, 0.8, "Share of the directions that is the sum's.", 0, 1),
             _EXACT_SIZE,
         ),
+        reduces="singular vectors of the sum of the changes, and of what every change has beside them",
     ),
     MergeMethod(
         "wudi",
@@ -407,6 +425,7 @@ _ALL = (
             Parameter("normalize", bool, True, "Whether every model counts alike, however large its change is."),
             Parameter("epsilon", float, 1e-6, "Ridge, as a share of the mean of the diagonal.", low=1e-9),
         ),
+        reduces="products of every change with itself",
     ),
     MergeMethod(
         "ace",
@@ -429,6 +448,7 @@ _ALL = (
             Parameter("center", bool, True, "Whether the mean row is taken from every change."),
             _EXACT_SIZE,
         ),
+        reduces="products of every change with itself; for a refinement, singular vectors of a residual",
     ),
 )  # fmt: skip
 

@@ -46,6 +46,7 @@ def test_a_method_says_what_it_has(method):
     needs = {method.need} | {parameter.need for parameter in method.parameters if parameter.need}
     in_parts = needs & {Need.ELEMENTWISE, Need.TWO_PASSES}
     assert bool(method.function) == bool(in_parts)
+    assert bool(method.reduces) == (method.need is not Need.ELEMENTWISE)
     assert bool(method.measure) == (Need.TWO_PASSES in needs)
     assert bool(method.whole) == bool(needs - in_parts)
     for name in (method.function, method.measure, method.whole):

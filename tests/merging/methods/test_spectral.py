@@ -110,7 +110,9 @@ def test_ridge_division_is_that_of_the_inverse(rows, columns, generator):
     stack = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     top = torch.randn(7, columns, generator=generator, dtype=torch.float64)
     expected = top @ torch.linalg.inv(stack.T @ stack + 1e-3 * torch.eye(columns, dtype=torch.float64))
-    ridge = Ridge(stack.split(3), rows, columns, 1e-3)
+    ridge = Ridge(rows, columns, 1e-3)
+    for part in stack.split(4):
+        torch.testing.assert_close(ridge.add(part), part @ part.T @ part)
     torch.testing.assert_close(ridge.divide(top), expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(ridge.multiply(ridge.divide(top)), top, rtol=1e-8, atol=1e-8)
 
