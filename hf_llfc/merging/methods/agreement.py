@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.parts import differences, merge_in_parts, parts
+from hf_llfc.merging.methods.parts import PART, differences, merge_in_parts, parts
 from hf_llfc.merging.methods.ranking import largest
 from hf_llfc.merging.methods.settings import Settings
 from hf_llfc.merging.methods.signs import elect_signs, total
@@ -59,8 +59,7 @@ def whole_sce(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Ten
     for part, (base_c, *models_c) in parts([base, *models]):
         variance_n[part] = _variance([model_c.to(dtype) - base_c.to(dtype) for model_c in models_c])
     count = int(int(torch.count_nonzero(variance_n)) * settings.number("select_topk"))
-    kept_n = largest(variance_n, count)
-    del variance_n
+    kept_n = largest(lambda: iter(variance_n.cpu().split(PART)), base.numel(), count).to(base.device)
     sums = torch.zeros(len(models) + 1, dtype=torch.float64)
     for _, (base_c, kept_c, *models_c) in parts([base, kept_n, *models]):
         sums += _squares([change.mul_(kept_c) for change in differences(models_c, base_c)])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.merging.methods.parts import merge_in_parts, row_blocks
-from hf_llfc.merging.methods.ranking import order_statistics
+from hf_llfc.merging.methods.ranking import quantiles
 from hf_llfc.merging.methods.settings import Settings
 
 SMALLEST_DISTANCE = 1e-6
@@ -73,7 +73,8 @@ def arcee_fusion(models: Sequence[Tensor], base: Tensor, settings: Settings) -> 
         importance_rc[rows] = (of_model - of_base).abs_().mul_(divergence)
     importance_n = importance_rc.view(-1)
     last = importance_n.numel() - 1
-    lower, median, upper = order_statistics(importance_n, [int(share * last) for share in (0.25, 0.5, 0.75)])
+    # In the dtype of the importance, as the comparison below is.
+    lower, median, upper = quantiles(importance_n, [int(share * last) for share in (0.25, 0.5, 0.75)])
     threshold = median + 1.5 * (upper - lower)
 
     def fuse(columns_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:

@@ -4,12 +4,15 @@ Ranks are those of a stable sort: of equal elements, the one that comes first ra
 looked for, which takes a tenth of the time of a sort. mergekit's sort is not stable, so that which of equal elements it
 keeps depends on the processor.
 
-Shape suffixes: `n` all elements of a tensor, `rc` rows and columns.
+Shape suffixes: `n` all elements, `c` some of them, `rc` rows and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,72 +20,145 @@ from torch import Tensor
 
 from hf_llfc.merging.methods.parts import row_blocks
 
+Pieces = Callable[[], Iterator[Tensor]]
+"""Gives the elements of a tensor from the beginning, in pieces: one-dimensional, float32 or float64, on the CPU."""
+
+BINS = 1 << 16
+"""More than the leading bits of any number that is not negative can tell apart."""
+
 ONE = 1 << 32
 """A probability of one, in the units of `Draws`."""
 
 
-def order_statistics(values_n: Tensor, ranks: Sequence[int]) -> list[Tensor]:
+def quantiles(values_n: Tensor, places: Sequence[int]) -> list[Tensor]:
     """The values that an ascending sort would put at some places.
 
     Args:
-        values_n: At least one element.
-        ranks: Places, from 0 on.
+        values_n: At least one element, of any sign.
+        places: From 0 on.
 
     Returns:
-        One value a rank, each a tensor without dimensions.
+        One value a place, each a tensor without dimensions.
     """
     if values_n.device.type != "cpu":
-        return list(values_n.sort().values[list(ranks)])
-    ordered = torch.from_numpy(np.partition(values_n.numpy(), sorted(set(ranks))))
-    return [ordered[rank] for rank in ranks]
+        return list(values_n.sort().values[list(places)])
+    ordered = torch.from_numpy(np.partition(values_n.numpy(), sorted(set(places))))
+    return [ordered[place] for place in places]
 
 
-def largest(magnitudes_n: Tensor, count: int) -> Tensor:
+@dataclass(frozen=True)
+class Cut:
+    """Where a place in an ascending stable sort is.
+
+    Attributes:
+        value: The value at that place.
+        below: How many elements are smaller.
+        equal: How many elements are equal to it.
+    """
+
+    value: float
+    below: int
+    equal: int
+
+
+def find_cuts(pieces: Pieces, places: Sequence[int]) -> list[Cut]:
+    """What an ascending sort would put at some places, without a sort, and without all elements in memory.
+
+    The bits of numbers that are not negative order as the numbers do. A first pass counts how many elements share their
+    leading bits; a second one collects those with the leading bits that belong to the places, a hundredth or so.
+
+    Args:
+        pieces: Gives all elements, none of them negative, piece by piece; twice.
+        places: From 0 on, less than the number of elements.
+
+    Returns:
+        One a place.
+    """
+    counts = np.zeros(BINS, dtype=np.int64)
+    for piece_c in pieces():
+        counts += np.bincount(_leading_bits(piece_c), minlength=BINS)
+    ends = counts.cumsum()
+    bins = np.searchsorted(ends, places, side="right")
+    collected: dict[int, list[np.ndarray[Any, Any]]] = {int(number): [] for number in bins}
+    for piece_c in pieces():
+        leading = _leading_bits(piece_c)
+        for number, found in collected.items():
+            found.append(piece_c.numpy()[leading == number])
+    cuts = []
+    for place, number in zip(places, bins, strict=True):
+        before = int(ends[number] - counts[number])
+        values = np.concatenate(collected[int(number)])
+        value = np.partition(values, place - before)[place - before]
+        cuts.append(Cut(float(value), before + int((values < value).sum()), int((values == value).sum())))
+    return cuts
+
+
+def largest(pieces: Pieces, size: int, count: int) -> Tensor:
     """Which elements are among the largest; of equal ones, those that come first.
 
     Args:
-        magnitudes_n: All elements.
+        pieces: Gives all elements, none of them negative, piece by piece; as often as asked.
+        size: How many elements there are.
         count: How many to choose.
 
     Returns:
         True where an element is chosen.
     """
-    size = magnitudes_n.numel()
     if count <= 0 or count >= size:
-        return torch.full((size,), count > 0, dtype=torch.bool, device=magnitudes_n.device)
-    (cut,) = order_statistics(magnitudes_n, [size - count])
-    chosen_n = magnitudes_n >= cut
-    excess = int(torch.count_nonzero(chosen_n)) - count
-    if excess:
-        chosen_n[(magnitudes_n == cut).nonzero().view(-1)[-excess:]] = False
-    return chosen_n
+        return torch.full((size,), count > 0, dtype=torch.bool)
+    (cut,) = find_cuts(pieces, [size - count])
+    return _choose(pieces, size, [(cut, 0, count - (size - cut.below - cut.equal))], math.inf)
 
 
-def between(magnitudes_n: Tensor, low: int, high: int) -> Tensor:
+def between(pieces: Pieces, size: int, low: int, high: int) -> Tensor:
     """Which elements an ascending stable sort would put at the places from `low` to before `high`.
 
     Args:
-        magnitudes_n: All elements.
+        pieces: Gives all elements, none of them negative, piece by piece; as often as asked.
+        size: How many elements there are.
         low: The first place.
         high: One more than the last place.
 
     Returns:
         True where an element is chosen.
     """
-    size = magnitudes_n.numel()
     high = min(high, size)
     if low >= high:
-        return torch.zeros(size, dtype=torch.bool, device=magnitudes_n.device)
-    smallest, biggest = order_statistics(magnitudes_n, [low, high - 1])
-    below_n, above_n = magnitudes_n < smallest, magnitudes_n > biggest
-    before = low - int(torch.count_nonzero(below_n))
-    after = size - int(torch.count_nonzero(above_n)) - high
-    chosen_n = below_n.logical_or_(above_n).logical_not_()
-    if before:
-        chosen_n[(magnitudes_n == smallest).nonzero().view(-1)[:before]] = False
-    if after:
-        chosen_n[(magnitudes_n == biggest).nonzero().view(-1)[-after:]] = False
-    return chosen_n
+        return torch.zeros(size, dtype=torch.bool)
+    first, last = find_cuts(pieces, [low, high - 1])
+    if first.value == last.value:
+        return _choose(pieces, size, [(first, low - first.below, high - first.below)], first.value)
+    windows = [(first, low - first.below, first.equal), (last, 0, high - last.below)]
+    return _choose(pieces, size, windows, last.value)
+
+
+def _choose(pieces: Pieces, size: int, windows: Sequence[tuple[Cut, int, int]], limit: float) -> Tensor:
+    """Elements above the first cut and below a limit, and of those equal to a cut the ones in its window, by order."""
+    chosen = np.empty(size, dtype=np.bool_)
+    seen = [0] * len(windows)
+    begin = 0
+    for piece_c in pieces():
+        values = piece_c.numpy()
+        chosen_c = chosen[begin : begin + values.size]
+        np.greater(values, windows[0][0].value, out=chosen_c)
+        if limit != math.inf:
+            chosen_c &= values < limit
+        for index, (cut, first, last) in enumerate(windows):
+            if (first, last) == (0, cut.equal):
+                chosen_c |= values == cut.value
+            else:
+                equal = np.flatnonzero(values == cut.value)
+                chosen_c[equal[max(0, first - seen[index]) : max(0, last - seen[index])]] = True
+                seen[index] += equal.size
+        begin += values.size
+    return torch.from_numpy(chosen)
+
+
+def _leading_bits(piece_c: Tensor) -> np.ndarray[Any, Any]:
+    """The exponent and five bits of the fraction of every element."""
+    if piece_c.dtype == torch.float32:
+        return piece_c.view(torch.int32).numpy() >> 18
+    return piece_c.view(torch.int64).numpy() >> 47
 
 
 def ranks_in_rows(magnitudes_rc: Tensor) -> Tensor:

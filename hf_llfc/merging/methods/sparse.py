@@ -21,7 +21,7 @@ Shape suffixes: `n` all elements of a tensor, `c` some of them, `rc` rows and co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from hf_llfc.errors import RecipeError
 from hf_llfc.merging.methods.linear import SINGULAR_SUM
 from hf_llfc.merging.methods.parts import merge_in_parts, parts
-from hf_llfc.merging.methods.ranking import Draws, between, keep_by_rank, largest
+from hf_llfc.merging.methods.ranking import Draws, Pieces, between, keep_by_rank, largest
 from hf_llfc.merging.methods.settings import ZERO_SUM, Settings
 from hf_llfc.merging.methods.signs import elect_signs, total
 
@@ -164,13 +164,15 @@ def _agreeing(changes: Sequence[Tensor], weights: Sequence[float] | None, smalle
     return merged_c if weights is None else merged_c.div_(divisor_c.masked_fill_(divisor_c.abs() <= smallest, 1))
 
 
-def _magnitudes(model: Tensor, base: Tensor) -> Tensor:
-    """|θ − θ₀|, one-dimensional, in float32 as mergekit ranks them; in float64 if the tensors are."""
+def _magnitudes(model: Tensor, base: Tensor) -> Pieces:
+    """|θ − θ₀| in float32, as mergekit ranks it; in float64 if the tensors are."""
     dtype = torch.promote_types(model.dtype, torch.float32)
-    magnitudes_n = torch.empty(model.numel(), dtype=dtype, device=model.device)
-    for part, (model_c, base_c) in parts([model, base]):
-        torch.sub(model_c.to(dtype), base_c.to(dtype), out=magnitudes_n[part]).abs_()
-    return magnitudes_n
+
+    def pieces() -> Iterator[Tensor]:
+        for _, (model_c, base_c) in parts([model, base]):
+            yield (model_c.to(dtype) - base_c.to(dtype)).abs_().cpu()
+
+    return pieces
 
 
 def _rescaling(model: Tensor, base: Tensor, kept_n: Tensor) -> float:
@@ -185,14 +187,15 @@ def _rescaling(model: Tensor, base: Tensor, kept_n: Tensor) -> float:
 
 def _largest(index: int, model: Tensor, base: Tensor, settings: Settings) -> Tensor:
     density = settings.numbers("density")[index]
-    return largest(_magnitudes(model, base), max(1, int(density * base.numel())) if density > 0 else 0)
+    count = max(1, int(density * base.numel())) if density > 0 else 0
+    return largest(_magnitudes(model, base), base.numel(), count).to(base.device)
 
 
 def _middle(index: int, model: Tensor, base: Tensor, settings: Settings) -> Tensor:
     size = base.numel()
     count = int(settings.numbers("density")[index] * size)
     low = max(0, size - count - int(settings.numbers("gamma")[index] * size))
-    return between(_magnitudes(model, base), low, low + count)
+    return between(_magnitudes(model, base), size, low, low + count).to(base.device)
 
 
 def _drawn(index: int, model: Tensor, base: Tensor, settings: Settings) -> Tensor:
@@ -209,7 +212,8 @@ def _drawn_by_rank(index: int, model: Tensor, base: Tensor, settings: Settings) 
             f"{settings.tensor}: density {density:g} and epsilon {epsilon:g} of model {index} give probabilities from "
             f"{density - epsilon:g} to {density + epsilon:g}; they must be between 0 and 1, so give a smaller epsilon"
         )
-    magnitudes = _magnitudes(model, base).view(base.shape)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    magnitudes = (model.to(dtype) - base.to(dtype)).abs_()
     # Ranks are along the second dimension, or along all of a vector; that dimension is made the last one.
     ranked = magnitudes.movedim(1, -1) if base.dim() > 2 else magnitudes
     columns = ranked.shape[-1] if base.dim() > 1 else base.numel()

@@ -7,25 +7,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_llfc.merging.methods import find_method
-from hf_llfc.merging.methods.ranking import Draws, between, keep_by_rank, largest, order_statistics, ranks_in_rows
+from hf_llfc.merging.methods.ranking import (
+    Draws,
+    between,
+    find_cuts,
+    keep_by_rank,
+    largest,
+    quantiles,
+    ranks_in_rows,
+)
 from tests.merging.methods.cases import tensors
 
 MAGNITUDES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0, 7.0]), min_size=1, max_size=40)
 WIDTHS = st.sampled_from([torch.float32, torch.float64])
 
 
+def pieces_of(values, size):
+    """The elements in pieces of one size."""
+    return lambda: iter(values.split(size))
+
+
 @given(MAGNITUDES, st.integers(0, 45), WIDTHS)
 def test_the_largest_are_those_of_a_stable_sort(magnitudes, count, dtype):
     order = sorted(range(len(magnitudes)), key=lambda i: -magnitudes[i])
     expected = [i in order[:count] for i in range(len(magnitudes))]
-    assert largest(torch.tensor(magnitudes, dtype=dtype), count).tolist() == expected
+    pieces = pieces_of(torch.tensor(magnitudes, dtype=dtype), 7)
+    assert largest(pieces, len(magnitudes), count).tolist() == expected
 
 
 @given(MAGNITUDES, st.integers(0, 45), st.integers(0, 45), WIDTHS)
 def test_the_middle_is_that_of_a_stable_sort(magnitudes, low, high, dtype):
     order = sorted(range(len(magnitudes)), key=lambda i: magnitudes[i])
     expected = [i in order[low:high] for i in range(len(magnitudes))]
-    assert between(torch.tensor(magnitudes, dtype=dtype), low, high).tolist() == expected
+    pieces = pieces_of(torch.tensor(magnitudes, dtype=dtype), 7)
+    assert between(pieces, len(magnitudes), low, high).tolist() == expected
 
 
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**32), WIDTHS)
@@ -36,10 +51,26 @@ def test_ranks_in_rows_are_those_of_a_stable_sort(rows, columns, seed, dtype):
     assert torch.equal(ranks_in_rows(magnitudes), expected)
 
 
-def test_order_statistics_are_those_of_a_sort(generator):
+def test_quantiles_are_those_of_a_sort(generator):
     values = torch.randn(1001, generator=generator)
-    found = order_statistics(values, [500, 0, 1000, 500])
+    found = quantiles(values, [500, 0, 1000, 500])
     assert torch.equal(torch.stack(found), values.sort().values[[500, 0, 1000, 500]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decades", [0.0, 30.0])
+def test_cuts_are_those_of_a_sort(dtype, decades, generator):
+    """For numbers of one size, and for numbers from the smallest to the largest that there are."""
+    values = torch.randn(5000, generator=generator, dtype=torch.float64).abs()
+    values *= 10 ** (decades * torch.randn(5000, generator=generator, dtype=torch.float64).clamp(-1.2, 1.2))
+    values[:40] = 0
+    values[40:80] = values[80]
+    values = values.to(dtype)
+    ordered = values.sort().values
+    places = [0, 39, 40, 1234, 2500, 4998, 4999]
+    for place, cut in zip(places, find_cuts(pieces_of(values, 333), places), strict=True):
+        assert cut.value == ordered[place]
+        assert cut.below == (values < ordered[place]).sum() and cut.equal == (values == ordered[place]).sum()
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 2**64 - 1))
