@@ -76,14 +76,15 @@ def find_cuts(pieces: Pieces, places: Sequence[int]) -> list[Cut]:
     """
     counts = np.zeros(BINS, dtype=np.int64)
     for piece_c in pieces():
-        counts += np.bincount(_leading_bits(piece_c), minlength=BINS)
+        found = np.bincount(_leading_bits(piece_c))
+        counts[: found.size] += found
     ends = counts.cumsum()
     bins = np.searchsorted(ends, places, side="right")
     collected: dict[int, list[np.ndarray[Any, Any]]] = {int(number): [] for number in bins}
     for piece_c in pieces():
         leading = _leading_bits(piece_c)
-        for number, found in collected.items():
-            found.append(piece_c.numpy()[leading == number])
+        for number, of_place in collected.items():
+            of_place.append(piece_c.numpy()[leading == number])
     cuts = []
     for place, number in zip(places, bins, strict=True):
         before = int(ends[number] - counts[number])
