@@ -1,0 +1,142 @@
+"""Merges that weight directions by input covariances, estimated from task vectors alone: `wudi` and `ace`.
+
+The update of a linear map is a sum of gradients gxᵀ, so τᵀτ, for τ = θ − θ₀ as a matrix (outputs × inputs), stands in
+for the covariance of its inputs, and the closed form of RegMean needs no data. A kernel of a convolution is outputs ×
+the rest. Vectors, and tensors with one row or column, get the mean of the τᵢ. Everything is computed in float64.
+
+Shape suffixes: `oi` outputs and inputs, `ii` inputs and inputs, `1i` one row, `i1` one column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_llfc.merging.methods.decompositions import Ridge, singular
+from hf_llfc.merging.methods.matrices import Tasks, merged_change
+from hf_llfc.merging.methods.settings import Settings
+
+TINY = 1e-12
+"""What `ace` adds before it divides by a trace or takes its logarithm."""
+
+
+def wudi(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+    """θ₀ + λ(Σ cᵢτᵢτᵢᵀτᵢ)(Σ cᵢτᵢᵀτᵢ + εI)⁻¹, cᵢ = 1/‖τᵢ‖²_F, or 1 if `normalize` is off.
+
+    The minimum of Σ cᵢ‖(Δ − τᵢ)τᵢᵀ‖²_F, which Cheng et al., "Whoever Started the Interference Should End It", ICML
+    2025, approach by gradient descent; also known as ACTMat. In directions that no task vector has, Δ is zero.
+
+    Args:
+        models: Every model's tensor, of one shape.
+        base: That of the base.
+        settings: `lambda`, `normalize`; `epsilon`, where ε is that share of the mean of the diagonal.
+
+    Returns:
+        The merge.
+    """
+
+    def change(tasks: Tasks) -> Tensor:
+        energies = [float(task_oi.square_().sum()) for task_oi in tasks]
+        shares = [1 / energy if energy else 0.0 for energy in energies]
+        if not settings.switch("normalize"):
+            shares = [1.0] * len(shares)
+        trace = sum(share * energy for share, energy in zip(shares, energies, strict=True))
+        numerator_oi = torch.zeros(tasks.shape, dtype=torch.float64, device=base.device)
+        if not trace:
+            return numerator_oi
+        outputs, inputs = tasks.shape
+        ridge = Ridge(outputs * len(tasks), inputs, settings.number("epsilon") * trace / inputs)
+        for task_oi, share in zip(tasks, shares, strict=True):
+            if share:
+                numerator_oi.add_(ridge.add(task_oi.mul_(math.sqrt(share))), alpha=1 / math.sqrt(share))
+        return ridge.divide(numerator_oi)
+
+    return merged_change(models, base, settings, change)
+
+
+def ace(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+    """θ₀ + λΔ, Δ = (Σ τ̄ᵢΣᵢ)(Σ Σᵢ + 1mᵀ)⁻¹ with Σᵢ = cᵢ(τ̄ᵢᵀτ̄ᵢ + εI), refined where the tasks differ much.
+
+    τ̄ᵢ is τᵢ minus the mean of its rows. m, the consensus prior, has the means of the columns of Σ cᵢτ̄ᵢᵀτ̄ᵢ. Tasks differ
+    much where γ = var(log ‖τᵢ‖²)/mean(log ‖τᵢ‖²)² > `heterogeneity`. Then cᵢ = 1/‖τ̄ᵢ‖², m is divided by the mean of the
+    ‖τᵢ‖², and σ U_kV_kᵀ is added: the first k = `refined_share`·r singular directions of Δ + Σ τᵢ(cᵢτ̄ᵢᵀτ̄ᵢ − S), with S
+    the mean of the Σᵢ, and σ the mean of their singular values. Otherwise cᵢ = 1.
+
+    Xu et al., "ACE-Merging", CVPR 2026, arXiv 2603.02945, with the constants, and the prior that is added to every row,
+    of the authors' code. `center: false`, `prior: 0` and `refined_share: 0` leave out a part each.
+
+    Args:
+        models: Every model's tensor, of one shape.
+        base: That of the base.
+        settings: `lambda`, `epsilon`, `heterogeneity`, `refined_share`, `prior` (a factor on m), `center`;
+            `exact_size`, see `decompositions.singular`; seed and tensor for randomised searches.
+
+    Returns:
+        The merge.
+    """
+
+    def change(tasks: Tasks) -> Tensor:
+        center = settings.switch("center")
+        energies = [float(task_oi.square_().sum()) for task_oi in tasks]
+        merged_oi = torch.zeros(tasks.shape, dtype=torch.float64, device=base.device)
+        if not any(energies):
+            return merged_oi
+        differ = _heterogeneity(energies) > settings.number("heterogeneity")
+        shares = [1.0] * len(tasks)
+        if differ:
+            shares = [1 / (float(_centred(task_oi, center).square_().sum()) + TINY) for task_oi in tasks]
+        epsilons = [settings.number("epsilon") * share for share in shares]
+        outputs, inputs = tasks.shape
+        ridge = Ridge(outputs * len(tasks), inputs, sum(epsilons))
+        for task_oi, share, epsilon in zip(tasks, shares, epsilons, strict=True):
+            centred_oi = _centred(task_oi, center)
+            merged_oi.add_(centred_oi, alpha=epsilon)
+            root = math.sqrt(share)
+            merged_oi.add_(ridge.add(centred_oi.mul_(root)), alpha=1 / root)
+        mean_1i = merged_oi.new_full((1, inputs), 1 / inputs)
+        prior_1i = (ridge.multiply(mean_1i) - sum(epsilons) * mean_1i) * settings.number("prior")
+        if differ:
+            prior_1i /= sum(energies) / len(energies) + TINY
+        merged_oi = _divide_with_prior(ridge, merged_oi, prior_1i)
+        count = int(min(tasks.shape) * settings.number("refined_share"))
+        if differ and count:
+            rest_oi = merged_oi.sub(ridge.multiply(tasks.sum()), alpha=1 / len(tasks))
+            for task_oi, share in zip(tasks, shares, strict=True):
+                rest_oi.add_(_times_gram(task_oi, _centred(task_oi, center)), alpha=share)
+            top = singular(rest_oi, count, exact_size=settings.count("exact_size"), seed=settings.seed_of(0))
+            if top.values_k.numel():
+                merged_oi.add_(top.left_ok @ top.right_ki, alpha=float(top.values_k.mean()))
+        return merged_oi
+
+    return merged_change(models, base, settings, change)
+
+
+def _times_gram(rows_oi: Tensor, matrix_ai: Tensor) -> Tensor:
+    """XMᵀM, by way of the smaller of the two products."""
+    if matrix_ai.shape[0] <= matrix_ai.shape[1]:
+        return (rows_oi @ matrix_ai.T) @ matrix_ai
+    return rows_oi @ (matrix_ai.T @ matrix_ai)
+
+
+def _centred(matrix_oi: Tensor, center: bool) -> Tensor:
+    """A new matrix, minus the mean of its rows if it shall be centred."""
+    return matrix_oi - matrix_oi.mean(dim=0, keepdim=True) if center else matrix_oi.clone()
+
+
+def _heterogeneity(energies: Sequence[float]) -> float:
+    """var(log e)/mean(log e)², with the unbiased variance; 0 of one task."""
+    logarithms = [math.log(energy + TINY) for energy in energies]
+    mean = sum(logarithms) / len(logarithms)
+    spread = sum((logarithm - mean) ** 2 for logarithm in logarithms)
+    return spread / max(1, len(logarithms) - 1) / (mean * mean + TINY)
+
+
+def _divide_with_prior(ridge: Ridge, rows_oi: Tensor, prior_1i: Tensor) -> Tensor:
+    """X(M + 1mᵀ)⁻¹ by the formula of Sherman and Morrison: XM⁻¹ − (XM⁻¹1)(mᵀM⁻¹)/(1 + mᵀM⁻¹1)."""
+    divided_oi = ridge.divide(rows_oi)
+    prior_1i = ridge.divide(prior_1i)
+    correction = divided_oi.sum(dim=1, keepdim=True) / (1 + prior_1i.sum())
+    return divided_oi.sub_(correction @ prior_1i)
