@@ -32,7 +32,7 @@ def execute(options: argparse.Namespace) -> int:
         ModelEntry(model, None if weight is None else ModelParameters(weight))
         for model, weight in zip(options.models, weights, strict=True)
     ]
-    settings_of_run = {"output_dir": "", **given(options, Recipe)}
+    settings_of_run = {"output_dir": "diagnosis", **given(options, Recipe)}
     with progress_bars(shown=not options.quiet) as progress:
         recipe = Recipe(
             models=tuple(models),
@@ -41,7 +41,9 @@ def execute(options: argparse.Namespace) -> int:
             diagnose=section,
             **settings_of_run,
         )
-        report = write_diagnosis(recipe, heads=options.heads, restart=options.restart, progress=progress)
+        report = write_diagnosis(
+            recipe, heads=options.heads, keep=options.out is not None, restart=options.restart, progress=progress
+        )
     if is_main_process():
         show_report(report, options)
     return 0

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 SAVED_IN_OTHER_ORDER = frozenset({"aria_text", "gpt_neox", "granitemoe", "granitemoeshared"})
 """Model types with a hand-written spec whose tensors `save_pretrained` does not sort by the names that it writes."""
 
-_OF_BERT = frozenset({"add_cross_attention", "embedding_size", "max_2d_position_embeddings", "task_type_vocab_size"})
+_OF_BERT = frozenset(
+    {"add_cross_attention", "embedding_size", "max_2d_position_embeddings", "task_type_vocab_size", "use_bias"}
+)
 _OF_LLAMA = frozenset({"head_dim", "layer_types", "n_group", "rope_parameters"})
 
 MAY_BE_MISSING: dict[str, frozenset[str]] = {

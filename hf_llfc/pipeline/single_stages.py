@@ -87,14 +87,15 @@ def write_aligned(
 
 
 def write_diagnosis(
-    recipe: Recipe, *, heads: str = "own", restart: bool = False, progress: Progress = silent
+    recipe: Recipe, *, heads: str = "own", keep: bool = True, restart: bool = False, progress: Progress = silent
 ) -> ConnectivityReport:
-    """Diagnoses models and, given a folder, writes report, plots and the interactive report.
+    """Diagnoses models, and writes report, plots and the interactive report.
 
     Args:
         recipe: With a section `diagnose`. The first model is the reference, and on a line has weight α; one model is
-            enough with a base model. An empty `output_dir` writes nothing.
+            enough with a base model.
         heads: One of `HEADS`.
+        keep: Whether a folder is written.
         restart: Whether to discard what an interrupted run into the same folder had finished.
         progress: Shown meanwhile.
 
@@ -103,7 +104,7 @@ def write_diagnosis(
     """
     section = recipe.diagnose
     assert section is not None, "what to measure"
-    output = OutputFolder(recipe.output_dir, recipe.overwrite, restart) if recipe.output_dir else None
+    output = OutputFolder(recipe.output_dir, recipe.overwrite, restart) if keep else None
     with Processes(recipe.device) as processes:
         progress = progress if processes.is_main else silent
         processes.on_main(lambda: refuse_early(recipe, output))

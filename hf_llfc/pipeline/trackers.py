@@ -158,7 +158,7 @@ def tracking(recipe: Recipe, *, is_main: bool) -> Iterator[Trackers]:
     trackers = Trackers(
         recipe.log_with if is_main else (),
         logging_dir=recipe.logging_dir,
-        name=Path(recipe.output_dir).name or "diagnosis",
+        name=Path(recipe.output_dir).name,
         config=recipe.to_dict(),
     )
     try:

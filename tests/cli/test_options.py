@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 import hf_llfc
 from hf_llfc.cli.arguments import COMMANDS, LEFT_OUT, NAMES, OF_A_RUN, parse
 from hf_llfc.errors import LLFCError
-from hf_llfc.publishing import publish
 from hf_llfc.recipe import load_recipe, sections
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.options import options_of
@@ -54,7 +53,7 @@ KEYWORDS = [
         sections.DiagnoseSection,
         {"batch_norm": "running statistics are measured anew on the data themselves"},
     ),
-    (publish, sections.PublishSection, {"license": "the card that states it is written by then"}),
+    (hf_llfc.publish, sections.PublishSection, {"license": "the card that states it is written by then"}),
 ]
 
 FIRST = {

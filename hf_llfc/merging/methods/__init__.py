@@ -4,7 +4,7 @@
 functions of a family are loaded when a method is first used.
 """
 
-from hf_llfc.lazy import lazy_names
+from hf_llfc.foundation.lazy import lazy_names
 from hf_llfc.merging.methods.declarations import REQUIRED, Base, MergeMethod, Need, Parameter
 from hf_llfc.merging.methods.registry import MERGE_METHODS, find_method
 from hf_llfc.merging.methods.settings import Settings, seed_for
