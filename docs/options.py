@@ -1,15 +1,17 @@
-"""Writes the tables of options in docs/recipe.md from the fields they describe: `python docs/options.py`."""
+"""Writes the tables of docs/recipe.md and docs/methods.md from what they describe: `python docs/options.py`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from hf_llfc.merging.methods import MERGE_METHODS, REQUIRED, Base, MergeMethod, Parameter
 from hf_llfc.recipe import sections
 from hf_llfc.recipe.fitting import describe
 from hf_llfc.recipe.options import Option, options_of
 
 PAGE = Path(__file__).parent / "recipe.md"
+METHODS_PAGE = Path(__file__).parent / "methods.md"
 MARKED = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 
 
@@ -49,5 +51,41 @@ def written(page: str) -> str:
     return MARKED.sub(fill, page)
 
 
+MARKED_METHODS = re.compile(r"(<!-- methods -->\n).*?(<!-- end of methods -->)", re.DOTALL)
+
+
+def methods_written(page: str) -> str:
+    """The page of merge methods with its sections made anew."""
+    sections_of_methods = "\n".join(_method(method) for method in MERGE_METHODS.values())
+    return MARKED_METHODS.sub(lambda match: f"{match[1]}\n{sections_of_methods}\n{match[2]}", page)
+
+
+def _method(method: MergeMethod) -> str:
+    low, high = method.inputs
+    count = f"{low} model{'s' * (low > 1)}" if low == high else f"{low} or more models" if high is None else ""
+    base = {Base.REQUIRED: "and a base model", Base.OPTIONAL: "and a base model if you like", Base.NONE: "and no base"}
+    drawn = " Draws random numbers from the recipe's `seed`." if method.random else ""
+    rows = ["", "| parameter | value | default | |", "|---|---|---|---|", *map(_parameter, method.parameters)]
+    return "\n".join(
+        [
+            f"### {method.name}",
+            "",
+            f"{method.title}: {method.help} Takes {count} {base[method.base]}.{drawn} Source: {method.paper}.",
+            *(rows if method.parameters else ()),
+            "",
+        ]
+    )
+
+
+def _parameter(parameter: Parameter) -> str:
+    kind = {bool: "true or false", int: "whole number", float: "number"}[parameter.kind]
+    bounds = [f"from {parameter.low:g}"] if parameter.low is not None else []
+    bounds += [f"to {parameter.high:g}"] if parameter.high is not None else []
+    value = " ".join([kind, *bounds]) + (", one a model" if parameter.per_model else "")
+    default = "required" if parameter.default is REQUIRED else str(parameter.default).lower()
+    return f"| `{parameter.name}` | {value} | {default} | {parameter.help} |"
+
+
 if __name__ == "__main__":
+    METHODS_PAGE.write_text(methods_written(METHODS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

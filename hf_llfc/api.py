@@ -299,12 +299,12 @@ def merge(
     Args:
         models: One or more models, or a mapping of models to their weights; the first is the reference of the
             alignment. Of a loaded model the recipe beside the result says where it was loaded from.
-        weights: One weight a model; equal weights where None, and none for a method that mergekit computes.
+        weights: One weight a model; equal weights where None, of a sum; other methods have defaults of their own.
         out: The folder to write.
         align: Alignment method, or the whole `align` section of a recipe.
-        merge_method: `linear`, `task_arithmetic`, or one of `hf_llfc.merging.mergekit_methods.MERGEKIT_METHODS`, whose
+        merge_method: any of `hf_llfc.merging.methods.MERGE_METHODS`, whose
             parameters are given as in a recipe: `parameters={"density": 0.5}`.
-        base_model: The base of task arithmetic, or of a method that mergekit computes.
+        base_model: The base model, of methods that have one.
         restart: Whether to discard what an interrupted merge into the same folder had finished.
         progress: Shown meanwhile.
         settings: Any other key of a recipe (`dtype`, `diagnose`, `overwrite`, …).
@@ -315,9 +315,9 @@ def merge(
     Raises:
         LLFCError: The recipe is not valid or a stage fails; nothing is written then.
     """
-    from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
     from hf_llfc.pipeline.flow import run
     from hf_llfc.recipe import load_recipe
+    from hf_llfc.recipe.sections import SUMS
 
     if isinstance(models, Mapping):
         if weights is not None:
@@ -326,7 +326,7 @@ def merge(
     models, progress = _listed(models, "models"), _shown(progress)
     weights = _listed(weights, "weights") if weights is not None else None
     shares: list[float] | list[None] = list(weights) if weights is not None else [1 / len(models) for _ in models]
-    if weights is None and merge_method in MERGEKIT_METHODS:
+    if weights is None and merge_method not in SUMS:
         shares = [None for _ in models]
     if len(shares) != len(models):
         raise RecipeError(f"{len(shares)} weights for {len(models)} models; give one weight a model")

@@ -8,8 +8,8 @@ from typing import Any
 from hf_llfc.cli.run import run_recipe
 from hf_llfc.cli.settings import data_settings, given, matching_names, refuse_given, refuse_unused_data
 from hf_llfc.errors import RecipeError
-from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
 from hf_llfc.recipe import AlignSection, Recipe, load_recipe
+from hf_llfc.recipe.sections import SUMS
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.method == "none":
         refuse_given(options, (*matching_names(), "seed"), "without --align")
     refuse_unused_data(options)
-    equal = None if options.merge_method in MERGEKIT_METHODS else 1 / len(options.models)
+    equal = 1 / len(options.models) if options.merge_method in (None, *SUMS) else None
     weights = options.weights or [equal] * len(options.models)
     if len(weights) != len(options.models):
         raise RecipeError(f"{len(weights)} weights for {len(options.models)} models; give one weight a model")

@@ -10,7 +10,6 @@ RECIPE_FILE = "recipe.yaml"
 
 REPORT_FILE = "llfc_report.json"
 
-METHOD_FILE = "method.json"
 """What another program was asked for that computed the weights."""
 
 RUN_FILE = "run.json"

@@ -114,13 +114,9 @@ def resolve_weights(
     Raises:
         RecipeError: A tensor that no rule matches, a rule that decides nothing, or weights that sum to zero.
     """
-    depths = layer_depths(names)
     problems: list[str] = []
-    columns = [_column(names, schedule, depths, problems) for schedule in schedules]
-    raise_all(problems, RecipeError, "the weights do not fit the models")
-
     weights: dict[str, tuple[float, ...]] = {}
-    for name, row in zip(names, zip(*columns, strict=True), strict=True):
+    for name, row in resolve_values(names, schedules, "weights").items():
         try:
             weights[name] = effective_weights(row, normalize=normalize, scale=scale)
         except RecipeError as error:
@@ -129,6 +125,26 @@ def resolve_weights(
         problems[2:] = [f"and {len(problems) - 2} more tensors"]
     raise_all(problems, RecipeError, "the weights cannot be used")
     return weights
+
+
+def resolve_values(
+    names: Sequence[str], schedules: Sequence[WeightSchedule], what: str
+) -> dict[str, tuple[float, ...]]:
+    """The values that schedules give to every tensor, one a schedule.
+
+    Args:
+        names: The tensors.
+        schedules: One a model.
+        what: Plural name of the values, for messages.
+
+    Raises:
+        RecipeError: A tensor that no rule matches, or a rule that decides nothing.
+    """
+    depths = layer_depths(names)
+    problems: list[str] = []
+    columns = [_column(names, schedule, depths, problems) for schedule in schedules]
+    raise_all(problems, RecipeError, f"the {what} do not fit the models")
+    return dict(zip(names, zip(*columns, strict=True), strict=True))
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, float]:

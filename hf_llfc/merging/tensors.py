@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from hf_llfc.checkpoints.buffers import COUNTER, VARIANCE, is_constant
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.errors import CheckpointError
 from hf_llfc.merging.combination import Combination, linear_combination, task_arithmetic
+from hf_llfc.merging.methods import MergeMethod, Settings
 from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
 
 
@@ -32,7 +34,7 @@ def merged_infos(infos: Mapping[str, TensorInfo], out_dtype: torch.dtype | None)
 
 @dataclass(frozen=True)
 class Merge:
-    """What becomes of every tensor: Σ wᵢ θᵢ, or over a base θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic).
+    """What becomes of every tensor: Σ wᵢ θᵢ, θ₀ + λ Σ wᵢ (θᵢ − θ₀) (task arithmetic), or what another method says.
 
     Floating-point tensors, BatchNorm's running statistics among them, are summed in float64 and rounded once. Integers,
     truth values and constants (`is_constant`) must be equal in all models and are kept; BatchNorm's count of batches
@@ -42,13 +44,17 @@ class Merge:
         sources: The models, in the coordinates of one reference.
         infos: Name → dtype and shape of what is to be written; see `merged_infos`.
         weights: Name → one weight a model.
-        base: θ₀ of task arithmetic.
+        base: θ₀ of task arithmetic, or the base model of the method.
+        method: How tensors are merged, where they are no sums.
+        settings: Name → values of the method's parameters.
     """
 
     sources: Sequence[Source]
     infos: Mapping[str, TensorInfo]
     weights: Mapping[str, Sequence[float]]
     base: Source | None = None
+    method: MergeMethod | None = None
+    settings: Mapping[str, Settings] = field(default_factory=dict)
 
     @classmethod
     def copy(cls, source: Source, infos: Mapping[str, TensorInfo]) -> Merge:
@@ -102,13 +108,15 @@ class Merge:
 
     def is_sum(self, name: str) -> bool:
         """Whether a tensor is a sum of several, element by element and nothing else."""
-        if self.is_copy(name):
+        if self.method is not None or self.is_copy(name):
             return False
         return not (name.endswith(COUNTER) or name.endswith(VARIANCE) or _is_kept(name, self.infos[name].dtype))
 
     def is_copy(self, name: str) -> bool:
         """Whether a tensor is that of the only model."""
-        return self.base is None and len(self.sources) == 1 and tuple(self.weights[name]) == (1.0,)
+        return (
+            self.method is None and self.base is None and len(self.sources) == 1 and tuple(self.weights[name]) == (1.0,)
+        )
 
     def combination(self, name: str) -> Combination:
         """Which sum a tensor is."""
@@ -130,7 +138,10 @@ class Merge:
             return torch.stack(tensors).amax(dim=0)
         if _is_kept(name, dtype):
             return _equal_in_all(name, tensors, labels)
-        if self.base is None:
+        if self.method is not None:
+            models, base = (tensors[1:], tensors[0]) if self.base is not None else (tensors, None)
+            merged = merge_by_method(self.method, models, base, self.settings[name], dtype, labels)
+        elif self.base is None:
             merged = linear_combination(tensors, self.weights[name], out_dtype=dtype, name=name, models=labels)
         else:
             merged = task_arithmetic(
@@ -148,6 +159,42 @@ class Merge:
                 "use smaller weights, from 0 to 1"
             )
         return merged
+
+
+def merge_by_method(
+    method: MergeMethod,
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    settings: Settings,
+    dtype: torch.dtype,
+    labels: Sequence[str],
+) -> Tensor:
+    """One tensor merged by a method that is no sum.
+
+    Args:
+        method: The method.
+        models: The tensor of every model.
+        base: That of the base model, where there is one.
+        settings: Values of the method's parameters for this tensor.
+        dtype: Dtype of the result, to which it is rounded once.
+        labels: What the models are called, the base first, for messages.
+
+    Raises:
+        CheckpointError: Shapes differ, a value is not finite, or the result leaves the range of `dtype`.
+    """
+    everyone = [*models] if base is None else [base, *models]
+    # The sum of nothing refuses what cannot be combined: other shapes and dtypes, NaN and infinities.
+    linear_combination(everyone, [0.0] * len(everyone), out_dtype=torch.float32, name=settings.tensor, models=labels)
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in everyone), dtype)
+    given = [tensor.to(common) for tensor in models]
+    merged = method.merge(given, None if base is None else base.to(common), settings, dtype)
+    if not bool(merged.isfinite().all()):
+        name = str(dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{settings.tensor}: what {method.name} computes is beyond the range of {name}; "
+            "set out_dtype to bfloat16 or float32, or lower the weights"
+        )
+    return merged
 
 
 def _is_kept(name: str, dtype: torch.dtype) -> bool:

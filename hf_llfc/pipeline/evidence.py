@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.writing.journal import Journal, storing
 from hf_llfc.foundation.choices import UNION
-from hf_llfc.foundation.layout import LLFC_FOLDER, METHOD_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import Models
 from hf_llfc.parents.provenance import alignment_summary
@@ -19,7 +18,7 @@ from hf_llfc.publishing import write_card
 from hf_llfc.publishing.card.card import Evidence
 from hf_llfc.publishing.lineage import models_of, read_parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
-from hf_llfc.publishing.record import AlignmentSummary, MergekitRun, Result, RunRecord
+from hf_llfc.publishing.record import AlignmentSummary, Result, RunRecord
 from hf_llfc.recipe import Recipe, dump_recipe
 from hf_llfc.symmetry import Alignment, PermutationSpec
 
@@ -81,17 +80,10 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
         record.save(journal.folder)
         write_card(
             journal.folder,
-            Evidence(parents, as_run, report, record, MergekitRun.load(journal.folder)),
+            Evidence(parents, as_run, report, record),
             name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
             license=recipe.publish.license if recipe.publish is not None else None,
         )
-
-
-def write_method(folder: Path, description: Mapping[str, Any]) -> None:
-    """Writes which program computed the weights, and how, where it lies in an output."""
-    path = folder / LLFC_FOLDER / METHOD_FILE
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def save_alignments(alignments: Sequence[Alignment | None], folder: Path) -> tuple[list[str | None], list[Path]]:

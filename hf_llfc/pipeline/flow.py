@@ -125,21 +125,7 @@ def refuse_early(recipe: Recipe, output: OutputFolder) -> None:
 
 def identify(run: RunContext) -> None:
     """Tells the output folder what it is made from, so that only the same run goes on there."""
-    programs = versions_of_programs(run.recipe)
-    run.output.made_from(identity_of_run(run.recipe, run.models.everything, programs))
-
-
-def versions_of_programs(recipe: Recipe) -> dict[str, str]:
-    """Other programs that a run needs, with their versions.
-
-    Raises:
-        CheckpointError: One is not there.
-    """
-    if recipe.mergekit_method is None:
-        return {}
-    from hf_llfc.pipeline.mergekit import mergekit_version
-
-    return {"mergekit": mergekit_version()}
+    run.output.made_from(identity_of_run(run.recipe, run.models.everything))
 
 
 def refuse_too_large(run: RunContext) -> None:
@@ -153,9 +139,7 @@ def refuse_too_large(run: RunContext) -> None:
     infos = merge_infos(opened.parents[0], recipe)
     if recipe.publish is not None:
         refuse_too_large_for_the_hub(infos, recipe.max_shard_size)
-    # mergekit's own output, and a copy of every parent that it cannot read where it lies: of all of them at most.
-    copies = 1 + len(opened.all) if recipe.mergekit_method is not None else 0
-    refuse_without_room(run.output, infos, copies=copies)
+    refuse_without_room(run.output, infos)
     refuse_without_memory(peak_memory(recipe, opened.all, infos))
 
 

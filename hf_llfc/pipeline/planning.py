@@ -9,9 +9,8 @@ from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.parallel.devices import device_alone
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs
 from hf_llfc.parents.specs import alignment_spec, bind
-from hf_llfc.pipeline.flow import versions_of_programs
 from hf_llfc.pipeline.resources import peak_memory
-from hf_llfc.pipeline.weighting import merge_infos, plan_merge
+from hf_llfc.pipeline.weighting import plan_merge
 from hf_llfc.recipe import Recipe
 
 
@@ -36,11 +35,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     opened = open_recipe(recipe)
     refuse_replacing_inputs(output, opened.all)
     first = opened.parents[0]
-    if recipe.mergekit_method is None:
-        infos = plan_merge(*opened.moved([None] * len(opened.parents)), recipe).infos
-    else:
-        versions_of_programs(recipe)
-        infos = merge_infos(first, recipe)
+    infos = plan_merge(*opened.moved([None] * len(opened.parents)), recipe).infos
     written = sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
@@ -59,8 +54,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     steps.append(
         {
             "step": "merge",
-            "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors"
-            + (", by mergekit" if recipe.mergekit_method is not None else ""),
+            "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors",
         }
     )
     if recipe.diagnose is not None:
@@ -82,10 +76,10 @@ def _points(recipe: Recipe, opened: Models) -> int:
     from hf_llfc.diagnostics.checkpoints import region_of
 
     assert recipe.diagnose is not None
-    is_mergekit = recipe.mergekit_method is not None
-    count = 2 if is_mergekit and opened.base is not None and len(opened.parents) == 1 else len(opened.parents)
+    is_no_sum = recipe.method is not None
+    count = 2 if is_no_sum and opened.base is not None and len(opened.parents) == 1 else len(opened.parents)
     weights = recipe.weights or [1 / count] * count
     if len(weights) < 2 and opened.base is None:
         return 1
-    over_base = opened.base is not None and not is_mergekit
+    over_base = opened.base is not None and not is_no_sum
     return len(region_of(weights, recipe.diagnose, arithmetic_over_base=over_base).points)

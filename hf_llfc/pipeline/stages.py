@@ -17,10 +17,10 @@ from hf_llfc.parents.data import evaluate_parents
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import alignment_spec
-from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report, write_method
+from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.sharing import write_shared
-from hf_llfc.pipeline.weighting import Broken, merge_infos, plan_merge
+from hf_llfc.pipeline.weighting import Broken, plan_merge
 from hf_llfc.symmetry import Alignment
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
@@ -93,29 +93,9 @@ def write_merge(run: RunContext, broken: Broken | None = None) -> None:
     """
     if run.on_main(lambda run: run.output.journal.is_complete):
         return
-    if run.recipe.mergekit_method is None:
-        merge = plan_merge(run.parents, run.base, run.recipe, broken)
-    else:
-        merge = merge_elsewhere(run)
+    merge = plan_merge(run.parents, run.base, run.recipe, broken)
     write_shared(run, merge, partial(with_batch_norm, run, merge) if run.calibration is not None else None)
     run.on_main(lambda run: refuse_changed(run.models.all))
-
-
-def merge_elsewhere(run: RunContext) -> Merge:
-    """Lets mergekit merge, on the main process, and copies what it wrote into the result."""
-    from hf_llfc.pipeline.mergekit import describe, merge_by_mergekit
-
-    recipe = run.recipe
-    infos = merge_infos(run.models.parents[0], recipe)
-
-    def compute(run: RunContext) -> str:
-        run.progress("mergekit", 0, 1)
-        merged = merge_by_mergekit(recipe, run.parents, run.base, run.output.work, infos)
-        write_method(run.staging, describe(recipe))
-        run.progress("mergekit", 1, 1)
-        return str(merged)
-
-    return Merge.copy(Parent(open_checkpoint(run.on_main(compute))).source, infos)
 
 
 def with_batch_norm(run: RunContext, merge: Merge) -> Iterator[tuple[str, Tensor]]:
@@ -140,8 +120,8 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
     from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
     from hf_llfc.diagnostics.streaming import Execution
 
-    if recipe.mergekit_method is not None and base is not None:
-        # What mergekit makes is no sum of task vectors: the models are compared with each other, one with its base.
+    if recipe.method is not None and base is not None:
+        # What is merged is no sum of task vectors: the models are compared with each other, one with its base.
         parents, base = ([base, *parents] if len(parents) == 1 else parents), None
 
     def find() -> ConnectivityReport:

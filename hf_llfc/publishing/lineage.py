@@ -162,7 +162,7 @@ def models_of(recipe: Recipe | None, report: ConnectivityReport | None) -> list[
         named = [] if report is None else [model for model in report.models if model.id is not None]
         parents = [ParentInfo.named(str(m.id), m.revision, weight=m.weight) for m in named]
     else:
-        is_settled = recipe.mergekit_method is not None
+        is_settled = recipe.method is not None
         parents = [
             ParentInfo.named(entry.model, weight=weight, share=_settings(entry) if is_settled else None)
             for entry, weight in zip(recipe.models, _weights(recipe), strict=True)

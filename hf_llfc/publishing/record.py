@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from hf_llfc.diagnostics.report import ConnectivityReport, typed
 from hf_llfc.errors import PublishingError
-from hf_llfc.foundation.layout import LLFC_FOLDER, METHOD_FILE, RUN_FILE
+from hf_llfc.foundation.layout import LLFC_FOLDER, RUN_FILE
 from hf_llfc.publishing.files import read_json
 from hf_llfc.publishing.lineage import display_name, file_name, is_hub_id, relevant, split_revision
 
@@ -194,33 +194,6 @@ class MeasuredData:
         split = f"split {self.split}" if self.split else None
         samples = f"{self.samples} samples" if self.samples else None
         return [part for part in (self.name, split, samples) if part]
-
-
-@dataclass(frozen=True)
-class MergekitRun:
-    """What mergekit was asked for, where it computed the weights.
-
-    Attributes:
-        title: The method's name.
-        mergekit: The version.
-        parameters: Of the method.
-        seed: Of what is random in the method.
-    """
-
-    title: str
-    mergekit: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-
-    @classmethod
-    def load(cls, folder: Path) -> MergekitRun | None:
-        """Reads llfc/method.json; None where the weights were computed here.
-
-        Raises:
-            PublishingError: The file holds something else.
-        """
-        path = folder / LLFC_FOLDER / METHOD_FILE
-        return _read(cls, read_json(path), str(path)) if path.is_file() else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from hf_llfc.recipe.reading import dump_recipe, load_align, load_data, load_recipe
     from hf_llfc.recipe.sections import (
         DTYPES,
-        MERGE_METHODS,
         AlignSection,
         BatchNormSection,
         DiagnoseSection,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
-    "MERGE_METHODS",
     "AlignSection",
     "BatchNormSection",
     "DiagnoseSection",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.errors import RecipeError, suggest
 from hf_llfc.foundation.choices import UNION
-from hf_llfc.merging.mergekit_methods import MergekitMethod
+from hf_llfc.merging.methods import REQUIRED, Base, MergeMethod
 
 if TYPE_CHECKING:
     from hf_llfc.recipe.sections import Recipe
@@ -24,14 +24,10 @@ def disagreements(recipe: Recipe) -> list[str]:
             problems.append("base_model: has no meaning for a linear merge; list it under `models` or remove it")
         if recipe.parameters.scale != 1.0:
             problems.append("parameters.lambda: has no meaning for a linear merge")
-    if recipe.mergekit_method is not None:
-        problems += _disagreements_with_mergekit(recipe, recipe.mergekit_method)
-        if recipe.align.groups == "full":
-            problems.append(
-                "align.groups: what mergekit merges is aligned by permutations only; merge by linear or task_arithmetic"
-            )
+    if recipe.method is not None:
+        problems += _disagreements_with_method(recipe, recipe.method)
     given = [entry.parameters is not None for entry in recipe.models]
-    if any(given) and not all(given) and recipe.mergekit_method is None:
+    if any(given) and not all(given) and recipe.method is None:
         missing = [f"models.{place}" for place, has in enumerate(given) if not has]
         problems.append(f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none")
     try:
@@ -71,27 +67,29 @@ def disagreements(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _disagreements_with_mergekit(recipe: Recipe, method: MergekitMethod) -> list[str]:
+def _disagreements_with_method(recipe: Recipe, method: MergeMethod) -> list[str]:
     problems = []
     name = recipe.merge_method
-    if method.base == "required" and recipe.base_model is None:
+    if method.base is Base.REQUIRED and recipe.base_model is None:
         problems.append(f"base_model: {name} needs one")
-    if method.base == "none" and recipe.base_model is not None:
+    if method.base is Base.NONE and recipe.base_model is not None:
         problems.append(f"base_model: has no meaning for {name}; list it under `models` or remove it")
-    count = len(recipe.models) + (recipe.base_model is not None)
     least, most = method.inputs
+    count = len(recipe.models)
     if count < least or (most is not None and count > most):
         wanted = str(least) if most == least else f"at least {least}" if most is None else f"{least} to {most}"
-        problems.append(f"models: {name} takes {wanted} models, the base included; there are {count}")
-    for key in method.required:
+        beside = "" if method.base is Base.NONE else " beside the base"
+        problems.append(f"models: {name} takes {wanted} models{beside}; there are {count}")
+    for parameter in method.parameters:
+        key = parameter.name
         lacking = [
-            place
-            for place, entry in enumerate(recipe.models)
+            index
+            for index, entry in enumerate(recipe.models)
             if entry.parameters is None or key not in entry.parameters.settings
         ]
-        if key in recipe.parameters.settings or not lacking:
+        if parameter.default is not REQUIRED or key in recipe.parameters.settings or not lacking:
             continue
-        where = f"models.{lacking[0]}.parameters.{key}" if key in method.of_model else f"parameters.{key}"
-        also = "; give every model one, or one for all under `parameters`" if key in method.of_model else ""
+        where = f"models.{lacking[0]}.parameters.{key}" if parameter.per_model else f"parameters.{key}"
+        also = "; give every model one, or one for all under `parameters`" if parameter.per_model else ""
         problems.append(f"{where}: missing, and {name} has no default for it{also}")
     return problems

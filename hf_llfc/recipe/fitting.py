@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from hf_llfc.merging.mergekit_methods import SHARES, SWITCHES
+from hf_llfc.errors import RecipeError
+from hf_llfc.merging.methods import Parameter
 
 
 def fit(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -74,20 +75,18 @@ def as_weight(value: Any) -> float | tuple[float, ...]:
     return tuple(float(each) for each in value) if isinstance(value, list) else float(value)
 
 
-def setting_problem(key: str, value: Any) -> str | None:
-    """What is wrong with a parameter of mergekit: a value, a gradient of values, or values with filters."""
+def setting_problem(parameter: Parameter, value: Any) -> str | None:
+    """What is wrong with a parameter of a merge method: a value, a gradient of values, or values with filters."""
     rules = [value] if isinstance(value, Mapping) else value
     if isinstance(rules, list) and rules and all(isinstance(rule, Mapping) for rule in rules):
         if not all(rule.keys() <= {"filter", "value"} and "value" in rule for rule in rules):
             return "pairs of `filter` and `value` are expected"
         if not all(isinstance(rule.get("filter"), str | None) for rule in rules):
             return "a filter is text"
-        return next(filter(None, (setting_problem(key, rule["value"]) for rule in rules)), None)
-    values = value if isinstance(value, list) and value else [value]
-    if key in SWITCHES:
-        return None if all(isinstance(each, bool) for each in values) else "true or false is expected"
-    if not all(map(is_number, values)):
-        return "a finite number, a list of numbers or of filter/value pairs is expected"
-    if key in SHARES and not all(0 <= each <= 1 for each in values):
-        return "a number from 0 to 1 is expected"
+        return next(filter(None, (setting_problem(parameter, rule["value"]) for rule in rules)), None)
+    for entry in value if isinstance(value, list) and value else [value]:
+        try:
+            parameter.checked(entry)
+        except RecipeError as error:
+            return str(error)
     return None

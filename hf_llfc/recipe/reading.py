@@ -12,12 +12,13 @@ import yaml
 from hf_llfc.errors import EvaluationError, RecipeError, raise_all
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.limited_yaml import read_yaml
-from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
+from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod, Parameter
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.fitting import as_weight, is_weight, setting_problem
 from hf_llfc.recipe.options import build, fitted_values, join, made, options_of, refuse_unknown
 from hf_llfc.recipe.overrides import apply_override
 from hf_llfc.recipe.sections import (
+    SUMS,
     AlignSection,
     BatchNormSection,
     DiagnoseSection,
@@ -122,11 +123,12 @@ class _Reader:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.seed = 0
-        self.mergekit: MergekitMethod | None = None
+        self.method: MergeMethod | None = None
         self.problems: list[str] = []
 
     def recipe(self, content: Mapping[str, Any]) -> Recipe | None:
-        self.mergekit = MERGEKIT_METHODS.get(str(content.get("merge_method")))
+        name = str(content.get("merge_method"))
+        self.method = MERGE_METHODS.get(name) if name not in SUMS else None
         content = self._without_foreign(content, FOREIGN_KEYS, "")
         for key in ("base_model", "tokenizer_source"):
             if isinstance(content.get(key), str) and content[key] not in ("base", UNION):
@@ -154,7 +156,7 @@ class _Reader:
         place = next((i for i, each in enumerate(models) if each.model == values["base_model"]), None)
         if place is None or len(models) == 1:
             return
-        if models[place].parameters is not None and self.mergekit is None:
+        if models[place].parameters is not None and self.method is None:
             return
         if models[place].parameters is not None and models[place].parameters.settings:
             self.problems.append(f"models.{place}.parameters: this is the base_model, which has no parameters")
@@ -185,8 +187,9 @@ class _Reader:
         if not isinstance(value, Mapping):
             self.problems.append(f"{path}: a mapping of parameters is expected, found {value!r}")
             return None
-        if self.mergekit is not None:
-            return ModelParameters(settings=self._settings(value, path, self.mergekit.of_model))
+        if self.method is not None:
+            of_model = [parameter for parameter in self.method.parameters if parameter.per_model]
+            return ModelParameters(settings=self._settings(value, path, of_model))
         value = self._without_foreign(value, FOREIGN_PARAMETERS, path)
         refuse_unknown(value, ["weight"], path, self.problems)
         return ModelParameters(self._weight(value.get("weight", 1.0), f"{path}.weight"))
@@ -216,25 +219,28 @@ class _Reader:
         return tuple(rules)
 
     def _merge_parameters(self, value: Mapping[str, Any], path: str) -> MergeParameters | None:
-        if self.mergekit is not None:
-            return MergeParameters(settings=self._settings(value, path, self.mergekit.parameters))
+        if self.method is not None:
+            return MergeParameters(settings=self._settings(value, path, self.method.parameters))
         advice = "give each entry of `models` its own `parameters: {weight: …}`"
         value = self._without_foreign(value, {**FOREIGN_PARAMETERS, "weight": advice}, path)
         before = len(self.problems)
         fitted = fitted_values(MergeParameters, value, path, self.problems, without=("settings",))
         return made(MergeParameters, fitted, path, self.problems) if len(self.problems) == before else None
 
-    def _settings(self, value: Mapping[str, Any], path: str, names: Sequence[str]) -> dict[str, Setting]:
-        """Parameters of a method that mergekit computes, which are given to it as they are."""
-        assert self.mergekit is not None
-        misplaced = [key for key in value if key in self.mergekit.of_merge and key not in names]
+    def _settings(self, value: Mapping[str, Any], path: str, known: Sequence[Parameter]) -> dict[str, Setting]:
+        """Parameters of a method other than a sum, as they stand in the YAML."""
+        assert self.method is not None
+        parameters = {parameter.name: parameter for parameter in known}
+        of_merge = [parameter.name for parameter in self.method.parameters if parameter.name not in parameters]
         self.problems += [
-            f"{join(path, key)}: is one of the whole merge; write it under `parameters`" for key in misplaced
+            f"{join(path, key)}: is one of the whole merge; write it under `parameters`"
+            for key in value
+            if key in of_merge
         ]
-        refuse_unknown([key for key in value if key not in misplaced], names, path, self.problems)
-        for key, each in value.items():
-            if key in names and (problem := setting_problem(key, each)):
-                self.problems.append(f"{join(path, key)}: {problem}, found {each!r}")
+        refuse_unknown([key for key in value if key not in of_merge], list(parameters), path, self.problems)
+        for key, entry in value.items():
+            if key in parameters and (problem := setting_problem(parameters[key], entry)):
+                self.problems.append(f"{join(path, key)}: {problem}")
         return dict(value)
 
     def align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:

@@ -23,20 +23,22 @@ from hf_llfc.foundation.choices import (
     UNITS,
     UNIVERSE_METHODS,
 )
-from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS, MergekitMethod
+from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod
 from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.fitting import is_number
 from hf_llfc.recipe.options import documented, option, settle
 
-MERGE_METHODS = ("linear", "task_arithmetic", *MERGEKIT_METHODS)
+SUMS = ("linear", "task_arithmetic")
+"""Methods whose tensors are weighted sums, exact to one rounding, with weights that are one rule."""
+
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 Weight = float | tuple[float, ...]
 
 Setting = bool | float | list[Any] | dict[str, Any]
-"""A value of mergekit's, a gradient of values over the layers, or values with filters, as its YAML."""
+"""The value of a parameter, a gradient of values over the layers, or values with filters, as in the YAML."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ModelParameters:
 
     Attributes:
         weight: One number, a gradient over the layers, or rules of which the first that matches counts.
-        settings: Of a method that mergekit computes all parameters, the weight among them, as in its YAML.
+        settings: Of a method other than a sum all parameters, the weight among them, as in the YAML.
     """
 
     weight: Weight | tuple[WeightRule | float, ...] = 1.0
@@ -94,7 +96,7 @@ class MergeParameters:
         None,
     )
     scale: float = option("Factor on every weight of task arithmetic.", 1.0, key="lambda")
-    settings: Mapping[str, Any] = option("All parameters of a method that mergekit computes, as in its YAML.", dict)
+    settings: Mapping[str, Any] = option("All parameters of a method other than a sum, as in the YAML.", dict)
 
     def __post_init__(self) -> None:
         settle(self, RecipeError)
@@ -355,9 +357,9 @@ class Recipe:
         settle(self, RecipeError, lambda: disagreements(self))
 
     @property
-    def mergekit_method(self) -> MergekitMethod | None:
-        """What mergekit computes; None of a method that is computed here."""
-        return MERGEKIT_METHODS.get(self.merge_method)
+    def method(self) -> MergeMethod | None:
+        """How tensors are merged; None where they are weighted sums."""
+        return None if self.merge_method in SUMS else MERGE_METHODS[self.merge_method]
 
     @property
     def normalizes(self) -> bool:
@@ -376,7 +378,7 @@ class Recipe:
             for entry in self.models
         ]
         numbers = [weight for weight in given if weight is not None]
-        if self.mergekit_method is not None or len(numbers) < len(given):
+        if self.method is not None or len(numbers) < len(given):
             return None
         return effective_weights(numbers, normalize=self.normalizes, scale=self.parameters.scale)
 

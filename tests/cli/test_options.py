@@ -159,6 +159,8 @@ def test_the_page_of_the_recipe_is_up_to_date():
     generator = runpy.run_path(str(ROOT / "docs" / "options.py"))
     page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert generator["written"](page) == page, "run `python docs/options.py`"
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert generator["methods_written"](methods) == methods, "run `python docs/options.py`"
     shown = {kind for _, kind, _ in generator["MARKED"].findall(page)}
     assert shown == {kind.__name__ for kind in SECTIONS}
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.publishing.card.card import Evidence
 from hf_llfc.publishing.lineage import ParentInfo
-from hf_llfc.publishing.record import AlignmentSummary, MergekitRun, Result, RunRecord
+from hf_llfc.publishing.record import AlignmentSummary, Result, RunRecord
 from hf_llfc.recipe import load_recipe
 
 A_REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -79,14 +79,13 @@ def make_evidence(
     results: Sequence[Mapping[str, Any]] = (),
     **of_run: Any,
 ) -> Evidence:
-    """The evidence of a card from plain values; of a folder what mergekit was asked for."""
+    """The evidence of a card from plain values."""
     summaries = tuple(map(AlignmentSummary.from_dict, alignments))
     return Evidence(
         as_parents(models),
         load_recipe(recipe) if recipe else None,
         as_report(report) if report else None,
         RunRecord(summaries, tuple(Result(**row) for row in results), **of_run),
-        MergekitRun.load(folder) if folder is not None else None,
     )
 
 

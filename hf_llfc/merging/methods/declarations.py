@@ -18,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # the typing module alone takes as long to load as Python takes to start
     from typing import Any
 
+    import torch
     from torch import Tensor
 
 
@@ -222,7 +223,9 @@ class MergeMethod:
         function: Callable[..., Any] = vars(import_module(f".{self.module}", __package__))[name]
         return function
 
-    def merge(self, models: Sequence[Tensor], base: Tensor | None, settings: Settings) -> Tensor:
+    def merge(
+        self, models: Sequence[Tensor], base: Tensor | None, settings: Settings, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Merges one tensor that is in memory.
 
         What needs no whole tensor is computed in parts that fit in a processor's cache; the result is rounded once.
@@ -231,23 +234,24 @@ class MergeMethod:
             models: Tensors of one shape and floating-point dtype, on one device; the base is not among them.
             base: That of the base model, if there is one.
             settings: From `settings`, for as many models.
+            dtype: Dtype of the result; that of the models where None.
 
         Returns:
-            A new tensor of that shape and dtype.
+            A new tensor of that shape.
         """
         assert self.base is Base.OPTIONAL or (base is not None) == (self.base is Base.REQUIRED), f"base of {self.name}"
         need = self.need_with(settings)
         if need not in (Need.ELEMENTWISE, Need.TWO_PASSES):
             merged: Tensor = self.load(self.whole)(models, base, settings)
-            return merged
+            return merged if dtype is None else merged.to(dtype)
         from hf_llfc.merging.methods.parts import merge_in_parts, sum_over_parts
 
         combine = self.load(self.function)
         if self.measure is None:
-            return merge_in_parts(lambda *parts: combine(*parts, settings), models, base)
+            return merge_in_parts(lambda *parts: combine(*parts, settings), models, base, dtype)
         measure = self.load(self.measure)
         sums = sum_over_parts(lambda *parts: measure(*parts, settings), models, base)
-        return merge_in_parts(lambda *parts: combine(*parts, settings, sums), models, base)
+        return merge_in_parts(lambda *parts: combine(*parts, settings, sums), models, base, dtype)
 
     def _unknown(self, name: str) -> str:
         names = [parameter.name for parameter in self.parameters]

@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hf_llfc.merging.combination import Combination, Scratch
+
 PART = 1 << 15
 """Elements worked on at a time: enough that calls do not count, few enough for the cache of a processor's core."""
+
+_ROUNDED = Combination((1.0,))
 
 Function = Callable[[Sequence[Tensor], Tensor | None], Tensor]
 """Merges, or measures, the same part of every model's tensor and of the base's."""
@@ -34,21 +38,27 @@ def parts(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
         yield part, [column_n[part] for column_n in columns]
 
 
-def merge_in_parts(function: Function, models: Sequence[Tensor], base: Tensor | None) -> Tensor:
+def merge_in_parts(
+    function: Function, models: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
     """Merges part by part.
 
     Args:
         function: Merges the same part of every tensor, in float64.
-        models: Tensors of one shape; the first one's dtype is that of the result.
+        models: Tensors of one shape.
         base: That of the base model, if there is one.
+        dtype: Dtype of the result, to which it is rounded once; that of the first model where None.
 
     Returns:
         A new contiguous tensor.
     """
-    merged = torch.empty_like(models[0], memory_format=torch.contiguous_format)
+    merged = torch.empty(models[0].shape, dtype=dtype or models[0].dtype)
     merged_n = merged.view(-1)
+    scratch = Scratch(PART)
     for part, columns in parts(models if base is None else [*models, base]):
-        merged_n[part] = function(columns[: len(models)], None if base is None else columns[-1])
+        merged_c = function(columns[: len(models)], None if base is None else columns[-1])
+        if not scratch.combine(_ROUNDED, [merged_c], merged_n[part]):
+            merged_n[part] = merged_c  # not finite: the caller says what that means
     return merged
 
 

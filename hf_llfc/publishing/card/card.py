@@ -32,7 +32,7 @@ from hf_llfc.publishing.numbers import LOSS, is_number, value_text
 from hf_llfc.publishing.page import write_page
 from hf_llfc.publishing.plots import PLOT_FILES, save_plots
 from hf_llfc.publishing.reading import is_far_above, merge_is_outside, read_report
-from hf_llfc.publishing.record import MeasuredData, MergekitRun, RunRecord
+from hf_llfc.publishing.record import MeasuredData, RunRecord
 from hf_llfc.publishing.words import Headline, alignment_sentence, barrier_words, headline, layer_summary
 from hf_llfc.recipe import Recipe
 
@@ -61,14 +61,12 @@ class Evidence:
         recipe: As run, if it is known.
         report: The diagnosis, if there is one.
         record: Alignments, results, versions and hardware of the run.
-        mergekit: What mergekit was asked for, where it computed the weights.
     """
 
     parents: Sequence[ParentInfo]
     recipe: Recipe | None = None
     report: ConnectivityReport | None = None
     record: RunRecord = field(default_factory=RunRecord)
-    mergekit: MergekitRun | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Evidence:
@@ -89,7 +87,12 @@ class Evidence:
             replace(parent, card=read_parent_card(parent.id, parent.revision) or earlier)
             for parent, earlier in zip(parents, recorded, strict=True)
         ]
-        return cls(parents, recipe, report, record, MergekitRun.load(Path(folder)))
+        return cls(parents, recipe, report, record)
+
+    @property
+    def is_average(self) -> bool:
+        """Whether the merge is a weighted sum of its parents, or of their differences from the base."""
+        return self.recipe is None or self.recipe.method is None
 
     @property
     def merged(self) -> list[ParentInfo]:
@@ -181,9 +184,9 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "headline": _headline(evidence),
         "parents": list(zip(letters_of(evidence.parents), evidence.parents, strict=True)),
         "count": number_word(len(evidence.merged)),
-        "method": method_words(recipe, evidence.parents, evidence.mergekit),
+        "method": method_words(recipe, evidence.parents),
         "has_base": any(parent.is_base for parent in evidence.parents),
-        "is_average": evidence.mergekit is None,
+        "is_average": evidence.is_average,
         "alignments": [alignment_sentence(alignment) for alignment in record.alignments],
         "nothing_moved": bool(record.alignments) and all(a.units and not a.moved for a in record.alignments),
         "united": recipe is not None and recipe.tokenizer_source == UNION,
@@ -223,14 +226,14 @@ def _headline(evidence: Evidence) -> Headline:
     of_parents = [loss for loss in losses if is_number(loss)]
     if own is not None and not math.isfinite(own):
         return Headline("The merge is broken.", "Its loss is not finite.")
-    verdict = headline(evidence.report, len(evidence.merged), is_average=evidence.mergekit is None)
+    verdict = headline(evidence.report, len(evidence.merged), is_average=evidence.is_average)
     if own is None or not of_parents:
         return verdict
     listed = " and ".join(value_text(loss, LOSS) for loss in of_parents)
     values = f"loss is {value_text(own, LOSS)}, that of its parents {listed}."
     if is_far_above(own, of_parents):
         return Headline("Warning. The merge is far worse than its parents.", f"Its {values} {verdict.text}")
-    if evidence.mergekit is not None:
+    if not evidence.is_average:
         return replace(verdict, text=f"{verdict.text} This merge is not an average: its {values}")
     return verdict
 

@@ -13,7 +13,7 @@ from hf_llfc.publishing.card.results import standard_error
 from hf_llfc.publishing.lineage import ParentInfo, setting_in_words
 from hf_llfc.publishing.numbers import decimal_text, distance_text, weight_text
 from hf_llfc.publishing.reading import merge_point, shown_layers
-from hf_llfc.publishing.record import MeasuredData, MergekitRun, Result
+from hf_llfc.publishing.record import MeasuredData, Result
 from hf_llfc.recipe import Recipe
 
 
@@ -29,12 +29,14 @@ def letters_of(parents: Sequence[ParentInfo]) -> list[str]:
     return ["θ₀" if parent.is_base else next(names, "…") for parent in parents]
 
 
-def method_words(recipe: Recipe | None, parents: Sequence[ParentInfo], elsewhere: MergekitRun | None) -> str:
+def method_words(recipe: Recipe | None, parents: Sequence[ParentInfo]) -> str:
     """How the parents were combined, as a formula where it is short."""
-    if elsewhere is not None:
-        settings = ", ".join(f"{key} {setting_in_words(value)}" for key, value in elsewhere.parameters.items())
-        computed = f"{elsewhere.title}, computed by mergekit {elsewhere.mergekit}"
-        return f"{computed} with {settings} and seed {elsewhere.seed}" if settings else computed
+    if recipe is not None and recipe.method is not None:
+        method = recipe.method
+        given = [f"{key} {setting_in_words(value)}" for key, value in recipe.parameters.settings.items()]
+        given += [f"seed {recipe.seed}"] if method.random else []
+        settings = f" with {', '.join(given)}" if given else ""
+        return f"{method.title}{settings} ({method.paper})"
     is_arithmetic = recipe is not None and recipe.merge_method == "task_arithmetic"
     name, start = ("task arithmetic", "θ₀ + ") if is_arithmetic else ("weighted average", "")
     terms = "Σ λᵢ·(θᵢ − θ₀)" if is_arithmetic else "Σ wᵢ·θᵢ"

@@ -51,7 +51,7 @@ def render(folder: Path, **changes: Any) -> str:
 
 
 ARITHMETIC = {**RECIPE, "merge_method": "task_arithmetic", "base_model": "google/bert"}
-MERGEKIT_RECIPE = {
+TIES_RECIPE = {
     **RECIPE,
     "merge_method": "ties",
     "base_model": f"google/bert@{'9' * 40}",
@@ -59,15 +59,9 @@ MERGEKIT_RECIPE = {
         {**RECIPE["models"][0], "parameters": {"weight": 0.5, "density": 0.25}},
         {**RECIPE["models"][1], "parameters": {"density": [0.25, 0.75], "weight": [{"filter": "mlp", "value": 1}]}},
     ],
+    "parameters": {"normalize": True, "lambda": 0.5},
     "seed": 7,
 }
-
-
-def by_mergekit(folder: Path) -> None:
-    """Says that mergekit computed the weights of a folder."""
-    settings = {"normalize": True, "lambda": 0.5}
-    method = {"method": "ties", "title": "TIES", "mergekit": "0.1.5", "parameters": settings, "seed": 7}
-    (folder / "llfc" / "method.json").write_text(json.dumps(method))
 
 
 def evaluated(loss: float) -> list[dict[str, Any]]:
@@ -138,7 +132,7 @@ ALL_HEADINGS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["merge", "align_first", "not_diagnosed", "not_finite", "far_worse", "by_mergekit"])
+@pytest.mark.parametrize("name", ["merge", "align_first", "not_diagnosed", "not_finite", "far_worse", "ties"])
 def test_cards_are_as_they_were_approved(tmp_path: Path, name: str) -> None:
     """Set HF_LLFC_UPDATE_GOLDEN=1 to write the files again, then read what changed."""
     folder = make_folder(tmp_path)
@@ -155,11 +149,10 @@ def test_cards_are_as_they_were_approved(tmp_path: Path, name: str) -> None:
         path = [{"alpha": alpha, "loss": alpha, "metrics": {"accuracy": 0.5}} for alpha in (0, 0.5, 1)]
         path[1] |= {"loss": None, "metrics": {"accuracy": None}}
         changes = {"report": make_report(path=path, barrier={"loss": None, "error": None})}
-    if name in ("far_worse", "by_mergekit"):
+    if name in ("far_worse", "ties"):
         changes = {"results": evaluated(2.0 if name == "far_worse" else 0.375)}
-    if name == "by_mergekit":
-        by_mergekit(folder)
-        recipe, report = MERGEKIT_RECIPE, make_report()
+    if name == "ties":
+        recipe, report = TIES_RECIPE, make_report()
         report["models"] = [{**model, "weight": None} for model in report["models"]]
         models = [{**vars(parent), "card": {}} for parent in models_of(load_recipe(recipe), None)]
         changes |= {"recipe": recipe, "models": models, "report": report}
@@ -662,7 +655,6 @@ def spoiled_record(**changes: Any) -> str:
         (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("- 1"), "holds no recipe"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").write_text("modells: []"), "recipe.yaml: the recipe cannot"),
         (lambda folder: (folder / "llfc" / "recipe.yaml").unlink(), "must name the parents"),
-        (lambda folder: (folder / "llfc" / "method.json").write_text('{"title": 3}'), "not what is expected there"),
         (lambda folder: (folder / "llfc" / "llfc_report.json").write_text("[]"), "holds no report"),
         (lambda folder: (folder / "llfc" / "run.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "llfc" / "run.json").write_text("{}"), "no record of a run"),
