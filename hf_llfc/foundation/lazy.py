@@ -24,6 +24,6 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return vars(import_module(homes[name], package))[name]
+        return getattr(import_module(homes[name], package), name)
 
     return find

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hf_llfc.specs import bind, spec_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -18,6 +17,7 @@ from hf_llfc.adapters.derived import derived_spec, model_class_for, shrunken, ve
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.names import disk_state
+from hf_llfc.parents.specs import bind, spec_of
 from hf_llfc.symmetry import PermutationSpec
 from tests.properties.invariance import shapes
 from tests.properties.test_families import config_of

@@ -192,7 +192,7 @@ def test_a_pair_is_merged_diagnosed_and_described(shelf):
     assert recipe["tokenizer_source"] == "union"
     report = json.loads((shelf / "out" / "llfc" / "llfc_report.json").read_text())
     assert len(report["path"]) == 3 and all(point["loss"] > 0 for point in report["path"])
-    assert "The vocabulary is the union of those of all models" in (shelf / "out" / "README.md").read_text()
+    assert "The vocabulary is the union of the vocabularies of all models" in (shelf / "out" / "README.md").read_text()
 
 
 def test_the_plan_says_who_lacks_how_many(shelf, capsys):
