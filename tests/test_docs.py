@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_llfc.cli import main
 from hf_llfc.cli.arguments import parse
-from hf_llfc.merging.mergekit_methods import MERGEKIT_METHODS
 from hf_llfc.recipe import load_recipe
 from tests.docs_inputs import make_inputs
 from tests.runs import byte_llama
@@ -92,13 +91,11 @@ def reason_not_to_run(command: list[str]) -> str | None:
     """Why a command of hf-llfc is only parsed here."""
     name = command[1]
     if name in ("push", "register-extension"):
-        return "changes the Hub or the user's home; tests/publishing and tests/test_extension.py run it"
+        return "changes the Hub or the user's home; tests/publishing and tests/cli/test_extension.py run it"
     if name == "demo":
         return "trains models for minutes; .ci/run runs it"
     if any(word.startswith(("ORG/", "NAMESPACE/")) for word in command):
         return "names models on the Hub"
-    if set(command) & set(MERGEKIT_METHODS):
-        return "needs mergekit; tests/test_mergekit.py runs it"
     if any(word.isupper() and word in ("RECIPE", "REPO_ID") for word in command):
         return "names no recipe"
     return None
