@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_llfc.adapters.blocks import embedding, gated_mlp, head, heads_of, layer, linear, norm, within
 from hf_llfc.adapters.compose import Part, occurring
 from hf_llfc.adapters.declare import declare
-from hf_llfc.adapters.families.llama import BOTH_NORMS, fused_experts
+from hf_llfc.adapters.families.llama_parts import BOTH_NORMS, fused_experts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,7 +23,7 @@ from hf_llfc.adapters.blocks import (
 )
 from hf_llfc.adapters.compose import occurring
 from hf_llfc.adapters.declare import declare
-from hf_llfc.adapters.families.llama import rotary_channels
+from hf_llfc.adapters.families.llama_parts import rotary_channels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -23,13 +23,8 @@ from hf_llfc.adapters.blocks import (
 )
 from hf_llfc.adapters.compose import Part, occurring
 from hf_llfc.adapters.declare import declare
-from hf_llfc.adapters.families.llama import (
-    MIXTRAL_EXPERTS,
-    fused_experts,
-    optional,
-    rotary_channels,
-    shared_experts,
-)
+from hf_llfc.adapters.families.llama import optional
+from hf_llfc.adapters.families.llama_parts import MIXTRAL_EXPERTS, fused_experts, rotary_channels, shared_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
