@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hf_llfc.alignment.together import align_all
 from hf_llfc.checkpoints import open_checkpoint, state_dict_on_disk
-from hf_llfc.errors import RecipeError
 from hf_llfc.merging import Merge
 from hf_llfc.parents.data import evaluate_parents
 from hf_llfc.parents.fitting import refuse_changed
@@ -53,18 +52,13 @@ def align_parents(run: RunContext) -> RunContext:
 
 
 def find_broken(run: RunContext) -> Broken | None:
-    """The layers that a recipe wants kept as they are in one model; None where it does not.
-
-    Raises:
-        RecipeError: The weights differ among tensors already.
-    """
+    """The layers that a recipe wants kept as they are in one model; None where it does not."""
     recipe = run.recipe
     if recipe.keep_where_broken is None:
         return None
     assert run.data is not None and recipe.diagnose is not None, "the reader of recipes asks for both"
     weights = recipe.weights
-    if weights is None:
-        raise RecipeError("keep_where_broken: needs one weight a model, and these differ among tensors")
+    assert weights is not None, "a recipe with one weight a model"
     from hf_llfc.diagnostics.checkpoints import broken_tensors
     from hf_llfc.diagnostics.streaming import Execution
 

@@ -31,7 +31,8 @@ def disagreements(recipe: Recipe) -> list[str]:
         missing = [f"models.{place}" for place, has in enumerate(given) if not has]
         problems.append(f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none")
     try:
-        _ = recipe.weights
+        if recipe.weights is None and recipe.keep_where_broken is not None and recipe.method is None:
+            problems.append("keep_where_broken: needs one weight a model, and these differ among tensors")
     except RecipeError as error:
         problems.append(f"models: {error}")
     names = [entry.model for entry in recipe.models]

@@ -1,0 +1,98 @@
+"""A plan's steps and costs, against figures worked out by hand from the shapes of tiny Llamas."""
+
+import pytest
+
+from hf_llfc.errors import RecipeError
+from hf_llfc.pipeline.planning import plan
+from hf_llfc.recipe import load_recipe
+from tests.runs import byte_llama, saved, text_data
+
+HIDDEN, NEURONS, LAYERS, VOCABULARY = 24, 40, 2, 256
+QUERIES, KEYS = 6 * 8, 2 * 8
+ELEMENTS = (
+    2 * VOCABULARY * HIDDEN  # embedding and head
+    + LAYERS * (3 * HIDDEN * NEURONS + 2 * HIDDEN * QUERIES + 2 * HIDDEN * KEYS + 2 * HIDDEN)
+    + HIDDEN
+)
+BYTES = 4 * ELEMENTS
+LARGEST = 4 * VOCABULARY * HIDDEN
+"""Bytes of the largest tensor."""
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    for seed, name in enumerate(("base", "a", "b")):
+        saved(byte_llama(seed), folder / name)
+    text_data(folder)
+    return folder
+
+
+def planned(shelf, **changes):
+    models = [{"model": str(shelf / name), "parameters": {"weight": 0.5}} for name in "ab"]
+    return plan(load_recipe({"models": models, "output_dir": str(shelf / "out"), **changes}))
+
+
+def diagnosis(shelf):
+    return {"task": "text-generation", "dataset": str(shelf / "text.txt"), "tokenizer": "bytes", "alphas": 5}
+
+
+def steps_of(answer):
+    return {row["step"]: row["what"] for row in answer["steps"]}
+
+
+def test_a_plain_merge_reads_every_parent_once(shelf):
+    answer = planned(shelf)
+    assert list(steps_of(answer)) == ["read", "merge", "write"]
+    assert steps_of(answer)["merge"] == "linear of 2 models, 21 tensors"
+    assert answer["cost"] == {
+        "bytes_read": 2 * BYTES,
+        "bytes_written": BYTES,
+        "peak_memory_bytes": (2 + 2) * LARGEST,
+    }
+    assert not (shelf / "out").exists()
+
+
+def test_a_narrower_result_is_smaller(shelf):
+    assert planned(shelf, out_dtype="bfloat16")["cost"]["bytes_written"] == BYTES // 2
+
+
+def test_alignment_reads_twice_and_names_what_may_move(shelf):
+    answer = planned(shelf, align={"method": "weight_matching", "exclude": ["residual"]})
+    said = steps_of(answer)["align"]
+    assert said.startswith("weight_matching over ") and "residual" not in said and said.endswith(f"onto {shelf / 'a'}")
+    assert answer["cost"]["bytes_read"] == 4 * BYTES
+    assert answer["cost"]["matching"]["bytes"] == BYTES and answer["cost"]["matching"]["operations"] > 0
+
+
+def test_task_vectors_are_aligned_onto_their_base(shelf):
+    answer = planned(
+        shelf,
+        merge_method="task_arithmetic",
+        base_model=str(shelf / "base"),
+        align={"method": "weight_matching", "together": "universe"},
+    )
+    assert steps_of(answer)["align"].endswith(f"onto {shelf / 'base'}, in a universe of 3 models")
+    assert answer["cost"]["bytes_read"] == 2 * 3 * BYTES
+
+
+@pytest.mark.parametrize(
+    ("changes", "points"),
+    [
+        ({}, 5),
+        ({"merge_method": "ties", "parameters": {"density": 0.5}, "base_model": "base"}, 5),
+        ({"merge_method": "task_arithmetic", "base_model": "base"}, 3 + 4),  # three models, four scales of the sum
+    ],
+)
+def test_a_diagnosis_says_how_many_points_it_measures(shelf, changes, points):
+    if "base_model" in changes:
+        changes = {**changes, "base_model": str(shelf / "base")}
+    answer = planned(shelf, diagnose=diagnosis(shelf), **changes)
+    assert steps_of(answer)["diagnose"] == f"text-generation on {shelf / 'text.txt'}, {points} points"
+    assert answer["cost"]["peak_memory_bytes"] == (3 + ("base_model" in changes)) * BYTES
+
+
+def test_blocks_cannot_be_kept_where_weights_differ_among_tensors(shelf):
+    models = [{"model": str(shelf / name), "parameters": {"weight": weight}} for name, weight in zip("ab", ([0, 1], 1))]
+    with pytest.raises(RecipeError, match="keep_where_broken: needs one weight a model"):
+        planned(shelf, models=models, keep_where_broken={}, diagnose=diagnosis(shelf))
