@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_llfc.diagnostics.points import TASK_SCALES
 from hf_llfc.errors import RecipeError
 from hf_llfc.pipeline.planning import plan
 from hf_llfc.recipe import load_recipe
@@ -62,7 +63,7 @@ def test_alignment_reads_twice_and_names_what_may_move(shelf):
     said = steps_of(answer)["align"]
     assert said.startswith("weight_matching over ") and "residual" not in said and said.endswith(f"onto {shelf / 'a'}")
     assert answer["cost"]["bytes_read"] == 4 * BYTES
-    assert answer["cost"]["matching"]["bytes"] == BYTES and answer["cost"]["matching"]["operations"] > 0
+    assert 0 < answer["cost"]["matching"]["bytes"] < BYTES and answer["cost"]["matching"]["operations"] > 0
 
 
 def test_task_vectors_are_aligned_onto_their_base(shelf):
@@ -81,7 +82,10 @@ def test_task_vectors_are_aligned_onto_their_base(shelf):
     [
         ({}, 5),
         ({"merge_method": "ties", "parameters": {"density": 0.5}, "base_model": "base"}, 5),
-        ({"merge_method": "task_arithmetic", "base_model": "base"}, 3 + 4),  # three models, four scales of the sum
+        (
+            {"merge_method": "task_arithmetic", "base_model": "base"},
+            3 + len({*TASK_SCALES, 1.0} - {0.0}),
+        ),  # the models, and every scale of the sum
     ],
 )
 def test_a_diagnosis_says_how_many_points_it_measures(shelf, changes, points):
@@ -93,6 +97,7 @@ def test_a_diagnosis_says_how_many_points_it_measures(shelf, changes, points):
 
 
 def test_blocks_cannot_be_kept_where_weights_differ_among_tensors(shelf):
-    models = [{"model": str(shelf / name), "parameters": {"weight": weight}} for name, weight in zip("ab", ([0, 1], 1))]
+    weights = {"a": [0, 1], "b": 1}
+    models = [{"model": str(shelf / name), "parameters": {"weight": weight}} for name, weight in weights.items()]
     with pytest.raises(RecipeError, match="keep_where_broken: needs one weight a model"):
         planned(shelf, models=models, keep_where_broken={}, diagnose=diagnosis(shelf))

@@ -117,7 +117,8 @@ def test_the_table_has_the_losses_of_parents_and_merge(opened, shelf):
 def test_no_block_is_broken_between_a_model_and_itself(opened, shelf):
     changes = {"diagnose": data(shelf), "keep_where_broken": {"ratio": 0.5}}
     with opened("a", "a", **changes).staged() as run:
-        assert find_broken(run) == Broken([], [])
+        broken = find_broken(run)
+    assert broken is not None and not broken.blocks and not broken.tensors
 
 
 def test_an_input_is_never_the_output(opened, shelf):
