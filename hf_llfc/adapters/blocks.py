@@ -190,10 +190,7 @@ def batch_norm(name: str, axis: str) -> list[str]:
 
 
 def attention(
-    query: str,
-    key: str,
-    value: str,
-    output: str,
+    names: Sequence[str],
     heads: Heads,
     *,
     residual: str = "residual",
@@ -204,16 +201,14 @@ def attention(
     """Attention with separate projections, see `heads_of`.
 
     Args:
-        query: Name of the query projection.
-        key: Name of the key projection.
-        value: Name of the value projection.
-        output: Name of the output projection.
+        names: Names of the projections of queries, keys and values, and of the output.
         heads: Their axes.
         residual: What queries are made from and the output is added to.
         context: What keys and values are made from; `residual` where None.
         bias: Whether queries, keys and values have a bias; None means that a checkpoint may or may not have one.
         output_bias: Whether the output has one.
     """
+    query, key, value, output = names
     return [
         *linear(query, heads.queries, residual, bias=bias),
         *linear(key, heads.keys, context or residual, bias=bias),
@@ -319,7 +314,7 @@ def windowed_attention(
     globally = re.sub(r"\w*head_dim", global_head_dim, heads.queries)
     projections = (f"{name}.query", f"{name}.key", f"{name}.value")
     return [
-        *attention(*projections, output, heads, residual=residual, bias=True, output_bias=True),
+        *attention((*projections, output), heads, residual=residual, bias=True, output_bias=True),
         *linear(f"{name}.query_global", globally, residual, bias=True),
         *linear(f"{name}.key_global", globally, residual, bias=True),
         *linear(f"{name}.value_global", heads.values, residual, bias=True),

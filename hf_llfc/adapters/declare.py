@@ -33,7 +33,6 @@ def declare(
     prefix: str = "",
     other_prefixes: Iterable[str] = (),
     old_endings: Mapping[str, str] | None = None,
-    other_places: Mapping[str, str] | None = None,
 ) -> PermutationSpec:
     """Builds the permutation spec of a family from its blocks.
 
@@ -48,7 +47,6 @@ def declare(
         prefix: The head prefix, with its dot; names with and without it are the same tensor.
         other_prefixes: Head prefixes that some heads write instead of it.
         old_endings: How names ended in old checkpoints → how they end now.
-        other_places: How names begin → how they begin in other checkpoints of the same model.
 
     Raises:
         SpecError: The declarations contradict themselves.
@@ -61,12 +59,25 @@ def declare(
         prefix=prefix,
         other_prefixes=other_prefixes,
         old_endings=old_endings,
-        other_layouts=partial(_other_layouts, config, dict(other_places or {})),
     )
+    spec = with_other_places(spec, config)
     architectures = config.architectures or []
     bare = bool(architectures) and all(returns_features(name) for name in architectures)
     present = [axis for axis in outputs if any(axis in (name, name.split(".")[0]) for name in spec.symmetric_axes)]
     return spec.fix(*present) if bare and present else spec
+
+
+def with_other_places(
+    spec: PermutationSpec, config: PreTrainedConfig, other_places: Mapping[str, str] | None = None
+) -> PermutationSpec:
+    """A spec that also knows the names in memory, and those of other checkpoints of the same model.
+
+    Args:
+        spec: The spec.
+        config: The config it describes.
+        other_places: How names begin → how they begin in other checkpoints.
+    """
+    return replace(spec, other_layouts=partial(_other_layouts, config, dict(other_places or {})))
 
 
 def _other_layouts(

@@ -89,10 +89,8 @@ class PermutationSpec:
         prefix: str = "",
         other_prefixes: Iterable[str] = (),
         old_endings: Mapping[str, str] | None = None,
-        other_layouts: Callable[[PermutationSpec], Sequence[TensorSpec]] | None = None,
-        origin: str = "hand-written",
     ) -> PermutationSpec:
-        """Builds a spec from declarations such as `encoder.0.weight  neurons.0  residual`.
+        """Builds a hand-written spec from declarations such as `encoder.0.weight  neurons.0  residual`.
 
         Args:
             lines: One tensor each, see `TensorSpec.from_line`.
@@ -103,8 +101,6 @@ class PermutationSpec:
             prefix: The head prefix, with its dot.
             other_prefixes: See the class.
             old_endings: See the class.
-            other_layouts: See the class.
-            origin: See the class.
 
         Returns:
             The spec.
@@ -122,9 +118,7 @@ class PermutationSpec:
                 problems.append(f"{tensor.name} is declared twice")
             seen.add((tensor.name, tensor.condition))
         raise_all(problems, SpecError, f"the permutation spec of {model_type or 'this model'} contradicts itself")
-        return cls(
-            model_type, axes, tensors, prefix, tuple(other_prefixes), dict(old_endings or {}), other_layouts, origin
-        )
+        return cls(model_type, axes, tensors, prefix, tuple(other_prefixes), dict(old_endings or {}))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole spec as JSON values, the names in memory included, so that a file can carry it."""

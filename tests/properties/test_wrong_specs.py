@@ -1,6 +1,7 @@
 """Mistakes that tools made with these architectures, each written as a spec: the invariance test sees them."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -34,15 +35,15 @@ def edited(
             assert count or not expression.strip(), line
         lines.append(f"{name}  {expression}")
     assert lines != list(map(declaration, spec.declarations))
-    return PermutationSpec.from_lines(
+    wrong = PermutationSpec.from_lines(
         lines,
         sizes={axis.name: axis.size for axis in spec.axes.values()}
         | {axis: spec.axes[size].size if isinstance(size, str) else size for axis, size in new.items()},
         symmetric=[*(axis for axis in spec.symmetric_axes if axis in " ".join(lines)), *new],
         model_type=spec.model_type,
         prefix=spec.prefix,
-        other_layouts=partial(in_memory_layout, config),
     )
+    return replace(wrong, other_layouts=partial(in_memory_layout, config))
 
 
 WRONG_SPECS = {

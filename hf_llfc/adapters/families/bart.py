@@ -98,7 +98,7 @@ def bart(config: Any) -> PermutationSpec:
 
     def attend(name: str, heads: Heads, residual: str, context: str | None = None) -> list[str]:
         parts = (f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj", f"{name}.out_proj")
-        block = attention(*parts, heads, residual=residual, context=context, output_bias=True)
+        block = attention(parts, heads, residual=residual, context=context, output_bias=True)
         return [*block, *layer_norm(f"{name}_layer_norm", residual)]
 
     def stack(name: str, count: int, *attentions: list[str]) -> list[str]:

@@ -171,7 +171,7 @@ def bert(config: BertConfig) -> PermutationSpec:
         if layout.windowed:
             return [*windowed_attention(f"{name}.self", f"{name}.output.dense", heads, "global_head_dim"), *norm]
         bias = options.get("use_bias", True)  # BigBird's
-        return [*attention(*parts, heads, context=context, bias=bias, output_bias=True), *norm]
+        return [*attention(parts, heads, context=context, bias=bias, output_bias=True), *norm]
 
     blocks = [
         *within(
@@ -236,10 +236,7 @@ def distilbert(config: DistilBertConfig) -> PermutationSpec:
                 "transformer.layer",
                 config.n_layers,
                 attention(
-                    "attention.q_lin",
-                    "attention.k_lin",
-                    "attention.v_lin",
-                    "attention.out_lin",
+                    ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
                     heads,
                     bias=True,
                     output_bias=True,

@@ -35,7 +35,9 @@ def _layers(config: Any) -> list[str]:
         config.num_hidden_layers,
         layer_norm("layer_norm1"),
         attention(
-            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", _heads(config), bias=True
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
+            _heads(config),
+            bias=True,
         ),
         layer_norm("layer_norm2"),
         mlp("mlp.fc1", "mlp.fc2", bias=True),

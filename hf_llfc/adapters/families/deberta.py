@@ -52,10 +52,7 @@ def deberta_v2(config: DebertaV2Config) -> PermutationSpec:
     name = "attention.self"
     attend = [
         *attention(
-            f"{name}.query_proj",
-            f"{name}.key_proj",
-            f"{name}.value_proj",
-            "attention.output.dense",
+            (f"{name}.query_proj", f"{name}.key_proj", f"{name}.value_proj", "attention.output.dense"),
             heads,
             bias=True,
             output_bias=True,

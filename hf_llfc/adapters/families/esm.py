@@ -43,10 +43,7 @@ def esm(config: EsmConfig) -> PermutationSpec:
                 depth,
                 layer_norm("attention.LayerNorm"),
                 attention(
-                    "attention.self.query",
-                    "attention.self.key",
-                    "attention.self.value",
-                    "attention.output.dense",
+                    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
                     heads,
                     bias=True,
                     output_bias=True,

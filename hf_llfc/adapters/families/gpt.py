@@ -215,7 +215,7 @@ LAYOUTS: dict[str, Layout] = {
         _free_heads,
         lambda heads: [
             *norm("ln_1"),
-            *within("attn.attention", attention(*PROJECTIONS, heads, bias=False, output_bias=True), OLD_BUFFERS),
+            *within("attn.attention", attention(PROJECTIONS, heads, bias=False, output_bias=True), OLD_BUFFERS),
             *norm("ln_2"),
             *WITH_C_FC,
         ],
@@ -242,7 +242,7 @@ LAYOUTS: dict[str, Layout] = {
         _gptj_heads,
         lambda heads: [
             *norm("ln_1"),
-            *within("attn", attention(*PROJECTIONS, heads), OLD_BUFFERS),
+            *within("attn", attention(PROJECTIONS, heads), OLD_BUFFERS),
             *WITH_FC_IN,
         ],
         lambda config: config.n_inner,

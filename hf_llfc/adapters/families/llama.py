@@ -462,7 +462,7 @@ def _attention(
             *linear(layout.projections[-1], "residual", heads.output),
         ]
     else:
-        lines = attention(*layout.projections, heads)
+        lines = attention(layout.projections, heads)
     if _has_qk_norms(layout, values) and layout.qk_gain == "names":
         lines += [line for name in layout.qk_norms for line in _norm_of_each_head(name, heads)]
     elif _has_qk_norms(layout, values):

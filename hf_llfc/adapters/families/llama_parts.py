@@ -167,7 +167,7 @@ def mimo_attention(config: PreTrainedConfig, index: int) -> Part:
         prefix="window_" if window else "",
     )
     sink = [f"attention_sink_bias  {heads.query_heads}"] if window else []
-    return Part((*attention(*PROJECTIONS, heads), *sink), heads.sizes, heads.symmetric)
+    return Part((*attention(PROJECTIONS, heads), *sink), heads.sizes, heads.symmetric)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.adapters.blocks import linear, rms_norm
 from hf_llfc.adapters.compose import occurring, part_of
-from hf_llfc.adapters.declare import declare
+from hf_llfc.adapters.declare import declare, with_other_places
 
 if TYPE_CHECKING:
     from hf_llfc.symmetry.spec import PermutationSpec
@@ -37,7 +37,7 @@ def llava(config: Any) -> PermutationSpec:
             *linear("multi_modal_projector.linear_1", "projector", into),
             *linear("multi_modal_projector.linear_2", "residual", "projector"),
         ]
-    return declare(
+    spec = declare(
         config,
         images.lines,
         projector,
@@ -51,5 +51,5 @@ def llava(config: Any) -> PermutationSpec:
         ),
         outputs=("residual",),
         # CLIP and SigLIP towers were stored under one more name.
-        other_places={"vision_tower.": "vision_tower.vision_model."},
     )
+    return with_other_places(spec, config, {"vision_tower.": "vision_tower.vision_model."})

@@ -41,10 +41,7 @@ def mpnet(config: MPNetConfig) -> PermutationSpec:
                 "encoder.layer",
                 config.num_hidden_layers,
                 attention(
-                    "attention.attn.q",
-                    "attention.attn.k",
-                    "attention.attn.v",
-                    "attention.attn.o",
+                    ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
                     heads,
                     bias=True,
                     output_bias=True,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.adapters.blocks import gated_mlp, heads_of, layer_norm, layers, linear, mlp, norm, within
 from hf_llfc.adapters.compose import part_of, renamed
-from hf_llfc.adapters.declare import declare
+from hf_llfc.adapters.declare import declare, with_other_places
 
 if TYPE_CHECKING:
     from hf_llfc.symmetry.spec import PermutationSpec
@@ -53,7 +53,7 @@ def qwen2_vl(config: Any) -> PermutationSpec:
         *mergers,
     ]
     words = part_of(config.text_config, "model.language_model", heads={"lm_head": "lm_head"})
-    return declare(
+    spec = declare(
         config,
         within("model.visual", renamed(tower, residual="vision_residual", neurons="vision_neurons", out="residual")),
         words.lines,
@@ -69,8 +69,8 @@ def qwen2_vl(config: Any) -> PermutationSpec:
         outputs=("residual",),
         prefix="model.",
         # The language model alone was under `model`.
-        other_places={"model.language_model.": "model."},
     )
+    return with_other_places(spec, config, {"model.language_model.": "model."})
 
 
 def _merger(first: str, second: str, into: str, neurons: str) -> list[str]:

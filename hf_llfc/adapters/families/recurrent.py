@@ -6,7 +6,8 @@ layers, each made of norms, mixers (attention or a recurrence) and an MLP or exp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.adapters.blocks import (
@@ -44,7 +45,6 @@ def _decoder(
     sizes: dict[str, int | None] | None = None,
     root: str = "model",
     embeddings: str = "embed_tokens",
-    other_prefixes: Iterable[str] = (),
     beside: Sequence[str] = (),
 ) -> PermutationSpec:
     """Declares a decoder with any of its heads.
@@ -56,7 +56,6 @@ def _decoder(
         sizes: Sizes of the axes that no `Part` declares.
         root: The head prefix.
         embeddings: The embedding.
-        other_prefixes: Prefixes that some heads write instead of `root`.
         beside: Declarations outside of `root`.
     """
     declared: dict[str, int | None] = {}
@@ -81,7 +80,6 @@ def _decoder(
         symmetric=occurring(symmetric, lines),
         outputs=("residual",),
         prefix=f"{root}.",
-        other_prefixes=other_prefixes,
     )
 
 
@@ -336,8 +334,8 @@ def nemotron_h(config: PreTrainedConfig) -> PermutationSpec:
         },
         root="backbone",
         embeddings="embeddings",
-        other_prefixes=("model.",),
     )
+    spec = replace(spec, other_prefixes=("model.",))
     # Experts chosen group by group could only move inside their group.
     return spec.fix("experts") if config.n_group > 1 and "moe" in kinds else spec
 
@@ -413,7 +411,7 @@ def minimax(config: PreTrainedConfig) -> PermutationSpec:
         "full_attention": _attention("self_attn", config),
     }
     experts = MIXTRAL_EXPERTS.lines
-    return _decoder(
+    spec = _decoder(
         config,
         [
             (norm("input_layernorm"), mixers[kind], norm("post_attention_layernorm"), experts)
@@ -421,8 +419,8 @@ def minimax(config: PreTrainedConfig) -> PermutationSpec:
         ],
         last_norm="norm",
         sizes={"neurons": config.intermediate_size, "experts": config.num_local_experts, "block": config.block_size},
-        other_prefixes=("transformer.",),
     )
+    return replace(spec, other_prefixes=("transformer.",))
 
 
 def qwen3_next(config: PreTrainedConfig) -> PermutationSpec:
@@ -459,7 +457,7 @@ def qwen3_next(config: PreTrainedConfig) -> PermutationSpec:
             *(block.lines if isinstance(block, Part) else block for block in blocks(attention, bool(experts))),
         ),
     ]
-    return _decoder(
+    spec = _decoder(
         config,
         [blocks(mixers[kind], routes) for kind, routes in zip(config.layer_types, is_routed, strict=True)],
         last_norm="norm",
@@ -475,5 +473,5 @@ def qwen3_next(config: PreTrainedConfig) -> PermutationSpec:
         },
         # The layer that predicts a further token, which transformers skips.
         beside=optional([line.replace("{i}", "mtp") for line in within("mtp", further)]),
-        other_prefixes=("transformer.",),
     )
+    return replace(spec, other_prefixes=("transformer.",))

@@ -61,7 +61,7 @@ def swin(config: SwinConfig | Swinv2Config) -> PermutationSpec:
             stage,
             depth,
             layer_norm("layernorm_before", channels),
-            attention(*parts, heads, residual=channels, output_bias=True),
+            attention(parts, heads, residual=channels, output_bias=True),
             positions,
             # Buffers of older checkpoints.
             [f"{name}.relative_position_index?~  window.{stage} window.{stage}"],

@@ -41,7 +41,7 @@ def t5(config: Any) -> PermutationSpec:
 
     def attend(layer: int, name: str, norm: str, heads: Heads) -> list[str]:
         parts = (f"{name}.q", f"{name}.k", f"{name}.v", f"{name}.o")
-        block = [*attention(*parts, heads, bias=False, output_bias=False), *rms_norm(norm)]
+        block = [*attention(parts, heads, bias=False, output_bias=False), *rms_norm(norm)]
         return within(f"layer.{layer}", block)
 
     def feed_forward(layer: int, neurons: str) -> list[str]:

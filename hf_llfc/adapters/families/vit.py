@@ -144,7 +144,7 @@ def vit(config: Any) -> PermutationSpec:
                 layout.layers,
                 config.num_hidden_layers,
                 layer_norm(layout.norms[0]),
-                attention(*layout.attention, heads),
+                attention(layout.attention, heads),
                 layer_norm(layout.norms[1]),
                 feed_forward,
                 [f"{scale}  residual" for scale in layout.scales],

@@ -39,10 +39,7 @@ def wav2vec2(config: Any) -> PermutationSpec:
     inner_positions = [f"position_{layer}" for layer in range(config.num_conv_pos_embeddings - 1)]
     layer = [
         *attention(
-            "attention.q_proj",
-            "attention.k_proj",
-            "attention.v_proj",
-            "attention.out_proj",
+            ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.out_proj"),
             heads,
             bias=True,
             output_bias=True,
