@@ -14,7 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +320,8 @@ def _merge(
     def say(description: str, done: int, total: int) -> None:
         progress(f"merging {name}: {description}", done, total)
 
-    result = run(load_recipe(path), progress=say)
+    # A run that was stopped as its output had just been moved into place finishes over it.
+    result = run(replace(load_recipe(path), overwrite=merged.exists()), progress=say)
     assert result.report is not None
     return result.report
 
