@@ -20,21 +20,17 @@ IRRELEVANT = ("output_dir", "overwrite", "max_memory", "device", "log_with", "lo
 """Keys of a recipe that say where a result goes and how it is made, not what it is."""
 
 
-def identity_of_run(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], versions: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+def identity_of_run(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
     """What determines the output of a run.
 
     Args:
         recipe: As it is run.
         checkpoints: All that it reads.
-        versions: Of other programs that it runs, by name.
     """
     calibration = recipe.diagnose.batch_norm.data if recipe.diagnose is not None else None
     measured = recipe.diagnose.data if recipe.diagnose is not None else None
     settings = {key: value for key, value in recipe.to_dict().items() if key not in IRRELEVANT}
-    programs = {"programs": dict(versions)} if versions else {}
-    return identity_of({"recipe": settings, **programs}, checkpoints, [recipe.align.calibration, measured, calibration])
+    return identity_of({"recipe": settings}, checkpoints, [recipe.align.calibration, measured, calibration])
 
 
 def identity_of(

@@ -47,18 +47,17 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
     return held
 
 
-def refuse_without_room(output: OutputFolder, infos: Mapping[str, TensorInfo], *, copies: int = 0) -> None:
+def refuse_without_room(output: OutputFolder, infos: Mapping[str, TensorInfo]) -> None:
     """Refuses to begin where the weights will not fit on the disk.
 
     Args:
         output: Where they go.
         infos: What is written.
-        copies: How many other models of that size lie there on the way.
 
     Raises:
         CheckpointError: They do not.
     """
-    needed = (1 + copies) * sum(info.nbytes for info in infos.values()) + _ROOM_BESIDE
+    needed = sum(info.nbytes for info in infos.values()) + _ROOM_BESIDE
     free = output.free_bytes()
     if needed > free:
         raise CheckpointError(
