@@ -292,7 +292,16 @@ def two_processes(parents: Path, out: Path) -> str:
     for name, words in (("one", []), ("two", launcher)):
         recipe = ROOT / "recipes" / "fashion_mlp_independent.yaml"
         target = f"output_dir={out / ('processes-' + name)}"
-        command = [sys.executable, *words, "-m", "hf_llfc", "--import", "tests.mlp_model", str(recipe), target]
+        command = [
+            sys.executable,
+            *words,
+            "-m",
+            "hf_llfc",
+            "--import",
+            str(ROOT / "tests" / "mlp_model.py"),
+            str(recipe),
+            target,
+        ]
         command += ["overwrite=true", "--format", "json"]
         started = time.perf_counter()
         outcomes.append(

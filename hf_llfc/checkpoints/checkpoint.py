@@ -79,6 +79,7 @@ class Checkpoint:
         canonical: The permutation spec of its canonical form, if its tensors are in that; see
             `hf_llfc.checkpoints.views.canonical`.
         reindexing: How its rows lie in a union of vocabularies, if they do; see `hf_llfc.checkpoints.views.reindexed`.
+        trust_remote_code: Whether code that comes with it may be run.
     """
 
     id: str
@@ -95,6 +96,7 @@ class Checkpoint:
     adapter: Adapter | None = None
     canonical: PermutationSpec | None = None
     reindexing: Reindexing | None = None
+    trust_remote_code: bool = False
 
     @property
     def config(self) -> PreTrainedConfig:

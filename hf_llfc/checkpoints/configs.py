@@ -14,6 +14,8 @@ from hf_llfc.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
 
 class UnknownConfig(PreTrainedConfig):
     """The values of a config whose model type transformers does not know."""
@@ -54,7 +56,7 @@ def load_config(
             return AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
         known = find_config_class(str(model_type))
         if known is not None:
-            return known.from_dict(raw)
+            return known.from_dict(_without_implementations(raw))
     except Exception as error:  # a config class may raise anything on values it does not expect
         raise CheckpointError(f"{where}: transformers cannot read this config: {error}") from error
     hint = ", or pass trust_remote_code to run the code that came with it" if auto_map else ""
@@ -67,6 +69,15 @@ def load_config(
     )
     config_class: type[UnknownConfig] = type("UnknownConfig", (UnknownConfig,), {"model_type": str(model_type)})
     return config_class.from_dict(raw)
+
+
+def _without_implementations(raw: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config without those that choose code to run: kernels of the Hub among them."""
+    return {
+        key: _without_implementations(value) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if not _IMPLEMENTATION.fullmatch(key)
+    }
 
 
 def load_generation_config(files: Files, raw: dict[str, Any], config: PreTrainedConfig) -> GenerationConfig | None:

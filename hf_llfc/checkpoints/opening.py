@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_llfc.checkpoints.bounds import refuse_more_modules_than_tensors
 from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.companions import code_names, companion_names
 from hf_llfc.checkpoints.files import (
@@ -144,8 +145,9 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
     companions = _fetch_companions(files)
     architecture = architecture_of(f"{files.where}/{CONFIG_FILE}", raw)
     settings = Settings.of_file(files, raw, trust_remote_code)
-    model_class = None if as_stored else _model_class(files, architecture, settings, trust_remote_code)
     weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
+    refuse_more_modules_than_tensors(f"{files.where}/{CONFIG_FILE}", raw, len(weights.infos))
+    model_class = None if as_stored else _model_class(files, architecture, settings, trust_remote_code)
     opened = Checkpoint(
         id=files.id,
         label=files.where,
@@ -158,6 +160,7 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
         companion_files=tuple(companions),
         unused=(),
         weights=weights,
+        trust_remote_code=trust_remote_code,
     )
     return planned(opened, weights)
 

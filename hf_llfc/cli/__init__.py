@@ -87,12 +87,28 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _import_modules(names: Sequence[str]) -> None:
-    sys.path.insert(0, "")  # a console script does not look in the working directory, `python -m` does
+    """Imports modules by name, or files by path, whose folder does not join the import path."""
     for name in names:
         try:
-            import_module(name)
-        except ImportError as error:
-            raise LLFCError(f"--import {name}: cannot be imported: {error}") from None
+            _import_file(name) if name.endswith(".py") else import_module(name)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            file = f"{name.replace('.', '/')}.py"
+            hint = f"; the file is imported by --import {file}" if os.path.isfile(file) else ""
+            raise LLFCError(f"--import {name}: cannot be imported: {error}{hint}") from None
+
+
+def _import_file(path: str) -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    name = os.path.basename(path).removesuffix(".py")
+    if name in sys.modules or name in sys.stdlib_module_names:
+        raise ImportError(f"another module is called {name!r}; give the file another name")
+    spec = spec_from_file_location(name, os.path.abspath(path))
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file")
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
 
 
 def is_main_process() -> bool:

@@ -145,7 +145,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="Import a Python module first: your own architectures and adapters.",
+        help="Import a Python module or a file (FILE.py) first: your own architectures and adapters.",
     )
 
 

@@ -104,7 +104,11 @@ class EvaluationData:
 
 
 def load_evaluation_data(
-    config: EvaluationConfig, checkpoint_folder_or_processor: Any, model_config: PretrainedConfig
+    config: EvaluationConfig,
+    checkpoint_folder_or_processor: Any,
+    model_config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
 ) -> EvaluationData:
     """Opens a dataset and checks it from end to end against task and model.
 
@@ -113,6 +117,7 @@ def load_evaluation_data(
         checkpoint_folder_or_processor: The model's folder or Hub id, whose tokenizer or image processor is used; or
             such a tokenizer or processor; or None if the model has neither.
         model_config: Of the model: labels, vocabulary, positions, channels.
+        trust_remote_code: Whether code that comes with the model's tokenizer or processor may be run.
 
     Returns:
         The samples.
@@ -126,8 +131,10 @@ def load_evaluation_data(
     rows = open_dataset(config)
     config = pinned(config, rows)
     if config.task == "image-classification":
-        return _image_data(config, metrics, rows, checkpoint_folder_or_processor, model_config)
-    encoder = load_text_encoder(config, checkpoint_folder_or_processor, model_config)
+        return _image_data(config, metrics, rows, checkpoint_folder_or_processor, model_config, trust_remote_code)
+    encoder = load_text_encoder(
+        config, checkpoint_folder_or_processor, model_config, trust_remote_code=trust_remote_code
+    )
     text_column = choose_column(
         rows,
         config.text_column,
@@ -148,7 +155,10 @@ def _load_metrics(config: EvaluationConfig) -> dict[str, evaluate.Metric]:
     if config.metric_names and not config.labels:
         raise EvaluationError(f"metric {config.metric_names[0]!r} needs labels, and labels is false")
     language_model = config.task not in CLASSIFICATION_TASKS
-    return {name: load_metric(name, language_model=language_model) for name in config.metric_names}
+    return {
+        name: load_metric(name, language_model=language_model, trust_remote_code=config.trust_remote_code)
+        for name in config.metric_names
+    }
 
 
 def _all_metrics(
@@ -415,6 +425,7 @@ def _image_data(
     rows: datasets.Dataset,
     source: str | Path | Any,
     model_config: PretrainedConfig,
+    trust_remote_code: bool,
 ) -> EvaluationData:
     column = choose_column(
         rows,
@@ -430,7 +441,9 @@ def _image_data(
     images = rows.select_columns([column])
     if not isinstance(feature, datasets.Image):
         images = images.with_format("numpy")
-    encoder = load_image_encoder(config, source, model_config, integers=_holds_integers(feature))
+    encoder = load_image_encoder(
+        config, source, model_config, integers=_holds_integers(feature), trust_remote_code=trust_remote_code
+    )
 
     def encode(positions: np.ndarray) -> Batch:
         chosen = images[[int(index) for index in indices[positions]]][column]

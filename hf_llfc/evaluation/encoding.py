@@ -151,7 +151,11 @@ def _bytes_per_token(text: str, spans: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def load_text_encoder(
-    config: EvaluationConfig, source: str | Path | PreTrainedTokenizerBase | None, model_config: PretrainedConfig
+    config: EvaluationConfig,
+    source: str | Path | PreTrainedTokenizerBase | None,
+    model_config: PretrainedConfig,
+    *,
+    trust_remote_code: bool = False,
 ) -> TextEncoder:
     """The encoder that the configuration asks for.
 
@@ -159,6 +163,7 @@ def load_text_encoder(
         config: Its `tokenizer` and `max_length`.
         source: The model's folder or its tokenizer.
         model_config: Of the model; sizes of vocabulary and positions.
+        trust_remote_code: Whether code that comes with the model's tokenizer may be run.
 
     Raises:
         EvaluationError: There is no tokenizer, or it does not fit the model.
@@ -175,7 +180,7 @@ def load_text_encoder(
             raise EvaluationError("tokenizer bytes has no mask token, which the task fill-mask needs")
         limit = _max_length(config, positions, None)
         return ByteEncoder(max_length=limit, pad_id=0 if pad_of_model is None else pad_of_model)
-    tokenizer = _load_tokenizer(config, source)
+    tokenizer = _load_tokenizer(config, source, trust_remote_code)
     if config.task == "fill-mask" and tokenizer.mask_token_id is None:
         raise EvaluationError("the tokenizer has no mask token, which the task fill-mask needs")
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else pad_of_model
@@ -196,16 +201,17 @@ def load_text_encoder(
 
 
 def _load_tokenizer(
-    config: EvaluationConfig, source: str | Path | PreTrainedTokenizerBase | None
+    config: EvaluationConfig, source: str | Path | PreTrainedTokenizerBase | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     hint = "name one as tokenizer, or use tokenizer: bytes for a byte-level model"
     if config.tokenizer is None and isinstance(source, PreTrainedTokenizerBase):
         return source
     place = config.tokenizer if config.tokenizer is not None else source
+    trusted = config.trust_remote_code or (trust_remote_code and config.tokenizer is None)
     if place is None or not isinstance(place, str | Path):
         raise EvaluationError(f"the model comes without a tokenizer; {hint}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place))
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=trusted)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EvaluationError(f"no tokenizer can be loaded from {place} ({reason}); {hint}") from error
@@ -375,7 +381,12 @@ def _as_picture(image: Any, channels: int | None) -> Any:
 
 
 def load_image_encoder(
-    config: EvaluationConfig, source: Any, model_config: PretrainedConfig, *, integers: bool
+    config: EvaluationConfig,
+    source: Any,
+    model_config: PretrainedConfig,
+    *,
+    integers: bool,
+    trust_remote_code: bool = False,
 ) -> ImageEncoder:
     """The model's own image processor if it has one, else plain rescaling.
 
@@ -384,6 +395,7 @@ def load_image_encoder(
         source: The model's folder, its processor, or None.
         model_config: Of the model; its `num_channels`.
         integers: Whether the dataset's image column holds arrays of whole numbers.
+        trust_remote_code: Whether code that comes with the processor may be run.
 
     Raises:
         EvaluationError: There is a processor that cannot be loaded, or a setting that it would ignore.
@@ -395,7 +407,9 @@ def load_image_encoder(
         processor = None
         if present or not Path(source).is_dir():
             try:
-                processor = AutoImageProcessor.from_pretrained(str(source))
+                processor = AutoImageProcessor.from_pretrained(
+                    str(source), trust_remote_code=trust_remote_code or config.trust_remote_code
+                )
             except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
                 if present:
                     reason = str(error).strip().splitlines()[0]

@@ -118,12 +118,13 @@ OFFLINE_METRICS: dict[str, type[evaluate.Metric]] = {**CLASSIFICATION_METRICS, *
 """Every metric of this package, by the name a configuration asks for it."""
 
 
-def load_metric(name: str, *, language_model: bool = False) -> evaluate.Metric:
-    """A metric by name: from this package if it has it, else what `evaluate.load` finds.
+def load_metric(name: str, *, language_model: bool = False, trust_remote_code: bool = False) -> evaluate.Metric:
+    """A metric by name: from this package if it has it, else what `evaluate.load` finds, which runs a script.
 
     Args:
         name: One of `OFFLINE_METRICS`, or a Hub id or local script that `evaluate.load` knows.
         language_model: Whether it shall judge token predictions.
+        trust_remote_code: Whether a script of the Hub or of a folder may be run.
 
     Returns:
         The metric, keeping its inputs in memory.
@@ -138,6 +139,11 @@ def load_metric(name: str, *, language_model: bool = False) -> evaluate.Metric:
     if name in OFFLINE_METRICS or language_model:
         raise EvaluationError(
             f"metric {name!r} is not one for {kind}{suggest(name, fitting)} (choose from: {', '.join(fitting)})"
+        )
+    if not trust_remote_code:
+        raise EvaluationError(
+            f"metric {name!r} is not part of this package{suggest(name, fitting)} (it has: {', '.join(fitting)}); "
+            "evaluate.load would run its script: allow that with trust_remote_code: true beside it, if you trust it"
         )
     try:
         metric = evaluate.load(name, keep_in_memory=True)

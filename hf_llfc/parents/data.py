@@ -29,7 +29,9 @@ def open_data(
     source = tokenizer_source or checkpoint
     # A model in memory has no folder of its own, but the one it was loaded from may still hold its tokenizer.
     beside = min((path.parent for path in source.companion_files), key=lambda path: len(path.parts), default=None)
-    return load_evaluation_data(config, source.folder or beside, checkpoint.config)
+    return load_evaluation_data(
+        config, source.folder or beside, checkpoint.config, trust_remote_code=source.trust_remote_code
+    )
 
 
 def batch_norm_data(

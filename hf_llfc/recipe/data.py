@@ -67,7 +67,8 @@ class EvaluationConfig:
         "Tokens per sample, at most.", None, at_least=1, shown="512, or what tokenizer and model allow if less"
     )
     metric: str | Sequence[str] | None = option(
-        "Metrics besides those of the task: one of `OFFLINE_METRICS`, or what `evaluate.load` knows.",
+        "Metrics besides those of the task: one of `OFFLINE_METRICS`, or, with `trust_remote_code`, what "
+        "`evaluate.load` knows.",
         None,
         shown="none",
     )
@@ -81,6 +82,7 @@ class EvaluationConfig:
         "sample.",
         True,
     )
+    trust_remote_code: bool = option("Run code of others: that of `metric`, and of `tokenizer`.", False)
     labels: bool = option("False ignores labels: features are compared, loss and metric are not measured.", True)
     label_map: Mapping[str, str | int] | None = option(
         "From a label as the dataset writes it to the model's label name or class index.", None, shown="none"

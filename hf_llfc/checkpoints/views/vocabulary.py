@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 # Of embeddings that are not those of tokens.
 _OTHER_SIZES = ("type_vocab_size",)
 
+# The library takes memory for every id up to the largest, hundreds of times what a vocabulary has where one is damaged.
+_LARGEST_ID = 10_000_000
+
 LACKING = -1
 """Stands in place of a row where a model lacks a token."""
 
@@ -186,7 +189,9 @@ def _description(checkpoint: Checkpoint) -> Description:
     files = {path.name: path for path in checkpoint.companion_files}
     try:
         if _TOKENIZER_FILE in files:
-            text = Tokenizer.from_file(str(files[_TOKENIZER_FILE])).to_str()
+            raw = files[_TOKENIZER_FILE].read_text(encoding="utf-8")
+            _refuse_damaged_ids(checkpoint.label, json.loads(raw))
+            text = Tokenizer.from_str(raw).to_str()
         elif has_vocabulary(files):
             folder = next(iter(files.values())).parent
             slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -209,12 +214,21 @@ def _description(checkpoint: Checkpoint) -> Description:
     return description
 
 
+def _refuse_damaged_ids(label: str, description: Description) -> None:
+    """Raises where the library would take memory for every id up to one that no tokenizer has."""
+    largest = max(_vocabulary(description).values(), default=0)
+    if largest > _LARGEST_ID:
+        raise CheckpointError(
+            f"{label}: {_TOKENIZER_FILE} reaches id {largest}, more than any vocabulary has; fetch or save it again"
+        )
+
+
 def _vocabulary(description: Description) -> dict[str, int]:
     """Token → id."""
     pieces = description["model"]["vocab"]
     if isinstance(pieces, list):
         pieces = {piece: index for index, (piece, _) in enumerate(pieces)}
-    return {**pieces, **{token["content"]: token["id"] for token in description["added_tokens"]}}
+    return {**pieces, **{token["content"]: token["id"] for token in description.get("added_tokens", ())}}
 
 
 def _joined(descriptions: Sequence[Description], labels: Sequence[str]) -> Description:

@@ -263,7 +263,8 @@ def test_rows_without_a_token_below_others_keep_what_the_first_model_has(shelf):
         ("kind", "type of its tokenizer is 'BPE', that of a 'WordLevel'"),
         ("no tokenizer", "b: has no tokenizer, and the union of vocabularies needs that of every model"),
         ("damaged", "b: the tokenizer cannot be read"),
-        ("id", "reaches id 4000000000, and the models have"),
+        ("id", "b: tokenizer.json reaches id 4000000000, more than any vocabulary has"),
+        ("rows beyond", "reaches id 5000, and the models have"),
         ("rows", r"no model has a row for 3 of the \d+ ids of the union"),
     ],
 )
@@ -274,9 +275,9 @@ def test_what_cannot_be_united_is_refused_in_one_message(spoil, expected, shelf)
         (shelf / "b" / "tokenizer.json").unlink()
     if spoil == "damaged":
         (shelf / "b" / "tokenizer.json").write_text("{}")
-    if spoil == "id":
+    if spoil in ("id", "rows beyond"):
         content = json.loads(Path("b/tokenizer.json").read_text())
-        content["model"]["vocab"][max(content["model"]["vocab"])] = 4_000_000_000
+        content["model"]["vocab"][max(content["model"]["vocab"])] = 5000 if spoil == "rows beyond" else 4_000_000_000
         shutil.copy("b/tokenizer.json", "a/tokenizer.json")
         Path("a/tokenizer.json").write_text(json.dumps(content))
     if spoil == "rows":
