@@ -263,7 +263,7 @@ def test_rows_without_a_token_below_others_keep_what_the_first_model_has(shelf):
         ("kind", "type of its tokenizer is 'BPE', that of a 'WordLevel'"),
         ("no tokenizer", "b: has no tokenizer, and the union of vocabularies needs that of every model"),
         ("damaged", "b: the tokenizer cannot be read"),
-        ("id", "b: tokenizer.json reaches id 4000000000, more than any vocabulary has"),
+        ("id", "a: tokenizer.json reaches id 4000000000, more than any vocabulary has"),
         ("rows beyond", "reaches id 5000, and the models have"),
         ("rows", r"no model has a row for 3 of the \d+ ids of the union"),
     ],
