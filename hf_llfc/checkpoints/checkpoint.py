@@ -80,6 +80,8 @@ class Checkpoint:
             `hf_llfc.checkpoints.views.canonical`.
         reindexing: How its rows lie in a union of vocabularies, if they do; see `hf_llfc.checkpoints.views.reindexed`.
         trust_remote_code: Whether code that comes with it may be run.
+        side_files: Path below its folder → what else goes with a result: what makes it a SentenceTransformer, licences.
+        left_files: Files in its folder that do not go with a result, or folders with several of them.
     """
 
     id: str
@@ -97,6 +99,8 @@ class Checkpoint:
     canonical: PermutationSpec | None = None
     reindexing: Reindexing | None = None
     trust_remote_code: bool = False
+    side_files: Mapping[str, Path] = field(default_factory=dict)
+    left_files: tuple[str, ...] = ()
 
     @property
     def config(self) -> PreTrainedConfig:

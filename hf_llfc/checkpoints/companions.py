@@ -1,12 +1,16 @@
-"""The files beside config and weights that `from_pretrained` needs: tokenizer, processor, generation, templates, code.
+"""The files beside config and weights, and which of them go with a result.
 
-Weights of any kind, the parent's README and the state of a training run are not among them.
+Companions are what `from_pretrained` needs: tokenizer, processor, generation, templates, code. Beside them a result
+keeps what makes a folder a SentenceTransformer, and licences. All else stays behind, and is named: other formats of
+the weights, the state of a training run, and whatever nobody knows, which may be no one else's business.
 """
 
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 TEMPLATES_FOLDER = "additional_chat_templates"
 
@@ -22,6 +26,18 @@ _TOKENIZER_PATTERNS = (
 _PATTERNS = (
     "generation_config.json", *_TOKENIZER_PATTERNS, "preprocessor_config.json", "processor_config.json",
     "image_processor_config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json",
+)  # fmt: skip
+
+# Read by sentence-transformers: the modules of a model, each in a folder of its own, and their settings.
+MODULES_FILE = "modules.json"
+_OF_SENTENCES = (MODULES_FILE, "sentence_*_config.json", "config_sentence_transformers.json")
+
+_LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
+
+# What a result has of its own.
+_REPLACED = (
+    "config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json", "adapter_config.json", "adapter_model.bin", "llfc/*",
 )  # fmt: skip
 
 # What says how text becomes token ids; one of these is enough to compare two vocabularies.
@@ -55,14 +71,87 @@ def is_of_tokenizer(name: str) -> bool:
     return any(_matches(name, pattern) for pattern in _TOKENIZER_PATTERNS)
 
 
+def side_names(names: Collection[str], modules: Any) -> list[str]:
+    """Selects the files beside companions that go with a result: those of sentence-transformers, and licences.
+
+    Args:
+        names: Paths below the folder of the checkpoint, with `/`.
+        modules: The content of `MODULES_FILE`; None where there is none.
+    """
+    rows = modules if isinstance(modules, list) else []
+    paths = [str(row.get("path") or "").strip("/") for row in rows if isinstance(row, dict)]
+    folders = [f"{path}/" for path in paths if path]
+    patterns = (*_OF_SENTENCES, *_LICENCES) if isinstance(modules, list) else _LICENCES
+    return [
+        name
+        for name in names
+        if name.startswith(tuple(folders)) or any(_matches(name, pattern) for pattern in patterns)
+    ]
+
+
+def left_names(names: Iterable[str], carried: Collection[str]) -> list[str]:
+    """Names the files that stay behind, those of a folder together; hidden ones are not counted.
+
+    Args:
+        names: Paths below the folder of the checkpoint, with `/`.
+        carried: Those that go with a result.
+    """
+    left = [
+        name
+        for name in names
+        if name not in carried
+        and not any(part.startswith(".") for part in PurePosixPath(name).parts)
+        and not any(_matches(name, pattern) for pattern in _REPLACED)
+    ]
+    folders = [name.partition("/")[0] for name in left if "/" in name]
+    of_folders = [
+        f"{folder}/" if folders.count(folder) > 1 else next(name for name in left if name.startswith(f"{folder}/"))
+        for folder in dict.fromkeys(folders)
+    ]
+    return sorted(name for name in left if "/" not in name) + of_folders
+
+
+def by_name(companions: Iterable[Path]) -> dict[str, Path]:
+    """Path below the folder of a checkpoint → companion; templates lie in a folder of their own."""
+    return {
+        f"{path.parent.name}/{path.name}" if path.parent.name == TEMPLATES_FOLDER else path.name: path
+        for path in companions
+    }
+
+
+def needed_code(companions: Mapping[str, Path]) -> dict[str, Path]:
+    """The code among companions, if tokenizer or processor need it."""
+    described = [path for name, path in companions.items() if name.endswith(".json")]
+    if not any(b'"auto_map"' in path.read_bytes() for path in described):
+        return {}
+    return {name: companions[name] for name in code_names(companions)}
+
+
+def is_licence(name: str) -> bool:
+    """Whether a file says what may be done with a checkpoint."""
+    return any(_matches(name, pattern) for pattern in _LICENCES)
+
+
+def is_of_inputs(name: str) -> bool:
+    """Whether a companion file belongs to the tokenizer or a processor, and so to whoever prepares the inputs."""
+    return any(_matches(name, pattern) for pattern in _PATTERNS if pattern != "generation_config.json")
+
+
 def copy_companion(companion: Path, folder: Path) -> None:
     """Copies a companion file to its place below the folder of a checkpoint."""
-    # Templates lie in a folder of their own; everything else beside the weights.
-    below = companion.parent.name if companion.parent.name == TEMPLATES_FOLDER else ""
-    (folder / below).mkdir(exist_ok=True)
-    shutil.copyfile(companion, folder / below / companion.name)
+    for name, path in by_name([companion]).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
 def _matches(name: str, pattern: str) -> bool:
     # A star does not reach into a folder.
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def read_modules(path: Path) -> Any:
+    """The content of `MODULES_FILE`; None where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -432,9 +432,9 @@ def open_weights(files: Files, explicit: Any = None, *, allow_pickle: bool = Fal
                 f"{files.where}: transformers_weights in {CONFIG_FILE} is {explicit!r}, which is not a file of the"
                 " checkpoint; remove the key or fetch the file"
             )
-        return _open_safetensors(files, explicit)
+        return open_safetensors(files, explicit)
     if SINGLE_FILE in names or INDEX_FILE in names:
-        return _open_safetensors(files, SINGLE_FILE if SINGLE_FILE in names else INDEX_FILE)
+        return open_safetensors(files, SINGLE_FILE if SINGLE_FILE in names else INDEX_FILE)
     if PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
         return _open_pickles(files, PICKLE_FILE if PICKLE_FILE in names else PICKLE_INDEX_FILE, allow_pickle)
     held = [name for name in names if "/" not in name]
@@ -467,7 +467,7 @@ def open_adapter_weights(files: Files, *, allow_pickle: bool = False) -> Weights
     """
     names = files.sizes()
     if ADAPTER_FILE in names:
-        return _open_safetensors(files, ADAPTER_FILE)
+        return open_safetensors(files, ADAPTER_FILE)
     if ADAPTER_PICKLE_FILE not in names:
         raise CheckpointError(
             f"{files.where}: no weights of an adapter found, expected {ADAPTER_FILE}; it holds"
@@ -476,8 +476,12 @@ def open_adapter_weights(files: Files, *, allow_pickle: bool = False) -> Weights
     return _open_pickles(files, ADAPTER_PICKLE_FILE, allow_pickle)
 
 
-def _open_safetensors(files: Files, file: str) -> SafetensorsWeights:
-    """Opens one file, or all that an index names."""
+def open_safetensors(files: Files, file: str) -> SafetensorsWeights:
+    """Opens one file, or all that an index names.
+
+    Raises:
+        CheckpointError: A file is missing, cut off or quantised, or does not fit the index.
+    """
     index = file if file.endswith(_INDEX_ENDING) else None
     headers = {shard: files.header(shard) for shard in _shards(files, file)}
     problems: list[str] = []

@@ -1,6 +1,5 @@
 """Models built from checkpoints, strictly: every tensor is used, none is invented."""
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.names import Layout
+from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.errors import CheckpointError, raise_all
 
 
@@ -61,12 +61,3 @@ def load_model(
     problems += [f"tensor {name} is left over" for name in sorted(report["unexpected_keys"])]
     raise_all(problems, CheckpointError, heading)
     return model
-
-
-def most_common_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype | None:
-    """The floating-point dtype in which most weights are stored; None if there are none."""
-    elements: Counter[torch.dtype] = Counter()
-    for info in infos.values():
-        if info.dtype.is_floating_point:
-            elements[info.dtype] += info.elements
-    return elements.most_common(1)[0][0] if elements else None

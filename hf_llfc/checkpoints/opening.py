@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.checkpoints.bounds import refuse_more_modules_than_tensors
 from hf_llfc.checkpoints.checkpoint import Checkpoint
-from hf_llfc.checkpoints.companions import code_names, companion_names
+from hf_llfc.checkpoints.companions import (
+    MODULES_FILE,
+    code_names,
+    companion_names,
+    left_names,
+    read_modules,
+    side_names,
+)
 from hf_llfc.checkpoints.files import (
     ADAPTER_CONFIG,
     CONFIG_FILE,
@@ -143,6 +150,7 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
     refuse_quantised(files.where, raw.get("quantization_config"))
     companions = _fetch_companions(files)
+    sides = _fetch_sides(files)
     architecture = architecture_of(f"{files.where}/{CONFIG_FILE}", raw)
     settings = Settings.of_file(files, raw, trust_remote_code)
     weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
@@ -161,8 +169,14 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
         unused=(),
         weights=weights,
         trust_remote_code=trust_remote_code,
+        side_files={name: files.folder / name for name in sides},
+        left_files=tuple(left_names(files.sizes(), {*sides, *(_below(path, files.folder) for path in companions)})),
     )
     return planned(opened, weights)
+
+
+def _below(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def _open_model(model: PreTrainedModel) -> Checkpoint:
@@ -207,6 +221,17 @@ def _fetch_companions(files: Files) -> list[Path]:
         files.fetch(code)
         companions += code
     return [files.folder / name for name in companions]
+
+
+def _fetch_sides(files: Files) -> list[str]:
+    present = files.sizes()
+    modules = None
+    if MODULES_FILE in present:
+        files.fetch([MODULES_FILE])
+        modules = read_modules(files.folder / MODULES_FILE)
+    names = side_names(present, modules)
+    files.fetch(names)
+    return names
 
 
 def _model_class(

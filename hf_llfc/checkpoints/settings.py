@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_llfc.checkpoints.files import CONFIG_FILE, Files
+from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.errors import CheckpointError
 
 if TYPE_CHECKING:  # takes long to load
     from transformers import GenerationConfig, PreTrainedConfig
+
+
+NOT_OF_THE_RESULT = ("_name_or_path", "quantization_config", "transformers_weights")
+"""Keys of config.json that tell of a parent's files: where it was loaded from, how it was stored, and under which name.
+They are not true of a result."""
 
 
 class Unsaid(Exception):
@@ -33,16 +40,14 @@ class Settings:
     """The config of a checkpoint, and how its model generates.
 
     Attributes:
-        raw: The values in config.json; None where the config is in memory.
+        raw: The values in config.json, with what a view of the checkpoint changes; None where the config is in memory.
         load: Loads the config; called once, when it is asked for.
         load_generation: Loads the generation config, given the config; None if there is none.
-        is_kept: Whether config.json is written as it was read, with what older ones say of generation.
     """
 
     raw: Mapping[str, Any] | None
     load: Callable[[], PreTrainedConfig]
     load_generation: Callable[[PreTrainedConfig], GenerationConfig | None]
-    is_kept: bool = False
 
     @classmethod
     def in_memory(cls, config: PreTrainedConfig, generation_config: GenerationConfig | None = None) -> Settings:
@@ -63,7 +68,8 @@ class Settings:
             from hf_llfc.checkpoints.configs import load_config
 
             where = f"{files.where}/{CONFIG_FILE}"
-            return load_config(files, raw, architecture_of(where, raw), trust_remote_code)
+            # Config classes change what they are given, `rope_scaling` say.
+            return load_config(files, copy.deepcopy(raw), architecture_of(where, raw), trust_remote_code)
 
         def load_generation(config: PreTrainedConfig) -> GenerationConfig | None:
             from hf_llfc.checkpoints.configs import load_generation_config
@@ -73,12 +79,9 @@ class Settings:
         return cls(raw, load, load_generation)
 
     def with_config(self, config: PreTrainedConfig) -> Settings:
-        """Settings with another config."""
-        return Settings(None, lambda: config, lambda _: self.generation_config)
-
-    def kept(self) -> Settings:
-        """Settings that are written as config.json has them."""
-        return Settings(self.raw, lambda: self.config, lambda _: self.generation_config, is_kept=self.raw is not None)
+        """Settings with another config: of config.json, what differs between the two is changed and nothing else."""
+        raw = None if self.raw is None else _overlaid(self.raw, self.config, config)
+        return Settings(raw, lambda: config, lambda _: self.generation_config)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -117,25 +120,78 @@ class Settings:
         text = self.config.to_json_string(use_diff=False) if self.raw is None else json.dumps(self.raw, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        """Writes config.json.
+    def write(self, folder: Path, infos: Mapping[str, TensorInfo]) -> None:
+        """Writes config.json: as it was read, but for what is not true of the weights that it describes.
 
         Args:
             folder: Where to.
-            dtype: Of the weights that it describes; None where none of them is a floating-point number.
+            infos: The weights that it describes; most of them have the dtype that it names.
         """
-        if self.is_kept and self.raw is not None:
-            raw = dict(self.raw)
+        dtype = most_common_dtype(infos)
+        if self.raw is None:
+            config = copy.deepcopy(self.config)
             if dtype is not None:
-                raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = str(
-                    dtype
-                ).removeprefix("torch.")
-            (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                config.dtype = dtype
+            config.save_pretrained(folder)
             return
-        config = copy.deepcopy(self.config)
+        raw = {key: value for key, value in self.raw.items() if key not in NOT_OF_THE_RESULT}
+        raw.setdefault("model_type", self.model_type)
         if dtype is not None:
-            config.dtype = dtype
-        config.save_pretrained(folder)
+            raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = _name(dtype)
+            stored = {_name(info.dtype) for info in infos.values()}
+            raw = {key: _with_dtype(value, stored, dtype) for key, value in raw.items()}
+        (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def most_common_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype | None:
+    """The floating-point dtype in which most weights are stored; None if there are none."""
+    elements: Counter[torch.dtype] = Counter()
+    for info in infos.values():
+        if info.dtype.is_floating_point:
+            elements[info.dtype] += info.elements
+    return elements.most_common(1)[0][0] if elements else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _with_dtype(section: Any, stored: Collection[str], dtype: torch.dtype) -> Any:
+    """A section of a config, of the text model say, that names no dtype which no weight has."""
+    if not isinstance(section, Mapping):
+        return section
+    changed = {key: section[key] for key in ("dtype", "torch_dtype") if isinstance(section.get(key), str)}
+    return {**section, **{key: value if value in stored else _name(dtype) for key, value in changed.items()}}
+
+
+def _overlaid(raw: Mapping[str, Any], before: PreTrainedConfig, after: PreTrainedConfig) -> dict[str, Any]:
+    """The values in config.json with those replaced in which two configs differ."""
+    return _with_changes(raw, before.to_dict(), after.to_dict(), _aliases(after))
+
+
+def _with_changes(
+    raw: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], aliases: Mapping[str, str]
+) -> dict[str, Any]:
+    changed = {key: value for key, value in raw.items() if key in after or key not in before}
+    for key, value in after.items():
+        if key in before and before[key] == value:
+            continue
+        if all(isinstance(each.get(key), Mapping) for each in (raw, before, after)):
+            changed[key] = _with_changes(raw[key], before[key], value, aliases)
+            continue
+        for alias in [alias for alias, meant in aliases.items() if meant == key]:
+            changed.pop(alias, None)
+        changed[key] = value
+    return changed
+
+
+def _aliases(config: PreTrainedConfig) -> dict[str, str]:
+    """Other names that a file may have for values of a config and of its sections."""
+    from transformers import PreTrainedConfig
+
+    sections = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    of_classes = {alias: meant for each in (*sections, config) for alias, meant in each.attribute_map.items()}
+    return {"num_labels": "id2label", "_num_labels": "id2label", **of_classes}
 
 
 class Said:

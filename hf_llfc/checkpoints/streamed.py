@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_llfc.checkpoints.checkpoint import Checkpoint
-from hf_llfc.checkpoints.models import most_common_dtype
 from hf_llfc.checkpoints.names import Layout
+from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.errors import CheckpointError
 
 ReadOnDisk = Callable[[str], torch.Tensor]

@@ -122,9 +122,10 @@ def open_recipe(recipe: Recipe, given: Sequence[Model] | None = None, *, heads: 
     models = given if given is not None else [entry.model for entry in recipe.models]
     if len(models) != len(recipe.models):
         raise RecipeError(f"{len(models)} models are given in place of the {len(recipe.models)} of the recipe")
-    opening = partial(
-        open_checkpoint if runs_models(recipe) or recipe.tokenizer_source == UNION else open_weights,
-        allow_pickle=recipe.allow_pickle,
+    opening = (
+        partial(open_checkpoint, allow_pickle=recipe.allow_pickle)
+        if runs_models(recipe) or recipe.tokenizer_source == UNION
+        else partial(open_weights, allow_pickle=recipe.allow_pickle, max_shard_size=recipe.max_shard_size)
     )
     parents = [
         opening(model, trust_remote_code=entry.trust_remote_code)

@@ -118,7 +118,11 @@ def alignment_spec(checkpoint: Checkpoint, options: AlignSection) -> Permutation
 
 
 def open_weights(
-    model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False, allow_pickle: bool = False
+    model: str | Path | PreTrainedModel,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Checkpoint:
     """Opens a checkpoint of which only the weights are needed: without its model class, where that is known to do.
 
@@ -129,6 +133,7 @@ def open_weights(
         model: See `open_checkpoint`.
         trust_remote_code: See `open_checkpoint`.
         allow_pickle: See `open_checkpoint`.
+        max_shard_size: The size in bytes above which the weights of the result are split into several files.
 
     Raises:
         CheckpointError: See `open_checkpoint`.
@@ -140,7 +145,7 @@ def open_weights(
             return replace(
                 light, tensors={name: light.tensors[name] for name in sorted(light.tensors, key=natural_order)}
             )
-        if light is not None and light.nbytes <= MAX_SHARD_SIZE:
+        if light is not None and light.nbytes <= max_shard_size:
             return light
     return opening()
 
@@ -182,7 +187,8 @@ def is_sorted_as_saved(checkpoint: Checkpoint) -> bool:
     Args:
         checkpoint: As `as_saved` returns it.
     """
-    if not checkpoint.settings.is_kept or checkpoint.settings.model_type in SAVED_IN_OTHER_ORDER:
+    model_type = checkpoint.settings.model_type
+    if model_type not in known_model_types() or model_type in SAVED_IN_OTHER_ORDER:
         return False
     return not any(_SEPARATE_EXPERT.search(name) for name in checkpoint.tensors)
 
@@ -217,7 +223,7 @@ def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
         with suppress(Exception):
             ordered = _in_order(checkpoint, spec_for(cast("PreTrainedConfig", said)), said.tie_word_embeddings)
             if ordered is not None:
-                return replace(ordered, settings=checkpoint.settings.kept())
+                return ordered
     from hf_llfc.checkpoints.configs import UnknownConfig
 
     if isinstance(checkpoint.config, UnknownConfig):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.checkpoints.preparation import preparation_differences
 from hf_llfc.checkpoints.writing.journal import Journal
 from hf_llfc.foundation.progress import Progress
 from hf_llfc.parallel.processes import Processes
+from hf_llfc.parents.carrying import Carried, carried
 from hf_llfc.parents.data import open_recipe_data
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs
 from hf_llfc.parents.parent import Parent
@@ -40,6 +42,8 @@ class RunContext:
         calibration: The samples from which BatchNorm is recomputed; None where it is not.
         alignments: One a parent; None where it stays as it is.
         folder: The staging folder of the output, once there is one.
+        carried: Which files beside config and weights go with the result.
+        differences: How the models differ in what they do to an input, a sentence each.
     """
 
     recipe: Recipe
@@ -51,6 +55,8 @@ class RunContext:
     calibration: EvaluationData | None = None
     alignments: Sequence[Alignment | None] = ()
     folder: Path | None = None
+    carried: Carried = field(default_factory=Carried)
+    differences: Sequence[str] = ()
 
     @cached_property
     def _moved(self) -> tuple[list[Parent], Parent | None]:
@@ -137,4 +143,5 @@ def open_run(
     models = processes.main_first(lambda: open_recipe(recipe, given))
     refuse_replacing_inputs(output, models.all)
     data, calibration = open_recipe_data(recipe, models)
-    return RunContext(recipe, processes, output, progress, models, data, calibration)
+    run = RunContext(recipe, processes, output, progress, models, data, calibration)
+    return replace(run, carried=carried(models, recipe), differences=preparation_differences(models.parents))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_llfc.checkpoints import ShardFiles, write_checkpoint, write_share
+from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.shards import ShardLayout
 from hf_llfc.merging import Merge, merge_streamed
 from hf_llfc.pipeline.run_context import RunContext
@@ -41,12 +43,13 @@ def write_shared(
         )
 
     def write(fill: Iterable[tuple[str, Tensor]] | Callable[[ShardFiles], None]) -> None:
+        write_modules(run)
         write_checkpoint(
             run.staging,
             merge.infos,
             fill,
             config=run.models.parents[0].settings,
-            companions=run.models.tokenizer_source.companion_files,
+            companions=run.carried.files,
             max_shard_size=recipe.max_shard_size,
             journal=run.output.journal,
         )
@@ -59,6 +62,14 @@ def write_shared(
         names = run.processes.gather(None)[0]  # the main process has made the files by now
         write_share(run.staging, merge.infos, partial(fill, names=names), max_shard_size=recipe.max_shard_size)
     run.on_main(lambda run: note_shards(run, ShardLayout.of(merge.infos, recipe.max_shard_size)))
+
+
+def write_modules(run: RunContext) -> None:
+    """Writes the weights of modules beside the model, which are small and made at once."""
+    with storing(run.staging):
+        for name, tensors in run.carried.weights.items():
+            (run.staging / name).parent.mkdir(exist_ok=True)
+            save_file(dict(tensors), run.staging / name, metadata={"format": "pt"})
 
 
 def note_shards(run: RunContext, layout: ShardLayout) -> None:

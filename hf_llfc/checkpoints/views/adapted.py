@@ -22,9 +22,10 @@ import torch
 from hf_llfc.checkpoints.checkpoint import Adapter, Checkpoint
 from hf_llfc.checkpoints.companions import companion_names, has_vocabulary, is_of_tokenizer
 from hf_llfc.checkpoints.files import ADAPTER_CONFIG, Files, open_adapter_weights
-from hf_llfc.checkpoints.models import load_model, most_common_dtype
+from hf_llfc.checkpoints.models import load_model
 from hf_llfc.checkpoints.names import Group, Layout
 from hf_llfc.checkpoints.planned import state_dict_on_disk
+from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.checkpoints.views.adapted_base import as_adapted
 from hf_llfc.checkpoints.views.folding import Folding, fold_whole, is_independent, kind_of
 from hf_llfc.checkpoints.views.view import View

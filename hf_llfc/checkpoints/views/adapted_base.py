@@ -18,9 +18,9 @@ from transformers.models.auto import modeling_auto
 
 from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.header import TensorInfo
-from hf_llfc.checkpoints.models import most_common_dtype
 from hf_llfc.checkpoints.names import Layout, find_class_in_transformers
 from hf_llfc.checkpoints.planned import planned
+from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.checkpoints.views.reindexed import resized_shape, vocabulary_dimensions, with_rows
 from hf_llfc.checkpoints.views.view import View
 from hf_llfc.checkpoints.views.vocabulary import rows_of

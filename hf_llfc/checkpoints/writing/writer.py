@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 
 from hf_llfc.checkpoints.buffers import is_parameter
 from hf_llfc.checkpoints.checkpoint import tensor_bytes
-from hf_llfc.checkpoints.companions import copy_companion
 from hf_llfc.checkpoints.files import GENERATION_FILE, INDEX_FILE
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.settings import Settings
@@ -38,7 +39,7 @@ def write_checkpoint(
     tensors: Iterable[tuple[str, torch.Tensor]] | Fill,
     *,
     config: PreTrainedConfig | Settings,
-    companions: Iterable[Path] = (),
+    companions: Mapping[str, Path] = MappingProxyType({}),
     max_shard_size: int = MAX_SHARD_SIZE,
     journal: Journal | None = None,
 ) -> None:
@@ -49,9 +50,9 @@ def write_checkpoint(
         infos: Name on disk → dtype and shape of what will be written, in the order of the shards.
         tensors: Every one of these tensors, once, in any order, each written before the next is asked for; or a
             function that writes them all.
-        config: The config of the model, or all settings of a checkpoint; its `dtype` is set to that of the first
-            weight. A generation config among the settings is written unless it is among the companions.
-        companions: Files to copy beside the weights, as `Checkpoint.companion_files` lists them.
+        config: The config of the model, or all settings of a checkpoint; its `dtype` is set to that of most weights. A
+            generation config in memory is written unless it is among the companions.
+        companions: Path below the folder → file to copy there, as `Checkpoint.carried` tells them.
         max_shard_size: The size in bytes above which weights are split into several files.
         journal: Names the weight files that an earlier try has completed, and notes those that this one completes. A
             file whose checksum has changed is written again.
@@ -65,19 +66,20 @@ def write_checkpoint(
         kept = _still_whole(folder, layout, journal.shards) if journal is not None else []
         on_shard = journal.finish_shard if journal is not None else None
         with ShardFiles(folder, layout, finished=kept, on_shard=on_shard).create() as files:
+            # Weights come last: what could still fail after them would throw away the work of hours.
+            _write_index(folder, layout, infos)
+            settings.write(folder, infos)
+            for name, path in companions.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name)
+            # A config in memory does not hold what config.json says of generation.
+            if settings.raw is None and GENERATION_FILE not in companions and settings.generation_config is not None:
+                # As it is: `save_pretrained` refuses values that it reads without a word.
+                settings.generation_config.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
             if callable(tensors):
                 tensors(files)
             else:
                 _write_each(files, infos, tensors)
-        _write_index(folder, layout, infos, settings)
-        floating = (info.dtype for info in infos.values() if info.dtype.is_floating_point)
-        settings.write(folder, next(floating, None))
-        copied = list(companions)
-        for companion in copied:
-            copy_companion(companion, folder)
-        is_missing = not settings.is_kept and all(path.name != GENERATION_FILE for path in copied)
-        if is_missing and settings.generation_config is not None:
-            settings.generation_config.save_pretrained(folder)
     except OSError as error:
         raise StorageError(f"{folder}: the checkpoint cannot be written: {error}") from error
 
@@ -131,29 +133,10 @@ def _write_each(
     assert not to_come, f"never came: {sorted(to_come)[:5]}"
 
 
-def _write_index(folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo], settings: Settings) -> None:
+def _write_index(folder: Path, layout: ShardLayout, infos: Mapping[str, TensorInfo]) -> None:
     if layout.metadata is None:
         return
-    metadata = {"total_parameters": _parameters(infos, settings), **layout.metadata}
+    parameters = sum(info.elements for name, info in infos.items() if is_parameter(name, info))
+    metadata = {"total_parameters": parameters, **layout.metadata}
     text = json.dumps({"metadata": metadata, "weight_map": layout.weight_map}, indent=2, sort_keys=True) + "\n"
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
-
-
-def _parameters(infos: Mapping[str, TensorInfo], settings: Settings) -> int:
-    """The number of parameters; where the model class is not known, of all elements.
-
-    Where config.json is kept, all tensors are known, and what is no parameter by its name: no class has to be loaded.
-    """
-    if settings.is_kept:
-        return sum(info.elements for name, info in infos.items() if is_parameter(name, info))
-    from hf_llfc.checkpoints.names import Layout, find_model_class
-
-    config = settings.config
-    for architecture in config.architectures or ():
-        try:
-            model_class = find_model_class(architecture, config)
-        except ImportError:
-            continue
-        if model_class is not None:
-            return Layout(model_class, config).parameters
-    return sum(info.elements for info in infos.values())

@@ -11,6 +11,7 @@ import transformers
 from safetensors import safe_open
 
 from hf_llfc.checkpoints import OutputFolder, TensorInfo, load_model, open_checkpoint, write_checkpoint
+from hf_llfc.checkpoints.companions import by_name
 from hf_llfc.checkpoints.writing.writer import MAX_SHARD_SIZE
 from hf_llfc.errors import CheckpointError
 from tests.tiny_models import TINY, tiny_model
@@ -26,7 +27,12 @@ def write(folder, checkpoint, tensors=None, **options):
     folder.mkdir()
     tensors = checkpoint.state_dict() if tensors is None else tensors
     write_checkpoint(
-        folder, checkpoint.tensors, tensors, config=checkpoint.config, companions=checkpoint.companion_files, **options
+        folder,
+        checkpoint.tensors,
+        tensors,
+        config=checkpoint.config,
+        companions=by_name(checkpoint.companion_files),
+        **options,
     )
     return folder
 
