@@ -152,7 +152,8 @@ def _template(files: Mapping[str, Path]) -> Any:
         if isinstance(template, str):
             found.setdefault("chat_template.jinja", template)
         elif isinstance(template, list):
-            found.update((str(each.get("name")), each.get("template")) for each in template if isinstance(each, Mapping))
+            named = [each for each in template if isinstance(each, Mapping)]
+            found |= {str(each.get("name")): str(each.get("template")) for each in named}
     texts = {name: str(text).strip() for name, text in found.items()}
     return next(iter(texts.values())) if len(texts) == 1 else texts or None
 
