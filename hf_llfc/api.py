@@ -138,12 +138,12 @@ def check(
         EvaluationError: The level and the data do not go together, or the models cannot be run on the data.
     """
     from hf_llfc.checkpoints import open_checkpoint
-    from hf_llfc.parents.specs import open_headers
+    from hf_llfc.parents.specs import open_weights
     from hf_llfc.pipeline.mergeability import check_checkpoints
     from hf_llfc.recipe import load_data
 
     data, progress = load_data(data) if data is not None else None, _shown(progress)
-    opening = partial(open_headers if level == 0 else open_checkpoint, allow_pickle=allow_pickle)
+    opening = partial(open_weights if level == 0 else open_checkpoint, allow_pickle=allow_pickle)
     return check_checkpoints((opening(a), opening(b)), level=level, data=data, seed=seed, progress=progress)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_llfc.adapters import known_model_types, spec_for
+from hf_llfc.adapters.needs import is_whole
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.checkpoints.settings import Settings
@@ -45,21 +46,6 @@ MAY_BE_MISSING: dict[str, frozenset[str]] = {
 }
 """Model types whose spec is read from config.json alone, without the config class, which takes seconds to load; and the
 values that their adapter may miss there, because the class has none or the one that the adapter takes."""
-
-TENSORS_OF_HEADS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(["LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM"], frozenset({"lm_head.weight"})),
-    "BertForMaskedLM": frozenset(  # tied; of others the class knows
-        {
-            "cls.predictions.bias",
-            *(f"cls.predictions.transform.{name}" for name in ("dense.weight", "dense.bias")),
-            *(f"cls.predictions.transform.LayerNorm.{name}" for name in ("weight", "bias")),
-        }
-    ),
-    "BertForSequenceClassification": frozenset(
-        {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
-    ),
-}
-"""Model classes whose tensors are known without them: the optional ones of the spec that a checkpoint has to have."""
 
 _SEPARATE_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
@@ -150,35 +136,6 @@ def open_weights(
     return opening()
 
 
-def open_headers(model: str | Path | PreTrainedModel, *, allow_pickle: bool = False) -> Checkpoint:
-    """Opens a checkpoint to judge it by config and headers: without its model class, where that would find no fault.
-
-    Args:
-        model: See `open_checkpoint`.
-        allow_pickle: See `open_checkpoint`.
-
-    Raises:
-        CheckpointError: See `open_checkpoint`.
-    """
-    if isinstance(model, str | Path):
-        light = as_saved(open_checkpoint(model, allow_pickle=allow_pickle, as_stored=True))
-        if light is not None and _is_whole(light):
-            return light
-    return open_checkpoint(model, allow_pickle=allow_pickle)
-
-
-def _is_whole(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint as `as_saved` returns it has exactly the tensors of its model class, of their sizes."""
-    raw, head = checkpoint.settings.raw, TENSORS_OF_HEADS.get(checkpoint.architecture or "")
-    if raw is None or head is None:
-        return False
-    binding = bind(spec_of(checkpoint), checkpoint)
-    optional = {name for name, bound in binding.tensors.items() if bound.spec.optional}
-    wanted = head - {"lm_head.weight"} if raw.get("tie_word_embeddings") else head
-    labels = binding.sizes.get("labels")
-    return optional == wanted and (labels is None or labels == len(raw.get("id2label") or (0, 1)))
-
-
 def is_sorted_as_saved(checkpoint: Checkpoint) -> bool:
     """Whether `save_pretrained` is known to sort a checkpoint's tensors by the names that it writes.
 
@@ -206,10 +163,10 @@ def bind(spec: PermutationSpec, checkpoint: Checkpoint) -> Binding:
 
 
 def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
-    """A checkpoint whose tensors are, name by name, those of a hand-written spec; None where the class is needed.
+    """A checkpoint that has, name by name, exactly the tensors that its class needs; None where the class is needed.
 
-    The model class sorts out everything else: older names, a head prefix too many or too few, tensors that are not
-    there in every layer, copies of tied weights.
+    The model class sorts out everything else: what is missing, older names, a head prefix too many or too few, tensors
+    of no use, copies of tied weights.
 
     Args:
         checkpoint: As stored, see `open_checkpoint`.
@@ -221,7 +178,7 @@ def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
     if said is not None and checkpoint.settings.model_type in known_model_types():
         # What does not bear a closer look raises what it likes, and gets one below.
         with suppress(Exception):
-            ordered = _in_order(checkpoint, spec_for(cast("PreTrainedConfig", said)), said.tie_word_embeddings)
+            ordered = _in_order(checkpoint, spec_for(cast("PreTrainedConfig", said)), said.to_dict())
             if ordered is not None:
                 return ordered
     from hf_llfc.checkpoints.configs import UnknownConfig
@@ -230,10 +187,10 @@ def as_saved(checkpoint: Checkpoint) -> Checkpoint | None:
         return checkpoint  # there is no class, and it was said
     if checkpoint.config.model_type not in known_model_types():
         return None
-    return _in_order(checkpoint, spec_of(checkpoint), bool(checkpoint.config.to_dict().get("tie_word_embeddings")))
+    return _in_order(checkpoint, spec_of(checkpoint), checkpoint.config.to_dict())
 
 
-def _in_order(checkpoint: Checkpoint, spec: PermutationSpec, is_tied: bool) -> Checkpoint | None:
+def _in_order(checkpoint: Checkpoint, spec: PermutationSpec, values: Mapping[str, Any]) -> Checkpoint | None:
     """A checkpoint with its tensors in the order of a spec; None if they are not all of them, name by name."""
     try:
         binding = spec.bind({name: info.shape for name, info in checkpoint.tensors.items()})
@@ -241,13 +198,12 @@ def _in_order(checkpoint: Checkpoint, spec: PermutationSpec, is_tied: bool) -> C
         return None
     place = {each: number for number, each in enumerate(spec.declarations)}
     found = Counter(bound.spec for bound in binding.tensors.values())
-    is_whole = all(
+    is_complete = all(
         each in place and count == prod(spec.axes[axis].size or 0 for axis in each.name_axes)
         for each, count in found.items()
     )
     by_name = all(name == bound.spec.name_at(bound.index) for name, bound in binding.tensors.items())
-    words = [each for each in found if len(each.dimensions) == 2 and any(use.axis == "vocab" for use in each.axes)]
-    if not (is_whole and by_name) or (is_tied and len(words) > 1):
+    if not (is_complete and by_name and is_whole(binding, checkpoint.architecture, values)):
         return None
     blocks: dict[str, int] = {}
     for each, number in place.items():

@@ -17,7 +17,7 @@ from hf_llfc.adapters import spec_for
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.files import LocalFiles
 from hf_llfc.checkpoints.settings import Settings
-from hf_llfc.parents.specs import MAY_BE_MISSING, _spec_as_said, as_saved, open_headers
+from hf_llfc.parents.specs import MAY_BE_MISSING, _spec_as_said, as_saved, open_weights
 from tests.runs import byte_llama, saved
 from tests.tiny_models import TINY, tiny_model
 
@@ -116,7 +116,7 @@ def spec_as_said(values, folder):
 def test_headers_that_the_class_would_refuse_are_refused(change, tmp_path, capsys):
     model = tiny_model("bert", "sequence-classification") if change.startswith("classes") else byte_llama(0)
     folder = saved(model, tmp_path / "model")
-    light = open_headers(folder)
+    light = open_weights(folder)
     assert light.model_class is None and dict(light.tensors) == dict(open_checkpoint(folder).tensors)
     tensors = load_file(folder / "model.safetensors")
     if change == "head missing":
@@ -128,10 +128,10 @@ def test_headers_that_the_class_would_refuse_are_refused(change, tmp_path, capsy
         (folder / "config.json").write_text(json.dumps(config_of(folder) | {"id2label": labels}))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if change == "buffer too many":  # the class has no use for it, and says so
-        assert open_headers(folder).model_class is not None
+        assert open_weights(folder).model_class is not None
         return
     with pytest.raises(hf_llfc.LLFCError, match=r"lm_head\.weight|classifier"):
-        open_headers(folder)
+        open_weights(folder)
 
 
 def test_the_first_line_comes_before_anything_is_loaded(shelf, tmp_path):

@@ -5,7 +5,7 @@ The families differ from ViT in the rows of `LAYOUTS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +116,25 @@ LAYOUTS: dict[str, Layout] = {
         feed_forward=_dinov3_mlp,
         rotary=True,
     ),
-    "ijepa": Layout("ijepa"),
+    "ijepa": Layout("ijepa", tokens={"mask_token": "1 1"}),
     "vit": Layout("vit", (*CLASSIFIER, *MASKED_PATCHES)),
     "vit_msn": Layout("vit"),
 }
+
+
+def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def _patches(config: Any, layout: Layout) -> dict[str, int | None]:
+    """The size of a patch, and how many positions an image has."""
+    (height, width), (patch_height, patch_width) = (
+        _height_and_width(size) for size in (config.image_size, config.patch_size)
+    )
+    beside = sum(token in layout.tokens for token in ("cls_token", "distillation_token"))
+    positions = (height // patch_height) * (width // patch_width) + beside
+    return {"patch_height": patch_height, "patch_width": patch_width, "positions": positions}
 
 
 def vit(config: Any) -> PermutationSpec:
@@ -158,7 +173,9 @@ def vit(config: Any) -> PermutationSpec:
         config,
         blocks,
         sizes={
-            **dict.fromkeys(("patch_height", "patch_width", "positions", "registers", "labels", "pixels"), None),
+            **_patches(config, layout),
+            "registers": options.get("num_register_tokens"),
+            **dict.fromkeys(("labels", "pixels"), None),
             "residual": config.hidden_size,
             "pooled": options.get("pooler_output_size"),
             **heads.sizes,

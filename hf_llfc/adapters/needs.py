@@ -1,0 +1,101 @@
+"""What a model class needs of the tensors that a spec marks as optional, known without loading the class.
+
+A spec declares a family with every head, bias and buffer that one of its checkpoints may hold. Which of them a
+checkpoint has to hold depends on its class and its config: `needs.json` says so, as `python -m tests.needs_table` has
+found by building the classes. A class that is not there has to be asked itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from hf_llfc.symmetry.binding import Binding
+from hf_llfc.symmetry.declarations import concrete_names
+from hf_llfc.symmetry.spec import PermutationSpec
+
+LABELS = "labels"
+"""The only axis whose size no spec knows and a config still says: the number of labels."""
+
+ASK = "?"
+"""In place of a tensor where only the class can tell."""
+
+_INDEX = re.compile(r"\.\d+(?=\.)")
+_NEED = re.compile(r"(?P<name>\S+)(?: (?P<sense>if|unless) (?P<key>\S+))?")
+
+
+def is_whole(binding: Binding, architecture: str | None, values: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has exactly the tensors that its class needs, of their sizes.
+
+    Args:
+        binding: Its tensors, each by the name that its class writes.
+        architecture: The name of the class.
+        values: The values in its config.json.
+
+    Returns:
+        False also where only the class can tell.
+    """
+    needed = needed_tensors(binding.spec, architecture, values)
+    held = {name for name, bound in binding.tensors.items() if bound.spec.optional}
+    unknown = {axis for axis, size in binding.sizes.items() if binding.spec.axes[axis].size is None}
+    if needed is None or held != needed or unknown - {LABELS}:
+        return False
+    return LABELS not in unknown or binding.sizes[LABELS] == _labels(values)
+
+
+def needed_tensors(spec: PermutationSpec, architecture: str | None, values: Mapping[str, Any]) -> frozenset[str] | None:
+    """The optional tensors of a spec that a model class needs.
+
+    Args:
+        spec: The spec of the config.
+        architecture: The name of the class.
+        values: The values in config.json.
+
+    Returns:
+        Their names; None where only the class can tell.
+    """
+    row = _table().get(spec.model_type)
+    if row is None or architecture not in row["classes"]:
+        return None
+    patterns = set()
+    for line in [*row["all"], *row["classes"][architecture]]:
+        need = _NEED.fullmatch(line)
+        assert need is not None, line
+        if need["key"] is not None:
+            value = values.get(need["key"], row["defaults"][need["key"]])
+            if not isinstance(value, bool):
+                return None
+            if value != (need["sense"] == "if"):
+                continue
+        if need["name"] == ASK:
+            return None
+        patterns.add(need["name"])
+    optional = [replace(tensor, condition=None) for tensor in spec.declarations if tensor.optional]
+    names = concrete_names(optional, spec.axes, lambda _: True)
+    found = {name: pattern_of(name) for name in names}
+    if not patterns <= set(found.values()):
+        return None
+    return frozenset(name for name, pattern in found.items() if pattern in patterns)
+
+
+def pattern_of(name: str) -> str:
+    """The name of a tensor with a star for every index."""
+    return _INDEX.sub(".*", name)
+
+
+def _labels(values: Mapping[str, Any]) -> int | None:
+    """The number of labels that a config.json says; None where its class has to be asked."""
+    if "num_labels" in values:
+        return None
+    labels = values.get("id2label", (0, 1))
+    return len(labels) if isinstance(labels, Mapping | tuple) else None
+
+
+@cache
+def _table() -> Any:
+    return json.loads((files(__package__) / "needs.json").read_text(encoding="utf-8"))
