@@ -8,6 +8,7 @@ them means nothing, and costs what one of trained models costs.
 
 import argparse
 import json
+import string
 import sys
 from pathlib import Path
 
@@ -48,16 +49,26 @@ def config_of(size: str, layers: int | None = None) -> LlamaConfig:
 
 
 def make_pair(folder: Path, size: str, layers: int | None = None) -> tuple[Path, Path]:
-    """Writes the two checkpoints below a folder, unless they are there.
+    """Writes a base and one model moved from it below a folder, unless they are there.
 
     Returns:
         Their folders.
+    """
+    base, moved = make_models(folder, size, 1, layers)
+    return base, moved
+
+
+def make_models(folder: Path, size: str, count: int, layers: int | None = None) -> list[Path]:
+    """Writes a base and models that are moved from it, each by noise of its own, unless they are there.
+
+    Returns:
+        Their folders, the base first.
     """
     config = config_of(size, layers)
     name = size if layers is None else f"{size}-{layers}-layers"
     shapes = Layout(find_model_class("LlamaForCausalLM", config), config).shapes
     infos = {tensor: TensorInfo(torch.bfloat16, shape) for tensor, shape in shapes.items()}
-    folders = (folder / name / "a", folder / name / "b")
+    folders = [folder / name / letter for letter in string.ascii_lowercase[: 1 + count]]
     for moved, target in enumerate(folders):
         if (target / "done.json").exists():
             continue

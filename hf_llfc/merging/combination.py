@@ -56,6 +56,17 @@ _BITS = {
 }
 
 
+def is_finite(column_c: Tensor) -> bool:
+    """Whether no element is infinite or NaN; quick for elements in the cache.
+
+    Args:
+        column_c: One-dimensional, of a type among `DTYPES`, on the CPU.
+    """
+    bits = _BITS[column_c.dtype]
+    magnitude = column_c.view(bits.signed).numpy().view(bits.unsigned) & bits.unsigned(bits.all_but_sign)
+    return bool(magnitude.max(initial=0) < bits.infinity)
+
+
 @dataclass(frozen=True)
 class Half:
     """What rounding to a half type takes.

@@ -1,8 +1,10 @@
 """Merging in bounded memory: parts of tensors are read, combined and written by several workers, and processes.
 
 A tensor whose bytes can be read where they lie, in all models, is cut into parts; a worker reads a part of each model,
-combines it chunk by chunk, and writes it to its place. One worker computes while another waits for the disk. A tensor
-that has to be moved or made first is read as a whole, and no more of them at a time than the budget allows.
+combines it chunk by chunk, and writes it to its place. One worker computes while another waits for the disk. A method
+that must know of all parts before it merges one has a worker to itself for the tensor, which reads the parts again in
+each of its passes: they come from the page cache. A tensor that has to be moved or made first is read as a whole, and
+no more of them at a time than the budget allows.
 
 Workers of a large merge are forked copies of the process where there can be any, else its threads: a chunk is a dozen
 calls of some microseconds, each of which gives up Python's lock and takes it again, so that two threads merge no faster
@@ -18,16 +20,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_llfc.checkpoints import FileSpan, Sink, Written, tensor_bytes
+from hf_llfc.checkpoints import FileSpan, Sink, TensorInfo, Written, tensor_bytes
 from hf_llfc.checkpoints.source import Moved
-from hf_llfc.merging.combination import CHUNK, DTYPES, Scratch
+from hf_llfc.merging.combination import CHUNK, DTYPES, Combination, Scratch, is_finite
+from hf_llfc.merging.methods.declarations import Need
+from hf_llfc.merging.methods.parts import PART as METHOD_PART
+from hf_llfc.merging.methods.parts import Parts, merged_parts
 from hf_llfc.merging.on_device import DeviceScratch
-from hf_llfc.merging.tensors import Merge
+from hf_llfc.merging.tensors import Merge, beyond_range
 from hf_llfc.parallel.workers import ALONE, Workers
 
 PART = 1 << 20
@@ -38,6 +44,11 @@ MEMORY = 1 << 28
 
 KEPT = 1 << 26
 """Bytes that a worker keeps for whole tensors from one to the next."""
+
+DECOMPOSED = 24
+"""Bytes that a decomposition takes an element of the tensor: three matrices in float64."""
+
+_ROUNDED = Combination((1.0,))
 
 FORKED = 1 << 26
 """Bytes to be read and written from which on copies of the process merge: to start and end them takes some 50 ms."""
@@ -88,6 +99,7 @@ def merge_streamed(
             dtype, or cannot be read.
     """
     parts = [part for name in (merge.infos if names is None else names) for part in _parts(merge, name)]
+    parts.sort(key=lambda part: -part.cost)  # what takes long begins early, so that no worker waits for it at the end
     total = sum(part.cost for part in parts) // workers.ranks
     forked = total >= FORKED and workers.device is None
     done = 0
@@ -111,17 +123,26 @@ def _parts(merge: Merge, name: str) -> Iterator[Part]:
     everyone = merge.everyone
     spans = [source.span(name) for source in everyone]
     per_element = (1 + len(everyone)) * info.dtype.itemsize
-    if all(span is not None for span in spans) and (merge.is_sum(name) or _is_taken_over(merge, name)):
+    in_any_order = merge.is_sum(name) or _is_taken_over(merge, name) or _is_elementwise(merge, name)
+    if all(span is not None for span in spans) and in_any_order:
         for start in range(0, info.elements, PART):
             stop = min(start + PART, info.elements)
             yield Part(name, start, stop, per_element * (stop - start), 0)
         return
     # What is read as a whole is made, which takes the tensor twice, or moved a few rows at a time.
     whole = 0
+    streams = merge.is_sum(name) or merge.is_by_method(name)
     for source, span in zip(everyone, spans, strict=True):
-        if span is None or not merge.is_sum(name):
+        if span is None or not streams:
             whole += info.nbytes * (1 if merge.is_sum(name) and source.moved(name) is not None else 2)
+    if merge.is_by_method(name) and merge.method is not None and merge.method.need is Need.DECOMPOSITION:
+        whole += DECOMPOSED * info.elements
     yield Part(name, 0, info.elements, per_element * info.elements, whole)
+
+
+def _is_elementwise(merge: Merge, name: str) -> bool:
+    """Whether a method merges any part of a tensor without looking at the others."""
+    return merge.is_by_method(name) and merge.method is not None and merge.method.need is Need.ELEMENTWISE
 
 
 def _is_taken_over(merge: Merge, name: str) -> bool:
@@ -165,6 +186,7 @@ class _Merging(threading.local):
         self._sink = sink
         self._budget = budget
         self._scratch = Scratch(CHUNK) if device is None else DeviceScratch(device)
+        self._rounding = Scratch(CHUNK)
         self._rooms = [_Room() for _ in (*merge.everyone, sink)]
         self._matrices = [_Matrix() for _ in merge.everyone]
 
@@ -175,6 +197,8 @@ class _Merging(threading.local):
                 return list(self._sum(part))
             if _is_taken_over(self._merge, part.name):
                 return list(self._copy(part))
+            if self._merge.is_by_method(part.name):
+                return list(self._by_method(part))
             return [self._sink.put(part.name, 0, tensor_bytes(self._merge.tensor(part.name)))]
 
     def _copy(self, part: Part) -> Iterator[Written]:
@@ -221,6 +245,82 @@ class _Merging(threading.local):
             self._merge.tensor(part.name)
             raise AssertionError(f"{part.name}: whole tensors can be summed, chunks of them cannot")
 
+    def _by_method(self, part: Part) -> Iterator[Written]:
+        merge, info = self._merge, self._merge.infos[part.name]
+        method, settings = merge.method, merge.settings[part.name]
+        assert method is not None
+        read = [source.span(part.name) or source.read(part.name).reshape(-1) for source in merge.everyone]
+        if any(each.dtype not in DTYPES or each.nbytes != info.elements * each.dtype.itemsize for each in read):
+            merge.tensor(part.name)
+            raise AssertionError(f"{part.name}: whole tensors can be merged, parts of them cannot")
+        stream = _Columns(read, self._rooms, part, info, has_base=merge.base is not None)
+        try:
+            prepared = method.prepared(stream, settings)
+            start, filled = part.start, 0
+            for merged_c in merged_parts(prepared, stream):
+                merged_c = merged_c.reshape(-1)
+                result_p = self._rooms[-1].of(info.dtype, max(PART, merged_c.numel()), keep=filled)
+                if not self._rounding.combine(_ROUNDED, [merged_c], result_p[filled : filled + merged_c.numel()]):
+                    raise beyond_range(method, settings, info.dtype)
+                filled += merged_c.numel()
+                if filled + merged_c.numel() > PART or start + filled == part.stop:
+                    put = tensor_bytes(result_p[:filled])
+                    yield self._sink.put(part.name, start * info.dtype.itemsize, put)
+                    start, filled = start + filled, 0
+        except _NotFiniteError:
+            merge.tensor(part.name)
+            raise AssertionError(f"{part.name}: the whole tensor is finite, a part of it is not") from None
+
+
+class _NotFiniteError(Exception):
+    """A model has an element that is infinite or NaN."""
+
+
+class _Columns:
+    """Some elements of a tensor of every model, from files or memory; what is read is looked at once.
+
+    Args:
+        read: The base first, if there is one; then the models.
+        rooms: One a tensor, at least.
+        part: The elements.
+        info: Of the result.
+        has_base: Whether the first is the base.
+    """
+
+    def __init__(
+        self, read: Sequence[FileSpan | Tensor], rooms: Sequence[_Room], part: Part, info: TensorInfo, *, has_base: bool
+    ) -> None:
+        self.shape = info.shape
+        self.models = len(read) - has_base
+        self.dtype = reduce(torch.promote_types, (each.dtype for each in read), info.dtype)
+        self._read = read
+        self._rooms = rooms
+        self._part = part
+        self._has_base = has_base
+        self._is_checked = False
+
+    def parts(self, width: int = 1, *, size: int = METHOD_PART, only: int | None = None) -> Parts:
+        """See `hf_llfc.merging.methods.parts.Stream`."""
+        chosen = list(range(len(self._read)))
+        if only is not None:
+            chosen = [0, 1 + only] if self._has_base else [only]
+        step = max(1, size // width) * width
+        at_once = max(1, PART // step) * step
+        for begin in range(self._part.start, self._part.stop, at_once):
+            end = min(begin + at_once, self._part.stop)
+            columns = [self._filled(index, begin, end) for index in chosen]
+            for first in range(0, end - begin, step):
+                columns_c = [column[first : first + step] for column in columns]
+                if not self._is_checked and not all(map(is_finite, columns_c)):
+                    raise _NotFiniteError
+                columns_c = [column_c.to(self.dtype) for column_c in columns_c]
+                yield (columns_c[1:], columns_c[0]) if self._has_base else (columns_c, None)
+        self._is_checked |= only is None
+
+    def _filled(self, index: int, begin: int, end: int) -> Tensor:
+        read = self._read[index]
+        return read[begin:end] if isinstance(read, Tensor) else self._rooms[index].filled(read, begin, end)
+
 
 class _Room:
     """Bytes for one part of elements of any type."""
@@ -228,10 +328,12 @@ class _Room:
     def __init__(self) -> None:
         self._bytes = torch.empty(PART * torch.float64.itemsize, dtype=torch.uint8)
 
-    def of(self, dtype: torch.dtype, count: int) -> Tensor:
+    def of(self, dtype: torch.dtype, count: int, *, keep: int = 0) -> Tensor:
         """Room for elements of a type; more of it, if they are a row that is longer than a part."""
         if count * dtype.itemsize > len(self._bytes):
+            kept = self._bytes[: keep * dtype.itemsize]
             self._bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+            self._bytes[: len(kept)] = kept
         return self._bytes[: count * dtype.itemsize].view(dtype)
 
     def filled(self, span: FileSpan | _Matrix, start: int, stop: int) -> Tensor:

@@ -108,15 +108,21 @@ class Merge:
 
     def is_sum(self, name: str) -> bool:
         """Whether a tensor is a sum of several, element by element and nothing else."""
-        if self.method is not None or self.is_copy(name):
-            return False
-        return not (name.endswith(COUNTER) or name.endswith(VARIANCE) or _is_kept(name, self.infos[name].dtype))
+        return self.method is None and not self.is_copy(name) and self._is_weight(name)
+
+    def is_by_method(self, name: str) -> bool:
+        """Whether a tensor is merged by the method, in parts and passes."""
+        return self.method is not None and self._is_weight(name)
 
     def is_copy(self, name: str) -> bool:
         """Whether a tensor is that of the only model."""
         return (
             self.method is None and self.base is None and len(self.sources) == 1 and tuple(self.weights[name]) == (1.0,)
         )
+
+    def _is_weight(self, name: str) -> bool:
+        """Whether a tensor is neither kept, nor counted, nor to be looked at when it is merged."""
+        return not (name.endswith(COUNTER) or name.endswith(VARIANCE) or _is_kept(name, self.infos[name].dtype))
 
     def combination(self, name: str) -> Combination:
         """Which sum a tensor is."""
@@ -189,12 +195,17 @@ def merge_by_method(
     given = [tensor.to(common) for tensor in models]
     merged = method.merge(given, None if base is None else base.to(common), settings, dtype)
     if not bool(merged.isfinite().all()):
-        name = str(dtype).removeprefix("torch.")
-        raise CheckpointError(
-            f"{settings.tensor}: what {method.name} computes is beyond the range of {name}; "
-            "set out_dtype to bfloat16 or float32, or lower the weights"
-        )
+        raise beyond_range(method, settings, dtype)
     return merged
+
+
+def beyond_range(method: MergeMethod, settings: Settings, dtype: torch.dtype) -> CheckpointError:
+    """The error of a result that leaves the range of its dtype."""
+    name = str(dtype).removeprefix("torch.")
+    return CheckpointError(
+        f"{settings.tensor}: what {method.name} computes is beyond the range of {name}; "
+        "set out_dtype to bfloat16 or float32, or lower the weights"
+    )
 
 
 def _is_kept(name: str, dtype: torch.dtype) -> bool:

@@ -14,6 +14,8 @@ from hf_llfc.checkpoints.source import Moved, Source
 from hf_llfc.checkpoints.writing.shards import ShardFiles, ShardLayout
 from hf_llfc.errors import CheckpointError
 from hf_llfc.merging import Merge, WeightSchedule, merge_streamed, streaming
+from hf_llfc.merging.methods import Base, find_method
+from hf_llfc.merging.methods.parts import PART as METHOD_PART
 from hf_llfc.parallel.forked import can_fork
 from hf_llfc.parallel.workers import Workers
 
@@ -262,6 +264,88 @@ def test_copies_keep_to_one_budget(limit, tmp_path, monkeypatch):
     merge_streamed(merge, Leaving(), workers=Workers(4), memory=limit)
     peaks = [int(path.name.split()[1]) for path in (tmp_path / "peaks").iterdir()]
     assert len(peaks) == 8 and max(peaks) == (1 if limit == 0 else 2)
+
+
+BY_METHOD = [
+    ("nearswap", 1, {"t": 0.3}),
+    ("ram", 2, {}),
+    ("slerp", 1, {"t": 0.3}),
+    ("nuslerp", 2, {"weight": 0.5, "nuslerp_flatten": False}),
+    ("nuslerp", 2, {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("model_stock", 2, {"filter_wise": True}),
+    ("ramplus_tl", 2, {}),
+    ("sce", 2, {"select_topk": 0.5}),
+    ("ties", 2, {"weight": 0.5, "density": 0.5}),
+    ("breadcrumbs", 2, {"weight": 0.5, "density": 0.5, "gamma": 0.1}),
+    ("dare_ties", 2, {"weight": 0.5, "density": 0.5}),
+    ("della", 2, {"weight": 0.5, "density": 0.5}),
+    ("arcee_fusion", 1, {}),
+    ("tsv_m", 2, {}),
+    ("wudi", 2, {}),
+]
+
+
+def by_method(name, states, values, sources, base):
+    """A merge of every tensor by a method."""
+    method, infos = find_method(name), infos_of(states[0])
+    settings = {tensor: method.settings(values, models=len(sources), tensor=tensor) for tensor in infos}
+    return Merge(sources, infos, {}, base, method, settings)
+
+
+@pytest.mark.parametrize(("name", "count", "values"), BY_METHOD, ids=str)
+def test_methods_read_files_in_parts_and_make_the_whole(name, count, values, generator, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(streaming, "PART", 3 * METHOD_PART)
+    common = {
+        "wide": torch.randn(37, 5000, generator=generator),
+        "kernel": torch.randn(9, 6, 2, 2, generator=generator),
+        "vector": torch.randn(300, generator=generator),
+        "one": torch.randn((), generator=generator),
+        "nothing": torch.empty(0, 4),
+        "position_ids": torch.arange(9)[None],
+    }
+    states = [
+        {
+            tensor: value + 0.1 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+            for tensor, value in common.items()
+        }
+        for _ in range(count + 1)
+    ]
+    files = [from_file(state, tmp_path / str(index), str(index)) for index, state in enumerate(states)]
+    has_base = find_method(name).base is not Base.NONE and name != "nuslerp"
+    sources, base = (files[1:], files[0]) if has_base else (files[:count], None)
+    in_parts = [Source(each.label, only_whole_numbers(each), each.span) for each in sources]
+    of_base = None if base is None else Source(base.label, only_whole_numbers(base), base.span)
+    found = written(by_method(name, states, values, in_parts, of_base), tmp_path / "out", workers=workers)
+    expected = by_method(name, states, values, sources, base)
+    assert_same(found, dict(expected.tensors()))
+
+
+def only_whole_numbers(source):
+    """Reads tensors as wholes that no method merges, and no others."""
+
+    def read(tensor):
+        assert tensor == "position_ids", f"{tensor} was read as a whole"
+        return source.read(tensor)
+
+    return read
+
+
+@pytest.mark.parametrize("place", [0, 100_000])
+@pytest.mark.parametrize("name", ["ram", "ties", "iso_c"])
+def test_a_number_that_a_method_would_hide_is_named(name, place, generator, tmp_path, workers):
+    states = [{"w": torch.randn(400, 300, generator=generator)} for _ in range(2)]
+    states[1]["w"].view(-1)[place] = float("nan")
+    base, model = (from_file(state, tmp_path / letter, letter) for state, letter in zip(states, "ab", strict=True))
+    values = {"weight": 1.0, "density": 0.1} if name == "ties" else {}
+    with pytest.raises(CheckpointError, match=rf"w of b: 1 of 120000 elements .* flat index {place};"):
+        merge_streamed(by_method(name, states, values, [model], base), Nowhere(), workers=workers)
+
+
+def test_what_a_method_makes_beyond_the_range_is_named(tmp_path):
+    state = {"w": torch.full((200,), 6e4, dtype=torch.float16)}
+    merge = by_method("passthrough", [state], {"scale": 2.0}, [from_file(state, tmp_path / "a")], None)
+    with pytest.raises(CheckpointError, match=r"w: what passthrough computes is beyond the range of float16"):
+        merge_streamed(merge, Nowhere())
 
 
 @pytest.mark.parametrize("place", [0, 150, 406])

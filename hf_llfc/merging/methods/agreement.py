@@ -5,13 +5,14 @@ Shape suffixes: `n` all elements of a tensor, `c` some of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.parts import PART, differences, merge_in_parts, parts
-from hf_llfc.merging.methods.ranking import largest
+from hf_llfc.merging.methods.parts import Prepared, Stream, differences, sum_over_parts
+from hf_llfc.merging.methods.ranking import EVERYTHING, Selection, largest
 from hf_llfc.merging.methods.settings import Settings
 from hf_llfc.merging.methods.signs import elect_signs, total
 
@@ -19,59 +20,49 @@ SMALLEST_ENERGY = 1e-6
 """`sce` weights all models alike where their mean squares add up to less, and divides by no smaller sum of weights."""
 
 
-def measure_sce(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings) -> Tensor:
-    """Σ τᵢ² of every model, and how many elements that are."""
-    return _squares(differences(models_c, base_c))
-
-
-def sce(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings, sums: Tensor) -> Tensor:
+def sce(stream: Stream, settings: Settings) -> Prepared:
     """θ₀ + Σ wᵢτᵢ / Σ wᵢ over the models whose τᵢ has the sign of Σ τᵢ, wᵢ ∝ the mean square of τᵢ.
 
     Wan et al., "FuseChat", 2024: select, calculate, erase. As in mergekit, all models weigh alike where the mean
     squares add up to less than 1e-6, which is usual for fine-tuned language models.
 
     Args:
-        models_c: Some elements of every model's tensor.
-        base_c: Those of the base.
-        settings: None that matters here; with `select_topk` see `whole_sce`.
-        sums: From `measure_sce`.
+        stream: The models and the base.
+        settings: `select_topk`, the share of the elements that vary between the models at all, the most varying ones,
+            that is merged; the others stay those of the base. Variances are compared in float32, or in float64 if the
+            tensors are; of equal ones the first are selected, which mergekit leaves to the processor.
 
     Returns:
-        The same elements of the merge, in float64.
+        What merges a part.
     """
-    return _weighted(differences(models_c, base_c), _energy_shares(sums)).add_(base_c)
+    share = settings.number("select_topk")
+    chosen = _most_varying(stream, share) if share < 1 else EVERYTHING
+    dtype = torch.promote_types(stream.dtype, torch.float32)
 
+    def selected() -> Callable[[Sequence[Tensor], Tensor | None], list[Tensor]]:
+        """What gives the changes of the next part, in a pass from the beginning on."""
+        chosen_of = chosen.begin()
 
-def whole_sce(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """`sce` of the elements that vary most between the models; the others stay those of the base.
+        def changes_of(models_c: Sequence[Tensor], base_c: Tensor | None) -> list[Tensor]:
+            assert base_c is not None
+            changes = differences(models_c, base_c)
+            if chosen is EVERYTHING:
+                return changes
+            kept_c = chosen_of(_variance(models_c, base_c, dtype))
+            return [change.mul_(kept_c) for change in changes]
 
-    Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
-        settings: `select_topk`, the share of the elements that vary at all. Variances are compared in float32, or in
-            float64 if the tensors are; of equal ones the first are selected, which mergekit leaves to the processor.
+        return changes_of
 
-    Returns:
-        The merge.
-    """
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    variance_n = torch.empty(base.numel(), dtype=dtype, device=base.device)
-    for part, (base_c, *models_c) in parts([base, *models]):
-        variance_n[part] = _variance([model_c.to(dtype) - base_c.to(dtype) for model_c in models_c])
-    count = int(int(torch.count_nonzero(variance_n)) * settings.number("select_topk"))
-    kept_n = largest(lambda: iter(variance_n.cpu().split(PART)), base.numel(), count).to(base.device)
-    sums = torch.zeros(len(models) + 1, dtype=torch.float64)
-    for _, (base_c, kept_c, *models_c) in parts([base, kept_n, *models]):
-        sums += _squares([change.mul_(kept_c) for change in differences(models_c, base_c)])
+    of_first_pass = selected()
+    sums = sum_over_parts(lambda models_c, base_c: _squares(of_first_pass(models_c, base_c)), stream)
     shares = _energy_shares(sums)
+    of_last_pass = selected()
 
-    def combine(columns_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
-        *models_c, kept_c = columns_c
+    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         assert base_c is not None
-        changes = [change.mul_(kept_c) for change in differences(models_c, base_c)]
-        return _weighted(changes, shares).add_(base_c)
+        return _weighted(of_last_pass(models_c, base_c), shares).add_(base_c)
 
-    return merge_in_parts(combine, [*models, kept_n], base)
+    return Prepared(combine)
 
 
 def ram(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings) -> Tensor:
@@ -91,51 +82,76 @@ def ram(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings) -> Tenso
     return total(changes).div_(counts.clamp_(min=1)).add_(base_c)
 
 
-def measure_ramplus_tl(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings) -> Tensor:
-    """For every model how many elements it changed with others, then for every model how many it changed alone."""
-    changes, counts = _changed(differences(models_c, base_c), settings.number("epsilon"))
-    changed = [change != 0 for change in changes]
-    alone = [float((one & (counts == 1)).sum()) for one in changed]
-    together = [float(one.sum()) - count for one, count in zip(changed, alone, strict=True)]
-    return torch.tensor(together + alone, dtype=torch.float64)
-
-
-def ramplus_tl(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings, sums: Tensor) -> Tensor:
+def ramplus_tl(stream: Stream, settings: Settings) -> Prepared:
     """`ram`, with what only one model changed multiplied by λᵢ = 1 + r · min(α, shared elements / unique elements).
 
     "Reinforced Agent Merging", arXiv 2601.13572; mergekit's variant, in which every tensor has λᵢ of its own.
 
     Args:
-        models_c: Some elements of every model's tensor.
-        base_c: Those of the base.
+        stream: The models and the base.
         settings: `r`, `alpha`, `epsilon`.
-        sums: From `measure_ramplus_tl`.
 
     Returns:
-        The same elements of the merge, in float64.
+        What merges a part.
     """
     epsilon = settings.number("epsilon")
-    changes, counts = _changed(differences(models_c, base_c), epsilon)
-    together, alone = sums.view(2, -1).tolist()
-    unique = (counts == 1).to(counts.dtype)
-    merged_c = torch.zeros_like(changes[0])
-    lonely_c = torch.zeros_like(changes[0])
-    for change, shared, single in zip(changes, together, alone, strict=True):
-        merged_c.add_(change)
-        ratio = min(max(shared / max(single, epsilon), 0.0), settings.number("alpha"))
-        lonely_c.add_(change, alpha=settings.number("r") * ratio)
-    return merged_c.div_(counts.clamp_(min=1)).add_(lonely_c.mul_(unique)).add_(base_c)
+
+    def count(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        """For every model how many elements it changed with others, then for every model how many it changed alone."""
+        assert base_c is not None
+        changes, counts = _changed(differences(models_c, base_c), epsilon)
+        changed = [change != 0 for change in changes]
+        alone = [float((one & (counts == 1)).sum()) for one in changed]
+        together = [float(one.sum()) - single for one, single in zip(changed, alone, strict=True)]
+        return torch.tensor(together + alone, dtype=torch.float64)
+
+    sums = sum_over_parts(count, stream).tolist()
+    ratios = [
+        min(max(shared / max(single, epsilon), 0.0), settings.number("alpha"))
+        for shared, single in zip(sums[: stream.models], sums[stream.models :], strict=True)
+    ]
+
+    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        assert base_c is not None
+        changes, counts = _changed(differences(models_c, base_c), epsilon)
+        unique = (counts == 1).to(counts.dtype)
+        merged_c, lonely_c = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
+        for change, ratio in zip(changes, ratios, strict=True):
+            merged_c.add_(change)
+            lonely_c.add_(change, alpha=settings.number("r") * ratio)
+        return merged_c.div_(counts.clamp_(min=1)).add_(lonely_c.mul_(unique)).add_(base_c)
+
+    return Prepared(combine)
 
 
-def _variance(changes: Sequence[Tensor]) -> Tensor:
-    """The variance over the models, in float64 by Welford's recurrence, which is zero where the changes are equal."""
+def _most_varying(stream: Stream, share: float) -> Selection:
+    """Which elements vary most between the models: a share of those that vary at all."""
+    dtype = torch.promote_types(stream.dtype, torch.float32)
+
+    def variances() -> Iterator[list[Tensor]]:
+        for models_c, base_c in stream.parts():
+            assert base_c is not None
+            yield [_variance(models_c, base_c, dtype)]
+
+    size = math.prod(stream.shape)
+    varying = sum(int(torch.count_nonzero(variance_c)) for (variance_c,) in variances())
+    return largest(variances, size, [int(varying * share)])[0]
+
+
+def _variance(models_c: Sequence[Tensor], base_c: Tensor, dtype: torch.dtype) -> Tensor:
+    """The variance of the changes over the models, in a dtype.
+
+    It is computed in float64 by Welford's recurrence, which is zero where the changes are equal.
+    """
+    narrow_c = base_c.to(dtype)
+    changes = [model_c.to(dtype) - narrow_c for model_c in models_c]
     mean_c = changes[0].double()
     spread_c = torch.zeros_like(mean_c)
     for count, change in enumerate(changes[1:], start=2):
         step_c = change - mean_c
         mean_c = mean_c + step_c / count
         spread_c.add_(step_c.mul_(change - mean_c))
-    return spread_c.div_(len(changes))
+    return spread_c.div_(len(changes)).to(dtype)
 
 
 def _squares(changes: Sequence[Tensor]) -> Tensor:

@@ -17,25 +17,25 @@ from torch import Tensor
 
 from hf_llfc.merging.methods.decompositions import Ridge, singular
 from hf_llfc.merging.methods.matrices import Tasks, merged_change
+from hf_llfc.merging.methods.parts import Prepared, Stream
 from hf_llfc.merging.methods.settings import Settings
 
 TINY = 1e-12
 """What `ace` adds before it divides by a trace or takes its logarithm."""
 
 
-def wudi(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def wudi(stream: Stream, settings: Settings) -> Prepared:
     """θ₀ + λ(Σ cᵢτᵢτᵢᵀτᵢ)(Σ cᵢτᵢᵀτᵢ + εI)⁻¹, cᵢ = 1/‖τᵢ‖²_F, or 1 if `normalize` is off.
 
     The minimum of Σ cᵢ‖(Δ − τᵢ)τᵢᵀ‖²_F, which Cheng et al., "Whoever Started the Interference Should End It", ICML
     2025, approach by gradient descent; also known as ACTMat. In directions that no task vector has, Δ is zero.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `lambda`, `normalize`; `epsilon`, where ε is that share of the mean of the diagonal.
 
     Returns:
-        The merge.
+        What merges a part.
     """
 
     def change(tasks: Tasks) -> Tensor:
@@ -44,7 +44,7 @@ def wudi(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         if not settings.switch("normalize"):
             shares = [1.0] * len(shares)
         trace = sum(share * energy for share, energy in zip(shares, energies, strict=True))
-        numerator_oi = torch.zeros(tasks.shape, dtype=torch.float64, device=base.device)
+        numerator_oi = torch.zeros(tasks.shape, dtype=torch.float64)
         if not trace:
             return numerator_oi
         outputs, inputs = tasks.shape
@@ -54,10 +54,10 @@ def wudi(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
                 numerator_oi.add_(ridge.add(task_oi.mul_(math.sqrt(share))), alpha=1 / math.sqrt(share))
         return ridge.divide(numerator_oi)
 
-    return merged_change(models, base, settings, change)
+    return merged_change(stream, settings, change)
 
 
-def ace(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def ace(stream: Stream, settings: Settings) -> Prepared:
     """θ₀ + λΔ, Δ = (Σ τ̄ᵢΣᵢ)(Σ Σᵢ + 1mᵀ)⁻¹ with Σᵢ = cᵢ(τ̄ᵢᵀτ̄ᵢ + εI), refined where the tasks differ much.
 
     τ̄ᵢ is τᵢ minus the mean of its rows. m, the consensus prior, has the means of the columns of Σ cᵢτ̄ᵢᵀτ̄ᵢ. Tasks differ
@@ -69,19 +69,18 @@ def ace(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
     of the authors' code. `center: false`, `prior: 0` and `refined_share: 0` leave out a part each.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `lambda`, `epsilon`, `heterogeneity`, `refined_share`, `prior` (a factor on m), `center`;
             `exact_size`, see `decompositions.singular`; seed and tensor for randomised searches.
 
     Returns:
-        The merge.
+        What merges a part.
     """
 
     def change(tasks: Tasks) -> Tensor:
         center = settings.switch("center")
         energies = [float(task_oi.square_().sum()) for task_oi in tasks]
-        merged_oi = torch.zeros(tasks.shape, dtype=torch.float64, device=base.device)
+        merged_oi = torch.zeros(tasks.shape, dtype=torch.float64)
         if not any(energies):
             return merged_oi
         differ = _heterogeneity(energies) > settings.number("heterogeneity")
@@ -111,7 +110,7 @@ def ace(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
                 merged_oi.add_(top.left_ok @ top.right_ki, alpha=float(top.values_k.mean()))
         return merged_oi
 
-    return merged_change(models, base, settings, change)
+    return merged_change(stream, settings, change)
 
 
 def _times_gram(rows_oi: Tensor, matrix_ai: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib import import_module
-from math import isfinite
+from math import isfinite, prod
 
 from hf_llfc.errors import RecipeError, raise_all, suggest
 from hf_llfc.merging.methods.settings import Settings, Value
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # the typing module alone takes as long to load as Python tak
     import torch
     from torch import Tensor
 
+    from hf_llfc.merging.methods.parts import Prepared, Stream
+
 
 class Need(Enum):
     """What a method must see of a tensor at once, from the least to the most."""
@@ -28,17 +30,12 @@ class Need(Enum):
     ELEMENTWISE = "elementwise"
     """Any part of the elements: the merge of the parts is part of the merge."""
 
-    TWO_PASSES = "two_passes"
-    """Any part of the elements, twice: first to add up a few numbers, then, with their sums, to merge."""
-
-    PER_ROW = "per_row"
-    """Whole rows, the last dimension: any number of rows at a time."""
-
-    PER_TENSOR = "per_tensor"
-    """The whole tensor, because its elements are ranked or drawn."""
+    PASSES = "passes"
+    """Any part of the elements or whole rows, from the beginning on in order, and several times: what is merged depends
+    on norms, counts, cuts or draws of the whole tensor."""
 
     DECOMPOSITION = "decomposition"
-    """The whole tensor, in float64, and eigenvectors of a matrix as large as its smaller side."""
+    """Several passes, and matrices in float64 as large as the tensor or its smaller side."""
 
 
 class Base(Enum):
@@ -69,7 +66,6 @@ class Parameter:
         low: The smallest value; none where None.
         high: The largest value; none where None.
         per_model: Whether every model has its own value.
-        need: What the method needs where the value is not the default, if that is more.
     """
 
     name: str
@@ -79,7 +75,6 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     per_model: bool = False
-    need: Need | None = None
 
     def checked(self, value: object) -> Value:
         """A value that was given, as `kind`.
@@ -111,11 +106,9 @@ class MergeMethod:
     of a tensor is one-dimensional.
 
         elementwise   function(models, base, settings) -> merged, of any part, in float64
-        two passes    measure(models, base, settings) -> numbers in float64, to be added up over all parts;
-                      function(models, base, settings, sums) -> merged, of any part, in float64
-        all others    whole(models, base, settings) -> merged, of the tensor in its shape and the models' dtype
+        all others    function(stream, settings) -> what merges the parts of a tensor, in order; see `parts.Prepared`
 
-    `merge` calls them as `need_with` says; an engine that streams calls them itself.
+    An engine that streams calls `prepared`; `merge` is for tensors in memory.
 
     Attributes:
         name: Value of `merge_method` in a recipe.
@@ -124,11 +117,8 @@ class MergeMethod:
         help: One sentence.
         base: Whether there is a base model.
         inputs: How many models there must be: at least, and at most where there is a limit. The base is not counted.
-        need: What the method needs of a tensor with the default values of its parameters.
-        module: Where its functions are, relative to this package.
-        function: Name of the function of parts; None if there is none.
-        measure: Name of the function that measures parts in the first of two passes.
-        whole: Name of the function of whole tensors; None if there is none.
+        need: What the method needs of a tensor.
+        module: Where its function is, of the method's name, relative to this package.
         parameters: What may be set.
         reduces: What is computed over all elements of a tensor before it is merged; nothing if empty.
         random: Whether the method draws random numbers, anew for every tensor and model.
@@ -142,9 +132,6 @@ class MergeMethod:
     inputs: tuple[int, int | None]
     need: Need
     module: str
-    function: str | None = None
-    measure: str | None = None
-    whole: str | None = None
     parameters: tuple[Parameter, ...] = ()
     reduces: str = ""
     random: bool = False
@@ -205,53 +192,46 @@ class MergeMethod:
         raise_all(problems, RecipeError, f"parameters of {self.name}")
         return Settings(shared, of_models, seed, tensor)
 
-    def need_with(self, settings: Settings) -> Need:
-        """What the method needs of a tensor with these settings."""
-        order = list(Need)
-        needs = [self.need]
-        for parameter in self.parameters:
-            if parameter.need is None:
-                continue
-            values = settings.of_models[parameter.name] if parameter.per_model else (settings.shared[parameter.name],)
-            if any(value != parameter.default for value in values):
-                needs.append(parameter.need)
-        return max(needs, key=order.index)
-
-    def load(self, name: str | None) -> Callable[..., Any]:
-        """A function of the method, by the name that `function`, `measure` or `whole` gives; loads its module."""
-        assert name is not None, f"{self.name} has no such function"
-        function: Callable[..., Any] = vars(import_module(f".{self.module}", __package__))[name]
+    def function(self) -> Callable[..., Any]:
+        """The function that computes it; loads its module."""
+        function: Callable[..., Any] = vars(import_module(f".{self.module}", __package__))[self.name]
         return function
+
+    def prepared(self, stream: Stream, settings: Settings) -> Prepared:
+        """What merges the parts of a tensor, after all passes over it but the last.
+
+        Args:
+            stream: The tensor of every model, and of the base if there is one.
+            settings: From `settings`, for as many models.
+        """
+        from hf_llfc.merging.methods.parts import Prepared
+
+        function = self.function()
+        # A tensor without elements has no parts.
+        if self.need is Need.ELEMENTWISE or not prod(stream.shape):
+            return Prepared(lambda models_c, base_c: function(models_c, base_c, settings))
+        prepared: Prepared = function(stream, settings)
+        return prepared
 
     def merge(
         self, models: Sequence[Tensor], base: Tensor | None, settings: Settings, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Merges one tensor that is in memory.
 
-        What needs no whole tensor is computed in parts that fit in a processor's cache; the result is rounded once.
-
         Args:
-            models: Tensors of one shape and floating-point dtype, on one device; the base is not among them.
+            models: Tensors of one shape and floating-point dtype; the base is not among them.
             base: That of the base model, if there is one.
             settings: From `settings`, for as many models.
-            dtype: Dtype of the result; that of the models where None.
+            dtype: Dtype of the result, to which it is rounded once; that of the models where None.
 
         Returns:
-            A new tensor of that shape.
+            A new contiguous tensor of that shape.
         """
         assert self.base is Base.OPTIONAL or (base is not None) == (self.base is Base.REQUIRED), f"base of {self.name}"
-        need = self.need_with(settings)
-        if need not in (Need.ELEMENTWISE, Need.TWO_PASSES):
-            merged: Tensor = self.load(self.whole)(models, base, settings)
-            return merged if dtype is None else merged.to(dtype)
-        from hf_llfc.merging.methods.parts import merge_in_parts, sum_over_parts
+        from hf_llfc.merging.methods.parts import InMemory, merge_in_parts
 
-        combine = self.load(self.function)
-        if self.measure is None:
-            return merge_in_parts(lambda *parts: combine(*parts, settings), models, base, dtype)
-        measure = self.load(self.measure)
-        sums = sum_over_parts(lambda *parts: measure(*parts, settings), models, base)
-        return merge_in_parts(lambda *parts: combine(*parts, settings, sums), models, base, dtype)
+        stream = InMemory(models, base)
+        return merge_in_parts(self.prepared(stream, settings), stream, dtype)
 
     def _unknown(self, name: str) -> str:
         names = [parameter.name for parameter in self.parameters]

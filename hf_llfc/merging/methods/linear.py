@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hf_llfc.errors import RecipeError
-from hf_llfc.merging.methods.parts import around_base, combination, merge_in_parts
+from hf_llfc.merging.methods.parts import InMemory, Prepared, around_base, combination, merge_in_parts
 from hf_llfc.merging.methods.settings import Settings
 from hf_llfc.merging.methods.signs import total
 
@@ -118,4 +118,4 @@ def fisher(
         numerators = [model_c.double() * raised_c for model_c, raised_c in zip(columns_c, raised, strict=False)]
         return total(numerators).div_(total(raised))
 
-    return merge_in_parts(average, [*models, *importances], None)
+    return merge_in_parts(Prepared(average), InMemory([*models, *importances], None))

@@ -1,17 +1,18 @@
 """One model and a base, element by element or by importance: `nearswap` and `arcee_fusion`.
 
-Shape suffixes: `n` all elements of a tensor, `c` some of them, `rc` rows and columns.
+Shape suffixes: `c` some elements of a tensor, `r1` one number a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.parts import merge_in_parts, row_blocks
-from hf_llfc.merging.methods.ranking import quantiles
+from hf_llfc.merging.methods.parts import Prepared, Stream, last_dimension
+from hf_llfc.merging.methods.ranking import find_cuts
 from hf_llfc.merging.methods.settings import Settings
 
 SMALLEST_DISTANCE = 1e-6
@@ -41,7 +42,7 @@ def nearswap(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings) -> 
     return merged_c.add_(share_c.neg_().add_(1).mul_(wide_c))
 
 
-def arcee_fusion(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def arcee_fusion(stream: Stream, settings: Settings) -> Prepared:
     """θ where the model's change is important, θ₀ elsewhere.
 
     The importance of an element is |θ − θ₀| times the Kullback–Leibler divergence of softmax(θ) from softmax(θ₀) over
@@ -51,35 +52,49 @@ def arcee_fusion(models: Sequence[Tensor], base: Tensor, settings: Settings) -> 
     that its result changes from run to run.
 
     Args:
-        models: The one model's tensor; the rows run along the last dimension.
-        base: That of the base.
+        stream: The one model, and the base; the rows run along the last dimension.
         settings: None.
 
     Returns:
-        The merge.
+        What merges a part.
     """
-    model = models[0]
-    if not model.numel():
-        return model.clone()
-    columns = model.shape[-1] if model.dim() else 1
-    model_rc, base_rc = model.reshape(-1, columns), base.reshape(-1, columns)
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    importance_rc = torch.empty(model_rc.shape, dtype=dtype, device=model.device)
-    for rows in row_blocks(*model_rc.shape):
-        of_model, of_base = model_rc[rows].to(dtype), base_rc[rows].to(dtype)
-        distribution = torch.softmax(of_model, dim=-1).add_(SMALLEST_PROBABILITY)
-        reference = torch.softmax(of_base, dim=-1).add_(SMALLEST_PROBABILITY)
-        divergence = (distribution / reference).log_().mul_(distribution).sum(dim=-1, keepdim=True)
-        importance_rc[rows] = (of_model - of_base).abs_().mul_(divergence)
-    importance_n = importance_rc.view(-1)
-    last = importance_n.numel() - 1
+    columns = last_dimension(stream.shape)
+    dtype = torch.promote_types(stream.dtype, torch.float32)
+    divergences = [
+        _divergence(models_c[0], base_c, columns, dtype)
+        for models_c, base_c in stream.parts(columns)
+        if base_c is not None
+    ]
+
+    def importances() -> Iterator[list[Tensor]]:
+        for (models_c, base_c), divergence_r1 in zip(stream.parts(columns), divergences, strict=True):
+            assert base_c is not None
+            yield [_importance(models_c[0], base_c, divergence_r1)]
+
+    last = math.prod(stream.shape) - 1
+    (cuts,) = find_cuts(importances, [[int(share * last) for share in (0.25, 0.5, 0.75)]])
     # In the dtype of the importance, as the comparison below is.
-    lower, median, upper = quantiles(importance_n, [int(share * last) for share in (0.25, 0.5, 0.75)])
+    lower, median, upper = torch.tensor([cut.value for cut in cuts], dtype=dtype)
     threshold = median + 1.5 * (upper - lower)
+    of_parts = iter(divergences)
 
-    def fuse(columns_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
-        model_c, importance_c = columns_c
+    def fuse(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         assert base_c is not None
-        return torch.where(importance_c >= threshold, model_c, base_c)
+        return torch.where(_importance(models_c[0], base_c, next(of_parts)) >= threshold, models_c[0], base_c)
 
-    return merge_in_parts(fuse, [model, importance_n], base)
+    return Prepared(fuse, columns)
+
+
+def _divergence(model_c: Tensor, base_c: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """The divergence of every row's distribution, as a column."""
+    distribution, reference = (
+        torch.softmax(each.to(dtype).view(-1, columns), dim=-1).add_(SMALLEST_PROBABILITY) for each in (model_c, base_c)
+    )
+    return torch.div(distribution, reference, out=reference).log_().mul_(distribution).sum(dim=-1, keepdim=True)
+
+
+def _importance(model_c: Tensor, base_c: Tensor, divergence_r1: Tensor) -> Tensor:
+    """|θ − θ₀| times the divergence of the row."""
+    dtype = divergence_r1.dtype
+    magnitude_c = (model_c.to(dtype) - base_c.to(dtype)).abs_()
+    return magnitude_c.view(len(divergence_r1), -1).mul_(divergence_r1).view(-1)

@@ -1,4 +1,4 @@
-"""Tensors in parts: those of one size that fits in a processor's cache, or whole rows.
+"""Tensors in parts: those of one size that fits in a processor's cache, or whole rows, from memory or from files.
 
 Parts are computed in float64, whatever the tensors are stored in, and rounded once: in the cache that costs little.
 
@@ -7,7 +7,10 @@ Shape suffixes: `n` all elements of a tensor, `c` those of one part, `rc` rows a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,61 +25,152 @@ _ROUNDED = Combination((1.0,))
 Function = Callable[[Sequence[Tensor], Tensor | None], Tensor]
 """Merges, or measures, the same part of every model's tensor and of the base's."""
 
+Parts = Iterator[tuple[list[Tensor], Tensor | None]]
+"""The same elements of every model's tensor, and of the base's, one-dimensional."""
 
-def parts(tensors: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """The same elements of every tensor, part by part, in order.
 
-    Args:
-        tensors: At least one, all with as many elements.
+class Stream(Protocol):
+    """A tensor of every model and of the base, given out in parts."""
 
-    Yields:
-        Which elements, and those of every tensor, one-dimensional.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor, the same in all."""
+        ...
+
+    @property
+    def models(self) -> int:
+        """How many models there are, the base not counted."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parts, the same in all."""
+        ...
+
+    def parts(self, width: int = 1, *, size: int = PART, only: int | None = None) -> Parts:
+        """Gives out all elements from the beginning on, in order; as often as asked, one pass at a time.
+
+        Args:
+            width: Elements that belong together: every part holds a whole number of such rows.
+            size: Elements of a part, about; one row at least.
+            only: The one model that is read; the list has its elements alone then.
+
+        Yields:
+            Parts that must not be changed, and are valid until the next one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known after the first passes over a tensor.
+
+    Attributes:
+        combine: Merges a part, in float64; called for every part of the tensor once, in order.
+        width: Elements that belong together in a part.
+        size: Elements of a part, about.
     """
-    columns = [tensor.reshape(-1) for tensor in tensors]
-    for begin in range(0, columns[0].numel(), PART):
-        part = slice(begin, min(begin + PART, columns[0].numel()))
-        yield part, [column_n[part] for column_n in columns]
+
+    combine: Function
+    width: int = 1
+    size: int = PART
 
 
-def merge_in_parts(
-    function: Function, models: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class InMemory:
+    """A stream of tensors in memory.
+
+    Attributes:
+        tensors: Those of the models, of one shape and dtype.
+        base: That of the base, if there is one.
+    """
+
+    tensors: Sequence[Tensor]
+    base: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(self.tensors[0].shape)
+
+    @property
+    def models(self) -> int:
+        """How many models there are, the base not counted."""
+        return len(self.tensors)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parts."""
+        return self.tensors[0].dtype
+
+    def parts(self, width: int = 1, *, size: int = PART, only: int | None = None) -> Parts:
+        """See `Stream.parts`."""
+        models = [tensor.reshape(-1) for tensor in (self.tensors if only is None else [self.tensors[only]])]
+        base = None if self.base is None else self.base.reshape(-1)
+        for part in spans(models[0].numel(), width, size):
+            yield [model_n[part] for model_n in models], None if base is None else base[part]
+
+
+def spans(elements: int, width: int, size: int) -> Iterator[slice]:
+    """Which elements the parts of a tensor hold, see `Stream.parts`."""
+    step = max(1, size // width) * width
+    for begin in range(0, elements, step):
+        yield slice(begin, min(begin + step, elements))
+
+
+def merged_parts(prepared: Prepared, stream: Stream) -> Iterator[Tensor]:
+    """The merged parts in order, in float64."""
+    for models_c, base_c in stream.parts(prepared.width, size=prepared.size):
+        yield prepared.combine(models_c, base_c)
+
+
+def merge_in_parts(prepared: Prepared, stream: Stream, dtype: torch.dtype | None = None) -> Tensor:
     """Merges part by part.
 
     Args:
-        function: Merges the same part of every tensor, in float64.
-        models: Tensors of one shape.
-        base: That of the base model, if there is one.
-        dtype: Dtype of the result, to which it is rounded once; that of the first model where None.
+        prepared: What merges a part.
+        stream: The tensors.
+        dtype: Dtype of the result, to which it is rounded once; that of the parts where None.
 
     Returns:
         A new contiguous tensor.
     """
-    merged = torch.empty(models[0].shape, dtype=dtype or models[0].dtype)
+    merged = torch.empty(stream.shape, dtype=dtype or stream.dtype)
     merged_n = merged.view(-1)
     scratch = Scratch(PART)
-    for part, columns in parts(models if base is None else [*models, base]):
-        merged_c = function(columns[: len(models)], None if base is None else columns[-1])
-        if not scratch.combine(_ROUNDED, [merged_c], merged_n[part]):
-            merged_n[part] = merged_c  # not finite: the caller says what that means
+    begin = 0
+    for merged_c in merged_parts(prepared, stream):
+        result_c = merged_n[begin : begin + merged_c.numel()]
+        if not scratch.combine(_ROUNDED, [merged_c.reshape(-1)], result_c):
+            result_c.copy_(merged_c.reshape(-1))  # not finite: the caller says what that means
+        begin += merged_c.numel()
     return merged
 
 
-def sum_over_parts(function: Function, models: Sequence[Tensor], base: Tensor | None) -> Tensor:
+def sum_over_parts(function: Function, stream: Stream) -> Tensor:
     """Adds up what is measured part by part, in order.
 
     Args:
         function: Measures the same part of every tensor; one-dimensional, in float64, of one length.
-        models: Tensors of one shape and dtype.
-        base: That of the base model, if there is one.
+        stream: The tensors; at least one element.
 
     Returns:
-        The sums; what is measured of no element is where they begin.
+        The sums.
     """
-    sums = function([model.new_empty(0) for model in models], None if base is None else base.new_empty(0))
-    for _, columns in parts(models if base is None else [*models, base]):
-        sums = sums + function(columns[: len(models)], None if base is None else columns[-1])
+    sums = torch.zeros(1, dtype=torch.float64)
+    for models_c, base_c in stream.parts():
+        sums = sums + function(models_c, base_c)
     return sums
+
+
+def last_dimension(shape: Sequence[int]) -> int:
+    """How many elements the vectors along the last dimension have; at least 1."""
+    return max(1, shape[-1]) if shape else 1
+
+
+def each_output(shape: Sequence[int]) -> int:
+    """How many elements there are at one place of the first dimension; at least 1."""
+    return max(1, math.prod(shape[1:]))
 
 
 def products(columns: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ Shape suffixes: `n` all elements, `c` some of them, `rc` rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,30 +20,18 @@ from torch import Tensor
 
 from hf_llfc.merging.methods.parts import row_blocks
 
-Pieces = Callable[[], Iterator[Tensor]]
-"""Gives the elements of a tensor from the beginning, in pieces: one-dimensional, float32 or float64, on the CPU."""
+Pieces = Callable[[], Iterator[Sequence[Tensor]]]
+"""Gives the elements of some tensors from the beginning, in pieces, each of all of them: one-dimensional, float32 or
+float64, on the CPU."""
 
-BINS = 1 << 16
-"""More than the leading bits of any number that is not negative can tell apart."""
+BITS = 16
+"""How many bits are told apart at a time."""
+
+COLLECTED = 1 << 18
+"""Elements that are collected before their bits are counted."""
 
 ONE = 1 << 32
 """A probability of one, in the units of `Draws`."""
-
-
-def quantiles(values_n: Tensor, places: Sequence[int]) -> list[Tensor]:
-    """The values that an ascending sort would put at some places.
-
-    Args:
-        values_n: At least one element, of any sign.
-        places: From 0 on.
-
-    Returns:
-        One value a place, each a tensor without dimensions.
-    """
-    if values_n.device.type != "cpu":
-        return list(values_n.sort().values[list(places)])
-    ordered = torch.from_numpy(np.partition(values_n.numpy(), sorted(set(places))))
-    return [ordered[place] for place in places]
 
 
 @dataclass(frozen=True)
@@ -61,105 +49,195 @@ class Cut:
     equal: int
 
 
-def find_cuts(pieces: Pieces, places: Sequence[int]) -> list[Cut]:
+def find_cuts(pieces: Pieces, places: Sequence[Sequence[int]]) -> list[list[Cut]]:
     """What an ascending sort would put at some places, without a sort, and without all elements in memory.
 
-    The bits of numbers that are not negative order as the numbers do. A first pass counts how many elements share their
-    leading bits; a second one collects those with the leading bits that belong to the places, a hundredth or so.
+    The bits of numbers order as the numbers do, once those of negative ones are inverted. Each pass counts how many
+    elements share the leading bits, among those that share the bits before with a place: two passes over float32, four
+    over float64.
 
     Args:
-        pieces: Gives all elements, none of them negative, piece by piece; twice.
-        places: From 0 on, less than the number of elements.
+        pieces: Gives all elements of some tensors, piece by piece; as often as asked.
+        places: For every tensor its places, from 0 on, less than the number of elements.
 
     Returns:
-        One a place.
+        One a place, for every tensor.
     """
-    counts = np.zeros(BINS, dtype=np.int64)
-    for piece_c in pieces():
-        found = np.bincount(_leading_bits(piece_c))
-        counts[: found.size] += found
-    ends = counts.cumsum()
-    bins = np.searchsorted(ends, places, side="right")
-    collected: dict[int, list[np.ndarray[Any, Any]]] = {int(number): [] for number in bins}
-    for piece_c in pieces():
-        leading = _leading_bits(piece_c)
-        for number, of_place in collected.items():
-            of_place.append(piece_c.numpy()[leading == number])
-    cuts = []
-    for place, number in zip(places, bins, strict=True):
-        before = int(ends[number] - counts[number])
-        values = np.concatenate(collected[int(number)])
-        value = np.partition(values, place - before)[place - before]
-        cuts.append(Cut(float(value), before + int((values < value).sum()), int((values == value).sum())))
-    return cuts
+    searches = [[_Search(place) for place in of_tensor] for of_tensor in places]
+    if not any(searches):
+        return [[] for _ in searches]
+    dtype = next(pieces())[0].dtype
+    for shift in range(torch.finfo(dtype).bits - BITS, -1, -BITS):
+        counters = [{search.prefix: _Counter() for search in of_tensor} for of_tensor in searches]
+        for columns in pieces():
+            for column_c, of_prefix in zip(columns, counters, strict=True):
+                if of_prefix:
+                    _count(column_c, of_prefix, shift)
+        for of_tensor, of_prefix in zip(searches, counters, strict=True):
+            for search in of_tensor:
+                search.narrow(of_prefix[search.prefix].finished())
+    return [[search.found(dtype) for search in of_tensor] for of_tensor in searches]
 
 
-def largest(pieces: Pieces, size: int, count: int) -> Tensor:
+class _Counter:
+    """How often each value of some bits occurs."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(1 << BITS, dtype=np.int64)
+        self._collected: list[np.ndarray[Any, Any]] = []
+        self._size = 0
+
+    def add(self, values: np.ndarray[Any, Any]) -> None:
+        """Counts some more; a few are kept until there are many."""
+        self._collected.append(values)
+        self._size += values.size
+        if self._size >= COLLECTED:
+            self.finished()
+
+    def finished(self) -> np.ndarray[Any, Any]:
+        """The counts, with all that was added."""
+        if self._size:
+            found = np.bincount(np.concatenate(self._collected).astype(np.int64))
+            self._counts[: found.size] += found
+            self._collected, self._size = [], 0
+        return self._counts
+
+
+class _Search:
+    """A place in a sort, and what is known of the value there: its leading bits, and how many elements are before."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+        self._below = 0
+        self._equal = 0
+        self.prefix = 0
+
+    def narrow(self, counts: np.ndarray[Any, Any]) -> None:
+        """Finds the next bits, from how many elements with the known bits have which next ones."""
+        ends = counts.cumsum()
+        number = int(np.searchsorted(ends, self._place - self._below, side="right"))
+        self._below += int(ends[number] - counts[number])
+        self._equal = int(counts[number])
+        self.prefix = self.prefix << BITS | number
+
+    def found(self, dtype: torch.dtype) -> Cut:
+        """The value, when all bits are known."""
+        width = torch.finfo(dtype).bits
+        sign = 1 << width - 1
+        bits = self.prefix ^ sign if self.prefix & sign else self.prefix ^ ((sign << 1) - 1)
+        value = np.array([bits], dtype=f"u{width // 8}").view(f"f{width // 8}")[0]
+        return Cut(float(value), self._below, self._equal)
+
+
+def _count(column_c: Tensor, counters: Mapping[int, _Counter], shift: int) -> None:
+    """Counts the bits above a shift of the elements whose bits before are those of a counter."""
+    values = column_c.numpy()
+    keys = values.view(f"i{values.itemsize}")
+    signs = keys >> 8 * values.itemsize - 1
+    # Bits as a whole number without a sign: those of negative numbers are inverted, of others only the first.
+    keys = (keys ^ (signs | np.array(-1 << 8 * values.itemsize - 1, dtype=keys.dtype))).view(f"u{values.itemsize}")
+    leading = keys >> shift
+    if len(counters) == 1 and shift == 8 * values.itemsize - BITS:
+        counters[0].add(leading)
+        return
+    before = leading >> BITS
+    for prefix, counter in counters.items():
+        counter.add(leading[before == prefix] & (1 << BITS) - 1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which elements of a tensor an ascending stable sort would put at some places.
+
+    Attributes:
+        above: Elements that are larger are chosen,
+        limit: if they are smaller than this;
+        windows: and of those that are equal to a cut, the ones from a first to before a last, as they come.
+    """
+
+    above: float
+    limit: float = math.inf
+    windows: tuple[tuple[Cut, int, int], ...] = ()
+
+    def begin(self) -> Callable[[Tensor], Tensor]:
+        """Begins a pass.
+
+        Returns:
+            What says of each piece in order, in the dtype in which the cuts were found, which elements are chosen.
+        """
+        seen = [0] * len(self.windows)
+
+        def chosen_of(piece_c: Tensor) -> Tensor:
+            values = piece_c.numpy()
+            chosen_c = values > self.above
+            if self.limit != math.inf:
+                chosen_c &= values < self.limit
+            for index, (cut, first, last) in enumerate(self.windows):
+                if first >= last:
+                    continue
+                is_equal = values == cut.value
+                if (first, last) == (0, cut.equal):
+                    chosen_c |= is_equal
+                else:
+                    equal = np.flatnonzero(is_equal)
+                    chosen_c[equal[max(0, first - seen[index]) : max(0, last - seen[index])]] = True
+                    seen[index] += equal.size
+            return torch.from_numpy(chosen_c)
+
+        return chosen_of
+
+
+EVERYTHING = Selection(-math.inf)
+NOTHING = Selection(math.inf)
+
+
+def largest(pieces: Pieces, size: int, counts: Sequence[int]) -> list[Selection]:
     """Which elements are among the largest; of equal ones, those that come first.
 
     Args:
-        pieces: Gives all elements, none of them negative, piece by piece; as often as asked.
-        size: How many elements there are.
-        count: How many to choose.
+        pieces: Gives all elements of some tensors, none of them negative, piece by piece; as often as asked.
+        size: How many elements there are in each.
+        counts: How many to choose of each tensor.
 
     Returns:
-        True where an element is chosen.
+        What chooses them, for every tensor.
     """
-    if count <= 0 or count >= size:
-        return torch.full((size,), count > 0, dtype=torch.bool)
-    (cut,) = find_cuts(pieces, [size - count])
-    return _choose(pieces, size, [(cut, 0, count - (size - cut.below - cut.equal))], math.inf)
+    places = [[size - count] if 0 < count < size else [] for count in counts]
+    selections = []
+    for count, cuts in zip(counts, find_cuts(pieces, places), strict=True):
+        if not cuts:
+            selections.append(EVERYTHING if count > 0 else NOTHING)
+            continue
+        (cut,) = cuts
+        selections.append(Selection(cut.value, windows=((cut, 0, count - (size - cut.below - cut.equal)),)))
+    return selections
 
 
-def between(pieces: Pieces, size: int, low: int, high: int) -> Tensor:
-    """Which elements an ascending stable sort would put at the places from `low` to before `high`.
+def between(pieces: Pieces, size: int, bounds: Sequence[tuple[int, int]]) -> list[Selection]:
+    """Which elements an ascending stable sort would put at the places from a first to before a last.
 
     Args:
-        pieces: Gives all elements, none of them negative, piece by piece; as often as asked.
-        size: How many elements there are.
-        low: The first place.
-        high: One more than the last place.
+        pieces: Gives all elements of some tensors, none of them negative, piece by piece; as often as asked.
+        size: How many elements there are in each.
+        bounds: For every tensor the first place, and one more than the last.
 
     Returns:
-        True where an element is chosen.
+        What chooses them, for every tensor.
     """
-    high = min(high, size)
-    if low >= high:
-        return torch.zeros(size, dtype=torch.bool)
-    first, last = find_cuts(pieces, [low, high - 1])
-    if first.value == last.value:
-        return _choose(pieces, size, [(first, low - first.below, high - first.below)], first.value)
-    windows = [(first, low - first.below, first.equal), (last, 0, high - last.below)]
-    return _choose(pieces, size, windows, last.value)
-
-
-def _choose(pieces: Pieces, size: int, windows: Sequence[tuple[Cut, int, int]], limit: float) -> Tensor:
-    """Elements above the first cut and below a limit, and of those equal to a cut the ones in its window, by order."""
-    chosen = np.empty(size, dtype=np.bool_)
-    seen = [0] * len(windows)
-    begin = 0
-    for piece_c in pieces():
-        values = piece_c.numpy()
-        chosen_c = chosen[begin : begin + values.size]
-        np.greater(values, windows[0][0].value, out=chosen_c)
-        if limit != math.inf:
-            chosen_c &= values < limit
-        for index, (cut, first, last) in enumerate(windows):
-            if (first, last) == (0, cut.equal):
-                chosen_c |= values == cut.value
-            else:
-                equal = np.flatnonzero(values == cut.value)
-                chosen_c[equal[max(0, first - seen[index]) : max(0, last - seen[index])]] = True
-                seen[index] += equal.size
-        begin += values.size
-    return torch.from_numpy(chosen)
-
-
-def _leading_bits(piece_c: Tensor) -> np.ndarray[Any, Any]:
-    """The exponent and five bits of the fraction of every element."""
-    if piece_c.dtype == torch.float32:
-        return piece_c.view(torch.int32).numpy() >> 18
-    return piece_c.view(torch.int64).numpy() >> 47
+    bounds = [(low, min(high, size)) for low, high in bounds]
+    places = [[low, high - 1] if low < high else [] for low, high in bounds]
+    selections = []
+    for (low, high), cuts in zip(bounds, find_cuts(pieces, places), strict=True):
+        if not cuts:
+            selections.append(NOTHING)
+            continue
+        first, last = cuts
+        if first.value == last.value:
+            windows = [(first, low - first.below, high - first.below)]
+        else:
+            windows = [(first, low - first.below, first.equal), (last, 0, high - last.below)]
+        selections.append(Selection(first.value, last.value, tuple(windows)))
+    return selections
 
 
 def ranks_in_rows(magnitudes_rc: Tensor) -> Tensor:

@@ -14,141 +14,160 @@ the sum of the weights that take part: of all models, or, where signs are electe
 No division where that sum is zero; a sum of weights below a millionth of their magnitudes counts as zero, while
 mergekit divides by whatever float32 leaves of it. With `density` 1 nothing is thinned out or rescaled.
 
-Masks need the whole tensor, one at a time, and a byte an element of every model; the rest is done in parts.
+A tensor is passed over several times, part by part: to find where the largest begin, or to draw; to add up norms; to
+merge. What is drawn by rank is kept from one pass to the next, a bit an element of every model.
 
-Shape suffixes: `n` all elements of a tensor, `c` some of them, `rc` rows and columns.
+Shape suffixes: `c` some elements of a tensor, `rc` rows and columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_llfc.errors import RecipeError
 from hf_llfc.merging.methods.linear import SINGULAR_SUM
-from hf_llfc.merging.methods.parts import merge_in_parts, parts
-from hf_llfc.merging.methods.ranking import Draws, Pieces, between, keep_by_rank, largest
+from hf_llfc.merging.methods.parts import Prepared, Stream, each_output
+from hf_llfc.merging.methods.ranking import Draws, Pieces, Selection, between, keep_by_rank, largest
 from hf_llfc.merging.methods.settings import ZERO_SUM, Settings
 from hf_llfc.merging.methods.signs import elect_signs, total
 
 SMALLEST_NORM = 1e-7
 """Task vectors of a smaller l1 norm are not rescaled."""
 
-Mask = Callable[[int, Tensor, Tensor, Settings], Tensor]
-"""From a model's index, its tensor, that of the base and the settings to a mask: True where an element is kept."""
+Mask = Callable[[Tensor, Tensor], Tensor]
+"""From the next part of a model and of the base to a mask: True where an element is kept."""
 
 
-def ties(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+@dataclass(frozen=True)
+class _Masks:
+    """How the task vectors of a tensor are thinned out.
+
+    Attributes:
+        begin: Model → what begins its masks anew, for a pass; no entry where all is kept.
+        width: Elements that a part must hold together.
+    """
+
+    begin: dict[int, Callable[[], Mask]]
+    width: int = 1
+
+    def passing(self) -> dict[int, Mask]:
+        """The masks of a pass, model by model."""
+        return {index: begin() for index, begin in self.begin.items()}
+
+
+def ties(stream: Stream, settings: Settings) -> Prepared:
     """TIES: the largest elements, signs elected. Yadav et al., "TIES-Merging", NeurIPS 2023.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `weight`, `density`, `normalize`, `rescale`, `lambda`. At least one element is kept if the density is
             not zero. As in mergekit, the sign is elected by the sum of the weighted task vectors, and a sum of zero
             counts as positive.
 
     Returns:
-        The merge.
+        What merges a part.
     """
-    return _merge(models, base, settings, _largest, elect=True)
+    return _prepare(stream, settings, _largest, elect=True)
 
 
-def dare_ties(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def dare_ties(stream: Stream, settings: Settings) -> Prepared:
     """DARE, signs elected: see `dare_linear`, and `ties` for the signs."""
-    return _merge(models, base, settings, _drawn, elect=True)
+    return _prepare(stream, settings, _drawn, elect=True)
 
 
-def dare_linear(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def dare_linear(stream: Stream, settings: Settings) -> Prepared:
     """DARE: elements kept at random. Yu et al., "Language Models are Super Mario", ICML 2024.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `weight`, `density`, `normalize`, `rescale`, `lambda`; seed and tensor for the draws. As in mergekit,
             `rescale` keeps the l1 norm, where the paper divides by the density.
 
     Returns:
-        The merge.
+        What merges a part.
     """
-    return _merge(models, base, settings, _drawn, elect=False)
+    return _prepare(stream, settings, _drawn, elect=False)
 
 
-def breadcrumbs(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def breadcrumbs(stream: Stream, settings: Settings) -> Prepared:
     """Neither outliers nor the smallest elements. Davari and Belilovsky, "Model Breadcrumbs", ECCV 2024.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `weight`, `density`, `gamma`, `normalize`, `rescale`, `lambda`. `density` is the share that is kept,
             `gamma` that of the largest which are left out; less of them are where both do not fit.
 
     Returns:
-        The merge.
+        What merges a part.
     """
-    return _merge(models, base, settings, _middle, elect=False)
+    return _prepare(stream, settings, _middle, elect=False)
 
 
-def breadcrumbs_ties(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def breadcrumbs_ties(stream: Stream, settings: Settings) -> Prepared:
     """Model Breadcrumbs, signs elected: see `breadcrumbs`, and `ties` for the signs."""
-    return _merge(models, base, settings, _middle, elect=True)
+    return _prepare(stream, settings, _middle, elect=True)
 
 
-def della(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def della(stream: Stream, settings: Settings) -> Prepared:
     """DELLA, signs elected: see `della_linear`, and `ties` for the signs."""
-    return _merge(models, base, settings, _drawn_by_rank, elect=True)
+    return _prepare(stream, settings, _drawn_by_rank, elect=True)
 
 
-def della_linear(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def della_linear(stream: Stream, settings: Settings) -> Prepared:
     """Elements drawn, larger ones of a row more often. Deep et al., "DELLA-Merging", 2024.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `weight`, `density`, `epsilon`, `normalize`, `rescale`, `lambda`; seed and tensor for the draws. The
             probability of an element grows from density − epsilon to density + epsilon with its rank in its row. As in
             mergekit a vector is one row, and tensors of more than two dimensions are ranked along the second one. An
             element alone in its row is kept with probability `density`; mergekit divides zero by zero there.
 
     Returns:
-        The merge.
+        What merges a part.
 
     Raises:
         RecipeError: density ± epsilon is not between 0 and 1.
     """
-    return _merge(models, base, settings, _drawn_by_rank, elect=False)
+    return _prepare(stream, settings, _drawn_by_rank, elect=False)
 
 
-def _merge(models: Sequence[Tensor], base: Tensor, settings: Settings, mask: Mask, *, elect: bool) -> Tensor:
+def _prepare(
+    stream: Stream, settings: Settings, masks_of: Callable[[Stream, Settings], _Masks], *, elect: bool
+) -> Prepared:
     """The formula at the top of this file."""
     weights = settings.numbers("weight")
-    masks: list[Tensor | None] = []
-    scales = []
-    for index, (model, density) in enumerate(zip(models, settings.numbers("density"), strict=True)):
-        kept_n = mask(index, model, base, settings) if density < 1 else None
-        masks.append(kept_n)
-        scales.append(1.0 if kept_n is None or not settings.switch("rescale") else _rescaling(model, base, kept_n))
-    factors = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
+    masks = masks_of(stream, settings)
+    factors = list(weights)
+    if settings.switch("rescale") and masks.begin:
+        scales = _rescaling(stream, masks)
+        factors = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
     normalize, scale = settings.switch("normalize"), settings.number("lambda")
     if normalize and not elect and abs(sum(weights)) >= SINGULAR_SUM:
         scale /= sum(weights)
     smallest = ZERO_SUM * sum(abs(weight) for weight in weights)
+    passing = masks.passing()
 
-    def combine(columns_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         assert base_c is not None
-        kept, wide_c = iter(columns_c[len(models) :]), base_c.double()
+        wide_c = base_c.double()
         changes = []
-        for model_c, mask_n, factor in zip(columns_c, masks, factors, strict=False):
+        for index, (model_c, factor) in enumerate(zip(models_c, factors, strict=True)):
             change = model_c.double() - wide_c
-            if mask_n is not None:
-                change.mul_(next(kept))
+            if index in passing:
+                change.mul_(passing[index](model_c, base_c))
             changes.append(change.mul_(factor) if factor != 1 else change)
         merged_c = _agreeing(changes, weights if normalize else None, smallest) if elect else total(changes)
         return (merged_c.mul_(scale) if scale != 1 else merged_c).add_(wide_c)
 
-    return merge_in_parts(combine, [*models, *(mask_n for mask_n in masks if mask_n is not None)], base)
+    return Prepared(combine, masks.width)
 
 
 def _agreeing(changes: Sequence[Tensor], weights: Sequence[float] | None, smallest: float) -> Tensor:
@@ -164,61 +183,126 @@ def _agreeing(changes: Sequence[Tensor], weights: Sequence[float] | None, smalle
     return merged_c if weights is None else merged_c.div_(divisor_c.masked_fill_(divisor_c.abs() <= smallest, 1))
 
 
-def _magnitudes(model: Tensor, base: Tensor) -> Pieces:
+def _rescaling(stream: Stream, masks: _Masks) -> list[float]:
+    """The l1 norm of every task vector over that of what is kept; 1 where one of the two is next to nothing."""
+    before, after = [0.0] * stream.models, [0.0] * stream.models
+    passing = masks.passing()
+    for models_c, base_c in stream.parts(masks.width):
+        assert base_c is not None
+        wide_c = base_c.double()
+        for index, mask in passing.items():
+            magnitude_c = (models_c[index].double() - wide_c).abs_()
+            before[index] += float(magnitude_c.sum())
+            after[index] += float(magnitude_c.mul_(mask(models_c[index], base_c)).sum())
+    return [
+        whole / kept if min(whole, kept) >= SMALLEST_NORM else 1.0 for whole, kept in zip(before, after, strict=True)
+    ]
+
+
+def _magnitude(model_c: Tensor, base_c: Tensor) -> Tensor:
     """|θ − θ₀| in float32, as mergekit ranks it; in float64 if the tensors are."""
-    dtype = torch.promote_types(model.dtype, torch.float32)
-
-    def pieces() -> Iterator[Tensor]:
-        for _, (model_c, base_c) in parts([model, base]):
-            yield (model_c.to(dtype) - base_c.to(dtype)).abs_().cpu()
-
-    return pieces
+    dtype = torch.promote_types(model_c.dtype, torch.float32)
+    return (model_c.to(dtype) - base_c.to(dtype)).abs_()
 
 
-def _rescaling(model: Tensor, base: Tensor, kept_n: Tensor) -> float:
-    """The l1 norm of a task vector over that of what is kept of it; 1 where one of the two is next to nothing."""
-    before = after = 0.0
-    for _, (model_c, base_c, kept_c) in parts([model, base, kept_n]):
-        magnitude_c = (model_c.double() - base_c.double()).abs_()
-        before += float(magnitude_c.sum())
-        after += float(magnitude_c.mul_(kept_c).sum())
-    return before / after if min(before, after) >= SMALLEST_NORM else 1.0
+def _selected(
+    stream: Stream, settings: Settings, select: Callable[[Pieces, int, Sequence[int]], list[Selection]]
+) -> _Masks:
+    """Masks by magnitude.
+
+    Args:
+        stream: The models and the base.
+        settings: `density`: models with density 1 keep everything.
+        select: From the magnitudes of models, their number of elements and the models to what is kept of them.
+    """
+    thinned = [index for index, density in enumerate(settings.numbers("density")) if density < 1]
+
+    def magnitudes() -> Iterator[list[Tensor]]:
+        for models_c, base_c in stream.parts():
+            assert base_c is not None
+            yield [_magnitude(models_c[index], base_c) for index in thinned]
+
+    def begin(selection: Selection) -> Mask:
+        chosen_of = selection.begin()
+        return lambda model_c, base_c: chosen_of(_magnitude(model_c, base_c))
+
+    selections = select(magnitudes, math.prod(stream.shape), thinned) if thinned else []
+    return _Masks({index: partial(begin, selection) for index, selection in zip(thinned, selections, strict=True)})
 
 
-def _largest(index: int, model: Tensor, base: Tensor, settings: Settings) -> Tensor:
-    density = settings.numbers("density")[index]
-    count = max(1, int(density * base.numel())) if density > 0 else 0
-    return largest(_magnitudes(model, base), base.numel(), count).to(base.device)
+def _largest(stream: Stream, settings: Settings) -> _Masks:
+    densities = settings.numbers("density")
+
+    def select(magnitudes: Pieces, size: int, models: Sequence[int]) -> list[Selection]:
+        counts = [max(1, int(densities[index] * size)) if densities[index] > 0 else 0 for index in models]
+        return largest(magnitudes, size, counts)
+
+    return _selected(stream, settings, select)
 
 
-def _middle(index: int, model: Tensor, base: Tensor, settings: Settings) -> Tensor:
-    size = base.numel()
-    count = int(settings.numbers("density")[index] * size)
-    low = max(0, size - count - int(settings.numbers("gamma")[index] * size))
-    return between(_magnitudes(model, base), size, low, low + count).to(base.device)
+def _middle(stream: Stream, settings: Settings) -> _Masks:
+    densities, gammas = settings.numbers("density"), settings.numbers("gamma")
+
+    def select(magnitudes: Pieces, size: int, models: Sequence[int]) -> list[Selection]:
+        bounds = []
+        for index in models:
+            count = int(densities[index] * size)
+            low = max(0, size - count - int(gammas[index] * size))
+            bounds.append((low, low + count))
+        return between(magnitudes, size, bounds)
+
+    return _selected(stream, settings, select)
 
 
-def _drawn(index: int, model: Tensor, base: Tensor, settings: Settings) -> Tensor:
-    kept_n = Draws(settings.seed_of(index)).keep(settings.numbers("density")[index], base.numel())
-    return kept_n.to(base.device)
+def _drawn(stream: Stream, settings: Settings) -> _Masks:
+    def begin(index: int, density: float) -> Mask:
+        draws = Draws(settings.seed_of(index))
+        return lambda model_c, base_c: draws.keep(density, model_c.numel())
+
+    densities = settings.numbers("density")
+    return _Masks({index: partial(begin, index, density) for index, density in enumerate(densities) if density < 1})
 
 
-def _drawn_by_rank(index: int, model: Tensor, base: Tensor, settings: Settings) -> Tensor:
-    density, epsilon = settings.numbers("density")[index], settings.numbers("epsilon")[index]
-    if density <= 0:
-        return torch.zeros(base.numel(), dtype=torch.bool, device=base.device)
-    if not (density - epsilon > 0 and density + epsilon < 1):
-        raise RecipeError(
-            f"{settings.tensor}: density {density:g} and epsilon {epsilon:g} of model {index} give probabilities from "
-            f"{density - epsilon:g} to {density + epsilon:g}; they must be between 0 and 1, so give a smaller epsilon"
+def _drawn_by_rank(stream: Stream, settings: Settings) -> _Masks:
+    width = each_output(stream.shape) if len(stream.shape) > 1 else max(1, math.prod(stream.shape))
+    draws: dict[int, Draws] = {}
+    bounds = {}
+    for index, (density, epsilon) in enumerate(
+        zip(settings.numbers("density"), settings.numbers("epsilon"), strict=True)
+    ):
+        if density >= 1:
+            continue
+        if density > 0 and not (density - epsilon > 0 and density + epsilon < 1):
+            raise RecipeError(
+                f"{settings.tensor}: density {density:g} and epsilon {epsilon:g} of model {index} give probabilities "
+                f"from {density - epsilon:g} to {density + epsilon:g}; they must be between 0 and 1, so give a smaller "
+                "epsilon"
+            )
+        draws[index] = Draws(settings.seed_of(index))
+        bounds[index] = (density - epsilon, density + epsilon) if density > 0 else (0.0, 0.0)
+    kept: dict[int, list[np.ndarray[tuple[int], np.dtype[np.uint8]]]] = {index: [] for index in draws}
+    for models_c, base_c in stream.parts(width) if draws else ():
+        assert base_c is not None
+        for index, of_model in draws.items():
+            kept_c = _kept_by_rank(_magnitude(models_c[index], base_c), stream.shape, bounds[index], of_model)
+            kept[index].append(np.packbits(kept_c.numpy()))
+
+    def begin(index: int) -> Mask:
+        packed = iter(kept[index])
+        return lambda model_c, base_c: torch.from_numpy(
+            np.unpackbits(next(packed), count=model_c.numel()).view(np.bool_)
         )
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    magnitudes = (model.to(dtype) - base.to(dtype)).abs_()
-    # Ranks are along the second dimension, or along all of a vector; that dimension is made the last one.
-    ranked = magnitudes.movedim(1, -1) if base.dim() > 2 else magnitudes
-    columns = ranked.shape[-1] if base.dim() > 1 else base.numel()
-    kept_rc = keep_by_rank(
-        ranked.reshape(-1, columns), density - epsilon, density + epsilon, Draws(settings.seed_of(index))
-    )
-    kept = kept_rc.view(ranked.shape)
-    return (kept.movedim(-1, 1) if base.dim() > 2 else kept).reshape(-1)
+
+    return _Masks({index: partial(begin, index) for index in draws}, width)
+
+
+def _kept_by_rank(magnitude_c: Tensor, shape: Sequence[int], bounds: tuple[float, float], draws: Draws) -> Tensor:
+    """Ranks are along the second dimension, or along all of a vector; that dimension is made the last one."""
+    if bounds == (0.0, 0.0):
+        return torch.zeros_like(magnitude_c, dtype=torch.bool)
+    if len(shape) <= 2:
+        columns = shape[-1] if len(shape) == 2 else magnitude_c.numel()
+        return keep_by_rank(magnitude_c.view(-1, columns), *bounds, draws).view(-1)
+    ranked = magnitude_c.view(-1, *shape[1:]).movedim(1, -1)
+    kept_rc = keep_by_rank(ranked.reshape(-1, shape[1]), *bounds, draws)
+    return kept_rc.view(ranked.shape).movedim(-1, 1).reshape(-1)

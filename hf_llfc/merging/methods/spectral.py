@@ -17,10 +17,11 @@ from torch import Tensor
 
 from hf_llfc.merging.methods.decompositions import Singular, flatten, inverse_root, singular
 from hf_llfc.merging.methods.matrices import Tasks, merged_change
+from hf_llfc.merging.methods.parts import Prepared, Stream
 from hf_llfc.merging.methods.settings import Settings
 
 
-def tsv_m(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def tsv_m(stream: Stream, settings: Settings) -> Prepared:
     """θ₀ + λ U⊥ S V⊥ᵀ: the top singular vectors of all task vectors, made orthogonal to each other.
 
     Of each of the T task vectors the r/T largest singular triples are taken, r the smaller side, at least one; U, S and
@@ -28,34 +29,32 @@ def tsv_m(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
     al., "Task Singular Vectors", CVPR 2025; λ = 1 there. Of equal task vectors the top part itself is left.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `lambda`; `exact_size`, see `decompositions.singular`; seed and tensor for randomised searches.
 
     Returns:
-        The merge.
+        What merges a part.
     """
 
     def change(tasks: Tasks) -> Tensor:
         count = max(1, min(tasks.shape) // len(tasks))
         return _orthogonal([_top(task_oi, count, settings, index) for index, task_oi in enumerate(tasks)])
 
-    return merged_change(models, base, settings, change)
+    return merged_change(stream, settings, change)
 
 
-def iso_c(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def iso_c(stream: Stream, settings: Settings) -> Prepared:
     """θ₀ + λ σ UVᵀ, with USVᵀ = Σ τᵢ and σ the mean of its singular values.
 
     Marczak et al., "No Task Left Behind", ICML 2025, where λ is chosen on validation data, about 1.3 to 1.5. Always
     exact, because every singular value is needed.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `lambda`.
 
     Returns:
-        The merge.
+        What merges a part.
     """
 
     def change(tasks: Tasks) -> Tensor:
@@ -63,10 +62,10 @@ def iso_c(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
         values_k = flatten(factor_oi)
         return factor_oi.mul_(float(values_k.mean())) if values_k.numel() else factor_oi
 
-    return merged_change(models, base, settings, change)
+    return merged_change(stream, settings, change)
 
 
-def iso_cts(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
+def iso_cts(stream: Stream, settings: Settings) -> Prepared:
     """`iso_c` with the weakest common directions replaced by directions of single tasks.
 
     Of the r singular triples of Σ τᵢ the first are common, a share `common_space_fraction` rounded so that the rest can
@@ -75,13 +74,12 @@ def iso_cts(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tenso
     Marczak et al., "No Task Left Behind", ICML 2025; the fraction is .8 there.
 
     Args:
-        models: Every model's tensor, of one shape.
-        base: That of the base.
+        stream: The models and the base.
         settings: `lambda`, `common_space_fraction`; `exact_size` for the triples of single tasks, see
             `decompositions.singular`; seed and tensor for randomised searches.
 
     Returns:
-        The merge.
+        What merges a part.
     """
 
     def change(tasks: Tasks) -> Tensor:
@@ -95,7 +93,7 @@ def iso_cts(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tenso
             found.append(_top(task_oi, per_task, settings, index))
         return _orthogonal(found, equal=True)
 
-    return merged_change(models, base, settings, change)
+    return merged_change(stream, settings, change)
 
 
 def _top(matrix_oi: Tensor, count: int, settings: Settings, index: int) -> Singular:

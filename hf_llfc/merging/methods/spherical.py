@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from hf_llfc.errors import RecipeError
-from hf_llfc.merging.methods.parts import around_base, combination, differences, products, row_blocks
+from hf_llfc.merging.methods.parts import (
+    Prepared,
+    Stream,
+    around_base,
+    combination,
+    differences,
+    each_output,
+    last_dimension,
+    products,
+    sum_over_parts,
+)
 from hf_llfc.merging.methods.settings import Settings
 from hf_llfc.merging.methods.signs import total
 
@@ -35,43 +45,38 @@ SMALLEST_PRODUCT = 1e-6
 """`model_stock` divides by no smaller product of two norms, and by no smaller denominator."""
 
 
-def measure_models(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Settings) -> Tensor:
-    """Inner products of the models and, as the last, of the base if there is one."""
-    return products([*models_c] if base_c is None else [*models_c, base_c])
-
-
-def measure_differences(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Settings) -> Tensor:
-    """Inner products of the models' differences from the base, or of the models if there is none."""
-    return products(models_c if base_c is None else differences(models_c, base_c))
-
-
-def slerp(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings, sums: Tensor) -> Tensor:
+def slerp(stream: Stream, settings: Settings) -> Prepared:
     """sin((1−t)Ω)/sin Ω · θ₀ + sin(tΩ)/sin Ω · θ₁, with Ω the angle of θ₀ and θ₁.
 
     Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985. Linear, (1−t)θ₀ + tθ₁, where |cos Ω| > .9995,
     which covers collinear and opposite vectors. A vector of norm ≤ 1e-8 counts as orthogonal to every other.
 
     Args:
-        models_c: Some elements of θ₁.
-        base_c: Those of θ₀.
+        stream: θ₁, and as base θ₀.
         settings: `t`.
-        sums: The products of `measure_models`.
 
     Returns:
-        The same elements of the merge, in float64.
+        What merges a part.
     """
-    gram_nn = _square(sums)
+    gram_nn = _gram(stream)
     t = settings.number("t")
     norms = [math.sqrt(gram_nn[i][i]) for i in range(2)]
     other, own = (norm if norm > SMALLEST_NORM else 1.0 for norm in norms)
     cosine = _clamped(gram_nn[0][1] / own / other)
     if abs(cosine) > COLLINEAR:
-        return combination([base_c, models_c[0]], (1 - t, t))
-    angle = math.acos(cosine)
-    return combination([base_c, models_c[0]], [math.sin(part * angle) / math.sin(angle) for part in (1 - t, t)])
+        shares = [1 - t, t]
+    else:
+        angle = math.acos(cosine)
+        shares = [math.sin(part * angle) / math.sin(angle) for part in (1 - t, t)]
+
+    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        assert base_c is not None
+        return combination([base_c, models_c[0]], shares)
+
+    return Prepared(combine)
 
 
-def nuslerp(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Settings, sums: Tensor) -> Tensor:
+def nuslerp(stream: Stream, settings: Settings) -> Prepared:
     """Slerp of two models, or of their differences from a base, by t = w₂ / (w₁ + w₂).
 
     Norms are kept: sin((1−t)Ω)/sin Ω · θ₁ + sin(tΩ)/sin Ω · θ₂. Linear only where sin² Ω ≤ 1e-14, that is, where the
@@ -79,45 +84,45 @@ def nuslerp(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Setting
     below the rounding of its cosine, so that opposite vectors may or may not count as such; here they do.
 
     Args:
-        models_c: Some elements of the two models' tensors.
-        base_c: Those of the base, if there is one.
-        settings: `weight`; t = ½ where the weights sum to zero.
-        sums: The products of `measure_differences`.
+        stream: The two models, and the base, if there is one.
+        settings: `weight`; t = ½ where the weights sum to zero. With `nuslerp_flatten` off every vector along the last
+            dimension, or the first one if `nuslerp_row_wise` is on, is merged by itself.
 
     Returns:
-        The same elements of the merge, in float64.
+        What merges a part.
     """
-    gram_nn = _square(sums)
-    norms = [max(math.sqrt(gram_nn[i][i]), SMALLEST_NORM_OF_NUSLERP) for i in range(2)]
-    shares = _nuslerp_shares(_clamped(gram_nn[0][1] / norms[0] / norms[1]), _time(settings))
-    return around_base(models_c, base_c, shares)
+    t = _time(settings)
+    if settings.switch("nuslerp_flatten"):
+        gram_nn = _gram(stream, of_changes=True)
+        norms = [max(math.sqrt(gram_nn[i][i]), SMALLEST_NORM_OF_NUSLERP) for i in range(2)]
+        shares = _nuslerp_shares(_clamped(gram_nn[0][1] / norms[0] / norms[1]), t)
+        return Prepared(lambda models_c, base_c: around_base(models_c, base_c, shares))
+    if not settings.switch("nuslerp_row_wise") or len(stream.shape) < 2:
+        columns = last_dimension(stream.shape)
+
+        def along_rows(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+            changes = [change.view(-1, columns) for change in _from_base(models_c, base_c)]
+            squares = [(change * change).sum(dim=1, keepdim=True) for change in changes]
+            return _interpolated(changes, squares, (changes[0] * changes[1]).sum(dim=1, keepdim=True), t, base_c)
+
+        return Prepared(along_rows, columns)
+    columns = each_output(stream.shape)
+    sums_c = torch.zeros(3, columns, dtype=torch.float64)
+    for models_c, base_c in stream.parts(columns):
+        first_rc, second_rc = (change.view(-1, columns) for change in _from_base(models_c, base_c))
+        for sum_c, product_rc in zip(
+            sums_c, (first_rc * first_rc, second_rc * second_rc, first_rc * second_rc), strict=True
+        ):
+            sum_c.add_(product_rc.sum(dim=0))
+
+    def along_columns(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        changes = [change.view(-1, columns) for change in _from_base(models_c, base_c)]
+        return _interpolated(changes, [sums_c[0], sums_c[1]], sums_c[2], t, base_c)
+
+    return Prepared(along_columns, columns)
 
 
-def whole_nuslerp(models: Sequence[Tensor], base: Tensor | None, settings: Settings) -> Tensor:
-    """`nuslerp` of every vector along one dimension by itself.
-
-    Args:
-        models: The two models' tensors, any shape.
-        base: That of the base, if there is one.
-        settings: `weight`; the vectors run along the last dimension, or the first one if `nuslerp_row_wise` is on.
-
-    Returns:
-        The merge.
-    """
-    dim = 0 if settings.switch("nuslerp_row_wise") else -1
-    if dim == 0 or models[0].dim() < 2:
-        return _nuslerp_along(models, base, dim, _time(settings)).to(models[0].dtype)
-    columns = models[0].shape[-1]
-    merged_rc = models[0].new_empty(models[0].numel() // max(1, columns), columns)
-    models_rc = [model.reshape(merged_rc.shape) for model in models]
-    base_rc = None if base is None else base.reshape(merged_rc.shape)
-    for rows in row_blocks(*merged_rc.shape):
-        base_of_rows = None if base_rc is None else base_rc[rows]
-        merged_rc[rows] = _nuslerp_along([model_rc[rows] for model_rc in models_rc], base_of_rows, -1, _time(settings))
-    return merged_rc.view(models[0].shape)
-
-
-def multislerp(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Settings, sums: Tensor) -> Tensor:
+def multislerp(stream: Stream, settings: Settings) -> Prepared:
     """(Σ wᵢ‖θᵢ‖) · m, with m the direction of Σ wᵢ θᵢ/(‖θᵢ‖ + ε); of the differences from a base if there is one.
 
     Goddard, "Multi-SLERP", 2025. The published method projects the vectors onto the tangent space at m, averages there
@@ -126,27 +131,25 @@ def multislerp(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Sett
     it is. Where all differences are zero the result is the base; mergekit stops with an error there.
 
     Args:
-        models_c: Some elements of every model's tensor.
-        base_c: Those of the base, if there is one.
+        stream: The models, and the base, if there is one.
         settings: `weight`, `normalize_weights`, `eps`.
-        sums: The products of `measure_differences`.
 
     Returns:
-        The same elements of the merge, in float64.
+        What merges a part.
 
     Raises:
         RecipeError: The directions of three and more models cancel, or the weights sum to zero.
     """
-    if len(models_c) == 1:
-        return combination(models_c, (1.0,))
+    if stream.models == 1:
+        return Prepared(_as_it_is)
     weights = settings.shares() if settings.switch("normalize_weights") else settings.numbers("weight")
     eps = settings.number("eps")
-    gram_nn = _square(sums)
+    gram_nn = _gram(stream, of_changes=True)
     norms = [math.sqrt(gram_nn[i][i]) for i in range(len(weights))]
     pull = [weight / (norm + eps) for weight, norm in zip(weights, norms, strict=True)]
     length = _length(pull, gram_nn)
     if length < eps:
-        if len(models_c) > 2 and any(norms):
+        if stream.models > 2 and any(norms):
             raise RecipeError(
                 f"{settings.tensor}: the weighted directions of the models cancel, so multislerp has no direction to "
                 "go; give other weights, or another method"
@@ -154,10 +157,11 @@ def multislerp(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Sett
         pull, radius = list(weights), 1.0
     else:
         radius = sum(weight * norm for weight, norm in zip(weights, norms, strict=True)) * math.cos(eps) / length
-    return around_base(models_c, base_c, [radius * part for part in pull])
+    shares = [radius * part for part in pull]
+    return Prepared(lambda models_c, base_c: around_base(models_c, base_c, shares))
 
 
-def karcher(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Settings, sums: Tensor) -> Tensor:
+def karcher(stream: Stream, settings: Settings) -> Prepared:
     """The mean of the models' directions on the sphere, times the mean of their norms.
 
     The direction minimises the sum of squared angles: m ← exp_m(Σ αᵢ log_m(uᵢ)) from the direction of Σ αᵢuᵢ on, until
@@ -166,74 +170,60 @@ def karcher(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Setting
     the sphere; the first of them is taken, where mergekit's result depends on rounding.
 
     Args:
-        models_c: Some elements of every model's tensor.
-        base_c: None; the method has no base.
+        stream: The models; the method has no base.
         settings: `max_iter`, `tol`.
-        sums: The products of `measure_models`.
 
     Returns:
-        The same elements of the merge, in float64.
+        What merges a part.
     """
-    if len(models_c) == 1:
-        return combination(models_c, (1.0,))
-    gram_nn = _square(sums)
-    norms = [math.sqrt(gram_nn[i][i]) for i in range(len(models_c))]
+    if stream.models == 1:
+        return Prepared(_as_it_is)
+    gram_nn = _gram(stream)
+    norms = [math.sqrt(gram_nn[i][i]) for i in range(stream.models)]
     valid = [i for i, norm in enumerate(norms) if norm > settings.number("tol")]
     if not valid:
-        return torch.zeros_like(models_c[0], dtype=torch.float64)
+        return Prepared(lambda models_c, base_c: torch.zeros_like(models_c[0], dtype=torch.float64))
     units_nn = [[_clamped(gram_nn[i][j] / norms[i] / norms[j]) if i != j else 1.0 for j in valid] for i in valid]
     mean = _karcher_mean(units_nn, settings.count("max_iter"), settings.number("tol"))
     radius = sum(norms) / len(norms)
     coefficients = [radius * part / norms[i] for part, i in zip(mean, valid, strict=True)]
-    return combination([models_c[i] for i in valid], coefficients)
+    return Prepared(lambda models_c, base_c: combination([models_c[i] for i in valid], coefficients))
 
 
-def model_stock(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings, sums: Tensor) -> Tensor:
+def model_stock(stream: Stream, settings: Settings) -> Prepared:
     """t·mean(θᵢ) + (1−t)θ₀ with t = N cos θ / (1 + (N−1) cos θ), cos θ the mean cosine of pairs of differences.
 
     Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024. As in mergekit, a pair whose
     norms multiply to less than 1e-6 is divided by that, and t = 0 where the denominator is below 1e-6.
 
     Args:
-        models_c: Some elements of every model's tensor.
-        base_c: Those of the base.
-        settings: None that matters here; with `filter_wise` see `whole_model_stock`.
-        sums: The products of `measure_differences`.
+        stream: The models and the base.
+        settings: `filter_wise`: whether every row, a vector along the last dimension, has a t of its own; a vector is
+            one row.
 
     Returns:
-        The same elements of the merge, in float64.
+        What merges a part.
     """
-    gram_nn = _square(sums)
-    norms = [math.sqrt(gram_nn[i][i]) for i in range(len(models_c))]
-    pairs = [(i, j) for i in range(len(norms)) for j in range(i)]
+    count = stream.models
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    if settings.switch("filter_wise"):
+        return _filter_wise(pairs, count, last_dimension(stream.shape))
+    gram_nn = _gram(stream, of_changes=True)
+    norms = [math.sqrt(gram_nn[i][i]) for i in range(count)]
     cosines = [_clamped(gram_nn[i][j] / max(norms[i] * norms[j], SMALLEST_PRODUCT)) for i, j in pairs]
     cosine = sum(cosines) / len(cosines)
-    denominator = 1 + (len(models_c) - 1) * cosine
+    denominator = 1 + (count - 1) * cosine
     share = cosine / denominator if abs(denominator) >= SMALLEST_PRODUCT else 0.0
-    return around_base(models_c, base_c, [share] * len(models_c))
+    return Prepared(lambda models_c, base_c: around_base(models_c, base_c, [share] * count))
 
 
-def whole_model_stock(models: Sequence[Tensor], base: Tensor, settings: Settings) -> Tensor:
-    """`model_stock` of every row by itself, a row being a vector along the last dimension.
+def _filter_wise(pairs: Sequence[tuple[int, int]], count: int, columns: int) -> Prepared:
+    """`model_stock` of every row by itself."""
 
-    Args:
-        models: Every model's tensor, any shape; a vector is one row.
-        base: That of the base.
-        settings: `filter_wise`, which is on.
-
-    Returns:
-        The merge.
-    """
-    columns = base.shape[-1] if base.dim() else 1
-    base_rc = base.reshape(-1, columns) if base.numel() else base.reshape(0, columns)
-    models_rc = [model.reshape(base_rc.shape) for model in models]
-    merged_rc = torch.empty_like(base_rc)
-    count = len(models)
-    for rows in row_blocks(*base_rc.shape):
-        base_of_rows = base_rc[rows]
-        changes = differences([model_rc[rows] for model_rc in models_rc], base_of_rows)
+    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        assert base_c is not None
+        changes = [change.view(-1, columns) for change in differences(models_c, base_c)]
         norms = [torch.linalg.vector_norm(change, dim=-1, keepdim=True) for change in changes]
-        pairs = [(i, j) for i in range(count) for j in range(i)]
         cosine = torch.zeros_like(norms[0])
         for i, j in pairs:
             dot = (changes[i] * changes[j]).sum(dim=-1, keepdim=True)
@@ -241,15 +231,40 @@ def whole_model_stock(models: Sequence[Tensor], base: Tensor, settings: Settings
         denominator = 1 + (count - 1) * cosine
         singular = denominator.abs() < SMALLEST_PRODUCT
         share = torch.where(singular, 0, cosine / torch.where(singular, 1, denominator))
-        merged_rc[rows] = total(changes).mul_(share).add_(base_of_rows)
-    return merged_rc.view(base.shape)
+        return total(changes).mul_(share).view(-1).add_(base_c)
+
+    return Prepared(combine, columns)
 
 
-def _square(sums: Tensor) -> list[list[float]]:
-    """Products of all pairs, as rows."""
+def _as_it_is(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+    return models_c[0].double()
+
+
+def _gram(stream: Stream, *, of_changes: bool = False) -> list[list[float]]:
+    """Inner products of all pairs, as rows.
+
+    Args:
+        stream: The tensors.
+        of_changes: Whether of the models' differences from the base, if there is one; else of the models and the base,
+            which is the last.
+    """
+
+    def measure(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        if base_c is None:
+            return products(models_c)
+        return products(differences(models_c, base_c) if of_changes else [*models_c, base_c])
+
+    sums = sum_over_parts(measure, stream)
     side = math.isqrt(sums.numel())
     rows: list[list[float]] = sums.view(side, side).tolist()
     return rows
+
+
+def _from_base(models_c: Sequence[Tensor], base_c: Tensor | None) -> list[Tensor]:
+    """Differences from the base, or the models, in float64; new tensors."""
+    if base_c is not None:
+        return differences(models_c, base_c)
+    return [model_c.to(torch.float64, copy=True) for model_c in models_c]
 
 
 def _clamped(cosine: float) -> float:
@@ -279,19 +294,17 @@ def _nuslerp_shares(cosine: float, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def _nuslerp_along(models: Sequence[Tensor], base: Tensor | None, dim: int, t: float) -> Tensor:
-    """`nuslerp` of all vectors along a dimension."""
-    first, second = [model.double() for model in models] if base is None else differences(models, base)
-    norms = [
-        torch.linalg.vector_norm(change, dim=dim, keepdim=True).clamp(min=SMALLEST_NORM_OF_NUSLERP)
-        for change in (first, second)
-    ]
-    cosine = ((first * second).sum(dim=dim, keepdim=True) / norms[0] / norms[1]).clamp(-1, 1)
+def _interpolated(
+    changes: Sequence[Tensor], squares: Sequence[Tensor], dot: Tensor, t: float, base_c: Tensor | None
+) -> Tensor:
+    """`nuslerp` of many vectors, in the memory of the changes, from their squared norms and inner products."""
+    norms = [square.sqrt().clamp(min=SMALLEST_NORM_OF_NUSLERP) for square in squares]
+    cosine = (dot / norms[0] / norms[1]).clamp(-1, 1)
     collinear = 1 - cosine.square() <= COLLINEAR_IN_NUSLERP
     angle = torch.acos(torch.where(collinear, 0, cosine))
     shares = [torch.where(collinear, part, torch.sin(part * angle) / torch.sin(angle)) for part in (1 - t, t)]
-    merged = (first * shares[0]).add_(second * shares[1])
-    return merged if base is None else merged.add_(base)
+    merged_c = changes[0].mul_(shares[0]).add_(changes[1].mul_(shares[1])).view(-1)
+    return merged_c if base_c is None else merged_c.add_(base_c)
 
 
 def _karcher_mean(units_nn: list[list[float]], max_iter: int, tol: float) -> list[float]:

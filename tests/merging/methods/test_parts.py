@@ -1,18 +1,20 @@
 """A tensor in parts gives what the whole gives; storage types, empty tensors and threads change nothing else."""
 
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
 from hf_llfc.merging.methods import MERGE_METHODS, Base, Need, find_method
-from hf_llfc.merging.methods.parts import PART, parts
+from hf_llfc.merging.methods.parts import PART, InMemory, merged_parts
 from tests.merging.methods.cases import DETERMINISTIC, RANDOM, SPECTRAL, Case, tensors
 
 ONE_OF_EACH = tuple({case.method: case for case in reversed((*DETERMINISTIC, *RANDOM, *SPECTRAL))}.values())
 
 
-def needs(*needs):
-    """The cases that need no more of a tensor."""
-    return [case for case in DETERMINISTIC if find_method(case.method).need_with(case.settings()) in needs]
+def of_need(need):
+    """The cases of methods that need this of a tensor."""
+    return [case for case in DETERMINISTIC if find_method(case.method).need is need]
 
 
 def test_every_method_has_a_case():
@@ -24,35 +26,67 @@ def pieces(case, kind="fine-tuned", shape=(24, 40)):
     return find_method(case.method), models, base if case.has_base else None, case.settings()
 
 
-@pytest.mark.parametrize("case", needs(Need.ELEMENTWISE, Need.TWO_PASSES), ids=str)
+@pytest.mark.parametrize("case", of_need(Need.ELEMENTWISE), ids=str)
 def test_parts_of_any_size_give_the_whole(case):
     method, models, base, settings = pieces(case)
     whole = method.merge(models, base, settings).view(-1)
     for sizes in ([1, 959], [400, 160, 400], [960]):
         columns = [model.view(-1).split(sizes) for model in models]
         of_base = base.view(-1).split(sizes) if base is not None else [None] * len(sizes)
-        arguments = [(list(models_c), base_c, settings) for *models_c, base_c in zip(*columns, of_base, strict=True)]
-        sums = () if method.measure is None else (sum(method.load(method.measure)(*each) for each in arguments),)
-        merged = torch.cat([method.load(method.function)(*each, *sums) for each in arguments])
-        assert merged.dtype == torch.float64 or case.method == "passthrough"
-        if method.need is Need.ELEMENTWISE:
-            assert torch.equal(merged.float(), whole)
-        else:
-            torch.testing.assert_close(merged.float(), whole, rtol=0, atol=2.0**-24 * whole.abs().max().item())
+        merged = [
+            method.function()(list(models_c), base_c, settings)
+            for *models_c, base_c in zip(*columns, of_base, strict=True)
+        ]
+        assert torch.equal(torch.cat(merged).float(), whole)
 
 
-@pytest.mark.parametrize("case", needs(Need.ELEMENTWISE, Need.PER_ROW), ids=str)
-def test_rows_of_a_tensor_of_several_parts_are_merged_as_by_themselves(case):
-    method, models, base, settings = pieces(case, shape=(3 * PART // 128 + 1, 128))
-    merged = method.merge(models, base, settings)
-    rows = slice(PART // 128 - 1, PART // 128 + 1)  # across the edge of the first part
-    of_rows = method.merge([model[rows] for model in models], None if base is None else base[rows], settings)
-    assert torch.equal(merged[rows], of_rows)
+@dataclass(frozen=True)
+class Watched:
+    """A stream in memory that gives out small parts, and keeps how they were asked for."""
+
+    stream: InMemory
+    size: int
+    passes: list = field(default_factory=list)
+
+    @property
+    def shape(self):
+        return self.stream.shape
+
+    @property
+    def models(self):
+        return self.stream.models
+
+    @property
+    def dtype(self):
+        return self.stream.dtype
+
+    def parts(self, width=1, *, size=PART, only=None):
+        self.passes.append(width)
+        return self.stream.parts(width, size=min(size, self.size), only=only)
+
+
+PASSING = [
+    case for case in (*DETERMINISTIC, *RANDOM, *SPECTRAL) if find_method(case.method).need is not Need.ELEMENTWISE
+]
+
+
+@pytest.mark.parametrize("case", PASSING, ids=str)
+@pytest.mark.parametrize("shape", [(24, 40), (70,), (6, 5, 3)], ids=str)
+def test_a_tensor_in_small_parts_is_merged_as_in_one(case, shape):
+    method, models, base, settings = pieces(case, shape=shape)
+    whole = method.merge(models, base, settings)
+    for size in (1, 17, 160):
+        stream = Watched(InMemory(models, base), size)
+        parts_of = list(merged_parts(method.prepared(stream, settings), stream))
+        merged = torch.cat([part.reshape(-1) for part in parts_of]).view(shape)
+        assert merged.dtype == torch.float64 or method.name == "arcee_fusion"
+        torch.testing.assert_close(merged.float(), whole, rtol=0, atol=1e-6 * whole.abs().max().item())
+        assert len(parts_of) == -(-whole.numel() // (max(1, size // stream.passes[-1]) * stream.passes[-1]))
 
 
 def test_parts_cover_every_element_once():
     tensor = torch.arange(2 * PART + 5)
-    covered = [tensor_c for _, (tensor_c,) in parts([tensor])]
+    covered = [tensor_c for (tensor_c,), _ in InMemory([tensor], None).parts()]
     assert torch.equal(torch.cat(covered), tensor) and max(part.numel() for part in covered) == PART
 
 

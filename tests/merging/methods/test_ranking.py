@@ -13,7 +13,6 @@ from hf_llfc.merging.methods.ranking import (
     find_cuts,
     keep_by_rank,
     largest,
-    quantiles,
     ranks_in_rows,
 )
 from tests.merging.methods.cases import tensors
@@ -23,24 +22,35 @@ WIDTHS = st.sampled_from([torch.float32, torch.float64])
 
 
 def pieces_of(values, size):
-    """The elements in pieces of one size."""
-    return lambda: iter(values.split(size))
+    """The elements in pieces of one size, beside others that nobody looks for."""
+    return lambda: ([piece, 3 - piece] for piece in values.split(size))
+
+
+def chosen(selections, values, size):
+    """Which elements the first of two selections chooses, in two passes that agree."""
+    passes = []
+    for _ in range(2):
+        chosen_of = selections[0].begin()
+        passes.append(torch.cat([chosen_of(piece) for piece in values.split(size)]))
+    assert torch.equal(*passes)
+    return passes[0].tolist()
 
 
 @given(MAGNITUDES, st.integers(0, 45), WIDTHS)
 def test_the_largest_are_those_of_a_stable_sort(magnitudes, count, dtype):
     order = sorted(range(len(magnitudes)), key=lambda i: -magnitudes[i])
     expected = [i in order[:count] for i in range(len(magnitudes))]
-    pieces = pieces_of(torch.tensor(magnitudes, dtype=dtype), 7)
-    assert largest(pieces, len(magnitudes), count).tolist() == expected
+    values = torch.tensor(magnitudes, dtype=dtype)
+    assert chosen(largest(pieces_of(values, 7), len(magnitudes), [count, 0]), values, 5) == expected
 
 
 @given(MAGNITUDES, st.integers(0, 45), st.integers(0, 45), WIDTHS)
 def test_the_middle_is_that_of_a_stable_sort(magnitudes, low, high, dtype):
     order = sorted(range(len(magnitudes)), key=lambda i: magnitudes[i])
     expected = [i in order[low:high] for i in range(len(magnitudes))]
-    pieces = pieces_of(torch.tensor(magnitudes, dtype=dtype), 7)
-    assert between(pieces, len(magnitudes), low, high).tolist() == expected
+    values = torch.tensor(magnitudes, dtype=dtype)
+    bounds = [(low, high), (0, 0)]
+    assert chosen(between(pieces_of(values, 7), len(magnitudes), bounds), values, 5) == expected
 
 
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 2**32), WIDTHS)
@@ -51,12 +61,6 @@ def test_ranks_in_rows_are_those_of_a_stable_sort(rows, columns, seed, dtype):
     assert torch.equal(ranks_in_rows(magnitudes), expected)
 
 
-def test_quantiles_are_those_of_a_sort(generator):
-    values = torch.randn(1001, generator=generator)
-    found = quantiles(values, [500, 0, 1000, 500])
-    assert torch.equal(torch.stack(found), values.sort().values[[500, 0, 1000, 500]])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("decades", [0.0, 30.0])
 def test_cuts_are_those_of_a_sort(dtype, decades, generator):
@@ -65,10 +69,13 @@ def test_cuts_are_those_of_a_sort(dtype, decades, generator):
     values *= 10 ** (decades * torch.randn(5000, generator=generator, dtype=torch.float64).clamp(-1.2, 1.2))
     values[:40] = 0
     values[40:80] = values[80]
+    values[::3] *= -1
     values = values.to(dtype)
     ordered = values.sort().values
     places = [0, 39, 40, 1234, 2500, 4998, 4999]
-    for place, cut in zip(places, find_cuts(pieces_of(values, 333), places), strict=True):
+    cuts, others = find_cuts(pieces_of(values, 333), [places, [17]])
+    assert others[0].value == (3 - values).sort().values[17]
+    for place, cut in zip(places, cuts, strict=True):
         assert cut.value == ordered[place]
         assert cut.below == (values < ordered[place]).sum() and cut.equal == (values == ordered[place]).sum()
 

@@ -43,28 +43,12 @@ def test_a_method_says_what_it_has(method):
     assert method.help.endswith(".") and method.title and any(character.isdigit() for character in method.paper)
     assert all(parameter.help.endswith(".") for parameter in method.parameters)
     assert len({parameter.name for parameter in method.parameters}) == len(method.parameters)
-    needs = {method.need} | {parameter.need for parameter in method.parameters if parameter.need}
-    in_parts = needs & {Need.ELEMENTWISE, Need.TWO_PASSES}
-    assert bool(method.function) == bool(in_parts)
     assert bool(method.reduces) == (method.need is not Need.ELEMENTWISE)
-    assert bool(method.measure) == (Need.TWO_PASSES in needs)
-    assert bool(method.whole) == bool(needs - in_parts)
-    for name in (method.function, method.measure, method.whole):
-        if name:
-            function = method.load(name)
-            assert "settings" in inspect.signature(function).parameters and function.__doc__
+    function = method.function()
+    assert "settings" in inspect.signature(function).parameters and function.__doc__
     for parameter in method.parameters:
         if parameter.default is not REQUIRED:
             assert parameter.checked(parameter.default) == parameter.default
-
-
-def test_what_a_method_needs_depends_on_its_settings():
-    stock = find_method("model_stock")
-    assert stock.need_with(stock.settings({}, models=2)) is Need.TWO_PASSES
-    assert stock.need_with(stock.settings({"filter_wise": True}, models=2)) is Need.PER_ROW
-    sce = find_method("sce")
-    assert sce.need_with(sce.settings({"select_topk": 1}, models=2)) is Need.TWO_PASSES
-    assert sce.need_with(sce.settings({"select_topk": 0.5}, models=2)) is Need.PER_TENSOR
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("tie", "ties"), ("SLERP", "slerp"), ("dare-ties", "dare_ties")])
