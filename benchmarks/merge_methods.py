@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -293,8 +294,8 @@ def spectral_table(trials: list[Trial], rounds: dict[str, list[dict[str, Any]]],
             }
         )
     return markdown(rows) + (
-        f"\n\n{floor['cpu']:.1f} s of CPU and {floor['memory'] / 2**30:.2f} GiB, what a linear merge of the same models "
-        "takes, are taken off for ratio and memory. The largest tensor, told as in float32, has "
+        f"\n\n{floor['cpu']:.1f} s of CPU and {floor['memory'] / 2**30:.2f} GiB, what a linear merge takes of the same "
+        "models, are taken off for ratio and memory. The largest tensor, told as in float32, has "
         f"{largest / 2**20:.0f} MiB."
     )
 
