@@ -28,6 +28,7 @@ LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
         "models": "stand without an option",
         "parameters": "have options of their own: --weights, --normalize, --parameter",
         "align": "has options of its own",
+        "importance": "has options of its own",
         **dict.fromkeys(("diagnose", "keep_where_broken", "publish"), "is a section of a recipe; see `run`"),
     },
     ("merge", "AlignSection"): {"calibration": "has options of its own"},
@@ -315,7 +316,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     output = _add_output(parser, "dtype", "out_dtype", "max_shard_size", required=True)
     _add_of_recipe(output, "log_with", "logging_dir")
     _add_matching(parser, "merge", "--align", default="none")
-    _add_data(parser, "merge", CALIBRATION)
+    _add_data(parser, "merge", CALIBRATION_OR_IMPORTANCE)
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
@@ -393,6 +394,7 @@ def _add_data(parser: argparse.ArgumentParser, command: str, purpose: str) -> No
 
 
 CALIBRATION = "calibration data for activation, commutativity and learned matching"
+CALIBRATION_OR_IMPORTANCE = f"{CALIBRATION}, or for the methods fisher and feedback"
 
 OF_A_RUN = ("output_dir", "overwrite", "allow_pickle", "device")
 """Keys of a recipe that `run` has options for too."""

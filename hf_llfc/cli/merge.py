@@ -8,8 +8,9 @@ from typing import Any
 from hf_llfc.cli.run import run_recipe
 from hf_llfc.cli.settings import data_settings, given, matching_names, refuse_given, refuse_unused_data
 from hf_llfc.errors import RecipeError
+from hf_llfc.merging.methods import find_method
 from hf_llfc.recipe import AlignSection, Recipe, load_recipe
-from hf_llfc.recipe.sections import SUMS
+from hf_llfc.recipe.sections import SUMS, uses_data
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -17,7 +18,10 @@ def execute(options: argparse.Namespace) -> int:
     align = given(options, AlignSection)
     if options.method == "none":
         refuse_given(options, (*matching_names(), "seed"), "without --align")
-    refuse_unused_data(options)
+    measures = options.merge_method is not None and bool(find_method(options.merge_method).importance)
+    if not measures:
+        refuse_unused_data(options)
+    data = data_settings(options, required=measures)
     equal = 1 / len(options.models) if options.merge_method in (None, *SUMS) else None
     weights = options.weights or [equal] * len(options.models)
     if len(weights) != len(options.models):
@@ -28,8 +32,10 @@ def execute(options: argparse.Namespace) -> int:
             {"model": model, **({"parameters": {"weight": weight}} if weight is not None else {})}
             for model, weight in zip(options.models, weights, strict=True)
         ],
-        "align": {**align, "calibration": data_settings(options, required=False)},
+        "align": {**align, "calibration": data if uses_data(options.method, options.start or "") else None},
     }
+    if measures:
+        recipe["importance"] = data
     if options.normalize is not None:
         recipe["parameters"] = {"normalize": options.normalize}
     return run_recipe(load_recipe(recipe, [f"parameters.{each}" for each in options.parameters]), options)

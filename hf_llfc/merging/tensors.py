@@ -47,6 +47,7 @@ class Merge:
         base: θ₀ of task arithmetic, or the base model of the method.
         method: How tensors are merged, where they are no sums.
         settings: Name → values of the method's parameters.
+        importances: Of every model the importance of its weights, where the method asks for it.
     """
 
     sources: Sequence[Source]
@@ -55,6 +56,7 @@ class Merge:
     base: Source | None = None
     method: MergeMethod | None = None
     settings: Mapping[str, Settings] = field(default_factory=dict)
+    importances: Sequence[Source] = ()
 
     @classmethod
     def copy(cls, source: Source, infos: Mapping[str, TensorInfo]) -> Merge:
@@ -146,6 +148,8 @@ class Merge:
             return _equal_in_all(name, tensors, labels)
         if self.method is not None:
             models, base = (tensors[1:], tensors[0]) if self.base is not None else (tensors, None)
+            models = [*models, *(source.read(name) for source in self.importances)]
+            labels += [source.label for source in self.importances]
             merged = merge_by_method(self.method, models, base, self.settings[name], dtype, labels)
         elif self.base is None:
             merged = linear_combination(tensors, self.weights[name], out_dtype=dtype, name=name, models=labels)

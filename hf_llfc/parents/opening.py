@@ -207,7 +207,7 @@ def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Ch
 
 def runs_models(recipe: Recipe) -> bool:
     """Whether a recipe needs more than the weights of its models."""
-    return recipe.diagnose is not None or recipe.align.uses_data
+    return recipe.diagnose is not None or recipe.align.uses_data or recipe.measures_importance
 
 
 def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:

@@ -30,7 +30,9 @@ def identity_of_run(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> dict[s
     calibration = recipe.diagnose.batch_norm.data if recipe.diagnose is not None else None
     measured = recipe.diagnose.data if recipe.diagnose is not None else None
     settings = {key: value for key, value in recipe.to_dict().items() if key not in IRRELEVANT}
-    return identity_of({"recipe": settings}, checkpoints, [recipe.align.calibration, measured, calibration])
+    data = [recipe.align.calibration, measured, calibration, recipe.importance]
+    data += [entry.importance for entry in recipe.models]
+    return identity_of({"recipe": settings}, checkpoints, data)
 
 
 def identity_of(

@@ -12,6 +12,7 @@ from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
 from hf_llfc.recipe import Recipe
+from hf_llfc.recipe.data import EvaluationConfig
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -51,6 +52,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         if recipe.align.together != "reference" and len(opened.all) > 2:
             what += f", in a {recipe.align.together} of {len(opened.all)} models"
         steps.append({"step": "align", "what": what})
+    if recipe.method is not None and recipe.measures_importance:
+        data = sorted({str(each.dataset) for each in _importance_data(recipe)})
+        steps.append({"step": "importance", "what": f"{recipe.method.importance} on {', '.join(data)}"})
     steps.append(
         {
             "step": "merge",
@@ -69,6 +73,11 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     reads = read * (1 if recipe.align.method == "none" else 2)
     cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching}
     return {"steps": steps, "cost": cost}
+
+
+def _importance_data(recipe: Recipe) -> list[EvaluationConfig]:
+    each = [entry.importance or recipe.importance for entry in recipe.models]
+    return [data for data in each if data is not None]
 
 
 def _points(recipe: Recipe, opened: Models) -> int:

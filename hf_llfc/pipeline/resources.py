@@ -41,23 +41,32 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
         held = max(held, (len(checkpoints) + 3) * largest)
     if recipe.align.method != "none":
         held = max(held, matching_memory(checkpoints[0], recipe.align, len(checkpoints)))
+    if recipe.measures_importance:
+        # A model, its gradient and its importance in float32.
+        held = max(held, max(each.nbytes for each in checkpoints) + 3 * importance_bytes(infos))
     if recipe.diagnose is not None and not recipe.diagnose.offload:
         # The models, and the one between them, in the dtype in which they are stored.
         held = max(held, sum(each.nbytes for each in checkpoints) + sum(info.nbytes for info in infos.values()))
     return held
 
 
-def refuse_without_room(output: OutputFolder, infos: Mapping[str, TensorInfo]) -> None:
+def importance_bytes(infos: Mapping[str, TensorInfo]) -> int:
+    """Bytes of the importance of one model's weights."""
+    return 4 * sum(info.elements for info in infos.values())
+
+
+def refuse_without_room(output: OutputFolder, infos: Mapping[str, TensorInfo], beside: int = 0) -> None:
     """Refuses to begin where the weights will not fit on the disk.
 
     Args:
         output: Where they go.
         infos: What is written.
+        beside: Bytes of what lies there while the run works.
 
     Raises:
         CheckpointError: They do not.
     """
-    needed = sum(info.nbytes for info in infos.values()) + _ROOM_BESIDE
+    needed = sum(info.nbytes for info in infos.values()) + _ROOM_BESIDE + beside
     free = output.free_bytes()
     if needed > free:
         raise CheckpointError(

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_llfc.alignment.together import align_all
 from hf_llfc.checkpoints import open_checkpoint, state_dict_on_disk
+from hf_llfc.checkpoints.files import LocalFiles, open_weights
+from hf_llfc.checkpoints.source import Source
+from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.merging import Merge
-from hf_llfc.parents.data import evaluate_parents
+from hf_llfc.parents.data import evaluate_parents, open_data
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import alignment_spec
@@ -87,9 +92,44 @@ def write_merge(run: RunContext, broken: Broken | None = None) -> None:
     """
     if run.on_main(lambda run: run.output.journal.is_complete):
         return
-    merge = plan_merge(run.parents, run.base, run.recipe, broken)
+    merge = plan_merge(run.parents, run.base, run.recipe, broken, measure_importances(run))
     write_shared(run, merge, partial(with_batch_norm, run, merge) if run.calibration is not None else None)
     run.on_main(lambda run: refuse_changed(run.models.all))
+
+
+def measure_importances(run: RunContext) -> list[Source]:
+    """The importance of every parent's weights in files beside the output, where the method asks for it.
+
+    They are not kept: a run that goes on measures them again, and finds the same.
+    """
+    method = run.recipe.method
+    if method is None or not method.importance:
+        return []
+    folder = run.output.work / "importance"
+    run.on_main(lambda run: _write_importances(run, method.importance, folder))
+    weights = [
+        open_weights(LocalFiles(parent.checkpoint.label, folder / str(index)), None)
+        for index, parent in enumerate(run.parents)
+    ]
+    return [
+        Source(f"importance of {parent.checkpoint.label}", each.read, each.span)
+        for parent, each in zip(run.parents, weights, strict=True)
+    ]
+
+
+def _write_importances(run: RunContext, kind: str, folder: Path) -> None:
+    from hf_llfc.diagnostics.importance import measure_importance
+
+    count = len(run.parents)
+    for index, (entry, parent) in enumerate(zip(run.recipe.models, run.parents, strict=True)):
+        config = entry.importance or run.recipe.importance
+        assert config is not None, "the reader of recipes asks for it"
+        data = open_data(config, parent.checkpoint)
+        on_batch = partial(run.progress, f"measuring importance in model {index + 1} of {count}")
+        importance = measure_importance(parent.load(), data, kind, on_batch=on_batch)
+        with storing(folder):
+            (folder / str(index)).mkdir(parents=True, exist_ok=True)
+            save_file(importance, folder / str(index) / "model.safetensors")
 
 
 def with_batch_norm(run: RunContext, merge: Merge) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_llfc.checkpoints import Checkpoint, TensorInfo
+from hf_llfc.checkpoints.source import Source
 from hf_llfc.merging import Merge, Rule, WeightSchedule, merged_infos
 from hf_llfc.merging.methods import REQUIRED, MergeMethod, Parameter, Settings
 from hf_llfc.merging.schedule import resolve_values
@@ -35,13 +36,20 @@ def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
     return merged_infos(first.tensors, getattr(torch, recipe.result_dtype) if recipe.result_dtype else None)
 
 
-def plan_merge(parents: Sequence[Parent], base: Parent | None, recipe: Recipe, broken: Broken | None = None) -> Merge:
+def plan_merge(
+    parents: Sequence[Parent],
+    base: Parent | None,
+    recipe: Recipe,
+    broken: Broken | None = None,
+    importances: Sequence[Source] = (),
+) -> Merge:
     """What becomes of every tensor; weights that do not fit are refused before anything is read."""
     if recipe.method is not None:
         infos = merge_infos(parents[0].checkpoint, recipe)
         base_source = base.source if base is not None else None
         settings = method_settings(recipe.method, parents, recipe, list(infos))
-        return Merge([parent.source for parent in parents], infos, {}, base_source, recipe.method, settings)
+        sources = [parent.source for parent in parents]
+        return Merge(sources, infos, {}, base_source, recipe.method, settings, importances)
     keeper = recipe.keep_where_broken.model if recipe.keep_where_broken is not None else 0
     return Merge.plan(
         [parent.source for parent in parents],

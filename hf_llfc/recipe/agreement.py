@@ -26,6 +26,7 @@ def disagreements(recipe: Recipe) -> list[str]:
             problems.append("parameters.lambda: has no meaning for a linear merge")
     if recipe.method is not None:
         problems += _disagreements_with_method(recipe, recipe.method)
+    problems += _disagreements_on_importance(recipe)
     given = [entry.parameters is not None for entry in recipe.models]
     if any(given) and not all(given) and recipe.method is None:
         missing = [f"models.{place}" for place, has in enumerate(given) if not has]
@@ -66,6 +67,20 @@ def disagreements(recipe: Recipe) -> list[str]:
     elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(names):
         problems.append(f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0")
     return problems
+
+
+def _disagreements_on_importance(recipe: Recipe) -> list[str]:
+    given = {"importance": recipe.importance}
+    given |= {f"models.{index}.importance": entry.importance for index, entry in enumerate(recipe.models)}
+    if recipe.measures_importance:
+        lacking = [path for path, data in list(given.items())[1:] if data is None and recipe.importance is None]
+        advice = "give task and dataset of samples, under `importance` for all models or under that of each"
+        return [f"{lacking[0]}: missing, and {recipe.merge_method} needs it; {advice}"] if lacking else []
+    return [
+        f"{path}: has no meaning for {recipe.merge_method}; fisher and feedback measure importance"
+        for path, data in given.items()
+        if data is not None
+    ]
 
 
 def _disagreements_with_method(recipe: Recipe, method: MergeMethod) -> list[str]:

@@ -139,6 +139,8 @@ class _Reader:
         for key, read in (("parameters", self._merge_parameters), ("align", self.align), ("diagnose", self._diagnose)):
             if isinstance(content.get(key), Mapping):
                 content[key] = read(content[key], key)
+        if isinstance(content.get("importance"), Mapping):
+            content["importance"] = self._data(content["importance"], "importance")
         values = fitted_values(Recipe, content, "", self.problems)
         if self.problems:
             return None
@@ -177,6 +179,8 @@ class _Reader:
             entry = {**each, "parameters": self._model_parameters(each.get("parameters"), f"{path}.parameters")}
             if isinstance(entry.get("model"), str):
                 entry["model"] = self._located(entry["model"])
+            if isinstance(entry.get("importance"), Mapping):
+                entry["importance"] = self._data(entry["importance"], f"{path}.importance")
             read = build(ModelEntry, entry, path, self.problems)
             entries += [read] if read is not None else []
         return tuple(entries)

@@ -80,6 +80,9 @@ class ModelEntry:
         shown="equal weights where no model has one",
     )
     trust_remote_code: bool = option("Run code that comes with this checkpoint.", False)
+    importance: EvaluationConfig | None = option(
+        "Data that the importance of this model's weights is measured on.", None, shown="those of the recipe"
+    )
 
     def __post_init__(self) -> None:
         settle(self, RecipeError)
@@ -326,6 +329,12 @@ class Recipe:
     )
     align: AlignSection = option("How the models are aligned.", _no_alignment, shown="not aligned")
     diagnose: DiagnoseSection | None = option("What is measured.", None, shown="nothing")
+    importance: EvaluationConfig | None = option(
+        "Data that `fisher` and `feedback` measure the importance of weights on; without labels, labels are drawn from "
+        "what each model predicts.",
+        None,
+        shown="none",
+    )
     keep_where_broken: KeepSection | None = option("Where the weights of one model stay.", None, shown="nowhere")
     publish: PublishSection | None = option("Where the result goes on the Hub.", None, shown="nowhere")
     seed: int = option("Seed of every section that has none of its own.", 0)
@@ -360,6 +369,11 @@ class Recipe:
     def method(self) -> MergeMethod | None:
         """How tensors are merged; None where they are weighted sums."""
         return None if self.merge_method in SUMS else MERGE_METHODS[self.merge_method]
+
+    @property
+    def measures_importance(self) -> bool:
+        """Whether models are run on data to weigh their elements."""
+        return self.method is not None and bool(self.method.importance)
 
     @property
     def normalizes(self) -> bool:

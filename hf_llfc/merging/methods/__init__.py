@@ -4,7 +4,6 @@
 functions of a family are loaded when a method is first used.
 """
 
-from hf_llfc.foundation.lazy import lazy_names
 from hf_llfc.merging.methods.declarations import REQUIRED, Base, MergeMethod, Need, Parameter
 from hf_llfc.merging.methods.registry import MERGE_METHODS, find_method
 from hf_llfc.merging.methods.settings import Settings, seed_for
@@ -18,8 +17,5 @@ __all__ = [
     "Parameter",
     "Settings",
     "find_method",
-    "fisher",
     "seed_for",
 ]
-
-__getattr__ = lazy_names(__name__, {"fisher": ".linear"})

@@ -122,6 +122,9 @@ class MergeMethod:
         parameters: What may be set.
         reduces: What is computed over all elements of a tensor before it is merged; nothing if empty.
         random: Whether the method draws random numbers, anew for every tensor and model.
+        importance: What is measured of every element of a model on data, one of
+            `hf_llfc.diagnostics.importance.IMPORTANCES`; the functions then take the tensors of all models, and after
+            them the importances of all. Nothing if empty.
     """
 
     name: str
@@ -135,6 +138,7 @@ class MergeMethod:
     parameters: tuple[Parameter, ...] = ()
     reduces: str = ""
     random: bool = False
+    importance: str = ""
 
     def parameter(self, name: str) -> Parameter:
         """A parameter by its name.

@@ -1,18 +1,22 @@
-"""Weighted sums: `linear`, `task_arithmetic`, `passthrough`, and `fisher` with importance tensors.
+"""Weighted sums: `linear`, `task_arithmetic`, `passthrough`, and `fisher` and `feedback`, weighted by importances.
 
 All work element by element. Shape suffix: `c` some elements of a tensor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from hf_llfc.errors import RecipeError
-from hf_llfc.merging.methods.parts import InMemory, Prepared, around_base, combination, merge_in_parts
+from hf_llfc.merging.methods.parts import Prepared, Stream, around_base, combination, sum_over_parts
 from hf_llfc.merging.methods.settings import Settings
 from hf_llfc.merging.methods.signs import total
+
+SMALLEST_FLOOR = 1e-30
+"""Share of the mean importance that keeps a sum of importances from zero, which float64 can tell from it."""
 
 SINGULAR_SUM = 1e-8
 """Task arithmetic does not divide by a smaller sum of weights, as in mergekit."""
@@ -74,48 +78,44 @@ def passthrough(models_c: Sequence[Tensor], base_c: Tensor | None, settings: Set
     return models_c[0] if scale == (1.0,) else combination(models_c, scale)
 
 
-def fisher(
-    models: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    *,
-    weights: Sequence[float] | None = None,
-    smallest: float = 1e-10,
-) -> Tensor:
+def fisher(stream: Stream, settings: Settings) -> Prepared:
     """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ, element by element; the weighted mean where no model finds an element important.
 
-    Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022. The method of a recipe needs
-    importances that were measured, so it is not in the registry. Any non-negative importance will do, for example
-    Fisher's diagonal, or feedback summed layer by layer.
+    Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 3.
 
     Args:
-        models: Tensors of one shape and dtype.
-        importances: One a model, of that shape: Fᵢ ≥ 0.
-        weights: One number a model, ≥ 0; all the same where None.
-        smallest: Importances are raised to this share of the largest of all of them.
+        stream: Every model, and after them the importances of every model, Fᵢ ≥ 0.
+        settings: `weight`, and `floor`: importances are raised to this share of the tensor's mean importance.
 
     Returns:
-        A new tensor of that shape and dtype.
+        What merges a part.
 
     Raises:
-        RecipeError: A negative importance or weight, no positive weight, or not one of each a model.
+        RecipeError: All weights are zero.
     """
-    shares = [1.0] * len(models) if weights is None else list(weights)
-    if not models or not len(models) == len(importances) == len(shares):
-        raise RecipeError(
-            f"fisher: {len(models)} models, {len(importances)} importances and {len(shares)} weights are given; "
-            "give one of each a model"
-        )
-    if min(shares) < 0 or not sum(shares) or any(bool((importance < 0).any()) for importance in importances):
-        raise RecipeError("fisher: importances and weights must not be negative, nor all weights zero")
-    largest = max(float(importance.max()) if importance.numel() else 0.0 for importance in importances)
-    floor = smallest * largest or 1.0  # where nothing is important, everything is as important as everything else
+    weights = settings.numbers("weight")
+    if not sum(weights):
+        raise RecipeError("weights of an importance-weighted merge must not be all zero")
+    count = stream.models // 2
+
+    def summed(columns_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        return torch.stack([importance_c.double().sum() for importance_c in columns_c[count:]])
+
+    mean = float(sum_over_parts(summed, stream).sum()) / (count * math.prod(stream.shape))
+    # Where nothing is important, everything counts the same.
+    floor = max(settings.number("floor"), SMALLEST_FLOOR) * mean or 1.0
 
     def average(columns_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         raised = [
-            importance_c.double().clamp(min=floor).mul_(share)
-            for importance_c, share in zip(columns_c[len(models) :], shares, strict=True)
+            importance_c.double().clamp(min=floor).mul_(weight)
+            for importance_c, weight in zip(columns_c[count:], weights, strict=True)
         ]
-        numerators = [model_c.double() * raised_c for model_c, raised_c in zip(columns_c, raised, strict=False)]
-        return total(numerators).div_(total(raised))
+        weighted = [model_c.double() * raised_c for model_c, raised_c in zip(columns_c[:count], raised, strict=True)]
+        return total(weighted).div_(total(raised))
 
-    return merge_in_parts(Prepared(average), InMemory([*models, *importances], None))
+    return Prepared(average)
+
+
+def feedback(stream: Stream, settings: Settings) -> Prepared:
+    """As `fisher`, with other importances: Weber et al., "Layer-wise Feedback Propagation", 2023."""
+    return fisher(stream, settings)

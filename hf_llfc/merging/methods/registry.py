@@ -17,6 +17,10 @@ from hf_llfc.merging.methods.declarations import (
 )
 
 _WEIGHT = Parameter("weight", float, REQUIRED, "How much a model counts.", per_model=True)
+_COUNTS = Parameter("weight", float, 1.0, "How much a model counts.", 0, per_model=True)
+_FLOOR = Parameter(
+    "floor", float, 1e-6, "Importances are raised to this share of the mean importance of the tensor.", 0
+)
 _NORMALIZE = Parameter("normalize", bool, True, "Whether weights are divided by their sum.")
 _LAMBDA = Parameter("lambda", float, 1.0, "Factor on the whole change of the base.")
 _INT8_MASK = Parameter(
@@ -68,6 +72,38 @@ _ALL = (
         Need.ELEMENTWISE,
         "linear",
         parameters=(_WEIGHT, _NORMALIZE),
+    ),
+    MergeMethod(
+        "fisher",
+        "Fisher-Weighted Averaging",
+        "Matena and Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, arXiv:2111.09832",
+        "Weighted average in which every element counts by how much its model's predictions depend on it, as the "
+        "squared gradient on samples says.",
+        Base.NONE,
+        (2, None),
+        Need.TWO_PASSES,
+        "linear",
+        function="by_importance",
+        measure="mean_importance",
+        parameters=(_COUNTS, _FLOOR),
+        reduces="mean importance",
+        importance="fisher",
+    ),
+    MergeMethod(
+        "feedback",
+        "Layer-wise Feedback Averaging",
+        "Weber et al., Layer-wise Feedback Propagation, 2023, arXiv:2308.12053",
+        "As `fisher`, but an element counts by its share in the reward that is sent back from the answer, gradient "
+        "times weight.",
+        Base.NONE,
+        (2, None),
+        Need.TWO_PASSES,
+        "linear",
+        function="by_importance",
+        measure="mean_importance",
+        parameters=(_COUNTS, _FLOOR),
+        reduces="mean importance",
+        importance="feedback",
     ),
     MergeMethod(
         "task_arithmetic",
