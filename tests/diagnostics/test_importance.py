@@ -1,17 +1,24 @@
 """Importance of weights: against gradients in float64, sample by sample, and merges that count by it."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import LlamaForCausalLM
 
+import hf_llfc
+from hf_llfc.checkpoints import state_dict_on_disk
+from hf_llfc.cli import main
 from hf_llfc.diagnostics.importance import IMPORTANCES, measure_importance
-from hf_llfc.errors import RecipeError
+from hf_llfc.errors import EvaluationError, RecipeError
 from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
 from hf_llfc.recipe import load_recipe
-from tests.evaluation.tiny_data import perceptron, vector_rows
+from tests.evaluation.tiny_data import perceptron, pixel_rows, text_rows, vector_rows, word_tokenizer
+from tests.runs import byte_llama, image_data, saved, small_resnet, text_data
+from tests.tiny_models import tiny_model
 
 
 def vectors(**settings):

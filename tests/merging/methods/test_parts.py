@@ -18,7 +18,8 @@ def of_need(need):
 
 
 def test_every_method_has_a_case():
-    assert {case.method for case in ONE_OF_EACH} == set(MERGE_METHODS)
+    without_data = {name for name, method in MERGE_METHODS.items() if not method.importance}
+    assert {case.method for case in ONE_OF_EACH} == without_data
 
 
 def pieces(case, kind="fine-tuned", shape=(24, 40)):

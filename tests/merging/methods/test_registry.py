@@ -11,7 +11,7 @@ import hf_llfc.merging.methods
 from hf_llfc.errors import RecipeError
 from hf_llfc.merging.methods import MERGE_METHODS, REQUIRED, Base, Need, Settings, find_method, seed_for
 
-OURS_ALONE = {"tsv_m", "iso_c", "iso_cts", "wudi", "ace"}
+OURS_ALONE = {"tsv_m", "iso_c", "iso_cts", "wudi", "ace", "fisher", "feedback"}
 
 
 def test_mergekits_methods_are_all_here_with_its_parameters_and_defaults():
