@@ -49,6 +49,7 @@ def make_inputs(folder: Path) -> None:
     (folder / "recipes").mkdir()
     for name in ("minilm_sentiment_two", "fashion_mlp_independent"):
         shutil.copy(ROOT / "recipes" / f"{name}.yaml", folder / "recipes")
+    (folder / "tests").symlink_to(ROOT / "tests")
     parents = folder / "parents"
     for seed, name in enumerate(("tweets", "movies", "amazon", "editorials")):
         save_classifier(nearby(base, seed), parents / "minilm" / name)

@@ -83,7 +83,8 @@ def test_modules_are_imported_by_name_and_files_by_path(tmp_path, monkeypatch, c
     assert "the file is imported by --import own_adapter_file.py" in capsys.readouterr().err
     assert not ran.exists()
     assert main(["inspect", "model", "--import", "./own_adapter_file.py"]) == 0
-    assert ran.read_text() == "own_adapter_file\n"
+    assert main(["inspect", "model", "--import", "own_adapter_file.py"]) == 0
+    assert ran.read_text() == "own_adapter_file\n"  # once, however often it is named
     assert sys.path == path
     del sys.modules["own_adapter_file"]
 

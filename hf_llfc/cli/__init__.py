@@ -101,9 +101,12 @@ def _import_file(path: str) -> None:
     from importlib.util import module_from_spec, spec_from_file_location
 
     name = os.path.basename(path).removesuffix(".py")
+    path = os.path.realpath(path)
+    if any(getattr(module, "__file__", None) == path for module in list(sys.modules.values())):
+        return
     if name in sys.modules or name in sys.stdlib_module_names:
         raise ImportError(f"another module is called {name!r}; give the file another name")
-    spec = spec_from_file_location(name, os.path.abspath(path))
+    spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError("it is no Python file")
     module = module_from_spec(spec)

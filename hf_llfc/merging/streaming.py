@@ -120,7 +120,7 @@ def merge_streamed(
 
 def _parts(merge: Merge, name: str) -> Iterator[Part]:
     info = merge.infos[name]
-    everyone = merge.everyone
+    everyone = merge.for_method if merge.is_by_method(name) else merge.everyone
     spans = [source.span(name) for source in everyone]
     per_element = (1 + len(everyone)) * info.dtype.itemsize
     in_any_order = merge.is_sum(name) or _is_taken_over(merge, name) or _is_elementwise(merge, name)
@@ -187,7 +187,7 @@ class _Merging(threading.local):
         self._budget = budget
         self._scratch = Scratch(CHUNK) if device is None else DeviceScratch(device)
         self._rounding = Scratch(CHUNK)
-        self._rooms = [_Room() for _ in (*merge.everyone, sink)]
+        self._rooms = [_Room() for _ in (*merge.for_method, sink)]
         self._matrices = [_Matrix() for _ in merge.everyone]
 
     def __call__(self, part: Part) -> list[Written]:
@@ -249,7 +249,7 @@ class _Merging(threading.local):
         merge, info = self._merge, self._merge.infos[part.name]
         method, settings = merge.method, merge.settings[part.name]
         assert method is not None
-        read = [source.span(part.name) or source.read(part.name).reshape(-1) for source in merge.everyone]
+        read = [source.span(part.name) or source.read(part.name).reshape(-1) for source in merge.for_method]
         if any(each.dtype not in DTYPES or each.nbytes != info.elements * each.dtype.itemsize for each in read):
             merge.tensor(part.name)
             raise AssertionError(f"{part.name}: whole tensors can be merged, parts of them cannot")

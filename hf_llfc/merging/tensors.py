@@ -99,6 +99,11 @@ class Merge:
         """All that are read: the base first, then the models."""
         return [*self.sources] if self.base is None else [self.base, *self.sources]
 
+    @property
+    def for_method(self) -> list[Source]:
+        """All that the method reads: the base, the models, and the importances."""
+        return [*self.everyone, *self.importances]
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged tensor, in the order of `infos`; one tensor of each model is in memory at a time.
 
@@ -140,16 +145,15 @@ class Merge:
         dtype = self.infos[name].dtype
         if self.is_copy(name):
             return self.sources[0].read(name).to(dtype)
-        labels = [source.label for source in self.everyone]
-        tensors = [source.read(name) for source in self.everyone]
+        read = self.for_method if self.method is not None and not _is_kept(name, dtype) else self.everyone
+        labels = [source.label for source in read]
+        tensors = [source.read(name) for source in read]
         if name.endswith(COUNTER):
             return torch.stack(tensors).amax(dim=0)
         if _is_kept(name, dtype):
             return _equal_in_all(name, tensors, labels)
         if self.method is not None:
             models, base = (tensors[1:], tensors[0]) if self.base is not None else (tensors, None)
-            models = [*models, *(source.read(name) for source in self.importances)]
-            labels += [source.label for source in self.importances]
             merged = merge_by_method(self.method, models, base, self.settings[name], dtype, labels)
         elif self.base is None:
             merged = linear_combination(tensors, self.weights[name], out_dtype=dtype, name=name, models=labels)

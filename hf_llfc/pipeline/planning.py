@@ -53,8 +53,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             what += f", in a {recipe.align.together} of {len(opened.all)} models"
         steps.append({"step": "align", "what": what})
     if recipe.method is not None and recipe.measures_importance:
-        data = sorted({str(each.dataset) for each in _importance_data(recipe)})
-        steps.append({"step": "importance", "what": f"{recipe.method.importance} on {', '.join(data)}"})
+        on = ", ".join(sorted({str(each.dataset) for each in _importance_data(recipe)}))
+        steps.append({"step": "importance", "what": f"{recipe.method.importance} on {on}"})
     steps.append(
         {
             "step": "merge",
