@@ -112,7 +112,7 @@ def run_command(command: list[str]) -> None:
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in WITH_CODE])
 def test_code_of_a_page_runs(page, inputs, tmp_path, monkeypatch):
     work = tmp_path / "work"
-    shutil.copytree(inputs, work)
+    shutil.copytree(inputs, work, symlinks=True)
     monkeypatch.chdir(work)
     names: dict[str, Any] = {"__name__": "page"}
     if page == "trainer.md":
