@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from hf_llfc.merging.methods import MERGE_METHODS, REQUIRED, Base, MergeMethod, Parameter
-from hf_llfc.recipe import sections
+from hf_llfc.recipe import sections, slices
 from hf_llfc.recipe.fitting import describe
 from hf_llfc.recipe.options import Option, options_of
 
@@ -27,8 +27,16 @@ def table(options: list[Option]) -> str:
 def _value(each: Option) -> str:
     if each.choices:
         return ", ".join(f"`{choice}`" for choice in each.choices)
+    if each.name == "layer_range":
+        return "a list of two whole numbers"
+    if each.name in ("models", "slices", "sources"):
+        return "list"
+    if each.name == "modules":
+        return "keys by name"
+    if each.name == "parameters":
+        return "keys"
     if each.section is not None:
-        return "keys" if each.name != "models" else "list"
+        return "keys"
     if each.name in ("max_shard_size", "max_memory"):
         return "bytes, or a size such as 5GB"
     if each.name == "alphas":
@@ -43,7 +51,7 @@ def written(page: str) -> str:
     """The page with its tables made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        kind = vars(sections)[match[2]]
+        kind = {**vars(slices), **vars(sections)}[match[2]]
         spread = {"DiagnoseSection": ("data",), "BatchNormSection": ("data",), "MergeParameters": ("settings",)}
         options = [each for name, each in options_of(kind).items() if name not in spread.get(match[2], ())]
         return f"{match[1]}{table(options)}\n{match[3]}"

@@ -15,6 +15,9 @@ REPORT_FILE = "llfc_report.json"
 RUN_FILE = "run.json"
 """What neither recipe nor report says of a run; see `record`."""
 
+MADE_FROM_FILE = "made_from.sha256"
+"""Tells what a document was merged from, so that it is not merged again."""
+
 FILES_FILE = "files.json"
 """The files that a run wrote: `--overwrite` replaces a folder that holds no others."""
 

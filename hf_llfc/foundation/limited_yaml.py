@@ -39,12 +39,27 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 
 def parse_yaml(text: str, where: str, kind: type[LLFCError]) -> Any:
-    """Reads YAML.
+    """Reads one YAML document; see `parse_documents`.
+
+    Raises:
+        LLFCError: An instance of `kind`, if there are several, or it is not valid.
+    """
+    documents = [each for each in parse_documents(text, where, kind) if each is not None]
+    if len(documents) > 1:
+        raise kind(f"{where}: holds {len(documents)} documents, and one is expected")
+    return documents[0] if documents else None
+
+
+def parse_documents(text: str, where: str, kind: type[LLFCError]) -> list[Any]:
+    """Reads YAML of any number of documents.
 
     Args:
         text: The YAML.
         where: What error messages call it.
         kind: The class of the error.
+
+    Returns:
+        What each says; None of an empty one.
 
     Raises:
         LLFCError: An instance of `kind`, if it is not valid or beyond the limits.
@@ -57,7 +72,7 @@ def parse_yaml(text: str, where: str, kind: type[LLFCError]) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise kind(f"{where}: nested deeper than {DEEPEST} levels")
-        return yaml.load(text, Loader=_StrictLoader)
+        return list(yaml.load_all(text, Loader=_StrictLoader))
     except yaml.MarkedYAMLError as error:
         mark, said = error.problem_mark or error.context_mark, error.problem or error.context
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -70,22 +85,28 @@ def parse_yaml(text: str, where: str, kind: type[LLFCError]) -> Any:
         raise kind(f"{where}: a value cannot be read: {error}") from None
 
 
-def read_yaml(path: Path, kind: type[LLFCError]) -> Any:
-    """Reads a YAML file.
+def read_documents(path: Path, kind: type[LLFCError]) -> list[Any]:
+    """Reads a YAML file of any number of documents.
 
     Args:
         path: The file.
         kind: The class of the error.
 
+    Returns:
+        What each says; None of an empty one.
+
     Raises:
         LLFCError: An instance of `kind`, if it cannot be read, is not valid or beyond the limits.
     """
+    return parse_documents(_text_of(path, kind), str(path), kind)
+
+
+def _text_of(path: Path, kind: type[LLFCError]) -> str:
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise kind(f"{path}: larger than {LARGEST_FILE} bytes; this is no recipe")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise kind(f"{path}: not a text file") from None
-    return parse_yaml(text, str(path), kind)

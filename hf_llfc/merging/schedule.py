@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -54,11 +54,13 @@ class WeightSchedule:
         rules: The first that matches counts.
         model: What the model is called, for messages.
         axes_of: Gives the axes that a tensor carries (`heads.3`), so that rules may name an axis.
+        own_names: Name of a tensor → its name in this model, where that is another.
     """
 
     rules: tuple[Rule, ...]
     model: str = "model"
     axes_of: Callable[[str], Sequence[str]] = field(default=lambda name: (), compare=False)
+    own_names: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def constant(cls, weight: float, model: str = "model") -> WeightSchedule:
@@ -72,7 +74,36 @@ class WeightSchedule:
 
     def rule(self, name: str) -> int | None:
         """The index of the rule that decides the weight of a tensor; None if none matches."""
-        return next((i for i, rule in enumerate(self.rules) if rule.matches(name, self.axes_of)), None)
+        own = self.own_names.get(name, name)
+        return next((i for i, rule in enumerate(self.rules) if rule.matches(own, lambda _: self.axes_of(name))), None)
+
+
+class RuleUse:
+    """Which rules decide something, where several merges share them: one that does in none is a mistake."""
+
+    def __init__(self) -> None:
+        """No rule has been seen."""
+        self._used: dict[tuple[str, Rule], bool] = {}
+        self._models: dict[tuple[str, Rule], str] = {}
+
+    def note(self, schedule: WeightSchedule, what: str, decided: Collection[int | None]) -> None:
+        """Notes the rules of a schedule, and those of them that decided the value of a tensor."""
+        for index, rule in enumerate(schedule.rules):
+            self._used[what, rule] = self._used.get((what, rule), False) or index in decided
+            self._models.setdefault((what, rule), schedule.model)
+
+    def refuse_unused(self) -> None:
+        """Refuses rules that decide nothing.
+
+        Raises:
+            RecipeError: There are some.
+        """
+        problems = [
+            _decides_nothing(self._models[what, rule], rule)
+            for (what, rule), used in self._used.items()
+            if not used and rule.pattern is not None
+        ]
+        raise_all(problems, RecipeError, "the parameters do not fit the models")
 
 
 def effective_weights(weights: Sequence[float], *, normalize: bool, scale: float = 1.0) -> tuple[float, ...]:
@@ -102,6 +133,7 @@ def resolve_weights(
     *,
     normalize: bool = True,
     scale: float = 1.0,
+    uses: RuleUse | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """The weights of every tensor, one a model, from what a recipe says of the models.
 
@@ -110,13 +142,14 @@ def resolve_weights(
         schedules: One a model.
         normalize: As for `effective_weights`, tensor by tensor.
         scale: As for `effective_weights`.
+        uses: As for `resolve_values`.
 
     Raises:
         RecipeError: A tensor that no rule matches, a rule that decides nothing, or weights that sum to zero.
     """
     problems: list[str] = []
     weights: dict[str, tuple[float, ...]] = {}
-    for name, row in resolve_values(names, schedules, "weights").items():
+    for name, row in resolve_values(names, schedules, "weights", uses).items():
         try:
             weights[name] = effective_weights(row, normalize=normalize, scale=scale)
         except RecipeError as error:
@@ -128,7 +161,7 @@ def resolve_weights(
 
 
 def resolve_values(
-    names: Sequence[str], schedules: Sequence[WeightSchedule], what: str
+    names: Sequence[str], schedules: Sequence[WeightSchedule], what: str, uses: RuleUse | None = None
 ) -> dict[str, tuple[float, ...]]:
     """The values that schedules give to every tensor, one a schedule.
 
@@ -136,13 +169,14 @@ def resolve_values(
         names: The tensors.
         schedules: One a model.
         what: Plural name of the values, for messages.
+        uses: Where other merges share the rules: notes which decide something, in place of an error here.
 
     Raises:
         RecipeError: A tensor that no rule matches, or a rule that decides nothing.
     """
     depths = layer_depths(names)
     problems: list[str] = []
-    columns = [_column(names, schedule, depths, problems) for schedule in schedules]
+    columns = [_column(names, schedule, depths, problems, what, uses) for schedule in schedules]
     raise_all(problems, RecipeError, f"the {what} do not fit the models")
     return dict(zip(names, zip(*columns, strict=True), strict=True))
 
@@ -168,17 +202,29 @@ def layer_depths(names: Iterable[str]) -> dict[str, float]:
     return depths
 
 
+def _decides_nothing(model: str, rule: Rule) -> str:
+    return (
+        f"{model}: the filter {rule.pattern!r} decides the weight of no tensor; correct it, or move it before the rule "
+        "that hides it"
+    )
+
+
 def _column(
-    names: Sequence[str], schedule: WeightSchedule, depths: Mapping[str, float], problems: list[str]
+    names: Sequence[str],
+    schedule: WeightSchedule,
+    depths: Mapping[str, float],
+    problems: list[str],
+    what: str,
+    uses: RuleUse | None,
 ) -> list[float]:
     """The weights of one model; notes tensors without a rule and rules without a tensor."""
     decided = [schedule.rule(name) for name in names]
-    for i, rule in enumerate(schedule.rules):
-        if i not in decided:
-            problems.append(
-                f"{schedule.model}: the filter {rule.pattern!r} decides the weight of no tensor; correct it, or move "
-                "it before the rule that hides it"
-            )
+    if uses is not None:
+        uses.note(schedule, what, set(decided))
+    else:
+        problems += [
+            _decides_nothing(schedule.model, rule) for i, rule in enumerate(schedule.rules) if i not in decided
+        ]
     without = [name for name, i in zip(names, decided, strict=True) if i is None]
     if without:
         problems.append(

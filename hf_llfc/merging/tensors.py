@@ -95,6 +95,11 @@ class Merge:
         return cls(sources, infos, weights, base)
 
     @property
+    def parts(self) -> tuple[Merge, ...]:
+        """The merges that it is made of: itself."""
+        return (self,)
+
+    @property
     def everyone(self) -> list[Source]:
         """All that are read: the base first, then the models."""
         return [*self.sources] if self.base is None else [self.base, *self.sources]
@@ -173,6 +178,25 @@ class Merge:
                 "use smaller weights, from 0 to 1"
             )
         return merged
+
+
+@dataclass(frozen=True)
+class Merges:
+    """Parts of one result, each merged its own way.
+
+    Attributes:
+        infos: Name → dtype and shape of what is to be written.
+        parts: The merges; every tensor is of one of them.
+    """
+
+    infos: Mapping[str, TensorInfo]
+    parts: tuple[Merge, ...]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and merged tensor, in the order of `infos`; see `Merge.tensors`."""
+        part_of = {name: part for part in self.parts for name in part.infos}
+        for name in self.infos:
+            yield name, part_of[name].tensor(name)
 
 
 def merge_by_method(

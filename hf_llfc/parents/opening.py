@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from hf_llfc.checkpoints import (
     Checkpoint,
@@ -15,9 +17,11 @@ from hf_llfc.checkpoints import (
 )
 from hf_llfc.errors import CheckpointError, RecipeError, raise_all, suggest
 from hf_llfc.foundation.choices import UNION
+from hf_llfc.merging import merged_infos
 from hf_llfc.parents.fitting import comparable, in_groups
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import open_weights
+from hf_llfc.parents.stacking import Section, is_whole, stacked
 from hf_llfc.recipe import AlignSection, Recipe
 from hf_llfc.symmetry import Alignment
 
@@ -42,6 +46,8 @@ class Models:
         union: Of their vocabularies, where a recipe asks for it; `tokenizer_source` is then the first parent with it.
         head_of: The checkpoint whose head all others are given; None where each has its own.
         reference_index: Which parent stays in alignment, where there is no base.
+        originals: The models as the recipe lists them, the base last, where parents are made of their layers.
+        sections: What of the parents is merged how, where that is not one way.
     """
 
     parents: Sequence[Checkpoint]
@@ -50,12 +56,19 @@ class Models:
     union: Union | None = None
     head_of: Checkpoint | None = None
     reference_index: int = 0
+    originals: Sequence[Checkpoint] = ()
+    sections: Sequence[Section] = ()
+
+    @property
+    def named(self) -> Sequence[Checkpoint]:
+        """The checkpoints that the recipe lists, the base last where there is one."""
+        return self.originals or self.all
 
     @property
     def everything(self) -> list[Checkpoint]:
         """All that a run reads: also whose tokenizer is carried over."""
-        is_one_of_them = self.union is not None or self.tokenizer_source in self.all
-        return [*self.all, *([] if is_one_of_them else [self.tokenizer_source])]
+        is_one_of_them = self.union is not None or self.tokenizer_source in self.named
+        return [*self.named, *([] if is_one_of_them else [self.tokenizer_source])]
 
     @property
     def all(self) -> list[Checkpoint]:
@@ -108,13 +121,20 @@ def open_models(
     return fitted(opened, align, heads)
 
 
-def open_recipe(recipe: Recipe, given: Sequence[Model] | None = None, *, heads: str = "own") -> Models:
+def open_recipe(
+    recipe: Recipe,
+    given: Sequence[Model] | None = None,
+    *,
+    heads: str = "own",
+    made: Mapping[str, Checkpoint] | None = None,
+) -> Models:
     """Opens all checkpoints of a recipe, and compares them.
 
     Args:
         recipe: Names the models.
         given: What to take in place of the models that the recipe names, one for each.
         heads: One of `HEADS`.
+        made: Results of other documents that are not there yet, by name; see `stand_ins`.
 
     Raises:
         LLFCError: One cannot be opened, or they do not fit each other.
@@ -122,21 +142,68 @@ def open_recipe(recipe: Recipe, given: Sequence[Model] | None = None, *, heads: 
     models = given if given is not None else [entry.model for entry in recipe.models]
     if len(models) != len(recipe.models):
         raise RecipeError(f"{len(models)} models are given in place of the {len(recipe.models)} of the recipe")
-    opening = (
+    needs_class = runs_models(recipe) or recipe.tokenizer_source == UNION or made is not None
+    from_disk = (
         partial(open_checkpoint, allow_pickle=recipe.allow_pickle)
-        if runs_models(recipe) or recipe.tokenizer_source == UNION
+        if needs_class
         else partial(open_weights, allow_pickle=recipe.allow_pickle, max_shard_size=recipe.max_shard_size)
     )
+
+    def opening(model: Model, *, trust_remote_code: bool = False) -> Checkpoint:
+        stand_in = (made or {}).get(model) if isinstance(model, str) else None
+        return stand_in or from_disk(model, trust_remote_code=trust_remote_code)
+
     parents = [
         opening(model, trust_remote_code=entry.trust_remote_code)
         for model, entry in zip(models, recipe.models, strict=True)
     ]
     base = opening(recipe.base_model) if recipe.base_model is not None else None
     opened = Models(parents, base, parents[0], reference_index=recipe.reference_index)
+    if not is_whole(recipe, opened.all):
+        opened = of_layers(recipe, opened)
     if recipe.tokenizer_source == UNION:
         opened = united(opened)
     opened = fitted(opened, recipe.align, heads)
     return replace(opened, tokenizer_source=tokenizer_source(recipe, opened, opening))
+
+
+def stand_ins(recipe: Recipe) -> dict[str, Checkpoint]:
+    """The results of the documents before a recipe as they will be, by name: to plan with, not to be read.
+
+    Raises:
+        LLFCError: A model of theirs cannot be opened, or they do not fit each other.
+    """
+    made: dict[str, Checkpoint] = {}
+    for earlier in recipe.earlier:
+        opened = open_recipe(earlier, made=made)
+        dtype = getattr(torch, earlier.result_dtype) if earlier.result_dtype else None
+        made[earlier.output_dir] = replace(
+            opened.parents[0],
+            id=earlier.output_dir,
+            label=f"document {earlier.name}",
+            revision=None,
+            folder=None,
+            tensors=merged_infos(opened.parents[0].tensors, dtype),
+            companion_files=opened.tokenizer_source.companion_files,
+            adapter=None,
+        )
+    return made
+
+
+def of_layers(recipe: Recipe, opened: Models) -> Models:
+    """The models whose layers are those that a recipe takes; see `hf_llfc.parents.stacking`.
+
+    Raises:
+        CheckpointError: Layers are not there, or models do not fit each other.
+    """
+    names = [entry.model for entry in recipe.models]
+    models = dict(zip(names, opened.parents, strict=True))
+    if recipe.base_model is not None and opened.base is not None:
+        models[recipe.base_model] = opened.base
+    made = stacked(recipe, models)
+    # A recipe of one range is merged one way, as one of whole models is.
+    sections = made.sections if recipe.parts else ()
+    return replace(opened, parents=made.parents, base=made.base, originals=opened.all, sections=sections)
 
 
 def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
@@ -187,12 +254,11 @@ def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Ch
     if opened.union is not None:
         return opened.tokenizer_source
     source = recipe.tokenizer_source if recipe.tokenizer_source != UNION else None
+    named = {entry.model: each for each, entry in zip(opened.named, recipe.models, strict=False)}
     if source is None or isinstance(source, int):
-        return opened.parents[source or 0]
+        return list(named.values())[source or 0] if opened.originals else opened.parents[source or 0]
     if source == "base":
-        assert opened.base is not None
-        return opened.base
-    named = {entry.model: each for each, entry in zip(opened.parents, recipe.models, strict=True)}
+        return opened.named[-1]
     if source in named:
         return named[source]
     from hf_llfc.checkpoints.comparison import tokenizer_problems

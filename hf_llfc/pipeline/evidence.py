@@ -19,7 +19,7 @@ from hf_llfc.publishing.card.card import Evidence
 from hf_llfc.publishing.lineage import models_of, read_parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
 from hf_llfc.publishing.record import AlignmentSummary, Result, RunRecord
-from hf_llfc.recipe import Recipe, dump_recipe
+from hf_llfc.recipe import Recipe, dump_recipe, load_recipe, renamed
 from hf_llfc.symmetry import Alignment, PermutationSpec
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
@@ -30,15 +30,13 @@ if TYPE_CHECKING:
 
 def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None = None) -> Recipe:
     """The recipe with every revision as the commit it stood for, that of the data included where the report says it."""
-    entries = [
-        replace(entry, model=_pinned(entry.model, each))
-        for entry, each in zip(recipe.models, opened.parents, strict=True)
-    ]
+    listed = [entry.model for entry in recipe.models] + ([recipe.base_model] if recipe.base_model is not None else [])
+    pinned = {name: _pinned(name, each) for name, each in zip(listed, opened.named, strict=True)}
+    # All layers need no range.
+    recipe = replace(renamed(recipe, pinned), layer_range=recipe.layer_range if opened.originals else None)
     reference = recipe.align.reference
     align = recipe.align if isinstance(reference, int) else replace(recipe.align, reference=recipe.reference_index)
-    base, source = recipe.base_model, recipe.tokenizer_source
-    if base is not None and opened.base is not None:
-        base = _pinned(base, opened.base)
+    source = recipe.tokenizer_source
     if isinstance(source, str) and source not in ("base", UNION):
         source = _pinned(source, opened.tokenizer_source)
     section = recipe.diagnose
@@ -46,9 +44,14 @@ def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None =
     if section is not None and str(measured.get("dataset")).startswith(f"{section.data.dataset}@"):
         data = replace(section.data, dataset=measured["dataset"], split=measured.get("split"))
         section = replace(section, data=data)
-    return replace(
-        recipe, models=tuple(entries), align=align, base_model=base, tokenizer_source=source, diagnose=section
-    )
+    earlier = tuple(map(_as_run, recipe.earlier))
+    return replace(recipe, align=align, tokenizer_source=source, diagnose=section, earlier=earlier)
+
+
+def _as_run(document: Recipe) -> Recipe:
+    """A document whose result is there, with its revisions as commits."""
+    path = Path(document.output_dir) / LLFC_FOLDER / RECIPE_FILE
+    return replace(load_recipe(path), earlier=()) if path.is_file() else document
 
 
 def _pinned(name: str, checkpoint: Checkpoint) -> str:
@@ -70,7 +73,7 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
     record = RunRecord(
         alignments=tuple(AlignmentSummary.from_dict(alignment_summary(a)) for a in run.alignments if a is not None),
         results=tuple(Result(**row) for row in table if "loss" in row),
-        versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.all) else [])),
+        versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.named) else [])),
         hardware=hardware_in_words(run.processes),
         cards=tuple(parent.metadata for parent in parents),
     )

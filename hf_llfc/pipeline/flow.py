@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.errors import PublishingError
+from hf_llfc.foundation.layout import LLFC_FOLDER, MADE_FROM_FILE
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
+from hf_llfc.parents.opening import open_recipe, stand_ins
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.evidence import write_evidence
 from hf_llfc.pipeline.identity import identity_of_run
@@ -24,6 +30,7 @@ from hf_llfc.publishing import check_access, publish
 from hf_llfc.publishing.hub.folder import refuse_too_large_for_the_hub
 from hf_llfc.publishing.hub.preflight import parents_in
 from hf_llfc.recipe import Recipe, load_recipe
+from hf_llfc.recipe.documents import folder_of
 
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
@@ -85,7 +92,25 @@ def run(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with Processes(recipe.device) as processes:
-        return _run(recipe, models, processes, restart, progress if processes.is_main else silent)
+        shown = progress if processes.is_main else silent
+        if recipe.earlier:
+            processes.on_main(lambda: refuse_documents(recipe, restart))
+            for earlier in recipe.earlier:
+                _run_document(earlier, recipe, processes, restart, shown)
+        return _run(recipe, models, processes, restart, shown)
+
+
+def _run_document(recipe: Recipe, last: Recipe, processes: Processes, restart: bool, progress: Progress) -> None:
+    """Makes what other documents refer to, unless it is there as it would be made."""
+    assert recipe.name is not None, "a document"
+    if recipe.output_dir == folder_of(last.output_dir, recipe.name):
+        recipe = replace(recipe, overwrite=True)  # nobody else's place
+    output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
+    if not restart and processes.on_main(lambda: (output.path / LLFC_FOLDER / MADE_FROM_FILE).is_file()):
+        made = open_run(recipe, output, processes, progress)
+        if made.on_main(is_made):
+            return
+    _run(recipe, None, processes, restart, progress)
 
 
 def _run(
@@ -106,6 +131,8 @@ def _run(
         table = score(run)
         trackers.table(table)
         run.on_main(lambda run: write_evidence(run, report, table))
+        if recipe.name is not None:
+            run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
     url = run.on_main(push) if recipe.publish is not None else None
     return Result(output.path, report, summaries, table, url, processes.is_main)
@@ -121,6 +148,36 @@ def refuse_early(recipe: Recipe, output: OutputFolder) -> None:
     if recipe.publish is not None:
         check_target(recipe)
     refuse_missing_trackers(recipe.log_with)
+
+
+def refuse_documents(recipe: Recipe, restart: bool) -> None:
+    """Refuses documents before the first of them is merged.
+
+    Raises:
+        LLFCError: What is wrong with one of them.
+    """
+    refuse_early(recipe, OutputFolder(recipe.output_dir, recipe.overwrite, restart))
+    open_recipe(recipe, made=stand_ins(recipe))
+
+
+def is_made(run: RunContext) -> bool:
+    """Whether the output is there, made from what it would be made from now."""
+    path = run.output.path / LLFC_FOLDER / MADE_FROM_FILE
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8") == _digest(run)
+    return False
+
+
+def write_made_from(run: RunContext) -> None:
+    """Writes what tells an output from that of another run, so that documents find it there."""
+    if not run.output.journal.is_complete:
+        with storing(run.staging):
+            (run.staging / LLFC_FOLDER / MADE_FROM_FILE).write_text(_digest(run), encoding="utf-8")
+
+
+def _digest(run: RunContext) -> str:
+    identity = identity_of_run(run.recipe, run.models.everything)
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest() + "\n"
 
 
 def identify(run: RunContext) -> None:

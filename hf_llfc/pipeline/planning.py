@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from hf_llfc.alignment.costs import matching_cost
-from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.checkpoints import Checkpoint, OutputFolder
 from hf_llfc.parallel.devices import device_alone
-from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs
+from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs, stand_ins
 from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
@@ -16,10 +17,32 @@ from hf_llfc.recipe.data import EvaluationConfig
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
+    """What a run would do and what it costs, from configs and headers alone; see `plan_one`.
+
+    Of several documents all steps, and the costs of all: bytes added up, the highest peak.
+
+    Raises:
+        LLFCError: The recipe or its parents are at fault.
+    """
+    if not recipe.earlier:
+        return plan_one(recipe)
+    made = stand_ins(recipe)
+    steps: list[dict[str, Any]] = []
+    costs = []
+    for each in (*recipe.earlier, recipe):
+        planned = plan_one(each, made)
+        steps += [{"step": "document", "what": each.name or "the last one"}, *planned["steps"]]
+        costs.append(planned["cost"])
+    cost = {key: sum(each[key] for each in costs) for key in ("bytes_read", "bytes_written")}
+    return {"steps": steps, "cost": {**cost, "peak_memory_bytes": max(each["peak_memory_bytes"] for each in costs)}}
+
+
+def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> dict[str, Any]:
     """What a run would do and what it costs, from configs and headers alone.
 
     Args:
         recipe: The recipe.
+        made: What other documents make that are not there yet, by name.
 
     Returns:
         `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
@@ -31,15 +54,18 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         LLFCError: The recipe or its parents are at fault.
     """
     output = OutputFolder(recipe.output_dir, recipe.overwrite)
-    output.check()
+    if made is None or recipe.name is None:
+        output.check()
     device = device_alone(recipe.device)
-    opened = open_recipe(recipe)
-    refuse_replacing_inputs(output, opened.all)
+    opened = open_recipe(recipe, made=made)
+    refuse_replacing_inputs(output, opened.everything)
     first = opened.parents[0]
-    infos = plan_merge(*opened.moved([None] * len(opened.parents)), recipe).infos
+    moved, base = opened.moved([None] * len(opened.parents))
+    infos = plan_merge(moved, base, recipe, sections=opened.sections).infos
     written = sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
-    steps = [{"step": "read", "what": ", ".join(each.id for each in opened.all)}]
+    steps = [{"step": "read", "what": ", ".join(each.id for each in opened.named)}]
+    steps += [{"step": section.where, "what": section.what} for section in opened.sections]
     if opened.union is not None:
         lacking = [len(opened.union.lacking(place)) for place in range(len(opened.all))]
         of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(opened.all, lacking, strict=True))
@@ -58,7 +84,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     steps.append(
         {
             "step": "merge",
-            "what": f"{recipe.merge_method} of {len(opened.parents)} models, {len(infos)} tensors",
+            "what": f"{_methods(recipe)} of {len(opened.parents)} models, {len(infos)} tensors"
+            if not opened.sections
+            else f"{_methods(recipe)} of {len(opened.named)} models in {len(opened.sections)} parts, "
+            f"{len(infos)} tensors",
         }
     )
     if recipe.diagnose is not None:
@@ -78,6 +107,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 def _importance_data(recipe: Recipe) -> list[EvaluationConfig]:
     each = [entry.importance or recipe.importance for entry in recipe.models]
     return [data for data in each if data is not None]
+
+
+def _methods(recipe: Recipe) -> str:
+    """The names of the methods by which tensors are merged."""
+    names = [part.recipe.merge_method for part in recipe.parts] or [recipe.merge_method]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _points(recipe: Recipe, opened: Models) -> int:

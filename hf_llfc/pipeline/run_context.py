@@ -141,7 +141,7 @@ def open_run(
         LLFCError: A model cannot be opened, models do not fit each other or the data, or one would be replaced.
     """
     models = processes.main_first(lambda: open_recipe(recipe, given))
-    refuse_replacing_inputs(output, models.all)
+    refuse_replacing_inputs(output, models.everything)
     data, calibration = open_recipe_data(recipe, models)
     run = RunContext(recipe, processes, output, progress, models, data, calibration)
     return replace(run, carried=carried(models, recipe), differences=preparation_differences(models.parents))

@@ -11,13 +11,13 @@ from torch import Tensor
 from hf_llfc.checkpoints import ShardFiles, write_checkpoint, write_share
 from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.shards import ShardLayout
-from hf_llfc.merging import Merge, merge_streamed
+from hf_llfc.merging import Merge, Merges, merge_streamed
 from hf_llfc.pipeline.run_context import RunContext
 
 
 def write_shared(
     run: RunContext,
-    merge: Merge,
+    merge: Merge | Merges,
     tensors: Callable[[], Iterator[tuple[str, Tensor]]] | None = None,
     *,
     doing: str = "merging",
@@ -33,14 +33,16 @@ def write_shared(
     recipe = run.recipe
 
     def fill(files: ShardFiles, names: Sequence[str]) -> None:
-        merge_streamed(
-            merge,
-            files,
-            names=names,
-            workers=run.processes.workers(),
-            memory=recipe.max_memory,
-            on_bytes=partial(run.progress, doing),
-        )
+        for number, part in enumerate(merge.parts, start=1):
+            what = doing if len(merge.parts) == 1 else f"{doing} part {number} of {len(merge.parts)}"
+            merge_streamed(
+                part,
+                files,
+                names=[name for name in names if name in part.infos],
+                workers=run.processes.workers(),
+                memory=recipe.max_memory,
+                on_bytes=partial(run.progress, what),
+            )
 
     def write(fill: Iterable[tuple[str, Tensor]] | Callable[[ShardFiles], None]) -> None:
         write_modules(run)

@@ -16,7 +16,7 @@ from hf_llfc.checkpoints import open_checkpoint, state_dict_on_disk
 from hf_llfc.checkpoints.files import LocalFiles, open_weights
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.checkpoints.writing.journal import storing
-from hf_llfc.merging import Merge
+from hf_llfc.merging import Merge, Merges
 from hf_llfc.parents.data import evaluate_parents, open_data
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.parent import Parent
@@ -92,7 +92,7 @@ def write_merge(run: RunContext, broken: Broken | None = None) -> None:
     """
     if run.on_main(lambda run: run.output.journal.is_complete):
         return
-    merge = plan_merge(run.parents, run.base, run.recipe, broken, measure_importances(run))
+    merge = plan_merge(run.parents, run.base, run.recipe, broken, measure_importances(run), run.models.sections)
     write_shared(run, merge, partial(with_batch_norm, run, merge) if run.calibration is not None else None)
     run.on_main(lambda run: refuse_changed(run.models.all))
 
@@ -132,7 +132,7 @@ def _write_importances(run: RunContext, kind: str, folder: Path) -> None:
             save_file(importance, folder / str(index) / "model.safetensors")
 
 
-def with_batch_norm(run: RunContext, merge: Merge) -> Iterator[tuple[str, Tensor]]:
+def with_batch_norm(run: RunContext, merge: Merge | Merges) -> Iterator[tuple[str, Tensor]]:
     """The merged tensors, with statistics of batch normalization as the calibration data give them."""
     from hf_llfc.checkpoints import load_model
     from hf_llfc.diagnostics import recompute_batch_norm
@@ -172,6 +172,8 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
             keeper = run.models.parents[recipe.keep_where_broken.model].id
             kept = {"model": keeper, "layers": list(broken.blocks), "ratio": recipe.keep_where_broken.ratio}
             report = replace(report, data={**report.data, "kept": kept})
+        if sections := run.models.sections:
+            report = replace(report, data={**report.data, "stack": [[each.where, each.what] for each in sections]})
         return report
 
     return run.stage("diagnose", find, save=save_report, load=load_report)
@@ -180,12 +182,14 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
 def score(run: RunContext) -> Sequence[dict[str, Any]]:
     """Loss and metrics of every parent and of the merged checkpoint, by all processes; ids alone without labels."""
     data = run.data
+    # Of layers from several places the models themselves are beside the result, as they are.
+    models = [Parent(each) for each in run.models.originals] or run.parents
     if data is None or not data.labelled:
-        return [{"id": checkpoint.id} for checkpoint in run.models.parents]
+        return [{"id": parent.checkpoint.id} for parent in models]
 
     def find() -> list[dict[str, Any]]:
         merged = open_checkpoint(run.staging, trust_remote_code=run.recipe.models[0].trust_remote_code)
-        everyone = [*run.parents, Parent(replace(merged, id=str(run.recipe.output_dir)))]
+        everyone = [*models, Parent(replace(merged, id=str(run.recipe.output_dir)))]
         table = evaluate_parents(everyone, data, processes=run.processes, progress=run.progress)
         table[-1]["is_merge"] = True
         return table

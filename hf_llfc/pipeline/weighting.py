@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from hf_llfc.checkpoints import Checkpoint, TensorInfo
 from hf_llfc.checkpoints.source import Source
-from hf_llfc.merging import Merge, Rule, WeightSchedule, merged_infos
+from hf_llfc.errors import RecipeError
+from hf_llfc.merging import Merge, Merges, Rule, RuleUse, WeightSchedule, merged_infos, resolve_weights
 from hf_llfc.merging.methods import REQUIRED, MergeMethod, Parameter, Settings
 from hf_llfc.merging.schedule import resolve_values
 from hf_llfc.parents.parent import Parent
+from hf_llfc.parents.stacking import Section
 from hf_llfc.recipe import ModelEntry, Recipe, WeightRule
 from hf_llfc.recipe.sections import Setting
 
@@ -42,18 +44,31 @@ def plan_merge(
     recipe: Recipe,
     broken: Broken | None = None,
     importances: Sequence[Source] = (),
-) -> Merge:
-    """What becomes of every tensor; weights that do not fit are refused before anything is read."""
+    sections: Sequence[Section] = (),
+) -> Merge | Merges:
+    """What becomes of every tensor; weights that do not fit are refused before anything is read.
+
+    Args:
+        parents: The models.
+        base: The base model.
+        recipe: How they are merged.
+        broken: What is kept as it is in one model.
+        importances: The importance of every parent's weights, where the method asks for it.
+        sections: What of them is merged how, where that is not one way.
+
+    Raises:
+        RecipeError: Weights that sum to zero, or rules that do not fit the tensors.
+    """
+    infos = merge_infos(parents[0].checkpoint, recipe)
+    if sections:
+        return _plan_sections(sections, parents, base, infos)
     if recipe.method is not None:
-        infos = merge_infos(parents[0].checkpoint, recipe)
-        base_source = base.source if base is not None else None
-        settings = method_settings(recipe.method, parents, recipe, list(infos))
-        sources = [parent.source for parent in parents]
-        return Merge(sources, infos, {}, base_source, recipe.method, settings, importances)
+        merge = _plan_method(recipe.method, recipe, parents, base, infos)
+        return replace(merge, importances=importances) if importances else merge
     keeper = recipe.keep_where_broken.model if recipe.keep_where_broken is not None else 0
     return Merge.plan(
         [parent.source for parent in parents],
-        merge_infos(parents[0].checkpoint, recipe),
+        infos,
         [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
         normalize=recipe.normalizes,
         base=base.source if base is not None else None,
@@ -62,8 +77,66 @@ def plan_merge(
     )
 
 
-def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
-    """What a recipe says of one model's weights."""
+def _plan_sections(
+    sections: Sequence[Section], parents: Sequence[Parent], base: Parent | None, infos: Mapping[str, TensorInfo]
+) -> Merges:
+    """What becomes of every tensor of slices and modules; what none of them names is that of the first parent."""
+    uses = RuleUse()
+    parts = []
+    for section in sections:
+        recipe = section.recipe
+        own = list(parents[: len(recipe.models)])
+        own_base = base if recipe.base_model is not None else None
+        of_section = {name: infos[name] for name in section.names}
+        try:
+            if recipe.method is not None:
+                part = _plan_method(recipe.method, recipe, own, own_base, of_section, section, uses)
+            else:
+                schedules = [
+                    schedule(entry, len(own), parent, own_names)
+                    for entry, parent, own_names in zip(recipe.models, own, section.own_names, strict=False)
+                ]
+                weights = resolve_weights(
+                    section.names,
+                    schedules,
+                    normalize=recipe.normalizes,
+                    scale=recipe.parameters.scale,
+                    uses=uses,
+                )
+                source = own_base.source if own_base is not None else None
+                part = Merge([parent.source for parent in own], of_section, weights, source)
+        except RecipeError as error:
+            raise RecipeError(f"{section.path}: {error}") from None
+        parts.append(part)
+    uses.refuse_unused()
+    named = {name for section in sections for name in section.names}
+    rest = {name: info for name, info in infos.items() if name not in named}
+    if rest:
+        parts.append(Merge.copy(parents[0].source, rest))
+    return Merges(infos, tuple(parts))
+
+
+def _plan_method(
+    method: MergeMethod,
+    recipe: Recipe,
+    parents: Sequence[Parent],
+    base: Parent | None,
+    infos: Mapping[str, TensorInfo],
+    section: Section | None = None,
+    uses: RuleUse | None = None,
+) -> Merge:
+    """What becomes of every tensor by a method that is no sum."""
+    settings = method_settings(method, parents, recipe, list(infos), section, uses)
+    sources = [parent.source for parent in parents]
+    if method.name == "passthrough":  # a sum of one
+        return Merge(sources, infos, {name: each.numbers("scale") for name, each in settings.items()})
+    return Merge(sources, infos, {}, base.source if base is not None else None, method, settings)
+
+
+def schedule(
+    entry: ModelEntry, count: int, parent: Parent, own_names: Mapping[str, str] | None = None
+) -> WeightSchedule:
+    """What a recipe says of one model's weights; filters are looked for in the names that its tensors have there."""
     weight = entry.parameters.weight if entry.parameters is not None else 1 / count
     if isinstance(weight, float):
         return WeightSchedule.constant(weight, entry.model)
@@ -75,11 +148,16 @@ def schedule(entry: ModelEntry, count: int, parent: Parent) -> WeightSchedule:
         else Rule(None, (rule,))
         for rule in weight
     ]
-    return WeightSchedule(tuple(rules), entry.model, parent.axes_of)
+    return WeightSchedule(tuple(rules), entry.model, parent.axes_of, own_names or {})
 
 
 def method_settings(
-    method: MergeMethod, parents: Sequence[Parent], recipe: Recipe, names: Sequence[str]
+    method: MergeMethod,
+    parents: Sequence[Parent],
+    recipe: Recipe,
+    names: Sequence[str],
+    section: Section | None = None,
+    uses: RuleUse | None = None,
 ) -> dict[str, Settings]:
     """The values of a method's parameters for every tensor.
 
@@ -88,6 +166,8 @@ def method_settings(
         parents: The models.
         recipe: Gives each parameter a value, a gradient over the layers or rules, one a model or one for all.
         names: The tensors.
+        section: The slice or module that they are of, if it is one.
+        uses: Where the rules are those of several sections: which decide something.
 
     Raises:
         RecipeError: A tensor that no rule matches, or a rule that decides nothing.
@@ -100,11 +180,13 @@ def method_settings(
         told = [settings.get(key, given_to_all.get(key)) for settings in (of_models if parameter.per_model else [{}])]
         if all(value is None for value in told):
             continue
+        # Filters of one model are looked for in the names that its tensors have there.
+        own_names = section.own_names if section is not None and parameter.per_model else [{}] * len(parents)
         schedules = [
-            WeightSchedule(rules_of(value, parameter), f"{parent.checkpoint.label}, {key}", parent.axes_of)
-            for value, parent in zip(told, parents, strict=False)
+            WeightSchedule(rules_of(value, parameter), f"{parent.checkpoint.label}, {key}", parent.axes_of, own)
+            for value, parent, own in zip(told, parents, own_names, strict=False)
         ]
-        values[key] = resolve_values(names, schedules, f"values of {key}")
+        values[key] = resolve_values(names, schedules, f"values of {key}", uses)
     return {
         name: method.settings(
             {

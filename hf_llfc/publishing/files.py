@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_llfc.errors import PublishingError, RecipeError
-from hf_llfc.foundation.limited_yaml import read_yaml
+from hf_llfc.foundation.limited_yaml import read_documents
 from hf_llfc.recipe import Recipe, load_recipe
 
 
@@ -36,8 +36,8 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         PublishingError: It cannot be read, or this version knows no such recipe.
     """
-    values = read_yaml(path, PublishingError)
-    if not isinstance(values, dict):
+    values = [each for each in read_documents(path, PublishingError) if each is not None]
+    if not values or not all(isinstance(each, dict) for each in values):
         raise PublishingError(f"{path} holds no recipe")
     try:
         return load_recipe(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -162,18 +162,32 @@ def models_of(recipe: Recipe | None, report: ConnectivityReport | None) -> list[
         named = [] if report is None else [model for model in report.models if model.id is not None]
         parents = [ParentInfo.named(str(m.id), m.revision, weight=m.weight) for m in named]
     else:
-        is_settled = recipe.method is not None
+        is_settled = recipe.method is not None and not recipe.parts
         parents = [
             ParentInfo.named(entry.model, weight=weight, share=_settings(entry) if is_settled else None)
             for entry, weight in zip(recipe.models, _weights(recipe), strict=True)
         ]
         if recipe.base_model is not None:
             parents.append(ParentInfo.named(recipe.base_model, is_base=True))
+        parents = _with_those_of_documents(parents, recipe)
     if not parents:
         raise PublishingError(
             "the card must name the parents: there is neither llfc/recipe.yaml nor a report that does"
         )
     return parents
+
+
+def _with_those_of_documents(parents: Sequence[ParentInfo], recipe: Recipe) -> list[ParentInfo]:
+    """The parents, in place of those that other documents made the models of these documents."""
+    documents = {each.output_dir: each for each in recipe.earlier}
+    found: dict[str, ParentInfo] = {}
+    for parent in parents:
+        document = documents.get(parent.id)
+        inner = [parent] if document is None else models_of(document, None)
+        for each in inner:
+            own = each if document is None else replace(each, weight=None, share=f"in {document.name}", is_base=False)
+            found.setdefault(own.id, own)
+    return list(found.values())
 
 
 def _weights(recipe: Recipe) -> list[float | None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hf_llfc.foundation.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hf_llfc.recipe.reading import dump_recipe, load_align, load_data, load_recipe
+    from hf_llfc.recipe.reading import dump_recipe, load_align, load_data, load_recipe, plain_documents, renamed
     from hf_llfc.recipe.sections import (
         DTYPES,
         AlignSection,
@@ -44,9 +44,11 @@ __all__ = [
     "load_align",
     "load_data",
     "load_recipe",
+    "plain_documents",
+    "renamed",
 ]
 
-_READ = ("dump_recipe", "load_align", "load_data", "load_recipe")
+_READ = ("dump_recipe", "load_align", "load_data", "load_recipe", "plain_documents", "renamed")
 
 # The sections alone, as the command line needs them for its help, load no YAML.
 __getattr__ = lazy_names(__name__, {name: ".reading" if name in _READ else ".sections" for name in __all__})

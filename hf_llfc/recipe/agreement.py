@@ -17,6 +17,8 @@ def disagreements(recipe: Recipe) -> list[str]:
     problems: list[str] = []
     if not recipe.output_dir:
         problems.append("output_dir: missing; name the folder to write")
+    if recipe.slices or recipe.modules:
+        return [*problems, *_disagreements_with_parts(recipe)]
     if recipe.merge_method == "task_arithmetic" and recipe.base_model is None:
         problems.append("base_model: task_arithmetic needs one")
     if recipe.merge_method == "linear":
@@ -42,6 +44,7 @@ def disagreements(recipe: Recipe) -> list[str]:
         problems.append(f"align.reference: there is no model {reference}; models are counted from 0")
     if isinstance(reference, str) and reference not in names:
         problems.append(f"align.reference: {reference!r} is not one of the models{suggest(reference, names)}")
+    problems += _disagreements_about_data(recipe)
     keep = recipe.keep_where_broken
     if keep is not None:
         if recipe.diagnose is None:
@@ -50,12 +53,6 @@ def disagreements(recipe: Recipe) -> list[str]:
             problems.append("keep_where_broken: has a meaning for a linear merge of two models or more only")
         if not 0 <= keep.model < len(names):
             problems.append(f"keep_where_broken.model: there is no model {keep.model}; models are counted from 0")
-    if recipe.align.calibration is not None and not recipe.align.uses_data:
-        problems.append(
-            f"align.calibration: has no meaning for the method {recipe.align.method}; remove it, or write "
-            "a method that looks at data (activation_matching, commutativity_matching, learned_matching), or "
-            "`start: activation_matching`"
-        )
     if recipe.tokenizer_source == UNION:
         if recipe.align.uses_data:
             problems.append(
@@ -81,6 +78,47 @@ def _disagreements_on_importance(recipe: Recipe) -> list[str]:
         for path, data in given.items()
         if data is not None
     ]
+
+
+def _disagreements_about_data(recipe: Recipe) -> list[str]:
+    if recipe.align.calibration is not None and not recipe.align.uses_data:
+        return [
+            f"align.calibration: has no meaning for the method {recipe.align.method}; remove it, or write "
+            "a method that looks at data (activation_matching, commutativity_matching, learned_matching), or "
+            "`start: activation_matching`"
+        ]
+    return []
+
+
+def _disagreements_with_parts(recipe: Recipe) -> list[str]:
+    """What a recipe of slices or modules says together; its parts are recipes of their own."""
+    problems = _disagreements_about_data(recipe)
+    if not recipe.parts:
+        return [*problems, "slices: are read by load_recipe; give it what the YAML says"]
+    has_base = any(part.recipe.base_model is not None for part in recipe.parts)
+    if recipe.align.method != "none":
+        if recipe.columns == 1 and not has_base:
+            problems.append("align: every slice has one source, so there is nothing to align; remove it")
+        reference = recipe.align.reference
+        if not isinstance(reference, int) or not 0 <= reference < recipe.columns:
+            problems.append(
+                f"align.reference: of slices, the sources at one place are one model of the alignment; name their "
+                f"place, from 0 to {recipe.columns - 1}, not {reference!r}"
+            )
+    if recipe.importance is not None:
+        problems.append("importance: is measured on whole models; merge them under `models`")
+    if recipe.keep_where_broken is not None:
+        problems.append("keep_where_broken: has a meaning for a linear merge of whole models only")
+    if recipe.tokenizer_source == UNION:
+        problems.append(
+            "tokenizer_source: a union of vocabularies is made of whole models; merge them first, or name the model "
+            "whose tokenizer goes with the result"
+        )
+    elif recipe.tokenizer_source == "base" and recipe.base_model is None:
+        problems.append("tokenizer_source: `base` needs a base_model")
+    elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(recipe.models):
+        problems.append(f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0")
+    return problems
 
 
 def _disagreements_with_method(recipe: Recipe, method: MergeMethod) -> list[str]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from hf_llfc.errors import LLFCError, raise_all, suggest
-from hf_llfc.recipe.fitting import describe, fit, is_number
+from hf_llfc.recipe.fitting import describe, fit, is_number, parts_of
 
 Kind = TypeVar("Kind")
 
@@ -73,12 +73,12 @@ class Option:
 
     def read(self, value: Any) -> tuple[Any, list[str]]:
         """The value in its type, and what is wrong with it, to be written behind the option's key."""
-        if self.reads is not None:
+        if self.reads is not None and (value is not None or self.default is not None):
             try:
                 return self.reads(value), []
             except ValueError as error:
                 return None, [f": {error} is expected, found {value!r}"]
-        if self.section is not None and isinstance(value, Mapping):
+        if self.section in parts_of(self.type) and isinstance(value, Mapping):
             problems: list[str] = []
             return build(self.section, value, "", problems), [f".{problem}" for problem in problems]
         fits, converted = fit(value, self.type)
@@ -131,6 +131,16 @@ def option(help: str, default: Any = MISSING, **settings: Any) -> Any:
     return field(default=default, metadata=described)
 
 
+def derived(help: str, default: Any) -> Any:
+    """A field of a section that is made from the others, and that nobody writes.
+
+    Args:
+        help: One sentence.
+        default: Its value where there is nothing to make it from.
+    """
+    return field(default=default, metadata={"help": help})
+
+
 @cache
 def options_of(kind: Any) -> dict[str, Option]:
     """The options of a section by the name of their field."""
@@ -138,6 +148,8 @@ def options_of(kind: Any) -> dict[str, Option]:
     hints = get_type_hints(kind, localns={"datasets": SimpleNamespace(Dataset=object)})
     found = {}
     for each in dataclasses.fields(kind):
+        if "option" not in each.metadata:
+            continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         default = REQUIRED if default is MISSING else default
         described: Option = each.metadata["option"]
@@ -149,7 +161,10 @@ def options_of(kind: Any) -> dict[str, Option]:
 
 def documented(kind: type[Kind]) -> type[Kind]:
     """Adds the help of the options to the docstring of a section."""
-    lines = [f"    {each.name}: {each.metadata['option'].help}" for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    lines = [
+        f"    {each.name}: {each.metadata['option'].help if 'option' in each.metadata else each.metadata['help']}"
+        for each in dataclasses.fields(kind)  # type: ignore[arg-type]
+    ]
     kind.__doc__ = "\n".join([f"{(kind.__doc__ or '').rstrip()}\n", "Attributes:", *lines])
     return kind
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import yaml
 
 from hf_llfc.errors import EvaluationError, RecipeError, raise_all
 from hf_llfc.foundation.choices import UNION
-from hf_llfc.foundation.limited_yaml import read_yaml
+from hf_llfc.foundation.limited_yaml import read_documents
 from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod, Parameter
 from hf_llfc.recipe.data import EvaluationConfig
+from hf_llfc.recipe.documents import INHERITED, documents_of, folder_of, with_names
 from hf_llfc.recipe.fitting import as_weight, is_weight, setting_problem
 from hf_llfc.recipe.options import build, fitted_values, join, made, options_of, refuse_unknown
 from hf_llfc.recipe.overrides import apply_override
@@ -31,11 +33,10 @@ from hf_llfc.recipe.sections import (
     WeightRule,
     copied,
 )
+from hf_llfc.recipe.slices import PartRecipe, SliceReader, as_slice
 
 # Keys of other tools that people paste in, and what to write instead.
 FOREIGN_KEYS = {
-    "slices": "layers cannot be taken from different places; merge whole models under `models`",
-    "modules": "parts cannot be merged apart; merge whole models under `models`, with weights by `filter`",
     "tokenizer": "write `tokenizer_source`",
     "chat_template": "the chat template of `tokenizer_source` is kept",
     "int8_mask": "nothing is masked here; remove it",
@@ -51,27 +52,55 @@ FOREIGN_PARAMETERS = {
 }
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]], overrides: Iterable[str] = ()
+) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
-        source: A YAML file, or what it says.
-        overrides: `key.sub=value` replacements; values are YAML, list entries go by index (`models.0.model=…`).
+        source: A YAML file, or what it says; of several documents a list.
+        overrides: `key.sub=value` replacements; values are YAML, list entries go by index (`models.0.model=…`). Of
+            several documents they are for the last, or with `NAME.` in front for that of this name.
+
+    Returns:
+        The recipe; of several documents that of the output, with the others as `earlier`.
 
     Raises:
         RecipeError: Everything that is wrong with it.
     """
+    folder = None
     if isinstance(source, Mapping):
-        content, where, folder = copied(source), "the recipe", None
+        contents, where = [copied(source)], "the recipe"
+    elif isinstance(source, str | Path):
+        contents, where, folder = _read(Path(source)), str(source), Path(source).parent
     else:
-        content, where, folder = _read(Path(source)), str(source), Path(source).parent
+        contents, where = [copied(each) for each in source], "the recipe"
+    problems: list[str] = []
+    documents = documents_of(contents, problems)
+    raise_all(problems, RecipeError, f"{where} cannot be run")
+    assert documents is not None
+    last, earlier = documents.last, documents.earlier
     for override in overrides:
-        apply_override(content, override)
+        name, dot, rest = override.partition(".")
+        is_named = bool(dot) and name in earlier
+        apply_override(earlier[name] if is_named else last, rest if is_named else override)
+    output_dir = str(last.get("output_dir") or "")
+    inherited = {key: last[key] for key in INHERITED if key in last}
+    places = {name: str(content.get("output_dir") or folder_of(output_dir, name)) for name, content in earlier.items()}
+    recipes: list[Recipe] = []
+    for name, content in earlier.items():
+        reader = _Reader(folder)
+        made_first = tuple(recipes)
+        own = with_names({**inherited, **content, "output_dir": places[name]}, places)
+        recipe = reader.recipe(own)
+        problems += [f"document {name}: {problem}" for problem in reader.problems]
+        recipes += [replace(recipe, earlier=made_first)] if recipe is not None else []
     reader = _Reader(folder)
-    recipe = reader.recipe(content)
-    raise_all(reader.problems, RecipeError, f"{where} cannot be run")
+    recipe = reader.recipe(with_names(last, places))
+    problems += reader.problems
+    raise_all(problems, RecipeError, f"{where} cannot be run")
     assert recipe is not None
-    return recipe
+    return replace(recipe, earlier=tuple(recipes))
 
 
 def load_align(settings: Mapping[str, Any]) -> AlignSection:
@@ -105,16 +134,70 @@ def load_data(settings: EvaluationConfig | Mapping[str, Any]) -> EvaluationConfi
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Writes a recipe as YAML that `load_recipe` reads back."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    """Writes a recipe as YAML that `load_recipe` reads back, with the documents that it refers to."""
+    plain = plain_documents(recipe)
+    return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True) if len(plain) > 1 else _dumped(plain[0])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = read_yaml(path, RecipeError)
-    if not isinstance(content, dict):
-        found = "an empty file" if content is None else "a list" if isinstance(content, list) else repr(content)[:80]
-        raise RecipeError(f"{path}: a recipe is a mapping of keys that begins with `models:`, found {found}")
-    return content
+def plain_documents(recipe: Recipe) -> list[dict[str, Any]]:
+    """A recipe as plain data, behind the documents that it refers to."""
+    names = {each.output_dir: each.name for each in recipe.earlier if each.name is not None}
+    plain: list[dict[str, Any]] = [with_names(each.to_dict(), names) for each in (*recipe.earlier, recipe)]
+    for content in plain[:-1]:
+        if content["output_dir"] == folder_of(recipe.output_dir, content["name"]):
+            del content["output_dir"]
+    return plain
+
+
+def _dumped(plain: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def renamed(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """A recipe with other names for its models, in slices and modules as well.
+
+    Args:
+        recipe: The recipe.
+        names: Name of a model → its new name; others keep theirs.
+    """
+    if not recipe.parts:
+        models = tuple(replace(entry, model=names.get(entry.model, entry.model)) for entry in recipe.models)
+        base = recipe.base_model
+        return replace(recipe, models=models, base_model=base if base is None else names.get(base, base))
+
+    def other(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                key: names.get(entry, entry)
+                if key in ("model", "base_model") and isinstance(entry, str)
+                else entry
+                if key == "parameters"
+                else other(entry)
+                for key, entry in value.items()
+            }
+        return [other(entry) for entry in value] if isinstance(value, list) else value
+
+    plain = recipe.to_dict()
+    moved: dict[str, Any] = {key: other(plain[key]) for key in ("slices", "modules") if key in plain}
+    if "base_model" in plain:
+        moved["base_model"] = names.get(plain["base_model"], plain["base_model"])
+    return replace(load_recipe({**plain, **moved}), earlier=recipe.earlier)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    contents = [each for each in read_documents(path, RecipeError) if each is not None]
+    if len(contents) < 2 and not (contents and isinstance(contents[0], dict)):
+        found = "a list" if contents and isinstance(contents[0], list) else repr(contents[0])[:80] if contents else None
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of keys that begins with `models:`, found {found or 'an empty file'}"
+        )
+    return contents
+
+
+def _ordinary(content: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """A recipe of whole models, and what is wrong with it."""
+    reader = _Reader(None)
+    return reader.recipe(content), reader.problems
 
 
 class _Reader:
@@ -135,18 +218,58 @@ class _Reader:
                 content[key] = self._located(content[key])
         seed = content.get("seed")
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
-        content["models"] = self._models(content.get("models"))
+        parts: tuple[PartRecipe, ...] = ()
+        beside = [key for key in ("models", "slices", "modules") if key in content]
+        for key in beside[1:]:
+            self.problems.append(f"{key}: stands beside `{beside[0]}`; a recipe has one of them")
+            del content[key]
+        if beside and beside[0] != "models":
+            reader = SliceReader(content, _ordinary, self._model_name)
+            if (lifted := reader.lifted()) is not None:
+                return self._lifted(lifted, reader.problems)
+            content, parts = self._of_parts(content, reader)
+        else:
+            content["models"] = self._models(content.get("models"))
         for key, read in (("parameters", self._merge_parameters), ("align", self.align), ("diagnose", self._diagnose)):
             if isinstance(content.get(key), Mapping):
                 content[key] = read(content[key], key)
         if isinstance(content.get("importance"), Mapping):
             content["importance"] = self._data(content["importance"], "importance")
         values = fitted_values(Recipe, content, "", self.problems)
+        values["parts"] = parts
         if self.problems:
             return None
         if values.get("base_model") is not None:
             self._drop_base(values)
         return made(Recipe, values, "", self.problems)
+
+    def _lifted(self, content: Mapping[str, Any], problems: Sequence[str]) -> Recipe | None:
+        """The recipe of one slice, whose models were moved to `models`."""
+        before = len(self.problems)
+        recipe = self.recipe(content)
+        self.problems[before:] = [*problems, *map(as_slice, self.problems[before:])]
+        return None if self.problems else recipe
+
+    def _of_parts(self, content: dict[str, Any], reader: SliceReader) -> tuple[dict[str, Any], tuple[PartRecipe, ...]]:
+        """The plain data with slices, modules and all their models in their types; and the merges that they are."""
+        if "layer_range" in content:
+            self.problems.append("layer_range: has no meaning beside sources, each of which has its own")
+        slices, modules = reader.sections()
+        parts = () if reader.problems else reader.parts(slices, modules)
+        self.problems += reader.problems
+        models = {
+            entry.model: entry
+            for part in parts
+            for entry in (
+                *part.recipe.models,
+                *([ModelEntry(part.recipe.base_model)] if part.recipe.base_model else []),
+            )
+        }
+        named = [replace(entry, parameters=None) for name, entry in models.items() if name != content.get("base_model")]
+        parameters = content.get("parameters")
+        if isinstance(parameters, Mapping):
+            content = {**content, "parameters": MergeParameters(settings=dict(parameters))}
+        return {**content, "models": tuple(named), "slices": slices, "modules": modules}, parts
 
     def _without_foreign(self, content: Mapping[str, Any], foreign: Mapping[str, str], path: str) -> dict[str, Any]:
         self.problems += [f"{join(path, key)}: {advice}" for key, advice in foreign.items() if key in content]
@@ -288,6 +411,10 @@ class _Reader:
             # A recipe names its data; a loaded dataset is for callers from Python.
             self.problems.append(f"{path}.dataset: text is expected, found {known['dataset']!r}")
         return build(EvaluationConfig, known, path, self.problems)
+
+    def _model_name(self, value: Any) -> Any:
+        """What a model is called, where that is text."""
+        return self._located(value) if isinstance(value, str) else value
 
     def _located(self, name: str) -> str:
         """A relative path beside the recipe file where there is one, else the name as it is; of `base+adapter` both."""

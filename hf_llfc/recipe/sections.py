@@ -28,7 +28,8 @@ from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.fitting import is_number
-from hf_llfc.recipe.options import documented, option, settle
+from hf_llfc.recipe.options import derived, documented, option, settle
+from hf_llfc.recipe.slices import ModuleSection, PartRecipe, SliceSection, read_range
 
 SUMS = ("linear", "task_arithmetic")
 """Methods whose tensors are weighted sums, exact to one rounding, with weights that are one rule."""
@@ -304,7 +305,9 @@ def _no_alignment() -> AlignSection:
 class Recipe:
     """A whole run; see the module."""
 
-    models: tuple[ModelEntry, ...] = option("The parents; the first gives config, tokenizer and names of the result.")
+    models: tuple[ModelEntry, ...] = option(
+        "The parents; the first gives config, tokenizer and names of the result. Or `slices`, or `modules`."
+    )
     output_dir: str = option("The folder to write.", metavar="DIR")
     merge_method: str = option("How weights are merged.", "linear", choices=MERGE_METHODS, metavar="METHOD")
     base_model: str | None = option(
@@ -312,6 +315,21 @@ class Recipe:
         None,
         shown="none",
         metavar="MODEL",
+    )
+    layer_range: tuple[int, int] | None = option(
+        "The layers of every model that are taken: the first and the one after the last, counted from 0.",
+        None,
+        reads=read_range,
+        shown="all",
+        metavar="RANGE",
+    )
+    slices: tuple[SliceSection, ...] = option(
+        "In place of `models`: layers of the result, one slice after the other, each merged from its own sources.",
+        (),
+        shown="none",
+    )
+    modules: Mapping[str, ModuleSection] = option(
+        "In place of `models`: parts of the model that are merged their own way, by name.", dict, shown="none"
     )
     parameters: MergeParameters = option("Parameters of the merge.", MergeParameters, shown="below")
     dtype: str | None = option(
@@ -361,13 +379,25 @@ class Recipe:
     )
     log_with: tuple[str, ...] = option("Trackers of accelerate to log to as well.", (), choices=TRACKERS, shown="none")
     logging_dir: str = option("Folder of the trackers that write files.", "runs", metavar="DIR")
+    name: str | None = option("What other documents of the same file call the result of this one.", None, shown="none")
+    parts: tuple[PartRecipe, ...] = derived(
+        "What slices and modules come down to, a merge each; none where `models` is one merge of whole models.", ()
+    )
+    earlier: tuple[Recipe, ...] = derived("Documents of the same file whose results are made first, in this order.", ())
 
     def __post_init__(self) -> None:
         settle(self, RecipeError, lambda: disagreements(self))
 
     @property
+    def columns(self) -> int:
+        """How many models are merged at most, the base not counted; of slices, how many sources."""
+        return max((len(part.recipe.models) for part in self.parts), default=len(self.models))
+
+    @property
     def method(self) -> MergeMethod | None:
-        """How tensors are merged; None where they are weighted sums."""
+        """How tensors are merged; None where they are weighted sums. Of several methods the first that is no sum."""
+        if self.parts:
+            return next((part.recipe.method for part in self.parts if part.recipe.method is not None), None)
         return None if self.merge_method in SUMS else MERGE_METHODS[self.merge_method]
 
     @property
@@ -387,6 +417,8 @@ class Recipe:
         Raises:
             RecipeError: The weights sum to zero and are to be divided by that.
         """
+        if self.parts:
+            return None
         given = [
             _one_number(entry.parameters.weight) if entry.parameters is not None else 1 / len(self.models)
             for entry in self.models
@@ -434,6 +466,8 @@ def copied(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Dataclasses as mappings without their defaults, the diagnose section with its data spread out."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         if isinstance(value, Path):
             return str(value)
@@ -442,7 +476,10 @@ def _plain(value: Any) -> Any:
         return copied(value.settings)
     plain: dict[str, Any] = {}
     for each in dataclasses.fields(value):
-        if each.name == "settings":
+        # Models of slices and modules stand there; their recipes are made from them.
+        if each.name in ("settings", "parts", "earlier") or (
+            each.name == "models" and isinstance(value, Recipe) and value.parts
+        ):
             continue
         entry = vars(value)[each.name]
         default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default

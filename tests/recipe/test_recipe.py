@@ -368,7 +368,7 @@ class TestProblems:
             "models.3: `model: …` is expected, found 'd'",
             "merge_method: unknown 'tis'; did you mean 'ties'?",
             "dtype: unknown 'bfloat'; did you mean 'bfloat16'?",
-            "slices: layers cannot be taken from different places",
+            "slices: stands beside `models`; a recipe has one of them",
             "tokenizer: write `tokenizer_source`",
             "parameters.int8_mask: nothing is masked here",
             "parameters.normalise: unknown key; did you mean 'normalize'?",

@@ -22,6 +22,7 @@ from hf_llfc.publishing.card.sections import (
     number_word,
     recipe_text,
     seeds_of,
+    stack_table,
 )
 from hf_llfc.publishing.card.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.card.usage import task_of, usage_snippet
@@ -185,6 +186,7 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "parents": list(zip(letters_of(evidence.parents), evidence.parents, strict=True)),
         "count": number_word(len(evidence.merged)),
         "method": method_words(recipe, evidence.parents),
+        "stack": stack_table(recipe),
         "has_base": any(parent.is_base for parent in evidence.parents),
         "is_average": evidence.is_average,
         "alignments": [alignment_sentence(alignment) for alignment in record.alignments],

@@ -9,12 +9,13 @@ from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.foundation.model_names import parts_of
+from hf_llfc.merging.methods import MERGE_METHODS
 from hf_llfc.publishing.card.results import standard_error
-from hf_llfc.publishing.lineage import ParentInfo, setting_in_words
+from hf_llfc.publishing.lineage import ParentInfo, display_name, setting_in_words
 from hf_llfc.publishing.numbers import decimal_text, distance_text, weight_text
 from hf_llfc.publishing.reading import merge_point, shown_layers
 from hf_llfc.publishing.record import MeasuredData, Result
-from hf_llfc.recipe import Recipe
+from hf_llfc.recipe import Recipe, plain_documents
 
 
 def number_word(number: int) -> str:
@@ -31,6 +32,9 @@ def letters_of(parents: Sequence[ParentInfo]) -> list[str]:
 
 def method_words(recipe: Recipe | None, parents: Sequence[ParentInfo]) -> str:
     """How the parents were combined, as a formula where it is short."""
+    if recipe is not None and recipe.parts:
+        names = dict.fromkeys(MERGE_METHODS[part.recipe.merge_method].title for part in recipe.parts)
+        return f"layers from several places, by {' and '.join(names)} (see below)"
     if recipe is not None and recipe.method is not None:
         method = recipe.method
         given = [f"{key} {setting_in_words(value)}" for key, value in recipe.parameters.settings.items()]
@@ -45,6 +49,30 @@ def method_words(recipe: Recipe | None, parents: Sequence[ParentInfo]) -> str:
         term = "{}·({} − θ₀)" if is_arithmetic else "{}·{}"
         terms = " + ".join(term.format(weight_text(weight), letter) for letter, weight in weights)
     return f"{name}, {start}{terms}"
+
+
+def stack_table(recipe: Recipe | None) -> list[tuple[str, str, str]]:
+    """Which layers of the result come from where, and how they are merged, of slices and modules."""
+    rows: list[tuple[str, str, str]] = []
+    done: dict[str | None, int] = {}
+    for part in recipe.parts if recipe is not None else ():
+        method = part.recipe.method
+        entries = [(entry.model, wanted) for entry, wanted in zip(part.recipe.models, part.ranges, strict=False)]
+        if part.recipe.base_model is not None and part.base_range is not None:
+            entries.append((part.recipe.base_model, part.base_range))
+        if not part.ranges:
+            named = ", ".join(display_name(entry.model) for entry in part.recipe.models)
+            rows.append((str(part.module), named, MERGE_METHODS[part.recipe.merge_method].title))
+            continue
+        start = done.get(part.module, 0)
+        done[part.module] = end = start + part.ranges[0][1] - part.ranges[0][0]
+        where = f"{start}–{end - 1}" if part.module is None else f"{part.module} {start}–{end - 1}"
+        sources = ", ".join(f"{display_name(model)} {first}–{last - 1}" for model, (first, last) in entries)
+        settings = part.recipe.parameters.settings if method is not None else {}
+        given = ", ".join(f"{key} {setting_in_words(value)}" for key, value in settings.items())
+        title = MERGE_METHODS[part.recipe.merge_method].title
+        rows.append((where, sources, f"{title} with {given}" if given else title))
+    return rows
 
 
 def layer_table(report: ConnectivityReport | None) -> list[tuple[str, ...]]:
@@ -65,11 +93,13 @@ def recipe_text(recipe: Recipe | None) -> str | None:
 
     if recipe is None:
         return None
-    shown = {key: value for key, value in recipe.to_dict().items() if key != "publish"}
+    shown = [
+        _without_paths({key: value for key, value in document.items() if key != "publish"})
+        for document in plain_documents(recipe)
+    ]
     # Lists of numbers go into one line.
-    return yaml.safe_dump(
-        _without_paths(shown), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
-    )
+    settings: Any = {"sort_keys": False, "allow_unicode": True, "width": 100, "default_flow_style": None}
+    return "---\n".join(str(yaml.safe_dump(document, **settings)) for document in shown)
 
 
 def seeds_of(recipe: Recipe | None) -> list[tuple[str, int]]:
