@@ -29,7 +29,10 @@ LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
         "parameters": "have options of their own: --weights, --normalize, --parameter",
         "align": "has options of its own",
         "importance": "has options of its own",
-        **dict.fromkeys(("diagnose", "keep_where_broken", "publish"), "is a section of a recipe; see `run`"),
+        **dict.fromkeys(
+            ("diagnose", "keep_where_broken", "publish", "layer_range", "slices", "modules", "document"),
+            "is a section of a recipe; see `run`",
+        ),
     },
     ("merge", "AlignSection"): {"calibration": "has options of its own"},
     ("align", "AlignSection"): {

@@ -180,7 +180,7 @@ def stand_ins(recipe: Recipe) -> dict[str, Checkpoint]:
         made[earlier.output_dir] = replace(
             opened.parents[0],
             id=earlier.output_dir,
-            label=f"document {earlier.name}",
+            label=f"document {earlier.document}",
             revision=None,
             folder=None,
             tensors=merged_infos(opened.parents[0].tensors, dtype),

@@ -102,8 +102,8 @@ def run(
 
 def _run_document(recipe: Recipe, last: Recipe, processes: Processes, restart: bool, progress: Progress) -> None:
     """Makes what other documents refer to, unless it is there as it would be made."""
-    assert recipe.name is not None, "a document"
-    if recipe.output_dir == folder_of(last.output_dir, recipe.name):
+    assert recipe.document is not None, "a document"
+    if recipe.output_dir == folder_of(last.output_dir, recipe.document):
         recipe = replace(recipe, overwrite=True)  # nobody else's place
     output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
     if not restart and processes.on_main(lambda: (output.path / LLFC_FOLDER / MADE_FROM_FILE).is_file()):
@@ -131,7 +131,7 @@ def _run(
         table = score(run)
         trackers.table(table)
         run.on_main(lambda run: write_evidence(run, report, table))
-        if recipe.name is not None:
+        if recipe.document is not None:
             run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
     url = run.on_main(push) if recipe.publish is not None else None

@@ -31,7 +31,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     costs = []
     for each in (*recipe.earlier, recipe):
         planned = plan_one(each, made)
-        steps += [{"step": "document", "what": each.name or "the last one"}, *planned["steps"]]
+        steps += [{"step": "document", "what": each.document or "the last one"}, *planned["steps"]]
         costs.append(planned["cost"])
     cost = {key: sum(each[key] for each in costs) for key in ("bytes_read", "bytes_written")}
     return {"steps": steps, "cost": {**cost, "peak_memory_bytes": max(each["peak_memory_bytes"] for each in costs)}}
@@ -54,7 +54,7 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
         LLFCError: The recipe or its parents are at fault.
     """
     output = OutputFolder(recipe.output_dir, recipe.overwrite)
-    if made is None or recipe.name is None:
+    if made is None or recipe.document is None:
         output.check()
     device = device_alone(recipe.device)
     opened = open_recipe(recipe, made=made)

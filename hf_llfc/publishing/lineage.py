@@ -185,7 +185,9 @@ def _with_those_of_documents(parents: Sequence[ParentInfo], recipe: Recipe) -> l
         document = documents.get(parent.id)
         inner = [parent] if document is None else models_of(document, None)
         for each in inner:
-            own = each if document is None else replace(each, weight=None, share=f"in {document.name}", is_base=False)
+            own = (
+                each if document is None else replace(each, weight=None, share=f"in {document.document}", is_base=False)
+            )
             found.setdefault(own.id, own)
     return list(found.values())
 

@@ -141,7 +141,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def plain_documents(recipe: Recipe) -> list[dict[str, Any]]:
     """A recipe as plain data, behind the documents that it refers to."""
-    names = {each.output_dir: each.name for each in recipe.earlier if each.name is not None}
+    names = {each.output_dir: each.document for each in recipe.earlier if each.document is not None}
     plain: list[dict[str, Any]] = [with_names(each.to_dict(), names) for each in (*recipe.earlier, recipe)]
     for content in plain[:-1]:
         if content["output_dir"] == folder_of(recipe.output_dir, content["name"]):

@@ -379,7 +379,9 @@ class Recipe:
     )
     log_with: tuple[str, ...] = option("Trackers of accelerate to log to as well.", (), choices=TRACKERS, shown="none")
     logging_dir: str = option("Folder of the trackers that write files.", "runs", metavar="DIR")
-    name: str | None = option("What other documents of the same file call the result of this one.", None, shown="none")
+    document: str | None = option(
+        "What other documents of the same file call the result of this one.", None, key="name", shown="none"
+    )
     parts: tuple[PartRecipe, ...] = derived(
         "What slices and modules come down to, a merge each; none where `models` is one merge of whole models.", ()
     )
@@ -491,7 +493,7 @@ def _plain(value: Any) -> Any:
         is_told = is_told or each.name in ("seed", "alphas")
         if entry == default and not is_told:
             continue
-        key = "lambda" if (isinstance(value, MergeParameters) and each.name == "scale") else each.name
+        key = each.metadata["option"].key or each.name if "option" in each.metadata else each.name
         if each.name == "data" and isinstance(value, DiagnoseSection | BatchNormSection):
             plain |= {
                 name: part

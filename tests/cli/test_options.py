@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import hf_llfc
 from hf_llfc.cli.arguments import COMMANDS, LEFT_OUT, NAMES, OF_A_RUN, parse
 from hf_llfc.errors import LLFCError
-from hf_llfc.recipe import load_recipe, sections
+from hf_llfc.recipe import load_recipe, sections, slices
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.options import options_of
 from tests.runs import byte_llama, saved, text_data
@@ -29,6 +29,9 @@ SECTIONS = (
     sections.BatchNormSection,
     sections.KeepSection,
     sections.PublishSection,
+    slices.SliceSection,
+    slices.SourceSection,
+    slices.ModuleSection,
     EvaluationConfig,
 )
 
@@ -79,7 +82,8 @@ def shown(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("kind", SECTIONS, ids=lambda kind: kind.__name__)
 def test_every_field_is_described(kind):
     options = options_of(kind)
-    assert list(options) == [field.name for field in dataclasses.fields(kind)]
+    fields = {field.name: field.metadata for field in dataclasses.fields(kind)}
+    assert list(options) == [name for name, said in fields.items() if "help" not in said]  # the others nobody writes
     for name, each in options.items():
         assert each.help.endswith(".") and each.help[0].isupper()
         assert f"{name}: {each.help}" in kind.__doc__
