@@ -89,9 +89,9 @@ def needs_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tu
     for key, value in config.to_dict().items():
         if not isinstance(value, bool) or key.startswith("_") or key in NOT_OF_WEIGHTS:
             continue
-        turned = copy.deepcopy(config)
-        setattr(turned, key, not value)
         try:
+            # As from a file: some classes know better than what it says.
+            turned = type(config).from_dict({**copy.deepcopy(config.to_dict()), key: not value})
             other = patterns_of(model_class, turned)
         except Exception:  # no such model, which its class says when it is asked
             other = None

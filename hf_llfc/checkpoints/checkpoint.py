@@ -74,6 +74,10 @@ class Checkpoint:
         tensors: Name on disk → dtype and shape, in the order in which `save_pretrained` writes them.
         companion_files: Tokenizer, processor, generation config, chat templates and custom code.
         unused: Names of tensors in the files that the model class has no use for.
+        spare: The same with those that the class knows to be of no use to it → dtype and shape; they can be read.
+        lacking: Names on disk that the files lack, and that the model class does without → shape.
+        borrowed: Name of a tensor that another model of the run lends → index of that model; see
+            `hf_llfc.parents.fitting.sharing`.
         weights: The tensors, or what makes them.
         adapter: The adapter that is folded into its tensors, if there is one.
         canonical: The permutation spec of its canonical form, if its tensors are in that; see
@@ -101,6 +105,9 @@ class Checkpoint:
     trust_remote_code: bool = False
     side_files: Mapping[str, Path] = field(default_factory=dict)
     left_files: tuple[str, ...] = ()
+    spare: Mapping[str, TensorInfo] = field(default_factory=dict)
+    lacking: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    borrowed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -1,27 +1,20 @@
 """May these checkpoints be merged? Answered from configs, headers and tokenizers, before any weight is read."""
 
+import copy
 import logging
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.companions import has_vocabulary
+from hf_llfc.checkpoints.config_differences import config_differences
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
-
-# Config values that do not change what a model computes from its weights: bookkeeping, training and generation.
-# max_position_embeddings is among them because where it matters a shape or the RoPE parameters differ too.
-_WITHOUT_EFFECT = re.compile(
-    r"_.*|.*token_ids?|.*drop.*|.*initializer.*|init_std|.*loss.*|.*jitter.*|architectures|auto_map"
-    r"|chunk_size_feed_forward|dtype|torch_dtype|encoder_stride|finetuning_task|gradient_checkpointing|id2label"
-    r"|label2id|max_position_embeddings|model_type|output_.*|pretraining_tp|problem_type|return_dict"
-    r"|task_specific_params|transformers_version|transformers_weights|use_cache"
-)
 
 
 def compare(checkpoints: Sequence[Checkpoint], *, bodies_only: bool = False) -> list[str]:
@@ -81,58 +74,40 @@ def _problems(first: Checkpoint, other: Checkpoint, bodies_only: bool) -> list[s
     type_1, type_2 = first.settings.model_type, other.settings.model_type
     if type_1 != type_2:
         return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
-    problems = list(_config_problems(first, other))
+    differences, _ = config_differences(first, other)
+    rows = next((pair for key, pair in differences.items() if key.rpartition(".")[2] == "vocab_size"), None)
+    problems = [
+        f"{other.label}: {key} in the config is {value_2!r}, but in that of {first.label} {value_1!r}"
+        for key, (value_1, value_2) in differences.items()
+        if (value_1, value_2) != rows
+    ]
     if bodies_only:
         shared = body_tensors(other, first)
         if not shared:
             return [f"{other.label}: shares no tensor of a base model with {first.label}; save both with a task head"]
-        problems += _shape_problems(first, other, shared)
+        problems += _shape_problems(first, other, shared, rows)
     elif first.architecture != other.architecture:
         problems.append(
             f"{other.label}: the architecture is {other.architecture}, but that of {first.label} is"
             f" {first.architecture}; save both with the same model class"
         )
     else:
-        problems += _tensor_problems(first, other)
+        problems += _tensor_problems(first, other, rows)
         problems += _label_problems(first, other)
-    return [*problems, *_vocabulary_problems(first, other)]
+    of_vocabulary = list(_vocabulary_problems(first, other))
+    if rows is not None:
+        problems.append(_rows_problem(first, other, rows, is_one_vocabulary=not of_vocabulary))
+    return [*problems, *of_vocabulary]
 
 
-def _config_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    raw_1, raw_2 = first.settings.raw, other.settings.raw
-    if raw_1 is not None and raw_2 is not None and dict(_flat(raw_1)) == dict(_flat(raw_2)):
-        return
-    values_1, values_2 = dict(_flat(first.config.to_dict())), dict(_flat(other.config.to_dict()))
-    for key, value in values_1.items():
-        if key in values_2 and values_2[key] != value:
-            yield f"{other.label}: {key} in the config is {values_2[key]!r}, but in that of {first.label} {value!r}"
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if _WITHOUT_EFFECT.fullmatch(str(key)):
-            continue
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
-
-
-def _tensor_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
-    absent = [name for name in first.tensors if name not in other.tensors]
+def _tensor_problems(first: Checkpoint, other: Checkpoint, rows: tuple[Any, Any] | None) -> Iterator[str]:
+    absent = _absent(first, other)
     if absent:
-        yield f"{other.label}: lacks {_listed(absent)}, which {first.label} has"
-    extra = [name for name in other.tensors if name not in first.tensors]
+        yield f"{other.label}: lacks {listed(absent)}, which {first.label} has"
+    extra = _absent(other, first)
     if extra:
-        yield f"{other.label}: has {_listed(extra)}, which {first.label} lacks"
-    unused_1, unused_2 = set(first.unused), set(other.unused)
-    if unused_1 != unused_2:
-        names = sorted(unused_1 ^ unused_2)
-        yield (
-            f"{other.label}: one of the two files holds {_listed(names)}, the other does not, and"
-            f" {first.architecture} has no use for that; save that model again with save_pretrained"
-        )
-    yield from _shape_problems(first, other, other.tensors)
+        yield f"{other.label}: has {listed(extra)}, which {first.label} lacks"
+    yield from _shape_problems(first, other, other.tensors, rows)
     kinds = [
         f"{name} {other.tensors[name].dtype} against {info.dtype}"
         for name, info in first.tensors.items()
@@ -142,31 +117,75 @@ def _tensor_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         yield f"{other.label}: other kinds of numbers than in {first.label}: {_few(kinds, '; ')}"
 
 
-def _shape_problems(first: Checkpoint, other: Checkpoint, names: Container[str]) -> Iterator[str]:
+def _absent(first: Checkpoint, other: Checkpoint) -> list[str]:
+    """The tensors of one that the other lacks, though its class does not do without them."""
+    return [
+        name
+        for name in first.tensors
+        if name not in other.tensors and name not in other.lacking and not is_constant(name)
+    ]
+
+
+def _shape_problems(
+    first: Checkpoint, other: Checkpoint, names: Container[str], rows: tuple[Any, Any] | None
+) -> Iterator[str]:
     shapes = [
         f"{name} {list(other.tensors[name].shape)} against {list(info.shape)}"
         for name, info in first.tensors.items()
-        if name in names and other.tensors[name].shape != info.shape
+        if name in names
+        and other.tensors[name].shape != info.shape
+        and not _differ_in_rows(info.shape, other.tensors[name].shape, rows)
     ]
     if shapes:
         yield f"{other.label}: other shapes than in {first.label}: {_few(shapes, '; ')}"
 
 
+def _differ_in_rows(shape_1: Sequence[int], shape_2: Sequence[int], rows: tuple[Any, Any] | None) -> bool:
+    """Whether two shapes differ in the rows of the embeddings alone, of which something else is said."""
+    pairs = set(zip(shape_1, shape_2, strict=False))
+    return len(shape_1) == len(shape_2) and {pair for pair in pairs if pair[0] != pair[1]} == {rows}
+
+
+def _rows_problem(first: Checkpoint, other: Checkpoint, rows: tuple[Any, Any], *, is_one_vocabulary: bool) -> str:
+    vocabularies = [_vocabulary(first), _vocabulary(other)] if is_one_vocabulary else []
+    known = [vocabulary for vocabulary in vocabularies if vocabulary is not None]
+    said = f", though both have the same {len(known[0])} tokens" if len(known) == 2 else ""
+    given = "" if said or not is_one_vocabulary else ", once both models have their tokenizer beside them"
+    return (
+        f"{other.label}: vocab_size in the config is {rows[1]}, but in that of {first.label} {rows[0]}{said}: the"
+        " embeddings have other numbers of rows; tokenizer_source: union in a recipe (--tokenizer-source union)"
+        f" gives each token its row{given}"
+    )
+
+
 def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     """Names of classes in another order would merge the row of one class with that of another."""
-    if "Classification" not in (first.architecture or ""):
-        return
     labels_2 = {int(index): str(label) for index, label in _labels(other).items()}
     for key, label in _labels(first).items():
         index, label_1 = int(key), str(label)
         label_2 = labels_2.get(index, label_1)
-        generic = f"LABEL_{index}"
-        if label_1.casefold() != label_2.casefold() and generic not in (label_1, label_2):
+        is_other = label_1.casefold() != label_2.casefold() and f"LABEL_{index}" not in (label_1, label_2)
+        if is_other and _has_rows_of_labels(first):
             yield (
                 f"{other.label}: class {index} is {label_2!r}, but that of {first.label} is {label_1!r}; bring the"
                 " classes into one order"
             )
             return
+
+
+def _has_rows_of_labels(checkpoint: Checkpoint) -> bool:
+    """Whether tensors of a checkpoint grow with the number of labels; also where that cannot be told."""
+    from hf_llfc.checkpoints.names import Layout, find_model_class
+
+    try:
+        model_class = checkpoint.model_class or find_model_class(checkpoint.architecture or "", checkpoint.config)
+        if model_class is None:
+            return True
+        more = copy.deepcopy(checkpoint.config)
+        more.num_labels = (more.num_labels or 0) + 1
+        return Layout(model_class, checkpoint.config).shapes != Layout(model_class, more).shapes
+    except Exception:  # a model class may raise anything on values it does not expect
+        return True
 
 
 def _labels(checkpoint: Checkpoint) -> Mapping[Any, str]:
@@ -220,7 +239,8 @@ def _token(token: str | None) -> str:
     return "missing" if token is None else repr(token)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names of tensors in a message: how many, and the first few."""
     noun = "tensor" if len(names) == 1 else f"{len(names)} tensors"
     return f"{noun} {_few(names, ', ')}"
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_llfc.checkpoints.files import CONFIG_FILE, GENERATION_FILE, Files
+from hf_llfc.checkpoints.quantised import KEYS
 from hf_llfc.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,11 @@ def load_config(
     auto_map = raw.get("auto_map")
     try:
         if trust_remote_code and isinstance(auto_map, dict) and "AutoConfig" in auto_map:
-            return AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(str(files.folder), trust_remote_code=True)
+            for key in KEYS:
+                if key not in raw and key in vars(config):
+                    delattr(config, key)  # said of other weights than these
+            return config
         known = find_config_class(str(model_type))
         if known is not None:
             return known.from_dict(_without_implementations(raw))

@@ -20,6 +20,7 @@ import torch
 
 from hf_llfc.checkpoints.header import CODES, TORCH_DTYPES, Header, TensorInfo, read_header
 from hf_llfc.checkpoints.positioned import read_at
+from hf_llfc.checkpoints.quantised import is_quantised, quantised_tensor
 from hf_llfc.errors import CheckpointError, StorageError, raise_all
 
 CONFIG_FILE = "config.json"
@@ -44,18 +45,6 @@ _NO_WEIGHTS = {
     ".pth": "only weights in their author's own format; convert them to a transformers checkpoint first",
     ".safetensors": f"safetensors files, but neither {SINGLE_FILE} nor {INDEX_FILE}; rename the one to merge",
 }
-
-# The ends of tensor names that only quantised layers have.
-_QUANTISED_ENDINGS = (
-    ".qweight",
-    ".qzeros",
-    ".g_idx",
-    ".weight_packed",
-    ".weight.absmax",
-    ".weight.quant_map",
-    ".weight_scale_inv",
-    ".SCB",
-)
 
 
 class Files(Protocol):
@@ -321,8 +310,8 @@ class TensorWeights:
         self._stamps = {path: Stamp.of(path) for path in paths}
         self.infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         for name, info in self.infos.items():
-            if info.dtype not in CODES or name.endswith(_QUANTISED_ENDINGS):
-                raise CheckpointError(_quantised(where, name, str(info.dtype)))
+            if is_quantised(name, info.dtype if info.dtype in CODES else None):
+                raise quantised_tensor(where, name, str(info.dtype))
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor."""
@@ -393,20 +382,6 @@ def read_json(path: Path, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def refuse_quantised(where: str, quantization_config: Any) -> None:
-    """Refuses a model whose config says that it is quantised.
-
-    Raises:
-        CheckpointError: If `quantization_config` is there.
-    """
-    if quantization_config:
-        method = quantization_config.get("quant_method") if isinstance(quantization_config, Mapping) else None
-        raise CheckpointError(
-            f"{where}: the weights are quantised ({method or 'see quantization_config'}), and quantised weights cannot"
-            " be merged; use the checkpoint it was made from, or save a dequantised one"
-        )
 
 
 def first_line(error: Exception) -> str:
@@ -491,8 +466,8 @@ def open_safetensors(files: Files, file: str) -> SafetensorsWeights:
         for name, span in header.spans.items():
             if name in infos:
                 problems.append(f"tensor {name} is in {shard_of[name]} and again in {shard}")
-            if span.code not in TORCH_DTYPES or name.endswith(_QUANTISED_ENDINGS):
-                raise CheckpointError(_quantised(f"{files.where}/{shard}", name, span.code))
+            if is_quantised(name, TORCH_DTYPES.get(span.code)):
+                raise quantised_tensor(f"{files.where}/{shard}", name, span.code)
             infos[name] = TensorInfo(TORCH_DTYPES[span.code], span.shape)
             shard_of[name] = shard
     if index is not None:
@@ -504,13 +479,6 @@ def open_safetensors(files: Files, file: str) -> SafetensorsWeights:
         ]
         raise_all(problems, CheckpointError, f"{files.where}: {index} and the shards do not belong together")
     return SafetensorsWeights(files, headers, infos)
-
-
-def _quantised(where: str, name: str, dtype: str) -> str:
-    return (
-        f"{where}: tensor {name} ({dtype}) belongs to a quantised layer, and quantised weights cannot be merged;"
-        " use the checkpoint it was made from, or save a dequantised one"
-    )
 
 
 def _shards(files: Files, index: str) -> list[str]:

@@ -40,13 +40,16 @@ def load_model(
             f"{checkpoint.label}: the model class {checkpoint.architecture or '(the config names none)'} is not known"
             " to transformers; pass model_class, register it with AutoModel.register, or allow trust_remote_code"
         )
-    given = dict(state_dict) if state_dict is not None else dict(checkpoint.state_dict())
+    read = state_dict.items() if state_dict is not None else checkpoint.state_dict()
+    given = {name: tensor for name, tensor in read if name not in checkpoint.spare}
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
     heading = f"{checkpoint.label}: the tensors are not those of {model_class.__name__}"
-    plan = Layout(model_class, checkpoint.config).plan(infos, heading)
+    layout = Layout(model_class, checkpoint.config)
+    plan = layout.plan(infos, heading)
     raise_all([f"tensor {name} is left over" for name in plan.unused], CheckpointError, heading)
 
     dtype = dtype or most_common_dtype(infos)
+    options: dict[str, Any] = {"add_pooling_layer": False} if layout.lacks_pooler(plan) else {}
     loaded: Any = model_class.from_pretrained(
         None,
         config=checkpoint.config,
@@ -55,9 +58,10 @@ def load_model(
         dtype=dtype,
         output_loading_info=True,
         generation_config=checkpoint.generation_config,
+        **options,
     )
     model, report = loaded  # with output_loading_info, transformers returns both
-    problems = [f"tensor {name} is missing" for name in sorted(report["missing_keys"])]
+    problems = [f"tensor {name} is missing" for name in sorted(report["missing_keys"]) if name not in plan.lacking]
     problems += [f"tensor {name} is left over" for name in sorted(report["unexpected_keys"])]
     raise_all(problems, CheckpointError, heading)
     return model

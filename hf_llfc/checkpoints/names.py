@@ -11,9 +11,11 @@ one group of tensors at a time. A tensor that already has its name on disk is ta
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ from hf_llfc.errors import CheckpointError, raise_all
 logger = logging.getLogger(__name__)
 
 Read = Callable[[str], torch.Tensor]
+
+_IN_TRAINING = ".masked_spec_embed"
+"""What stands for masked frames while a model of speech is trained; published ones often lack it."""
 
 
 def find_class_in_transformers(architecture: str) -> type[PreTrainedModel] | None:
@@ -160,6 +165,8 @@ class Plan:
         converted: Names on disk under which the file has no tensor; `make` makes them.
         ties: Name on disk → names in the file of the other copies of a tied weight, which must be equal.
         unused: Names in the file that the model class has no use for.
+        spare: The same with those that the class knows to be of no use to it.
+        lacking: Names on disk that the file lacks and may lack → shape.
         make: Makes a converted tensor, and with it all that come from the same tensors in memory. Takes the name
             on disk and a function that gives a tensor by its name in the file.
     """
@@ -168,6 +175,8 @@ class Plan:
     converted: frozenset[str]
     ties: Mapping[str, tuple[str, ...]]
     unused: tuple[str, ...]
+    spare: tuple[str, ...]
+    lacking: Mapping[str, tuple[int, ...]]
     make: Callable[[str, Read], dict[str, torch.Tensor]]
 
 
@@ -217,12 +226,27 @@ class Layout:
         """Tensors in memory, whole groups of them, as they are written."""
         return _to_disk(self._model, memory, self._saving)
 
-    def plan(self, infos: Mapping[str, TensorInfo], heading: str) -> Plan:
+    @property
+    def names_in_body(self) -> frozenset[str]:
+        """The names on disk of what belongs to the base model, without its pooler; of all tensors where it is one."""
+        prefix = self._model.base_model_prefix
+        is_base = not prefix or self._model.base_model is self._model
+        return frozenset(
+            name
+            for group in self.groups
+            if all((is_base or each.startswith(f"{prefix}.")) and not _is_of_pooler(each) for each in group.memory)
+            for name in group.disk
+        )
+
+    def plan(
+        self, infos: Mapping[str, TensorInfo], heading: str, *, may_lack: Callable[[str], bool] = lambda _: False
+    ) -> Plan:
         """Finds out how the tensors of a file make the tensors on disk.
 
         Args:
             infos: The tensors of the file.
             heading: The first line of the error, if there is one.
+            may_lack: Whether the file may lack a tensor, by its name on disk, besides those that the class lacks.
 
         Raises:
             CheckpointError: With all tensors that are missing or whose shapes contradict the config.
@@ -257,7 +281,18 @@ class Layout:
 
         still_missing, still_strange = self._without_exceptions(missing, strangers.values())
         excused = set(strangers.values()) - still_strange
-        absent_on_disk = {name for memory_name in still_missing for name in missing[memory_name]}
+        absent_on_disk = {
+            name
+            for memory_name in still_missing
+            for name in missing[memory_name]
+            if not (may_lack(name) or name.endswith(_IN_TRAINING) or (self.may_lack_pooler and _is_of_pooler(name)))
+        }
+        spare = tuple(name for name in infos if name not in used)
+        if absent_on_disk and (prefix := self._prefix_of(spare, absent_on_disk)):
+            raise CheckpointError(
+                f"{heading}: its tensors have {prefix!r} before the names that the class gives them ({prefix}"
+                f"{min(absent_on_disk, key=natural_order)}); save the model inside of what wraps it, or rename them"
+            )
         for name, shape in self.shapes.items():
             if name in absent_on_disk:
                 problems.append(f"tensor {name} of shape {_shape(shape)} is missing")
@@ -273,9 +308,32 @@ class Layout:
             {name: tensors[name] for name in self.shapes if name in tensors},
             frozenset(maker_of),
             {kept: tuple(copies) for kept, copies in ties.items() if kept in tensors},
-            tuple(name for name in infos if name not in used and strangers.get(name, name) not in excused),
+            tuple(name for name in spare if strangers.get(name, name) not in excused),
+            spare,
+            {name: shape for name, shape in self.shapes.items() if name not in tensors},
             make,
         )
+
+    @property
+    def may_lack_pooler(self) -> bool:
+        """Whether the class can be built without its pooler, as encoders of sentences are."""
+        return "add_pooling_layer" in signature(type(self._model).__init__).parameters
+
+    def lacks_pooler(self, plan: Plan) -> bool:
+        """Whether a file, by its plan, is of the class without its pooler."""
+        return self.may_lack_pooler and any(_is_of_pooler(name) for name in plan.lacking)
+
+    @staticmethod
+    def _prefix_of(spare: Sequence[str], absent: Collection[str]) -> str:
+        """What stands before the names of most absent tensors in the names of the file; nothing where nothing does."""
+        found = Counter(
+            name.removesuffix(tail)
+            for name in spare
+            for tail in (".".join(name.split(".")[start:]) for start in range(1, min(name.count(".") + 1, 4)))
+            if tail in absent
+        )
+        prefix, count = found.most_common(1)[0] if found else ("", 0)
+        return prefix if 2 * count > len(absent) else ""
 
     def memory_reader(self, infos: Mapping[str, TensorInfo]) -> Callable[[str, Read], torch.Tensor]:
         """Prepares making single tensors in memory without the rest of the model.
@@ -441,6 +499,10 @@ def _to_disk(
 
 def _stand_in(info: TensorInfo) -> torch.Tensor:
     return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+
+def _is_of_pooler(name: str) -> bool:
+    return "pooler" in name.split(".")
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -6,10 +6,11 @@ are downloaded at the first read.
 
 from __future__ import annotations
 
+import json
 import logging
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints.bounds import refuse_more_modules_than_tensors
 from hf_llfc.checkpoints.checkpoint import Checkpoint
@@ -27,14 +28,16 @@ from hf_llfc.checkpoints.files import (
     Files,
     LocalFiles,
     TensorWeights,
+    Weights,
     is_adapter,
     open_weights,
     read_json,
-    refuse_quantised,
 )
 from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.checkpoints.planned import planned, state_dict_on_disk
+from hf_llfc.checkpoints.quantised import KEYS, quantised_config, without_quantisation
 from hf_llfc.checkpoints.settings import Settings, architecture_of
+from hf_llfc.checkpoints.wrapped import unwrapped
 from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.model_names import split_adapter
 
@@ -148,12 +151,11 @@ def _refuse_without_config(where: str, folder: Path) -> None:
 
 def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_stored: bool) -> Checkpoint:
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
-    refuse_quantised(files.where, raw.get("quantization_config"))
+    weights, raw = _open_stored(files, raw, allow_pickle)
     companions = _fetch_companions(files)
     sides = _fetch_sides(files)
     architecture = architecture_of(f"{files.where}/{CONFIG_FILE}", raw)
     settings = Settings.of_file(files, raw, trust_remote_code)
-    weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
     refuse_more_modules_than_tensors(f"{files.where}/{CONFIG_FILE}", raw, len(weights.infos))
     model_class = None if as_stored else _model_class(files, architecture, settings, trust_remote_code)
     opened = Checkpoint(
@@ -175,6 +177,27 @@ def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_st
     return planned(opened, weights)
 
 
+def _open_stored(files: Files, raw: dict[str, Any], allow_pickle: bool) -> tuple[Weights, dict[str, Any]]:
+    """The weights by the names of the model, and the config without what it wrongly says of their quantisation.
+
+    Raises:
+        CheckpointError: There are none, or they are quantised, cut off, corrupt or not safe to read.
+    """
+    said = quantised_config(files.where, raw)
+    try:
+        weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
+    except CheckpointError as error:
+        raise CheckpointError(f"{said} (found: {error})") if said is not None else error from error
+    if said is not None:
+        logger.warning(
+            "%s: config.json says that the weights are quantised, but no tensor in the files is; %s is left out",
+            files.where,
+            next(key for key in KEYS if f'"{key}"' in json.dumps(raw)),
+        )
+        raw = without_quantisation(raw)
+    return unwrapped(weights, files.where), raw
+
+
 def _below(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
@@ -183,7 +206,9 @@ def _open_model(model: PreTrainedModel) -> Checkpoint:
     label = model.name_or_path or type(model).__name__
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    refuse_quantised(label, config.to_dict().get("quantization_config"))
+    # Layers that are quantised in memory need not show it in the types of their tensors.
+    if error := quantised_config(label, config.to_dict()):
+        raise error
     weights = TensorWeights(label, state_dict_on_disk(model))
     return Checkpoint(
         id=label,

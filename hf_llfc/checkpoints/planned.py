@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from hf_llfc.checkpoints.buffers import is_buffer
 from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.files import CONFIG_FILE, Weights
 from hf_llfc.checkpoints.views.view import View
@@ -21,29 +23,74 @@ if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is load
 
 logger = logging.getLogger(__name__)
 
-_NAMES_IN_A_MESSAGE = 5
 
-
-def planned(checkpoint: Checkpoint, weights: Weights, heading: str | None = None) -> Checkpoint:
+def planned(
+    checkpoint: Checkpoint, weights: Weights, heading: str | None = None, *, has_head: bool = True
+) -> Checkpoint:
     """Gives the tensors of a checkpoint the names on disk of its model class, where that is known.
 
     Args:
         checkpoint: A checkpoint whose tensors have the names of its files.
         weights: The tensors by those names.
         heading: The first line of the error, if there is one.
+        has_head: Whether it must have all tensors of the class; else those of the base model are enough.
 
     Raises:
         CheckpointError: The tensors are not those of the model class.
     """
-    plan = _plan(checkpoint, weights, heading)
+    plan = _plan(checkpoint, weights, heading, has_head)
     if plan is None:
         return checkpoint
     making = _Making(checkpoint.label, plan, weights)
-    view = View(weights, plan.tensors, making.names, making.make)
-    return replace(checkpoint, tensors=plan.tensors, unused=plan.unused, weights=view)
+    spare = {name: weights.infos[name] for name in plan.spare if not is_buffer(name, weights.infos[name])}
+    return replace(
+        checkpoint,
+        tensors=plan.tensors,
+        unused=plan.unused,
+        spare=spare,
+        lacking=plan.lacking,
+        weights=View(weights, {**plan.tensors, **spare}, making.names, making.make),
+    )
 
 
-def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None) -> names.Plan | None:
+def under_head_of(base: Checkpoint, model: Checkpoint) -> Checkpoint:
+    """A base model in the class of a model that was trained from it; it lacks the tensors of the head.
+
+    Args:
+        base: The base model, in a class of its own.
+        model: The other, with a head.
+
+    Returns:
+        The base as it is where the class of the model is not known, or both are of one class.
+
+    Raises:
+        CheckpointError: The base lacks tensors of the base model.
+    """
+    from hf_llfc.checkpoints import names
+
+    kinds = [(each.settings.model_type, each.architecture) for each in (base, model)]
+    if kinds[0][0] != kinds[1][0] or kinds[0][1] == kinds[1][1] or model.architecture is None:
+        return base
+    model_class = model.model_class or names.find_model_class(
+        model.architecture, model.config, folder=model.folder, trust_remote_code=model.trust_remote_code
+    )
+    if model_class is None:
+        return base
+    config = deepcopy(base.config)
+    config.architectures = [model.architecture]
+    config.id2label, config.label2id = model.config.id2label, model.config.label2id
+    opened = replace(
+        base,
+        settings=base.settings.with_config(config),
+        architecture=model.architecture,
+        model_class=model_class,
+        tensors={**base.tensors, **base.spare},
+    )
+    heading = f"{base.label}: its tensors are not those of the base model of {model.architecture}"
+    return planned(opened, View(base.weights, opened.tensors, (), base.weights.read), heading, has_head=False)
+
+
+def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None, has_head: bool) -> names.Plan | None:
     """Finds how the tensors on disk come from those in the files; None if the model class is not known here."""
     model_class, where = checkpoint.model_class, checkpoint.label
     if model_class is None:
@@ -63,22 +110,14 @@ def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None) -> name
         f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it; fetch or save "
         "the checkpoint again"
     )
-    plan = layout.plan(weights.infos, heading)
+    body = frozenset() if has_head else layout.names_in_body
+    plan = layout.plan(weights.infos, heading, may_lack=lambda name: not has_head and name not in body)
     if plan.converted:
         logger.info(
             "%s: %d tensors are stored under other names, or in the layout of the memory; they are converted as they"
             " are read, which takes the memory of one group of tensors",
             where,
             len(plan.converted),
-        )
-    if plan.unused:
-        more = f" and {len(plan.unused) - _NAMES_IN_A_MESSAGE} more" if len(plan.unused) > _NAMES_IN_A_MESSAGE else ""
-        logger.warning(
-            "%s: %s does not use the tensors %s%s; they are left out",
-            where,
-            model_class.__name__,
-            ", ".join(plan.unused[:_NAMES_IN_A_MESSAGE]),
-            more,
         )
     return plan
 

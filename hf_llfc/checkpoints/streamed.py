@@ -40,8 +40,11 @@ class StreamedWeights(Mapping[str, torch.Tensor]):
         layout = Layout(checkpoint.model_class, checkpoint.config)
         self._read_memory = layout.memory_reader(checkpoint.tensors)
         self._names = layout.names_in_memory
+        self._lacking = {name: shape for name, shape in checkpoint.lacking.items() if name not in checkpoint.tensors}
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._lacking:
+            return torch.zeros(self._lacking[name])  # no answer is made from it
         total: torch.Tensor | None = None
         first: torch.Tensor | None = None
         for reader, weight in zip(self._readers, self.weights, strict=True):

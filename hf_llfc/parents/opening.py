@@ -18,7 +18,7 @@ from hf_llfc.checkpoints import (
 from hf_llfc.errors import CheckpointError, RecipeError, raise_all, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging import merged_infos
-from hf_llfc.parents.fitting import comparable, in_groups
+from hf_llfc.parents.fitting import comparable, in_groups, sharing
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import open_weights
 from hf_llfc.parents.stacking import Section, is_whole, stacked
@@ -91,7 +91,8 @@ class Models:
             for checkpoint, alignment in zip(self.parents, alignments, strict=True)
         ]
         moved += [Parent(self.base, None, self.head_of)] if self.base is not None else []
-        everyone = [replace(each, lenders=moved) for each in moved] if self.union is not None else moved
+        is_lent = self.union is not None or any(checkpoint.borrowed for checkpoint in self.all)
+        everyone = [replace(each, lenders=moved) for each in moved] if is_lent else moved
         return everyone[: len(self.parents)], everyone[-1] if self.base is not None else None
 
 
@@ -212,11 +213,25 @@ def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
     Raises:
         LLFCError: They do not, or what is asked for is not possible with them.
     """
-    head_of = comparable(opened.all, heads, aligned=align.method != "none")
-    everyone = in_groups(opened.all, align)
     count = len(opened.parents)
+    if opened.base is not None and heads == "own":
+        from hf_llfc.checkpoints.planned import under_head_of
+
+        opened = replace(opened, base=under_head_of(opened.base, opened.parents[0]))
+    everyone: Sequence[Checkpoint] = opened.all
+    head_of = comparable(everyone, heads, aligned=align.method != "none")
+    if head_of is None:
+        everyone = sharing(everyone, base=count if opened.base is not None else None)
+    everyone = in_groups(everyone, align)
     base = everyone[count] if opened.base is not None else None
-    return replace(opened, parents=everyone[:count], base=base, head_of=head_of)
+    source = everyone[0] if opened.tokenizer_source is opened.parents[0] and align.groups == "permutation" else None
+    return replace(
+        opened,
+        parents=everyone[:count],
+        base=base,
+        tokenizer_source=source or opened.tokenizer_source,
+        head_of=head_of,
+    )
 
 
 def united(opened: Models) -> Models:

@@ -31,8 +31,8 @@ class Parent:
         alignment: How it moves; None if it stays as it is.
         head_of: Another checkpoint of the same base model, whose architecture and head this one is given: models of
             different tasks are then compared by what they share. Not together with an alignment.
-        lenders: All models of the union of vocabularies, in its order and in the coordinates of the reference, whose
-            rows stand in for those that this one lacks; see `hf_llfc.checkpoints.views.reindexed`.
+        lenders: All models of the run, in its order and in the coordinates of the reference, where some lend: rows that
+            one lacks of the union of vocabularies, see `hf_llfc.checkpoints.views.reindexed`, or whole tensors.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +50,8 @@ class Parent:
         """Reads one tensor, moved."""
         if self.head_of is not None and self._is_of_head(name):
             return self.head_of.read(name)
+        if (lender := self._lender(name)) is not None:
+            return lender.read(name)
         if self._borrows(name):
             return self.read_unrounded(name).to(self.checkpoint.tensors[name].dtype)
         return self._moved(name, self.checkpoint.read)
@@ -57,6 +59,8 @@ class Parent:
     def read_unrounded(self, name: str) -> Tensor:
         """Reads one tensor, moved, for a sum that is rounded afterwards; see `Checkpoint.read_unrounded`."""
         assert self.head_of is None, "models under another's head are compared, not merged"
+        if (lender := self._lender(name)) is not None:
+            return lender.read_unrounded(name)
         moved = self._moved(name, self.checkpoint.read_unrounded)
         if not self._borrows(name):
             return moved
@@ -71,6 +75,11 @@ class Parent:
         if self.alignment is None:
             return read(name)
         return self.alignment.read_aligned(name, self.binding, read)
+
+    def _lender(self, name: str) -> Parent | None:
+        """The model whose tensor stands in for one that this one lacks."""
+        borrowed = self.checkpoint.borrowed
+        return self.lenders[borrowed[name]] if self.lenders and name in borrowed else None
 
     def _borrows(self, name: str) -> bool:
         """Whether rows of one tensor come from other models."""
@@ -87,7 +96,7 @@ class Parent:
 
     def span(self, name: str) -> FileSpan | None:
         """Where the bytes of one tensor lie in a file; None where it is moved or made as it is read."""
-        if self.head_of is not None or self._borrows(name):
+        if self.head_of is not None or self._borrows(name) or name in self.checkpoint.borrowed:
             return None
         if self.alignment is not None and self.alignment.moves(name, self.binding):
             return None
@@ -97,6 +106,8 @@ class Parent:
         """Where the bytes of a vector or matrix lie that is moved by whole rows and columns; None of all others."""
         shape = self.checkpoint.tensors[name].shape
         if self.alignment is None or self.head_of is not None or self._borrows(name) or not 1 <= len(shape) <= 2:
+            return None
+        if name in self.checkpoint.borrowed:
             return None
         places = self.alignment.places(name, self.binding)
         span = self.checkpoint.span(self.alignment.original(name, self.binding)) if places is not None else None

@@ -285,15 +285,14 @@ def test_a_tensor_that_is_there_under_an_old_and_a_new_name_is_read_once_with_a_
     assert checkpoint.fingerprint() == expected.fingerprint()
 
 
-def test_tensors_that_the_class_does_not_use_are_left_out_with_a_warning(save, caplog):
+def test_tensors_that_the_class_does_not_use_are_spare(save):
     folder = save("a", "bert", "masked-lm")
     expected = opened(folder)
     edit_weights(folder, lambda tensors: tensors | {"cls.seq_relationship.bias": torch.ones(2)})
-    with caplog.at_level(logging.WARNING, logger="hf_llfc"):
-        checkpoint = open_checkpoint(folder)
-    assert checkpoint.unused == ("cls.seq_relationship.bias",)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.unused == tuple(checkpoint.spare) == ("cls.seq_relationship.bias",)
     assert checkpoint.tensors == expected.tensors
-    assert "BertForMaskedLM does not use the tensors cls.seq_relationship.bias; they are left out" in caplog.text
+    assert torch.equal(checkpoint.weights.read("cls.seq_relationship.bias"), torch.ones(2))
 
 
 # -- models that transformers does not know

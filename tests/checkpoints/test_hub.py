@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from hf_llfc.checkpoints import compare, load_model, open_checkpoint
 from hf_llfc.errors import CheckpointError
@@ -185,9 +186,10 @@ def test_a_quantised_repository_is_refused_before_its_weights_are_asked_for(hub,
     folder = save()
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
+    save_file({"bert.pooler.dense.qweight": torch.ones(2, dtype=torch.int32)}, folder / "model.safetensors")
     hub.add_repo(NAME, folder)
-    refused(NAME, "quantised (gptq)")
-    assert downloads(hub) == {"config.json"}
+    refused(NAME, "quantised (gptq)", "bert.pooler.dense.qweight")
+    assert not any((Path(constants.HF_HUB_CACHE)).rglob("*.safetensors"))
 
 
 def test_a_file_that_is_cut_off_is_refused_before_it_is_fetched(hub, save):

@@ -222,10 +222,10 @@ PARENTS_AT_FAULT = {
         ["bad", "model.norm.weight"],
     ),
     "quantised weights": (
-        lambda shelf, tmp: with_config(
-            shelf / "b", tmp / "bad", quantization_config={"quant_method": "gptq", "bits": 4}
+        lambda shelf, tmp: damaged(
+            shelf / "b", tmp / "bad", lambda tensors: tensors.update({"lm_head.qweight": torch.ones(2)})
         ),
-        ["bad", "gptq"],
+        ["bad", "lm_head.qweight", "quantised"],
     ),
 }
 

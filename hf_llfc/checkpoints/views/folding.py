@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,7 +131,8 @@ def base_of(config: PeftConfig) -> str | None:
     name, revision = config.base_model_name_or_path, config.revision
     if not name:
         return None
-    return f"{name}@{revision}" if revision else str(name)
+    # A folder has no revisions: peft and transformers pass over the one that the config names.
+    return f"{name}@{revision}" if revision and not Path(name).expanduser().is_dir() else str(name)
 
 
 def is_independent(config: PeftConfig) -> bool:

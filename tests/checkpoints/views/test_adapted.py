@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hf_llfc
@@ -369,6 +369,7 @@ def test_a_quantised_base_of_the_config_is_refused_with_how_to_name_another(base
     config = json.loads((base / "config.json").read_text())
     shutil.copytree(base, tmp_path / "bits")
     (tmp_path / "bits" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "nf"}}))
+    save_file({"lm_head.weight.absmax": torch.ones(2)}, tmp_path / "bits" / "model.safetensors")
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "bits"))
     refused(adapter, "the weights are quantised (nf)", "BASE+ADAPTER")
     assert open_checkpoint(f"{base}+{adapter}").adapter is not None
