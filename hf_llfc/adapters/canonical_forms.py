@@ -151,7 +151,7 @@ def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
     circuits: list[Circuit] = []
     hidden: list[HiddenBiases] = []
     groups: dict[str, str] = {}
-    channels: dict[str, str] = {}  # tensor → the axis of its phases
+    channels: dict[str, AxisUse] = {}  # tensor → its phases, of each key/value head where there are several
     signs: dict[str, str] = {}  # neurons → the axis of their signs
     signed: set[str] = set()  # tensors that follow these
     for place, block in enumerate(network.blocks):
@@ -171,7 +171,8 @@ def _form(spec: PermutationSpec, network: Network) -> CanonicalForm:
             pass
         elif network.rotary:
             phases = f"phases.{place}"
-            channels |= {part.tensor: phases for side in sides for part in side}
+            turned = AxisUse(phases, _head_axis(spec, block.keys))
+            channels |= {part.tensor: turned for side in sides for part in side}
             circuits.append(Circuit(phases, PAIR_SCALES, *sides))
             groups[phases] = PHASES
         elif spec.axes[queries].symmetric:
@@ -227,15 +228,19 @@ def _parts(spec: PermutationSpec, name: str, piece: int) -> tuple[Part, ...]:
     return tuple(Part(f"{name}.{kind}", piece) for kind in KINDS if f"{name}.{kind}" in spec.tensors)
 
 
-def _last_axis(spec: PermutationSpec, output: tuple[str, int]) -> str:
-    """The innermost axis of a piece of what a map gives out."""
+def _of_output(spec: PermutationSpec, output: tuple[str, int]) -> Expression:
+    """A piece of what a map gives out."""
     name, piece = output
     dimensions = spec.tensors[f"{name}.weight"].dimensions
     of_output = next(
         each for each in dimensions if not (isinstance(each, AxisUse) and each.axis == STREAM) or len(dimensions) == 1
     )
-    part = of_output.parts[piece] if isinstance(of_output, Concatenation) else of_output
-    return list(axis_uses(part))[-1].axis
+    return of_output.parts[piece] if isinstance(of_output, Concatenation) else of_output
+
+
+def _last_axis(spec: PermutationSpec, output: tuple[str, int]) -> str:
+    """The innermost axis of a piece of what a map gives out."""
+    return list(axis_uses(_of_output(spec, output)))[-1].axis
 
 
 def _with_gain(tensor: TensorSpec) -> TensorSpec:
@@ -243,18 +248,22 @@ def _with_gain(tensor: TensorSpec) -> TensorSpec:
     return replace(tensor, dimensions=(AxisUse("gain"),))
 
 
-def _with_phases(tensor: TensorSpec, phases: str | None) -> TensorSpec:
-    """A projection whose channels turn in pairs, each head's on its own."""
+def _head_axis(spec: PermutationSpec, keys: tuple[str, int]) -> str | None:
+    """The axis of the key/value heads; None where there is one."""
+    root = next(axis_uses(_of_output(spec, keys))).axis
+    return root if root != _last_axis(spec, keys) else None
+
+
+def _with_phases(tensor: TensorSpec, phases: AxisUse | None) -> TensorSpec:
+    """A projection whose channels turn in pairs, those of each key and of the queries that meet it alike."""
     if phases is None:
         return tensor
 
     def turned(dimension: Expression) -> Expression:
         if isinstance(dimension, Product):
-            root = dimension.factors[0]
-            assert isinstance(root, AxisUse)
-            return Product((*dimension.factors[:-1], AxisUse(phases, root.axis)))
+            return Product((*dimension.factors[:-1], phases))
         if (isinstance(dimension, AxisUse) and dimension.axis == "rotary") or dimension == AxisUse("head_dim"):
-            return AxisUse(phases)
+            return phases
         return dimension
 
     return replace(tensor, dimensions=tuple(turned(each) for each in tensor.dimensions))

@@ -339,7 +339,8 @@ class Canonical:
             norm = self._readers[weight]
             if norm.shift is not None and norm.shift in self._present and self._shift_goes_to_biases(norm):
                 (dim,) = self._stream_dims(weight)
-                tensor = tensor + torch.tensordot(self._source(weight), self._source(norm.shift), ([dim], [0]))
+                shift = torch.tensordot(self._source(weight), self._source(norm.shift), ([dim], [0]))
+                tensor = tensor + shift.reshape(tensor.shape)  # of a convolution over single pixels, too
         dims = self._stream_dims(declared)
         if declared in self._readers:
             norm = self._readers[declared]
