@@ -163,6 +163,7 @@ def align(
     seed: int = 0,
     steps: int | None = None,
     learning_rate: float | None = None,
+    probe: bool = True,
     calibration: EvaluationConfig | Mapping[str, Any] | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
@@ -187,6 +188,7 @@ def align(
         seed: Seed.
         steps: Of learned matching; 500 where None.
         learning_rate: Of learned matching; 0.01 where None.
+        probe: Run the model on random inputs before and after it is moved, and refuse it if it answers otherwise.
         calibration: Data for activation matching and learned matching; with labels, what is learned has a low loss at
             the midpoint, without a small LLFC gap.
         allow_pickle: Whether weights that are pickled, not safetensors, may be opened.
@@ -199,11 +201,12 @@ def align(
 
     Raises:
         CheckpointError: The two do not fit each other.
-        AlignmentError: An option is not valid.
+        AlignmentError: An option is not valid, or the model answers otherwise after it is moved.
     """
     from hf_llfc.alignment.checkpoints import align_checkpoints
     from hf_llfc.parallel.devices import device_alone
     from hf_llfc.parents.opening import open_models
+    from hf_llfc.parents.probe import probed
     from hf_llfc.recipe import AlignSection, load_data
 
     progress = _shown(progress)
@@ -220,11 +223,13 @@ def align(
         seed=seed,
         steps=steps,
         learning_rate=learning_rate,
+        probe=probe,
         calibration=load_data(calibration) if calibration is not None else None,
     )
     place = device_alone(device)
     reference, moving = open_models([to, model], align=options, allow_pickle=allow_pickle).parents
     alignment = align_checkpoints(reference, moving, options, workers=_workers(place), device=place, progress=progress)
+    alignment = probed(alignment, moving, asked=options.probe, progress=progress)
     if alignment is None:
         raise AlignmentError(
             "the method `none` aligns nothing; use weight_matching, activation_matching or learned_matching"
@@ -429,6 +434,7 @@ def diagnose(
     from hf_llfc.parallel.ranks import OneProcess
     from hf_llfc.parents.data import batch_norm_data, open_data
     from hf_llfc.parents.opening import NOT_ALIGNED, open_models
+    from hf_llfc.parents.probe import probed
     from hf_llfc.parents.provenance import refuse_foreign_alignment
     from hf_llfc.recipe import DiagnoseSection, load_data
 
@@ -444,6 +450,7 @@ def diagnose(
     opened = open_models([a, b, *more], base=base_model, align=options, heads=heads, allow_pickle=allow_pickle)
     if given is not None and "model" in given.metadata:  # one that was written by hand names no inputs
         refuse_foreign_alignment(given, *opened.parents)
+    given = probed(given, opened.parents[1], progress=progress)
     first = opened.parents[0]
     alignments = [None, given]
     if given is None:

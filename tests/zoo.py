@@ -12,15 +12,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from hf_llfc.adapters.derived.inputs import sample_inputs
-from hf_llfc.adapters.derived.shrink import shrunken
+from hf_llfc.adapters.derived.shrink import _DEPTH, _kind_of, shrunken
 from hf_llfc.adapters.derived.spec import model_with_random_weights
 from hf_llfc.adapters.model_classes import model_class_for
 from tests.tiny_models import FullDouble
 
 __all__ = [
+    "VARIANTS",
     "FullDouble",
     "ZooResult",
     "default_config",
+    "varied_config",
     "zoo_config",
     "zoo_model",
     "zoo_reason",
@@ -186,3 +188,61 @@ def zoo_result(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.flo
 def default_config(model_type: str) -> PreTrainedConfig:
     """The default config of a model type, completed where it leaves open what a model needs."""
     return CONFIG_MAPPING[model_type](**copy.deepcopy(_COMPLETED.get(model_type, {})))
+
+
+VARIANTS = ("shallow", "deep", "wide")
+"""Configs of other sizes: the first three layers; two more, with the lists of layers the other way round; twice the
+widths and heads, and a larger vocabulary."""
+
+
+def varied_config(model_type: str, variant: str) -> PreTrainedConfig:
+    """The default config of a model type with other sizes throughout.
+
+    Raises:
+        Exception: Whatever the config class raises of such sizes.
+    """
+    config = default_config(model_type)
+    values = config.to_dict()
+    _change(values, _changed(config, variant))
+    return type(config).from_dict(values)
+
+
+def _changed(config: PreTrainedConfig, variant: str) -> dict[str, Any]:
+    """The fields of a config and its parts that differ."""
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    depth = next((values[name] for name in _DEPTH if type(values.get(name)) is int), 0)
+    count = {"shallow": 3, "deep": depth + 2}.get(variant, depth)
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = _kind_of(name)
+        if isinstance(value, PreTrainedConfig):
+            changed[name] = _changed(value, variant)
+        elif variant == "wide":
+            least = {"width": 16, "ffn": 16, "heads": 2, "kv_heads": 2}.get(kind or "")
+            if type(value) is int and least is not None and value >= least:
+                changed[name] = 2 * value
+            elif type(value) is int and kind == "vocab":
+                changed[name] = value + 40
+        elif kind == "depths" and isinstance(value, list | tuple):
+            changed[name] = [1 if variant == "shallow" else each + 1 for each in value]
+        elif _is_staged(values) or depth <= 3:
+            continue
+        elif name in _DEPTH and value == depth:
+            changed[name] = count
+        elif isinstance(value, list | tuple) and len(value) == depth and name != "stage_names":
+            numbers = all(type(each) is int for each in value) and name.endswith("_layers") and max(value) > 1
+            turned = [*value] if variant == "shallow" else [*value[::-1], *value]
+            changed[name] = list(range(count)) if numbers else turned[:count]
+    return changed
+
+
+def _is_staged(values: dict[str, Any]) -> bool:
+    return any(_kind_of(name) == "depths" and isinstance(value, list | tuple) for name, value in values.items())
+
+
+def _change(values: dict[str, Any], changed: dict[str, Any]) -> None:
+    for name, value in changed.items():
+        if isinstance(value, dict) and isinstance(values.get(name), dict):
+            _change(values[name], value)
+        elif not isinstance(value, dict):
+            values[name] = value

@@ -81,6 +81,19 @@ def matching_cost(
     return {"operations": operations, "bytes": float(involved * itemsize) * read, "seconds": seconds}
 
 
+def probe_seconds(checkpoint: Checkpoint) -> float:
+    """Time that the probe of one moved model takes on this machine, from the headers and a short measurement.
+
+    Twice every weight is read, cast to float32 and copied into the model, and meets the tokens of the inputs.
+    """
+    from hf_llfc.adapters.derived.builders import LENGTH
+    from hf_llfc.parents.probe import ROWS
+
+    per_operation, per_byte = machine_costs()
+    elements = sum(info.elements for info in checkpoint.tensors.values())
+    return 2 * (elements * 2 * LENGTH * ROWS * per_operation + (checkpoint.nbytes + 4 * 4 * elements) * per_byte)
+
+
 def machine_costs(device: torch.device | None = None) -> tuple[float, float]:
     """Seconds that an operation of a float32 matrix product and a byte copied in memory take, measured in a moment.
 

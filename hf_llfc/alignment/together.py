@@ -19,6 +19,7 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parallel.workers import Workers
+from hf_llfc.parents.probe import probed
 from hf_llfc.parents.provenance import identified
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment
@@ -56,12 +57,29 @@ def align_all(
         progress: Shown meanwhile.
 
     Returns:
-        One alignment a model; None for the reference, and for the method `none`.
+        One alignment a model, probed where the options ask for it; None for the reference, and for the method `none`.
 
     Raises:
         SpecError: The architecture has no adapter, or a checkpoint does not fit it.
+        AlignmentError: A model answers otherwise after it is moved, see `hf_llfc.parents.probe`.
     """
     workers = workers if workers is not None else Workers(torch.get_num_threads())
+    found = _matched_all(reference, models, options, workers, device, progress)
+    return [
+        probed(alignment, model, asked=options.probe, workers=workers, progress=progress)
+        for alignment, model in zip(found, models, strict=True)
+    ]
+
+
+def _matched_all(
+    reference: Checkpoint,
+    models: Sequence[Checkpoint],
+    options: AlignSection,
+    workers: Workers,
+    device: torch.device | None,
+    progress: Progress,
+) -> list[Alignment | None]:
+    """Finds the transforms, see `align_all`."""
 
     def align(onto: Checkpoint, model: Checkpoint, options: AlignSection) -> Alignment | None:
         return align_checkpoints(onto, model, options, workers=workers, device=device, progress=progress)

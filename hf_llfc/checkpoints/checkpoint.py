@@ -82,6 +82,7 @@ class Checkpoint:
         adapter: The adapter that is folded into its tensors, if there is one.
         canonical: The permutation spec of its canonical form, if its tensors are in that; see
             `hf_llfc.checkpoints.views.canonical`.
+        original: The checkpoint whose canonical form it is.
         reindexing: How its rows lie in a union of vocabularies, if they do; see `hf_llfc.checkpoints.views.reindexed`.
         trust_remote_code: Whether code that comes with it may be run.
         side_files: Path below its folder → what else goes with a result: what makes it a SentenceTransformer, licences.
@@ -101,6 +102,7 @@ class Checkpoint:
     weights: Weights = field(repr=False)
     adapter: Adapter | None = None
     canonical: PermutationSpec | None = None
+    original: Checkpoint | None = None
     reindexing: Reindexing | None = None
     trust_remote_code: bool = False
     side_files: Mapping[str, Path] = field(default_factory=dict)

@@ -80,6 +80,7 @@ class StreamedModel:
         weights: Sequence[float],
         *,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Builds the model with accelerate's offloading hooks.
 
@@ -88,6 +89,7 @@ class StreamedModel:
             readers: One a model, for names on disk.
             weights: One a model; they sum to one.
             device: Where modules run.
+            dtype: The dtype of the model; None keeps the one in which most weights are stored.
 
         Raises:
             CheckpointError: The model class is not known, or has batch normalization, whose statistics belong to
@@ -102,8 +104,7 @@ class StreamedModel:
         self._weights = StreamedWeights(checkpoint, readers, weights)
         with init_empty_weights(include_buffers=False):
             model = checkpoint.model_class(deepcopy(checkpoint.config))
-        dtype = most_common_dtype(checkpoint.tensors)
-        model = nn.Module.to(model, dtype) if dtype is not None else model
+        _cast(model, dtype or most_common_dtype(checkpoint.tensors))
         execution_device = torch.device(device)
         # Its parameters are nowhere, but what runs it asks the model for the device of its inputs.
         kind = type(model)
@@ -118,3 +119,12 @@ class StreamedModel:
         """Sets the weights; `buffers` belong to batch normalization, which is refused."""
         assert not buffers
         self._weights.weights = tuple(weights)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Casts what a checkpoint holds; the rest (frequencies of a rotary embedding) keeps its precision, as elsewhere."""
+    for module in model.modules():
+        buffers = [each for name, each in module._buffers.items() if name not in module._non_persistent_buffers_set]
+        for tensor in (*module._parameters.values(), *buffers):
+            if dtype is not None and tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)

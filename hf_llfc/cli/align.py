@@ -19,7 +19,8 @@ def execute(options: argparse.Namespace) -> int:
     refuse_unused_data(options)
     if options.use is not None:
         # An alignment that was found between canonical forms is one of these only.
-        names = [*(name for name in matching_names() if name != "groups"), "seed", *options_of(EvaluationConfig)]
+        of_matching = [name for name in matching_names() if name not in ("groups", "probe")]
+        names = [*of_matching, "seed", *options_of(EvaluationConfig)]
         refuse_given(options, dict.fromkeys(names), "with --use, which matches nothing")
     settings = AlignSection(**given(options, AlignSection), calibration=evaluation_config(options, required=False))
     with progress_bars(shown=not options.quiet) as progress:

@@ -49,8 +49,9 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
 
     Returns:
         `method`, objectives, cosines and `converged` where the method has them, `axes` with the units moved by kind of
-        axis, and one `sentence`. Of more than two models that were aligned `together`: how, how many `models`, the
-        `centre` of a star, and of a universe the mean cosine of all pairs.
+        axis, and one `sentence`; `probe_change` and `probe_precision` of its probe, or `probe_left_out`, why there was
+        none. Of more than two models that were aligned `together`: how, how many `models`, the `centre` of a star, and
+        of a universe the mean cosine of all pairs.
     """
     kinds: dict[str, list[int]] = {}
     for axis, (moved, units) in alignment.moved.items():
@@ -75,7 +76,7 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
         )
         if key in alignment.metadata
     }
-    summary |= _joint(alignment.metadata)
+    summary |= _joint(alignment.metadata) | _probe(alignment.metadata)
     summary["reference"] = alignment.metadata.get("reference", {}).get("id")
     summary["model"] = alignment.metadata.get("model", {}).get("id")
     summary["axes"] = [{"axis": kind, "moved": moved, "units": units} for kind, (moved, units) in kinds.items()]
@@ -97,7 +98,17 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
         )
     if "assignment_gap" in summary:
         sentence += f"; exact assignments would raise the objective by less than {summary['assignment_gap']:.1e} of it"
+    if "probe_change" in summary:
+        sentence += f"; random inputs give the same answers to {summary['probe_change']:.0e} of the largest"
+    elif "probe_left_out" in summary:
+        sentence += f"; that the moved model answers the same was not probed: {summary['probe_left_out']}"
     return {**summary, "sentence": sentence}
+
+
+def _probe(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the metadata of an alignment say of its probe, see `hf_llfc.parents.probe`."""
+    probe: Mapping[str, Any] = metadata.get("probe", {})
+    return {f"probe_{key}": value for key, value in probe.items()}
 
 
 def _joint(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_llfc.alignment.costs import matching_cost
+from hf_llfc.alignment.costs import matching_cost, probe_seconds
 from hf_llfc.checkpoints import Checkpoint, OutputFolder
 from hf_llfc.parallel.devices import device_alone
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs, stand_ins
+from hf_llfc.parents.probe import is_in_memory
 from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
@@ -48,7 +49,8 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
         `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
         models take (Python, its libraries and activations come on top), as JSON values. Where weights are matched, if
         only for another method to start from, `matching` in `cost` holds what one sweep over one model takes:
-        `operations`, `bytes`, and `seconds` as a short measurement on this machine predicts them.
+        `operations`, `bytes`, and `seconds` as a short measurement on this machine predicts them; `probe` holds the
+        `seconds` of probing the moved models.
 
     Raises:
         LLFCError: The recipe or its parents are at fault.
@@ -70,6 +72,7 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
         lacking = [len(opened.union.lacking(place)) for place in range(len(opened.all))]
         of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(opened.all, lacking, strict=True))
         steps.append({"step": "vocabulary", "what": f"union of {len(opened.union.tokens)} tokens; {of_each}"})
+    moving = [each for each in opened.parents if each is not opened.reference]
     if recipe.align.method != "none":
         spec = alignment_spec(first, recipe.align)
         kinds = sorted({axis.split(".")[0] for axis in bind(spec, first).symmetric_axes})
@@ -78,6 +81,10 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
         if recipe.align.together != "reference" and len(opened.all) > 2:
             what += f", in a {recipe.align.together} of {len(opened.all)} models"
         steps.append({"step": "align", "what": what})
+        if recipe.align.probe:
+            held_how = "in memory" if is_in_memory(first) else "whose weights are read as its modules run"
+            what = f"{', '.join(each.id for each in moving)} on random inputs before and after, each {held_how}"
+            steps.append({"step": "probe", "what": what})
     if recipe.method is not None and recipe.measures_importance:
         on = ", ".join(sorted({str(each.dataset) for each in _importance_data(recipe)}))
         steps.append({"step": "importance", "what": f"{recipe.method.importance} on {on}"})
@@ -100,7 +107,11 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
     by_weights = recipe.align.method not in ("none", "activation_matching")
     matching = {"matching": matching_cost(first, recipe.align, len(opened.all), device)} if by_weights else {}
     reads = read * (1 if recipe.align.method == "none" else 2)
-    cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching}
+    probing = {}
+    if recipe.align.method != "none" and recipe.align.probe:
+        reads += 2 * sum(each.nbytes for each in moving)
+        probing = {"probe": {"seconds": len(moving) * probe_seconds(first)}}
+    cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching, **probing}
     return {"steps": steps, "cost": cost}
 
 

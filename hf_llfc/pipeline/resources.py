@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import psutil
 
 from hf_llfc.alignment.costs import matching_memory
 from hf_llfc.checkpoints import Checkpoint, OutputFolder, TensorInfo
 from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.choices import UNION
+from hf_llfc.parallel.memory import available_memory
+from hf_llfc.parents.probe import probe_memory
 from hf_llfc.recipe import Recipe
 
 # The card, plots, tokenizer and alignments beside the weights.
 _ROOM_BESIDE = 50_000_000
-# What the kernel tells of a container in its interfaces of version 2 and 1: limit, usage, and the statistic that says
-# how much of the usage only caches files.
-_CONTAINERS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-)
 
 
 def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mapping[str, TensorInfo]) -> int:
@@ -41,6 +34,7 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
         held = max(held, (len(checkpoints) + 3) * largest)
     if recipe.align.method != "none":
         held = max(held, matching_memory(checkpoints[0], recipe.align, len(checkpoints)))
+        held = max(held, probe_memory(checkpoints[0]) if recipe.align.probe else 0)
     if recipe.measures_importance:
         # A model, its gradient and its importance in float32.
         held = max(held, max(each.nbytes for each in checkpoints) + 3 * importance_bytes(infos))
@@ -90,17 +84,3 @@ def refuse_without_memory(needed: int) -> None:
             f"tensors take {needed / 1e9:.2f} GB of memory at the peak of this run, and {free / 1e9:.2f} GB are free;"
             " free some, or ask for less: `offload` in `diagnose`, or `exclude` the widest axis of `align`"
         )
-
-
-def available_memory() -> int:
-    """Bytes of memory and swap that are free for this process, within the limit of its container."""
-    free = psutil.virtual_memory().available
-    for folder, limit, usage, cache in _CONTAINERS:
-        try:
-            bound, used = (int((Path(folder) / name).read_text(encoding="ascii")) for name in (limit, usage))
-            statistics = (Path(folder) / "memory.stat").read_text(encoding="ascii").splitlines()
-            cached = {name: int(count) for name, count in map(str.split, statistics)}[cache]
-        except (OSError, ValueError, KeyError):  # there is no container, or it sets no limit
-            continue
-        free = min(free, max(bound - used + cached, 0))
-    return int(free + psutil.swap_memory().free)

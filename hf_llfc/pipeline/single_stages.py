@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from hf_llfc.alignment.costs import matching_memory
@@ -20,6 +21,7 @@ from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.data import open_recipe_data
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import open_recipe, refuse_replacing_inputs
+from hf_llfc.parents.probe import probed
 from hf_llfc.parents.provenance import refuse_foreign_alignment
 from hf_llfc.parents.specs import spec_of
 from hf_llfc.pipeline.evidence import keep_alignments, save_alignments
@@ -77,7 +79,12 @@ def write_aligned(
 
         run.on_main(begin)
         with run.staged() as run:
-            run = align_parents(run) if given is None else keep_alignments(run, lambda: [given], spec_of(reference))
+            if given is None:
+                run = align_parents(run)
+            else:
+                asked, workers = recipe.align.probe, processes.workers()
+                shown = partial(probed, given, moving, asked=asked, workers=workers, progress=run.progress)
+                run = keep_alignments(run, lambda: [shown()], spec_of(reference))
             (alignment,) = run.alignments
             assert alignment is not None
             if not run.on_main(lambda run: output.journal.is_complete):

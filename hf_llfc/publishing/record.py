@@ -67,6 +67,9 @@ class AlignmentSummary:
         together: Of several models that were aligned at once: `star` or `universe`.
         models: How many those are.
         centre: The model in the middle of a star.
+        probe_change: The largest change of an answer to random inputs, relative to the largest entry.
+        probe_precision: The dtype that it was measured in.
+        probe_left_out: Why it was not measured.
     """
 
     method: str = "alignment"
@@ -88,6 +91,9 @@ class AlignmentSummary:
     pairs_cosine_after: float | None = None
     reference: str | None = None
     model: str | None = None
+    probe_change: float | None = None
+    probe_precision: str | None = None
+    probe_left_out: str | None = None
     axes: tuple[MovedAxis, ...] = ()
 
     @classmethod

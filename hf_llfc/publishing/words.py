@@ -109,9 +109,19 @@ def alignment_sentence(alignment: AlignmentSummary) -> str:
         if alignment.moved and len(axes) > 1:
             kinds = [f"{axis.moved} of {axis.units} {_AXES.get(axis.axis, axis.axis)}" for axis in axes]
             text += f" ({', '.join(kinds)})"
-    changes = _changes(alignment)
+    changes = [*_changes(alignment), *_probe(alignment)]
     text += f"; {', '.join(changes)}" if changes else ""
     return text + ("; it had not converged." if alignment.converged is False else ".")
+
+
+def _probe(alignment: AlignmentSummary) -> list[str]:
+    """Whether the moved model answered as before."""
+    if alignment.probe_left_out is not None:
+        return [f"that it answers as before was not probed ({alignment.probe_left_out})"]
+    if alignment.probe_change is None:
+        return []
+    same = "the same answers" if alignment.probe_change == 0 else f"the same answers to {alignment.probe_change:.0e}"
+    return [f"random inputs give {same}"]
 
 
 def _changes(alignment: AlignmentSummary) -> list[str]:

@@ -149,6 +149,10 @@ class AlignSection:
     seed: int = option("Seed of visit orders and random starts.", 0, shown="the seed of the recipe")
     steps: int | None = option("Steps of learned matching.", None, at_least=1, shown="500")
     learning_rate: float | None = option("Highest learning rate of learned matching.", None, above=0, shown="0.01")
+    probe: bool = option(
+        "Run each aligned model on random inputs before and after it is moved, and refuse one that answers otherwise.",
+        True,
+    )
     calibration: EvaluationConfig | None = option(
         "Data for activation, commutativity and learned matching; with labels, learned matching lowers the loss of the "
         "merge, without them its LLFC gap.",

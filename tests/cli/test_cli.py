@@ -113,7 +113,7 @@ def test_dry_run_plans_and_writes_nothing(shelf, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     size = sum(tensor.nbytes for tensor in load_file(shelf / "a" / "model.safetensors").values())
     assert plan["cost"]["bytes_written"] == size and plan["cost"]["bytes_read"] >= 2 * size
-    assert [step["step"] for step in plan["steps"]] == ["read", "align", "merge", "diagnose", "write"]
+    assert [step["step"] for step in plan["steps"]] == ["read", "align", "probe", "merge", "diagnose", "write"]
     matching = plan["cost"]["matching"]
     assert matching["operations"] > 0 and matching["bytes"] >= size and 0 < matching["seconds"] < 60
     assert not (tmp_path / "out").exists()

@@ -62,7 +62,12 @@ def test_alignment_reads_twice_and_names_what_may_move(shelf):
     answer = planned(shelf, align={"method": "weight_matching", "exclude": ["residual"]})
     said = steps_of(answer)["align"]
     assert said.startswith("weight_matching over ") and "residual" not in said and said.endswith(f"onto {shelf / 'a'}")
-    assert answer["cost"]["bytes_read"] == 4 * BYTES
+    assert answer["cost"]["bytes_read"] == 4 * BYTES + 2 * BYTES  # the last of them by the probe of B
+    assert steps_of(answer)["probe"] == f"{shelf / 'b'} on random inputs before and after, each in memory"
+    assert 0 < answer["cost"]["probe"]["seconds"] < 10
+    without = planned(shelf, align={"method": "weight_matching", "probe": False})
+    assert "probe" not in steps_of(without) and "probe" not in without["cost"]
+    assert without["cost"]["bytes_read"] == 4 * BYTES
     assert 0 < answer["cost"]["matching"]["bytes"] < BYTES and answer["cost"]["matching"]["operations"] > 0
 
 
@@ -74,7 +79,7 @@ def test_task_vectors_are_aligned_onto_their_base(shelf):
         align={"method": "weight_matching", "together": "universe"},
     )
     assert steps_of(answer)["align"].endswith(f"onto {shelf / 'base'}, in a universe of 3 models")
-    assert answer["cost"]["bytes_read"] == 2 * 3 * BYTES
+    assert answer["cost"]["bytes_read"] == 2 * 3 * BYTES + 2 * 2 * BYTES
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 
 from hf_llfc.checkpoints import OutputFolder, TensorInfo
 from hf_llfc.errors import CheckpointError
+from hf_llfc.parallel import memory
 from hf_llfc.pipeline import resources
 
 GIB = 2**30
@@ -19,7 +20,7 @@ def machine(monkeypatch):
     """A machine with 8 GiB free and 1 GiB of swap, outside any container."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=GIB))
-    monkeypatch.setattr(resources, "_CONTAINERS", ())
+    monkeypatch.setattr(memory, "_CONTAINERS", ())
 
 
 def test_memory_and_swap_count(machine):
@@ -35,8 +36,8 @@ def test_a_container_s_limit_counts_without_what_only_caches_files(machine, monk
     (tmp_path / "max").write_text(limit + "\n")
     (tmp_path / "current").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon 5\nfile {2 * GIB}\n")
-    monkeypatch.setattr(resources, "_CONTAINERS", ((str(tmp_path), "max", "current", "file"),))
-    assert resources.available_memory() == expected * GIB
+    monkeypatch.setattr(memory, "_CONTAINERS", ((str(tmp_path), "max", "current", "file"),))
+    assert memory.available_memory() == expected * GIB
 
 
 def test_room_on_the_disk_counts_with_what_an_interrupted_run_left(monkeypatch, tmp_path):

@@ -89,9 +89,7 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
     return inputs
 
 
-@pytest.mark.parametrize(
-    ("name", "values"), TABLE, ids=[f"{place}-{name}" for place, (name, _) in enumerate(TABLE)]
-)
+@pytest.mark.parametrize(("name", "values"), TABLE, ids=[f"{place}-{name}" for place, (name, _) in enumerate(TABLE)])
 def test_canonical_form_and_random_transforms_keep_the_answers(name: str, values: dict[str, Any]):
     model = model_of(name, values)
     inputs = inputs_for(model)

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
-from hf_llfc.adapters import known_model_types
+from hf_llfc.adapters import known_model_types, spec_for
+from hf_llfc.adapters.derived.shrink import MAX_PARAMETERS, build_on_meta, parameter_count, shrunken
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.errors import CheckpointError, SpecError
 from hf_llfc.parents.specs import SAVED_IN_OTHER_ORDER, is_sorted_as_saved, open_weights
 from tests import zoo_page
-from tests.zoo import zoo_result, zoo_types
+from tests.zoo import VARIANTS, varied_config, zoo_result, zoo_types
 from tests.zoo_table import examine, reason_not_to_run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "model_types.md").read_text()
@@ -103,3 +105,45 @@ def test_weights_alone_are_in_the_order_in_which_the_class_saves_them(model_type
         assert list(light.tensors) == list(full.tensors)
     elif model_type in SAVED_IN_OTHER_ORDER:
         assert sorted(full.tensors, key=natural_order) != list(full.tensors)
+
+
+# Types whose specs are derived, and those that stood out: lists layer by layer, kinds of layers, parts of other types.
+DERIVED = [model_type for model_type in zoo_types() if model_type not in known_model_types()]
+VARIED = (*FAST, "gemma4", "lighton_ocr", "mgp-str", "qwen3_omni_moe_thinker", "ultrabert", "vivit")
+
+
+def varied(model_type: str, variant: str) -> PreTrainedConfig:
+    """A config of other sizes; skipped where transformers builds no model of it, or of the default one."""
+    try:
+        config = varied_config(model_type, variant)
+        build_on_meta(config)
+        rows()[model_type]
+    except Exception as error:  # whatever a config class or modelling file raises of sizes that it does not take
+        pytest.skip(str(error))
+    return config
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(each, marks=() if each in VARIED else pytest.mark.zoo) for each in DERIVED]
+)
+def test_configs_of_other_sizes_can_be_shrunk(model_type: str):
+    if rows()[model_type].count("|") <= 4:
+        pytest.skip("no tiny model of it runs, as its row says")
+    for variant in VARIANTS:
+        try:
+            config = varied_config(model_type, variant)
+            build_on_meta(config)
+        except Exception:  # whatever a config class or modelling file raises of sizes that it does not take
+            continue
+        small = shrunken(config)
+        assert parameter_count(build_on_meta(small)) < MAX_PARAMETERS, variant
+        assert small.model_type == model_type
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_type", DERIVED)
+def test_configs_of_other_sizes_have_a_spec(model_type: str, variant: str):
+    config = varied(model_type, variant)
+    if rows()[model_type].endswith("✓ |"):
+        assert spec_for(config).origin == "derived"

@@ -45,6 +45,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("vocoder", r"upsample_initial_channel"),
     ("n_window", r"n_window"),
     ("vocab", r".*(vocab_size|vocab_size_per_layer_input|_vocab|n_vocab|num_embeddings|num_embeds|vocab_sizes?)"),
+    ("vocab", r"num_(character|bpe|wordpiece)_labels"),
     ("experts", r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_moe_experts|zero_expert_num"),
     ("groups", r"n_group|num_expert_group|n_groups|mamba_n_groups"),
     ("one", r"topk_group|first_k_dense_replace|num_dense_layers|moe_layer_start_index"),
@@ -124,6 +125,11 @@ _TO_TEXT = ("out_hidden_size", "text_hidden_size", "output_proj_dims")
 _TAPS = (
     r".*(out_indices|visual_indexes|layers_indices|extract_layers|vision_feature_layer|target_layers|hook_ids"
     r"|state_indices|attn_indexes|attention_blocks|block_indexes|block_indices)"
+)
+
+# Lists that may have as many entries as there are layers, and are none of them layer by layer.
+_NOT_BY_LAYER = (
+    r"stage_names|(.*_)?(tubelet|patch|image|img|kernel|window|grid|crop)_sizes?|.*(mean|std|strides?|padding)"
 )
 
 # Sections of rotary embeddings that a modelling file has as its own default, for heads of the config's default size.
@@ -503,7 +509,10 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
     by_layer = {
         name: value
         for name, value in values.items()
-        if isinstance(value, list | tuple) and len(value) == depth and depth > 2 and name != "stage_names"
+        if isinstance(value, list | tuple)
+        and len(value) == depth
+        and depth > 2
+        and not re.fullmatch(_NOT_BY_LAYER, name)
     }
     # Lists that say for every layer which layer it takes something from, most often itself.
     references = {

@@ -77,6 +77,7 @@ class Layout:
         scales: Learned scales of what a layer adds to the residual stream.
         feed_forward: Declares the MLP of a layer and counts its neurons.
         rotary: Whether positions rotate queries and keys.
+        head_dim: The config's name for the channels of a head; empty where the model reads none.
     """
 
     prefix: str
@@ -90,6 +91,7 @@ class Layout:
     scales: tuple[str, ...] = ()
     feed_forward: Callable[[Any], tuple[list[str], int]] = _mlp
     rotary: bool = False
+    head_dim: str = "head_dim"
 
 
 DINOV2 = Layout(
@@ -115,6 +117,7 @@ LAYOUTS: dict[str, Layout] = {
         last_norm="norm",
         feed_forward=_dinov3_mlp,
         rotary=True,
+        head_dim="",
     ),
     "ijepa": Layout("ijepa", tokens={"mask_token": "1 1"}),
     "vit": Layout("vit", (*CLASSIFIER, *MASKED_PATCHES)),
@@ -142,7 +145,7 @@ def vit(config: Any) -> PermutationSpec:
     layout, options = LAYOUTS[config.model_type], config.to_dict()
     heads = heads_of(
         config.num_attention_heads,
-        head_dim=config.hidden_size // config.num_attention_heads,
+        head_dim=options.get(layout.head_dim) or config.hidden_size // config.num_attention_heads,
         free_channels=not layout.rotary,
     )
     feed_forward, neurons = layout.feed_forward(config)

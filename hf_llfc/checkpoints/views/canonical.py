@@ -53,6 +53,7 @@ def canonical_checkpoint(checkpoint: Checkpoint, form: CanonicalForm) -> Checkpo
         settings=settings,
         tensors=infos,
         canonical=form.spec,
+        original=checkpoint,
         reindexing=reindexing,
         weights=View(checkpoint.weights, infos, frozenset(changed), make, {"canonical": 2}),
     )
