@@ -86,12 +86,11 @@ def probe_seconds(checkpoint: Checkpoint) -> float:
 
     Twice every weight is read, cast to float32 and copied into the model, and meets the tokens of the inputs.
     """
-    from hf_llfc.adapters.derived.builders import LENGTH
-    from hf_llfc.parents.probe import ROWS
+    from hf_llfc.parents.probe import TOKENS
 
     per_operation, per_byte = machine_costs()
     elements = sum(info.elements for info in checkpoint.tensors.values())
-    return 2 * (elements * 2 * LENGTH * ROWS * per_operation + (checkpoint.nbytes + 4 * 4 * elements) * per_byte)
+    return 2 * (elements * 2 * TOKENS * per_operation + (checkpoint.nbytes + 4 * 4 * elements) * per_byte)
 
 
 def machine_costs(device: torch.device | None = None) -> tuple[float, float]:

@@ -43,6 +43,9 @@ UNCONFIRMED = 1e-3
 ROWS = 2
 """Samples of the random inputs."""
 
+TOKENS = 24
+"""What those of a text model hold together."""
+
 Read = Callable[[str], Tensor]
 
 

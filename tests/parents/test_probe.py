@@ -232,6 +232,8 @@ def test_a_model_without_room_in_memory_is_read_as_its_modules_run(monkeypatch):
     assert probing._Pair.of(checkpoint).change(alignment, probing._Inputs(), torch.float32) == in_memory
     assert probe(alignment, checkpoint)["change"] == float(f"{in_memory:.0e}")
     assert probing.probe_memory(checkpoint) == 256 * 24 * (4 + 2)
+    inputs = probing._Inputs().of(byte_llama(0), torch.float32)
+    assert inputs["input_ids"].numel() == probing.TOKENS
 
 
 def test_a_model_that_cannot_be_run_is_left_out_with_the_reason(monkeypatch, caplog, tmp_path):

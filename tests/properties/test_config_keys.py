@@ -199,7 +199,7 @@ def test_whatever_a_config_says_the_spec_is_that_of_the_model(model_type: str):
             found = problem(model)
             problems |= {str(changes): found} if found is not None else {}
     assert not problems
-    assert checked >= 5
+    assert checked >= 1  # of models of several parts, whose keys are those of the parts' own types
 
 
 def test_the_adapter_is_watched():

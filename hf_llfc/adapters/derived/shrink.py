@@ -506,12 +506,12 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
     depth = _first(values, _DEPTH)
     if depth is None:
         return small
+    # A config whose number of layers was set afterwards keeps its list of layer types, of which the first count.
     by_layer = {
-        name: value
+        name: value[:depth]
         for name, value in values.items()
         if isinstance(value, list | tuple)
-        and len(value) == depth
-        and depth > 2
+        and (len(value) == depth > 2 or (len(value) > depth and name.endswith("layer_types")))
         and not re.fullmatch(_NOT_BY_LAYER, name)
     }
     # Lists that say for every layer which layer it takes something from, most often itself.

@@ -128,6 +128,25 @@ def test_heads_that_are_not_the_width() -> None:
     assert small.head_dim * small.num_attention_heads != small.hidden_size
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("model_type", ["lighton_ocr", "ultrabert"])
+def test_layers_that_are_counted_anew_afterwards(model_type: str, count: int) -> None:
+    """Their kinds are still listed for all layers that there were."""
+    config = zoo.default_config(model_type)
+    text = config.get_text_config()
+    assert len(text.layer_types) > count
+    text.num_hidden_layers = count
+    small = shrunken(config).get_text_config()
+    assert small.num_hidden_layers == len(small.layer_types) == min(count, 2)
+    assert {*small.layer_types} == {*text.layer_types[:count]}
+
+
+def test_lists_as_long_as_there_are_layers_that_are_not_of_layers() -> None:
+    config = zoo.default_config("vivit")
+    config.num_hidden_layers = len(config.tubelet_size)
+    assert len(shrunken(config).tubelet_size) == 3
+
+
 def test_layers_that_share_keys_and_values() -> None:
     config = zoo.default_config("gemma3n_text")
     small = shrunken(config)
