@@ -218,6 +218,16 @@ class Layout:
         """Name in memory of a weight that is tied to another → the name of that other."""
         return tied_weights(self._model)
 
+    def in_memory(self, name: str) -> str | None:
+        """The name in memory of a tensor with an older name, perhaps; None where no single tensor has it."""
+        if name in self._all_memory:
+            return name
+        renamings = [transform for transform in self._loading if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in self._loading if isinstance(transform, WeightConverter)]
+        prefix = self._model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, self._all_memory)
+        return target if pattern is None and target in self._all_memory else None
+
     def empty_model(self) -> PreTrainedModel:
         """A new model, without memory for its weights."""
         return deepcopy(self._model)

@@ -24,12 +24,32 @@ _ANYWHERE = re.compile(
 _IN_FRONT = ("module.", "base_model.model.")
 """What DDP, DeepSpeed and peft put in front of every name."""
 
+_NAME_OF_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save)\.default(?=\.|$)"
+)
+
 _OF_ADAPTERS = re.compile(r"\.(?:lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector|modules_to_save)\.")
 
 
 def unwrapped_name(name: str) -> str:
     """A name without the modules that wrappers put anywhere into it."""
     return _ANYWHERE.sub("", name)
+
+
+def unwrapped_adapter(weights: Weights, where: str) -> Weights:
+    """The tensors of an adapter under the names that peft writes: without wrappers, and without the adapter's own name.
+
+    Args:
+        weights: As they are stored.
+        where: What messages call them.
+
+    Raises:
+        CheckpointError: Two tensors would get one name.
+    """
+    names = {name: _NAME_OF_ADAPTER.sub(r".\1", unwrapped_name(name)) for name in weights.infos}
+    while names and all(name.startswith("module.") for name in names.values()):
+        names = {name: inside.removeprefix("module.") for name, inside in names.items()}
+    return _renamed(weights, names, where)
 
 
 def unwrapped(weights: Weights, where: str) -> Weights:
@@ -51,6 +71,11 @@ def unwrapped(weights: Weights, where: str) -> Weights:
             f"{where}: {example} is of an adapter that was not merged into its base; save the model that "
             "merge_and_unload() of peft returns, or name base and adapter as BASE+ADAPTER"
         )
+    return _renamed(weights, names, where)
+
+
+def _renamed(weights: Weights, names: Mapping[str, str], where: str) -> Weights:
+    """Weights under other names, which is said."""
     changed = {name: inside for name, inside in names.items() if name != inside}
     if not changed:
         return weights

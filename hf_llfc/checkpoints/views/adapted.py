@@ -29,6 +29,7 @@ from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.checkpoints.views.adapted_base import as_adapted
 from hf_llfc.checkpoints.views.folding import Folding, fold_whole, is_independent, kind_of
 from hf_llfc.checkpoints.views.view import View
+from hf_llfc.checkpoints.wrapped import unwrapped_adapter
 from hf_llfc.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
             f"{base.label}: the model class {base.architecture or '(the config names none)'} is not known, so the "
             f"adapter {files.where} cannot be added to it; register the class, or allow trust_remote_code"
         )
-    stored = open_adapter_weights(files, allow_pickle=allow_pickle)
+    stored = unwrapped_adapter(open_adapter_weights(files, allow_pickle=allow_pickle), files.where)
     # peft takes what the file holds of the base itself, trained embeddings say, in the type that it has there.
     state = {
         name: tensor.to(_wide(base)) if tensor.is_floating_point() else tensor

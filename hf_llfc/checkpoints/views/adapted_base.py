@@ -60,9 +60,35 @@ def as_adapted(
     Raises:
         CheckpointError: The adapter brings a part of what its model needs and the base lacks.
     """
-    state = _without_copies(base, state)
+    state = _without_copies(base, _under_names_of(base, config, state))
     own = {_name_in_base(name): tensor for name, tensor in state.items()}
     return _with_rows_of(where, _with_head_of(where, base, config, own), config, own), state
+
+
+def _under_names_of(base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by the modules of its base, where it was trained when these had older names.
+
+    Modules that the config names in full get their names of today, too.
+    """
+    assert base.model_class is not None
+    layout = Layout(base.model_class, base.config)
+
+    def module_of(path: str) -> str | None:
+        found = layout.in_memory(f"{path}.weight")
+        return None if found is None else found.removesuffix(".weight")
+
+    def renamed(name: str) -> str:
+        path = name.removeprefix(_PREFIX).split(".")
+        for end in range(len(path) - 1, 0, -1):
+            found = module_of(".".join(path[:end]))
+            if found is not None:
+                return ".".join([_PREFIX + found, *path[end:]])
+        return name
+
+    named: Any = config
+    if isinstance(named.to_dict().get("target_modules"), list | set):
+        named.target_modules = {module_of(path) or path for path in named.target_modules}
+    return {renamed(name) if name.startswith(_PREFIX) else name: tensor for name, tensor in state.items()}
 
 
 def _without_copies(base: Checkpoint, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from hf_llfc.checkpoints.views import folding as folding_module
 from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.model_names import split_adapter
 from tests.checkpoints.conftest import save_tokenizer
+from tests.parents.test_what_fits import QWEN_VL, model
 from tests.runs import byte_llama
 from tests.tiny_models import tiny_model
 
@@ -373,6 +374,53 @@ def test_a_quantised_base_of_the_config_is_refused_with_how_to_name_another(base
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "bits"))
     refused(adapter, "the weights are quantised (nf)", "BASE+ADAPTER")
     assert open_checkpoint(f"{base}+{adapter}").adapter is not None
+
+
+WRAPPED = {
+    "torch.compile": lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+    "DDP": "module.{}".format,
+    "the adapter's own name": lambda name: name.replace(".weight", ".default.weight"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_names_of_a_wrapped_adapter_are_those_inside(wrapper, base, tmp_path):
+    adapter = lora(base, tmp_path / "adapter")
+    expected = open_checkpoint(f"{base}+{adapter}").fingerprint()
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    changed = {WRAPPED[wrapper](name): tensor for name, tensor in tensors.items()}
+    assert changed.keys() != tensors.keys()
+    save_file(changed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert open_checkpoint(f"{base}+{adapter}").fingerprint() == expected
+
+
+def test_a_revision_beside_a_local_base_means_nothing(base, tmp_path):
+    adapter = lora(base, tmp_path / "adapter")
+    expected = open_checkpoint(adapter).fingerprint()
+    edit_config(adapter, revision="main")
+    assert open_checkpoint(adapter).fingerprint() == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "qkv"], ["model.layers.0.self_attn.q_proj"], r"^(?!.*visual).*(?:q_proj|v_proj)$"], ids=str
+)
+def test_an_adapter_of_an_older_layout_is_folded_into_the_same_modules(targets, tmp_path):
+    model("Qwen2_5_VLForConditionalGeneration", 0, **QWEN_VL).save_pretrained(tmp_path / "base")
+    own = [f"model.language_{path}" if path.startswith("model.") else path for path in targets]
+    adapter = lora(
+        tmp_path / "base", tmp_path / "adapter", r=2, target_modules=own if isinstance(targets, list) else targets
+    )
+    expected = open_checkpoint(adapter).fingerprint()
+    old = {
+        name.replace("model.model.language_model.", "model.model.").replace(
+            "model.model.visual.", "model.visual."
+        ): each
+        for name, each in load_file(adapter / "adapter_model.safetensors").items()
+    }
+    save_file(old, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    edit_config(adapter, target_modules=targets)
+    assert open_checkpoint(adapter).fingerprint() == expected != open_checkpoint(tmp_path / "base").fingerprint()
 
 
 def test_two_names_around_a_plus(tmp_path, monkeypatch):
