@@ -114,7 +114,9 @@ def merge_streamed(
                 done = min(total, done + part.cost)
                 on_bytes(done, total)
 
-    make = _Merging(merge, sink, _Budget(memory, forked=forked), workers.device)
+    # One tensor may be larger than the budget. What it takes alone, smaller ones may take together.
+    limit = max([memory, *(part.whole for part in parts)])
+    make = _Merging(merge, sink, _Budget(limit, forked=forked), workers.device)
     workers.each(make, parts, costs=[float(part.cost) for part in parts], on_result=note, forked=forked)
 
 

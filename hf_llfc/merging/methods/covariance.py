@@ -10,13 +10,14 @@ Shape suffixes: `oi` outputs and inputs, `ii` inputs and inputs, `1i` one row, `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.decompositions import Ridge, singular
-from hf_llfc.merging.methods.matrices import Tasks, merged_change
+from hf_llfc.merging.methods.decompositions import ROWS, Ridge, gram, singular
+from hf_llfc.merging.methods.matrices import Tasks, is_matrix, mean_change, whole_change
 from hf_llfc.merging.methods.parts import Prepared, Stream
 from hf_llfc.merging.methods.settings import Settings
 
@@ -39,7 +40,7 @@ def wudi(stream: Stream, settings: Settings) -> Prepared:
     """
 
     def change(tasks: Tasks) -> Tensor:
-        energies = [float(task_oi.square_().sum()) for task_oi in tasks]
+        energies = tasks.energies()
         shares = [1 / energy if energy else 0.0 for energy in energies]
         if not settings.switch("normalize"):
             shares = [1.0] * len(shares)
@@ -49,12 +50,14 @@ def wudi(stream: Stream, settings: Settings) -> Prepared:
             return numerator_oi
         outputs, inputs = tasks.shape
         ridge = Ridge(outputs * len(tasks), inputs, settings.number("epsilon") * trace / inputs)
-        for task_oi, share in zip(tasks, shares, strict=True):
+        for index, share in enumerate(shares):
             if share:
-                numerator_oi.add_(ridge.add(task_oi.mul_(math.sqrt(share))), alpha=1 / math.sqrt(share))
-        return ridge.divide(numerator_oi)
+                ridge.add(partial(tasks.rows_of, index), numerator_oi, share)
+        return ridge.divide_(numerator_oi)
 
-    return merged_change(stream, settings, change)
+    if not is_matrix(stream.shape):
+        return mean_change(stream, settings)
+    return whole_change(change(Tasks(stream)), settings)
 
 
 def ace(stream: Stream, settings: Settings) -> Prepared:
@@ -79,7 +82,7 @@ def ace(stream: Stream, settings: Settings) -> Prepared:
 
     def change(tasks: Tasks) -> Tensor:
         center = settings.switch("center")
-        energies = [float(task_oi.square_().sum()) for task_oi in tasks]
+        energies = tasks.energies()
         merged_oi = torch.zeros(tasks.shape, dtype=torch.float64)
         if not any(energies):
             return merged_oi
@@ -90,11 +93,13 @@ def ace(stream: Stream, settings: Settings) -> Prepared:
         epsilons = [settings.number("epsilon") * share for share in shares]
         outputs, inputs = tasks.shape
         ridge = Ridge(outputs * len(tasks), inputs, sum(epsilons))
-        for task_oi, share, epsilon in zip(tasks, shares, epsilons, strict=True):
-            centred_oi = _centred(task_oi, center)
-            merged_oi.add_(centred_oi, alpha=epsilon)
-            root = math.sqrt(share)
-            merged_oi.add_(ridge.add(centred_oi.mul_(root)), alpha=1 / root)
+        for index, (share, epsilon) in enumerate(zip(shares, epsilons, strict=True)):
+            rows = partial(_centred_rows, tasks, index, center)
+            begin = 0
+            for rows_ri in rows():
+                merged_oi[begin : begin + len(rows_ri)].add_(rows_ri, alpha=epsilon)
+                begin += len(rows_ri)
+            ridge.add(rows, merged_oi, share)
         mean_1i = merged_oi.new_full((1, inputs), 1 / inputs)
         prior_1i = (ridge.multiply(mean_1i) - sum(epsilons) * mean_1i) * settings.number("prior")
         if differ:
@@ -102,27 +107,61 @@ def ace(stream: Stream, settings: Settings) -> Prepared:
         merged_oi = _divide_with_prior(ridge, merged_oi, prior_1i)
         count = int(min(tasks.shape) * settings.number("refined_share"))
         if differ and count:
-            rest_oi = merged_oi.sub(ridge.multiply(tasks.sum()), alpha=1 / len(tasks))
-            for task_oi, share in zip(tasks, shares, strict=True):
-                rest_oi.add_(_times_gram(task_oi, _centred(task_oi, center)), alpha=share)
-            top = singular(rest_oi, count, exact_size=settings.count("exact_size"), seed=settings.seed_of(0))
+            rest_oi = ridge.multiply(tasks.sum()).mul_(-1 / len(tasks)).add_(merged_oi)
+            for index, share in enumerate(shares):
+                _add_times_gram(rest_oi, tasks, index, share, center=center)
+            # In blocks of rows of the shorter side, see `decompositions`.
+            rest_ls, merged_ls = (rest_oi, merged_oi) if tasks.is_tall else (rest_oi.T, merged_oi.T)
+            count_of_rows = max(1, ROWS // tasks.side)
+            top = singular(
+                lambda: iter(rest_ls.split(count_of_rows)),
+                tasks.side,
+                count,
+                exact_size=settings.count("exact_size"),
+                seed=settings.seed_of(0),
+            )
             if top.values_k.numel():
-                merged_oi.add_(top.left_ok @ top.right_ki, alpha=float(top.values_k.mean()))
+                size = float(top.values_k.mean())
+                for merged_rs, rest_rs in zip(
+                    merged_ls.split(count_of_rows), rest_ls.split(count_of_rows), strict=True
+                ):
+                    merged_rs.addmm_(top.left(rest_rs), top.right_ks, alpha=size)
         return merged_oi
 
-    return merged_change(stream, settings, change)
+    if not is_matrix(stream.shape):
+        return mean_change(stream, settings)
+    return whole_change(change(Tasks(stream)), settings)
 
 
-def _times_gram(rows_oi: Tensor, matrix_ai: Tensor) -> Tensor:
-    """XMᵀM, by way of the smaller of the two products."""
-    if matrix_ai.shape[0] <= matrix_ai.shape[1]:
-        return (rows_oi @ matrix_ai.T) @ matrix_ai
-    return rows_oi @ (matrix_ai.T @ matrix_ai)
+def _add_times_gram(summed_oi: Tensor, tasks: Tasks, index: int, share: float, *, center: bool) -> None:
+    """Adds to a sum cτᵢ(τ̄ᵢᵀτ̄ᵢ), by way of the smaller of the two products."""
+    if tasks.is_tall:
+        gram_ii = gram(partial(_centred_rows, tasks, index, center), tasks.side)
+        begin = 0
+        for rows_ri in tasks.rows_of(index):
+            summed_oi[begin : begin + len(rows_ri)].addmm_(rows_ri, gram_ii, alpha=share)
+            begin += len(rows_ri)
+        return
+    task_oi = tasks.matrix(index)
+    centred_oi = _centred(task_oi.clone(), center)
+    summed_oi.addmm_(task_oi @ centred_oi.T, centred_oi, alpha=share)
+
+
+def _centred_rows(tasks: Tasks, index: int, center: bool) -> Iterator[Tensor]:
+    """Rows of τᵢ, minus the mean of all if they shall be centred, after a pass for that."""
+    mean_1i: Tensor | float = 0.0
+    if center:
+        mean_1i = torch.zeros(1, tasks.shape[1], dtype=torch.float64)
+        for rows_ri in tasks.rows_of(index):
+            mean_1i.add_(rows_ri.sum(dim=0, keepdim=True))
+        mean_1i.div_(tasks.shape[0])
+    for rows_ri in tasks.rows_of(index):
+        yield rows_ri.sub_(mean_1i) if center else rows_ri
 
 
 def _centred(matrix_oi: Tensor, center: bool) -> Tensor:
-    """A new matrix, minus the mean of its rows if it shall be centred."""
-    return matrix_oi - matrix_oi.mean(dim=0, keepdim=True) if center else matrix_oi.clone()
+    """A matrix, in its memory, minus the mean of its rows if it shall be centred."""
+    return matrix_oi.sub_(matrix_oi.mean(dim=0, keepdim=True)) if center else matrix_oi
 
 
 def _heterogeneity(energies: Sequence[float]) -> float:
@@ -135,7 +174,7 @@ def _heterogeneity(energies: Sequence[float]) -> float:
 
 def _divide_with_prior(ridge: Ridge, rows_oi: Tensor, prior_1i: Tensor) -> Tensor:
     """X(M + 1mᵀ)⁻¹ by the formula of Sherman and Morrison: XM⁻¹ − (XM⁻¹1)(mᵀM⁻¹)/(1 + mᵀM⁻¹1)."""
-    divided_oi = ridge.divide(rows_oi)
-    prior_1i = ridge.divide(prior_1i)
+    divided_oi = ridge.divide_(rows_oi)
+    prior_1i = ridge.divide_(prior_1i)
     correction = divided_oi.sum(dim=1, keepdim=True) / (1 + prior_1i.sum())
-    return divided_oi.sub_(correction @ prior_1i)
+    return divided_oi.addmm_(correction, prior_1i, alpha=-1)

@@ -1,6 +1,6 @@
 """Task vectors as matrices, for methods that decompose them.
 
-Shape suffix: `oi` outputs and inputs, `ri` some rows.
+Shape suffixes: `oi` outputs and inputs, `rs` some rows of the longer side and the shorter side.
 """
 
 from __future__ import annotations
@@ -10,58 +10,114 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hf_llfc.merging.methods.decompositions import ROWS, Blocks
 from hf_llfc.merging.methods.parts import Prepared, Stream, around_base, each_output
 from hf_llfc.merging.methods.settings import Settings
 
-ROWS = 1 << 19
-"""Elements of the rows that are worked on at a time: enough for products of matrices, few beside a matrix."""
+SLICES = 4
+"""In how many slices of columns a wide matrix is read, each in a pass of its own."""
 
 
 class Tasks:
-    """The task vectors τᵢ = θᵢ − θ₀ as matrices in float64, each made when it is asked for.
+    """The task vectors τᵢ = θᵢ − θ₀ as matrices in float64, read in blocks with the shorter side in the rows.
 
-    A matrix is outputs × the rest, which for the kernel of a convolution are its inputs and places.
+    A matrix is outputs × the rest, which for the kernel of a convolution are its inputs and places. A matrix with fewer
+    outputs than inputs is given out transposed, so that what is said of rows and right vectors holds for its columns.
     """
 
     def __init__(self, stream: Stream) -> None:
-        """Makes none yet.
+        """Reads nothing yet.
 
         Args:
             stream: The models and the base.
         """
         self._stream = stream
         self.shape = (stream.shape[0], each_output(stream.shape))
+        self.is_tall = self.shape[0] >= self.shape[1]
+        self.side = min(self.shape)
 
     def __len__(self) -> int:
         return self._stream.models
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yields new tensors, one after the other."""
+        """Yields τᵢ, outputs × inputs, new tensors, one after the other."""
         for index in range(len(self)):
             yield self.matrix(index)
 
     def matrix(self, index: int) -> Tensor:
-        """τᵢ, a new tensor."""
-        return torch.cat(list(self.rows(index)))
-
-    def rows(self, index: int) -> Iterator[Tensor]:
-        """Some rows of τᵢ after the other, new tensors."""
-        for (model_c,), base_c in self._stream.parts(self.shape[1], size=ROWS, only=index):
-            assert base_c is not None
-            yield model_c.to(torch.float64, copy=True).sub_(base_c).view(-1, self.shape[1])
-
-    def rows_of_sum(self) -> Iterator[Tensor]:
-        """Some rows of Σ τᵢ after the other, new tensors."""
-        for models_c, base_c in self._stream.parts(self.shape[1], size=ROWS):
-            assert base_c is not None
-            summed_c = base_c.to(torch.float64, copy=True).mul_(-len(models_c))
-            for model_c in models_c:
-                summed_c.add_(model_c)
-            yield summed_c.view(-1, self.shape[1])
+        """τᵢ, outputs × inputs, a new tensor."""
+        return self._together(self.rows_of(index))
 
     def sum(self) -> Tensor:
-        """Σ τᵢ."""
-        return torch.cat(list(self.rows_of_sum()))
+        """Σ τᵢ, outputs × inputs, a new tensor."""
+        return self._together(map(total_of, self._rows()))
+
+    def energies(self) -> list[float]:
+        """‖τᵢ‖²_F of every task."""
+        energies = [0.0] * len(self)
+        for of_tasks in self._rows():
+            for index, rows_ri in enumerate(of_tasks):
+                energies[index] += float(rows_ri.square_().sum())
+        return energies
+
+    def blocks(self) -> Iterator[list[Tensor]]:
+        """Gives out a block of every τᵢ at a time, new tensors."""
+        return self._rows() if self.is_tall else self._columns(self._rows)
+
+    def blocks_of(self, index: int) -> Blocks:
+        """τᵢ alone in blocks."""
+        if self.is_tall:
+            return lambda: self.rows_of(index)
+        return lambda: (block_rs for (block_rs,) in self._columns(lambda: ([row] for row in self.rows_of(index))))
+
+    def blocks_of_sum(self) -> Iterator[Tensor]:
+        """Σ τᵢ in blocks."""
+        if self.is_tall:
+            return map(total_of, self._rows())
+        return (block_rs for (block_rs,) in self._columns(lambda: ([total_of(each)] for each in self._rows())))
+
+    def _rows(self) -> Iterator[list[Tensor]]:
+        for models_c, base_c in self._stream.parts(self.shape[1], size=ROWS):
+            assert base_c is not None
+            wide_c = base_c.double()
+            yield [(model_c.double() - wide_c).view(-1, self.shape[1]) for model_c in models_c]
+
+    def rows_of(self, index: int) -> Iterator[Tensor]:
+        """Gives out some outputs of τᵢ after the other, whether that side is the longer one or not; new tensors."""
+        for (model_c,), base_c in self._stream.parts(self.shape[1], size=ROWS, only=index):
+            assert base_c is not None
+            yield (model_c.double() - base_c.double()).view(-1, self.shape[1])
+
+    def _columns(self, rows: Callable[[], Iterator[list[Tensor]]]) -> Iterator[list[Tensor]]:
+        """Slices of columns, transposed, of matrices that can only be read by rows: each takes a pass."""
+        outputs, inputs = self.shape
+        width = -(-inputs // max(1, min(SLICES, inputs * outputs // ROWS)))
+        for first in range(0, inputs, width):
+            slices: list[Tensor] = []
+            begin = 0
+            for of_tasks in rows():
+                if not slices:
+                    slices = [of_tasks[0].new_empty(min(width, inputs - first), outputs) for _ in of_tasks]
+                for slice_rs, rows_ri in zip(slices, of_tasks, strict=True):
+                    slice_rs[:, begin : begin + len(rows_ri)] = rows_ri[:, first : first + width].T
+                begin += len(of_tasks[0])
+            yield slices
+
+    def _together(self, rows: Iterator[Tensor]) -> Tensor:
+        matrix_oi = torch.empty(self.shape, dtype=torch.float64)
+        begin = 0
+        for rows_ri in rows:
+            matrix_oi[begin : begin + len(rows_ri)] = rows_ri
+            begin += len(rows_ri)
+        return matrix_oi
+
+
+def total_of(blocks: Sequence[Tensor]) -> Tensor:
+    """Σ of the blocks, in the memory of the first one."""
+    summed = blocks[0]
+    for block in blocks[1:]:
+        summed.add_(block)
+    return summed
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
@@ -69,26 +125,59 @@ def is_matrix(shape: Sequence[int]) -> bool:
     return len(shape) > 1 and shape[0] > 1 and each_output(shape) > 1
 
 
-def merged_change(stream: Stream, settings: Settings, change: Callable[[Tasks], Tensor]) -> Prepared:
+def merged_change(
+    stream: Stream, settings: Settings, prepare: Callable[[Tasks], Callable[[list[Tensor]], Tensor]]
+) -> Prepared:
     """θ₀ + λΔ, with Δ the mean of the task vectors for everything that is no matrix.
 
     Args:
         stream: The models and the base.
         settings: `lambda`.
-        change: From the task vectors to Δ, in float64, outputs × the rest.
+        prepare: From the task vectors to what makes a block of Δ of a block of every task vector, see `Tasks.blocks`.
     """
     scale = settings.number("lambda")
     if not is_matrix(stream.shape):
-        shares = [scale / stream.models] * stream.models
-        return Prepared(lambda models_c, base_c: around_base(models_c, base_c, shares))
+        return mean_change(stream, settings)
     tasks = Tasks(stream)
-    change_n = change(tasks).reshape(-1)
+    change_of = prepare(tasks)
+    if not tasks.is_tall:
+        change_oi = torch.empty(tasks.shape, dtype=torch.float64)
+        begin = 0
+        for blocks in tasks.blocks():
+            change_oi[:, begin : begin + len(blocks[0])] = change_of(blocks).T
+            begin += len(blocks[0])
+        return whole_change(change_oi, settings)
+
+    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        assert base_c is not None
+        wide_c = base_c.double()
+        blocks = [(model_c.double() - wide_c).view(-1, tasks.side) for model_c in models_c]
+        return change_of(blocks).mul_(scale).view(-1).add_(base_c)
+
+    return Prepared(combine, tasks.side, ROWS)
+
+
+def mean_change(stream: Stream, settings: Settings) -> Prepared:
+    """θ₀ + λ times the mean of the task vectors."""
+    shares = [settings.number("lambda") / stream.models] * stream.models
+    return Prepared(lambda models_c, base_c: around_base(models_c, base_c, shares))
+
+
+def whole_change(change_oi: Tensor, settings: Settings) -> Prepared:
+    """θ₀ + λΔ with Δ in memory.
+
+    Args:
+        change_oi: Δ, outputs × inputs, in float64.
+        settings: `lambda`.
+    """
+    scale = settings.number("lambda")
+    change_n = change_oi.reshape(-1)
     begin = 0
 
     def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         nonlocal begin
         assert base_c is not None
-        begin, end = begin + base_c.numel(), begin + base_c.numel()
-        return change_n[end - base_c.numel() : end].mul(scale).add_(base_c)
+        first, begin = begin, begin + base_c.numel()
+        return change_n[first:begin].mul(scale).add_(base_c)
 
     return Prepared(combine)

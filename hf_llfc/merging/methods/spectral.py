@@ -5,20 +5,24 @@ the rest. Vectors, and tensors with one row or column, get the mean of the τᵢ
 in float64. Directions whose singular value is rounding only (2⁻²³ of the largest) are left out, where the papers' code
 keeps arbitrary vectors for them; it matters for task vectors of low rank, and for equal models.
 
-Shape suffixes: `oi` outputs and inputs, `k` singular values.
+Shape suffixes: `k` singular values, `rs` some rows of the longer side of a matrix and its shorter side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.decompositions import Singular, flatten, inverse_root, singular
-from hf_llfc.merging.methods.matrices import Tasks, merged_change
+from hf_llfc.merging.methods.decompositions import Singular, gram, inverse_root, singular
+from hf_llfc.merging.methods.matrices import Tasks, merged_change, total_of
 from hf_llfc.merging.methods.parts import Prepared, Stream
 from hf_llfc.merging.methods.settings import Settings
+
+FromBlocks = Callable[[list[Tensor]], Tensor]
+"""From a block of every task vector to rows that belong to it."""
 
 
 def tsv_m(stream: Stream, settings: Settings) -> Prepared:
@@ -36,11 +40,25 @@ def tsv_m(stream: Stream, settings: Settings) -> Prepared:
         What merges a part.
     """
 
-    def change(tasks: Tasks) -> Tensor:
-        count = max(1, min(tasks.shape) // len(tasks))
-        return _orthogonal([_top(task_oi, count, settings, index) for index, task_oi in enumerate(tasks)])
+    def prepare(tasks: Tasks) -> FromBlocks:
+        count = max(1, tasks.side // len(tasks))
+        found = [
+            singular(
+                tasks.blocks_of(index),
+                tasks.side,
+                count,
+                exact_size=settings.count("exact_size"),
+                seed=settings.seed_of(index),
+            )
+            for index in range(len(tasks))
+        ]
 
-    return merged_change(stream, settings, change)
+        def left(blocks: list[Tensor]) -> Tensor:
+            return torch.cat([triples.left(block_rs) for triples, block_rs in zip(found, blocks, strict=True)], dim=1)
+
+        return _orthogonal(tasks, found, left)
+
+    return merged_change(stream, settings, prepare)
 
 
 def iso_c(stream: Stream, settings: Settings) -> Prepared:
@@ -57,12 +75,13 @@ def iso_c(stream: Stream, settings: Settings) -> Prepared:
         What merges a part.
     """
 
-    def change(tasks: Tasks) -> Tensor:
-        factor_oi = tasks.sum()
-        values_k = flatten(factor_oi)
-        return factor_oi.mul_(float(values_k.mean())) if values_k.numel() else factor_oi
+    def prepare(tasks: Tasks) -> FromBlocks:
+        root_ss, values_k = inverse_root(gram(tasks.blocks_of_sum, tasks.side))
+        if values_k.numel():
+            root_ss.mul_(float(values_k.mean()))
+        return lambda blocks: total_of(blocks) @ root_ss
 
-    return merged_change(stream, settings, change)
+    return merged_change(stream, settings, prepare)
 
 
 def iso_cts(stream: Stream, settings: Settings) -> Prepared:
@@ -82,33 +101,86 @@ def iso_cts(stream: Stream, settings: Settings) -> Prepared:
         What merges a part.
     """
 
-    def change(tasks: Tasks) -> Tensor:
-        side = min(tasks.shape)
-        free = side - int(side * settings.number("common_space_fraction"))
-        per_task = round(free / len(tasks))
-        common = singular(tasks.sum(), side - per_task * len(tasks), exact_size=side, seed=0)
+    def prepare(tasks: Tasks) -> FromBlocks:
+        side = tasks.side
+        per_task = round((side - int(side * settings.number("common_space_fraction"))) / len(tasks))
+        common = singular(tasks.blocks_of_sum, side, side - per_task * len(tasks), exact_size=side, seed=0)
+        if not per_task:
+            return _orthogonal(tasks, [common], lambda blocks: common.left(total_of(blocks)), equal=True)
+        rest = _Rest(tasks, common)
         found = [common]
-        for index, task_oi in enumerate(tasks if per_task else ()):
-            task_oi.sub_(common.left_ok @ (common.left_ok.T @ task_oi))
-            found.append(_top(task_oi, per_task, settings, index))
-        return _orthogonal(found, equal=True)
+        for index in range(len(tasks)):
+            exact_size, seed = settings.count("exact_size"), settings.seed_of(index)
+            found.append(singular(rest.blocks_of(index), side, per_task, exact_size=exact_size, seed=seed))
 
-    return merged_change(stream, settings, change)
+        def left(blocks: list[Tensor]) -> Tensor:
+            common_rk = rest.common(blocks)
+            of_tasks = [
+                triples.left(rest.of_task(index, block_rs, common_rk))
+                for index, (triples, block_rs) in enumerate(zip(found[1:], blocks, strict=True))
+            ]
+            return torch.cat([common_rk, *of_tasks], dim=1)
+
+        return _orthogonal(tasks, found, left, equal=True)
+
+    return merged_change(stream, settings, prepare)
 
 
-def _top(matrix_oi: Tensor, count: int, settings: Settings, index: int) -> Singular:
-    """The largest singular triples of a model."""
-    return singular(matrix_oi, count, exact_size=settings.count("exact_size"), seed=settings.seed_of(index))
+class _Rest:
+    """What every task vector has beside the common directions: τᵢ − U_cU_cᵀτᵢ, with U_c as many outputs long as τᵢ.
+
+    Blocks have the shorter side in their rows. If that side is the inputs, U_cᵀτᵢ is found in a pass; if it is the
+    outputs, the blocks are those of τᵢᵀ, whose rows are multiplied by I − U_cU_cᵀ.
+    """
+
+    def __init__(self, tasks: Tasks, common: Singular) -> None:
+        self._tasks = tasks
+        self._common = common
+        self._shares_ks: list[Tensor] = []
+        if tasks.is_tall:
+            self._shares_ks = [torch.zeros_like(common.right_ks) for _ in range(len(tasks))]
+            for blocks in tasks.blocks():
+                common_rk = self.common(blocks)
+                for share_ks, block_rs in zip(self._shares_ks, blocks, strict=True):
+                    share_ks.addmm_(common_rk.T, block_rs)
+
+    def common(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Rows of the common vectors of the longer side; the first block keeps its values."""
+        return self._common.left(total_of([blocks[0].clone(), *blocks[1:]]))
+
+    def of_task(self, index: int, block_rs: Tensor, common_rk: Tensor | None) -> Tensor:
+        """A block of the rest, a new tensor, with the rows of the common vectors beside it."""
+        if common_rk is not None and self._tasks.is_tall:
+            return block_rs - common_rk @ self._shares_ks[index]
+        return block_rs - (block_rs @ self._common.right_ks.T) @ self._common.right_ks
+
+    def blocks_of(self, index: int) -> Callable[[], Iterator[Tensor]]:
+        """The rest of one task vector in blocks."""
+        if not self._tasks.is_tall:
+            of_task = self._tasks.blocks_of(index)
+            return lambda: (self.of_task(index, block_rs, None) for block_rs in of_task())
+        return lambda: (self.of_task(index, blocks[index], self.common(blocks)) for blocks in self._tasks.blocks())
 
 
-def _orthogonal(found: Sequence[Singular], *, equal: bool = False) -> Tensor:
-    """U⊥ S V⊥ᵀ of all triples together; with the mean of all singular values instead of each if they shall be equal."""
-    left_ok = torch.cat([triples.left_ok for triples in found], dim=1)
+def _orthogonal(tasks: Tasks, found: list[Singular], left: FromBlocks, *, equal: bool = False) -> FromBlocks:
+    """U⊥ S V⊥ᵀ of all triples together, block by block.
+
+    Args:
+        tasks: The task vectors.
+        found: The triples; their vectors come to lie in one matrix.
+        left: From a block of every task vector to the same rows of all left vectors.
+        equal: Whether all singular values are replaced by their mean.
+    """
     values_k = torch.cat([triples.values_k for triples in found])
-    right_ki = torch.cat([triples.right_ki for triples in found])
     if not values_k.numel():
-        return left_ok @ right_ki
+        return lambda blocks: torch.zeros_like(blocks[0])
     if equal:
         values_k.fill_(float(values_k.mean()))
-    core_kk = (inverse_root(left_ok.T @ left_ok) * values_k) @ inverse_root(right_ki @ right_ki.T)
-    return left_ok @ (core_kk @ right_ki) if left_ok.shape[0] > right_ki.shape[1] else (left_ok @ core_kk) @ right_ki
+    right_ks = torch.cat([triples.right_ks for triples in found])
+    rows = right_ks.split([len(triples.values_k) for triples in found])
+    found[:] = [replace(triples, right_ks=rows_ks) for triples, rows_ks in zip(found, rows, strict=True)]
+    core_ks = inverse_root(right_ks @ right_ks.T)[0] @ right_ks
+    core_ks.mul_(values_k[:, None])
+    root_kk, _ = inverse_root(gram(lambda: map(left, tasks.blocks()), len(values_k)))
+    core_ks = root_kk @ core_ks
+    return lambda blocks: left(blocks) @ core_ks

@@ -10,7 +10,7 @@ from hf_llfc.merging.methods.decompositions import (
     OVERSAMPLING,
     WORTHWHILE,
     Ridge,
-    flatten,
+    gram,
     inverse_root,
     singular,
 )
@@ -112,22 +112,26 @@ def test_ridge_division_is_that_of_the_inverse(rows, columns, generator):
     expected = top @ torch.linalg.inv(stack.T @ stack + 1e-3 * torch.eye(columns, dtype=torch.float64))
     ridge = Ridge(rows, columns, 1e-3)
     for part in stack.split(4):
-        torch.testing.assert_close(ridge.add(part), part @ part.T @ part)
-    torch.testing.assert_close(ridge.divide(top), expected, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(ridge.multiply(ridge.divide(top)), top, rtol=1e-8, atol=1e-8)
+        summed = torch.ones_like(part)
+        ridge.add(lambda part=part: iter((part / 2).split(3)), summed, 4.0)
+        torch.testing.assert_close(summed, 1 + part @ part.T @ part / 2)
+    torch.testing.assert_close(ridge.divide_(top.clone()), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ridge.multiply(expected), top, rtol=1e-8, atol=1e-8)
+
+
+def blocks_of(matrix):
+    """A matrix in blocks of rows, its longer side, and the length of the shorter one."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    return lambda: iter(tall.split(7)), tall.shape[1]
 
 
 def test_negligible_directions_stay_out_of_polar_factors(generator):
-    matrix = torch.randn(20, 3, generator=generator, dtype=torch.float64)
-    matrix = matrix @ torch.randn(3, 30, generator=generator, dtype=torch.float64)
-    factor = matrix.clone()
-    values = flatten(factor)
-    assert values.numel() == 3
-    found = torch.linalg.svdvals(factor)
+    matrix = torch.randn(30, 3, generator=generator, dtype=torch.float64)
+    matrix = matrix @ torch.randn(3, 20, generator=generator, dtype=torch.float64)
+    root, values = inverse_root(gram(*blocks_of(matrix)))
+    torch.testing.assert_close(values.flip(0), torch.linalg.svdvals(matrix)[:3])
+    found = torch.linalg.svdvals(matrix @ root)
     torch.testing.assert_close(found, torch.tensor([1.0] * 3 + [0.0] * 17, dtype=torch.float64), rtol=0, atol=1e-8)
-    root = inverse_root(matrix.T @ matrix)
-    projector = root @ (matrix.T @ matrix) @ root
-    torch.testing.assert_close(projector @ projector, projector, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(120, 200), (200, 120)])
@@ -136,7 +140,7 @@ def test_a_randomised_search_errs_by_no_more_than_it_says(rows, columns, rate, g
     matrix = decaying(rows, columns, generator, rate)
     count = 20
     exact_values = torch.linalg.svdvals(matrix)
-    found = singular(matrix, count, exact_size=64, seed=5)
+    found = singular(*blocks_of(matrix), count, exact_size=64, seed=5)
     assert found.values_k.numel() == count
     norm = matrix.norm().item()
     # No value is too large, and all together they are too small by what was missed at most.
@@ -147,14 +151,15 @@ def test_a_randomised_search_errs_by_no_more_than_it_says(rows, columns, rate, g
     best = exact_values[count:].norm().item()
     assert found.missed * norm <= math.sqrt(1 + count / (OVERSAMPLING - 1)) * best * (1 + 1e-9) + 1e-9
     identity = torch.eye(count, dtype=torch.float64)
-    torch.testing.assert_close(found.left_ok.T @ found.left_ok, identity, rtol=0, atol=1e-7)
-    torch.testing.assert_close(found.right_ki @ found.right_ki.T, identity, rtol=0, atol=1e-7)
+    left = found.left(matrix if rows > columns else matrix.T)
+    torch.testing.assert_close(left.T @ left, identity, rtol=0, atol=1e-7)
+    torch.testing.assert_close(found.right_ks @ found.right_ks.T, identity, rtol=0, atol=1e-7)
     assert found.values_k[0] == pytest.approx(exact_values[0].item(), rel=1e-2 if rate == 1.0 else 1e-6)
 
 
 def test_a_search_for_many_directions_is_exact(generator):
     matrix = torch.randn(50, 80, generator=generator, dtype=torch.float64)
-    found = singular(matrix, int(WORTHWHILE * 50) + 1, exact_size=1, seed=0)
+    found = singular(*blocks_of(matrix), int(WORTHWHILE * 50) + 1, exact_size=1, seed=0)
     assert found.missed == 0
     torch.testing.assert_close(found.values_k, torch.linalg.svdvals(matrix)[: found.values_k.numel()])
 
