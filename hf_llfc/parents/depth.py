@@ -97,15 +97,11 @@ def changes_for(key: Path, layers: Sequence[LayerOrigin]) -> dict[Path, Any]:
     own = sections[0]
     if name != "num_hidden_layers" and own.get("num_hidden_layers") == own.get(name):
         changes[(*section, "num_hidden_layers")] = len(layers)
+    changes |= {(*section, other): values for other, values in kinds_of(key, layers).items()}
     for other, value in own.items():
         place = (*section, str(other))
         of_models: list[Any] = [each.get(other) for each in sections]
-        if other in PER_LAYER and all(
-            isinstance(each, list | tuple) and len(each) == layer.depth
-            for each, layer in zip(of_models, layers, strict=True)
-        ):
-            changes[place] = [each[layer.index] for each, layer in zip(of_models, layers, strict=True)]
-        elif other in INDICES and all(isinstance(each, list | tuple) for each in of_models):
+        if other in INDICES and all(isinstance(each, list | tuple) for each in of_models):
             changes[place] = [
                 index for index, (each, layer) in enumerate(zip(of_models, layers, strict=True)) if layer.index in each
             ]
@@ -114,6 +110,21 @@ def changes_for(key: Path, layers: Sequence[LayerOrigin]) -> dict[Path, Any]:
         elif other == "attention_types" and isinstance(own.get("attention_layers"), list):
             changes[place] = [[[_at(layer.values, section)["attention_layers"][layer.index]], 1] for layer in layers]
     return changes
+
+
+def kinds_of(key: Path, layers: Sequence[LayerOrigin]) -> dict[str, list[Any]]:
+    """What the config says of every layer that may differ from layer to layer, by its key."""
+    sections = [_at(layer.values, key[:-1]) for layer in layers]
+    return {
+        other: [each[other][layer.index] for each, layer in zip(sections, layers, strict=True)]
+        for other in PER_LAYER
+        if all(_is_listed(each.get(other), layer) for each, layer in zip(sections, layers, strict=True))
+    }
+
+
+def _is_listed(value: Any, layer: LayerOrigin) -> bool:
+    """Whether a value of a config has an entry for every layer."""
+    return isinstance(value, list | tuple) and len(value) == layer.depth
 
 
 def _threshold(key: str, of_models: Sequence[Any], layers: Sequence[LayerOrigin]) -> int:

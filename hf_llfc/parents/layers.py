@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.adapters import spec_for
 from hf_llfc.checkpoints import Checkpoint
-from hf_llfc.errors import CheckpointError, LLFCError, SpecError, suggest
+from hf_llfc.errors import CheckpointError, SpecError, suggest
 from hf_llfc.parents.depth import LayerOrigin, Path, changes_for, depth_keys, values_of
 from hf_llfc.parents.specs import bind, spec_of
 
 if TYPE_CHECKING:
-    from hf_llfc.symmetry import PermutationSpec
+    from hf_llfc.symmetry import PermutationSpec, TensorSpec
 
 _ALONG_AXIS = re.compile(r"<[^<>]*>")
 
@@ -128,18 +128,22 @@ def anatomy_of(checkpoint: Checkpoint) -> Anatomy:
         spec: PermutationSpec | None = spec_of(checkpoint)
         assert spec is not None
         bound = bind(spec, checkpoint).tensors
-        declared = {name: bound[name].spec.name for name in checkpoint.tensors}
         order = {each.name: number for number, each in enumerate(spec.declarations)}
+        declared = {name: _declared(bound[name].spec, order) for name in checkpoint.tensors}
         position = {name: order.get(declared[name], 0) for name in declared}
     except SpecError:
         spec, declared, position = None, {name: name for name in checkpoint.tensors}, {}
     places = {name: _place(name, declared[name]) for name in declared}
-    groups = _groups(places.values())
-    values = values_of(checkpoint.settings)
+    # A stack may be called otherwise in its spec than in the files.
+    called = {
+        place.stack: inner.stack
+        for name, place in places.items()
+        if place is not None and (inner := _place(declared[name], declared[name])) is not None
+    }
     stacks = [
         Stack(prefix, depth, key)
-        for prefix, depth in groups.items()
-        if depth and (key := _key(checkpoint, spec, values, prefix, groups)) is not None
+        for prefix, depth in _groups(places.values()).items()
+        if depth and (key := _key(checkpoint, spec, called.get(prefix, prefix), depth)) is not None
     ]
     if not stacks:
         raise CheckpointError(
@@ -148,6 +152,11 @@ def anatomy_of(checkpoint: Checkpoint) -> Anatomy:
     of_layers = {stack.prefix for stack in stacks}
     places = {name: place if place is not None and place.stack in of_layers else None for name, place in places.items()}
     return Anatomy(checkpoint.label, places, _modules(stacks, places, position))
+
+
+def _declared(tensor: TensorSpec, order: Mapping[str, int]) -> str:
+    """What the spec calls a tensor that may have its name in another layout."""
+    return next((name for name in (tensor.name, *tensor.covers) if name in order), tensor.name)
 
 
 def stacks_by_name(checkpoint: Checkpoint) -> list[int]:
@@ -175,36 +184,31 @@ def _groups(places: Iterable[Place | None]) -> dict[str, int]:
     return {prefix: len(found) if found == set(range(len(found))) else 0 for prefix, found in indices.items()}
 
 
-def _key(
-    checkpoint: Checkpoint,
-    spec: PermutationSpec | None,
-    values: Mapping[str, Any],
-    prefix: str,
-    groups: Mapping[str, int],
-) -> Path | None:
-    """Where the config says how many layers a stack has; None if it is not a stack of layers."""
-    depth = groups[prefix]
+def _key(checkpoint: Checkpoint, spec: PermutationSpec | None, prefix: str, depth: int) -> Path | None:
+    """Where the config says how many layers a stack has; None if it is not a stack of layers.
+
+    Args:
+        checkpoint: The model.
+        spec: Its spec; None where it has none.
+        prefix: What the spec calls the stack.
+        depth: How many layers it has.
+    """
+    values = values_of(checkpoint.settings)
     candidates = list(depth_keys(values, depth))
     if spec is None:
         return next(iter(candidates), None)
-    config_class = type(checkpoint.config)
-    bare = _bare(prefix, spec)
+    groups = _groups_of(spec)
+    expected = {**groups, prefix: groups.get(prefix, depth) + 1}
+    layers = [LayerOrigin(values, depth, min(index, depth - 1)) for index in range(depth + 1)]
     for key in candidates:
-        layers = [LayerOrigin(values, depth, min(index, depth - 1)) for index in range(depth + 1)]
         try:
             larger = dict(values)
             for place, value in changes_for(key, layers).items():
                 larger = _replaced(larger, place, value)
-            grown = _groups(
-                _place(each.name, each.name) for each in spec_for(config_class.from_dict(larger)).declarations
-            )
-        except (LLFCError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-            continue  # this config class, or the adapter, has no place for one more
-        counts = {_bare(other, spec): count for other, count in grown.items()}
-        others = {_bare(other, spec): count for other, count in _groups_of(spec).items()}
-        if counts.get(bare) == others.get(bare, 0) + 1 and all(
-            counts.get(other) == count for other, count in others.items() if other != bare
-        ):
+            grown = _groups_of(spec_for(type(checkpoint.config).from_dict(larger)))
+        except Exception:  # a config class may raise anything on values it does not expect
+            continue
+        if grown == expected:
             return key
     return None
 
@@ -216,14 +220,6 @@ def _groups_of(spec: PermutationSpec) -> dict[str, int]:
 def _replaced(values: Mapping[str, Any], place: Path, value: Any) -> dict[str, Any]:
     head, *rest = place
     return {**values, head: _replaced(values.get(head) or {}, tuple(rest), value) if rest else value}
-
-
-def _bare(prefix: str, spec: PermutationSpec) -> str:
-    """A prefix of names without that of the head."""
-    for head in (spec.prefix, *spec.other_prefixes):
-        if head and prefix.startswith(head):
-            return prefix.removeprefix(head)
-    return prefix
 
 
 def _modules(

@@ -16,11 +16,11 @@ from hf_llfc.checkpoints.planned import planned
 from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.checkpoints.views.stacked import Origin, StackedWeights
 from hf_llfc.errors import CheckpointError, SpecError, raise_all
-from hf_llfc.parents.depth import LayerOrigin, Path, changed, changes_for, values_of
+from hf_llfc.parents.depth import LayerOrigin, Path, changed, changes_for, kinds_of, values_of
 from hf_llfc.parents.layers import Anatomy, Module, Place, Stack, anatomy_of, stacks_by_name
 from hf_llfc.parents.specs import bind, spec_of
 from hf_llfc.recipe import Recipe
-from hf_llfc.recipe.slices import PartRecipe, Range
+from hf_llfc.recipe.slices import RANGE, PartRecipe, Range
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,12 @@ def is_whole(recipe: Recipe, models: Sequence[Checkpoint]) -> bool:
 def _as_part(recipe: Recipe) -> PartRecipe:
     assert recipe.layer_range is not None, "a recipe of layers"
     base_range = recipe.layer_range if recipe.base_model is not None else None
-    return PartRecipe("layer_range", None, recipe, (recipe.layer_range,) * len(recipe.models), base_range)
+    return PartRecipe(recipe.range_path, None, recipe, (recipe.layer_range,) * len(recipe.models), base_range)
+
+
+def _is_slice(part: PartRecipe) -> bool:
+    """Whether the sources of a part stand in a slice, not under `models` with one range for all."""
+    return bool(part.ranges) and part.path != RANGE
 
 
 class _Stacking:
@@ -164,7 +169,7 @@ class _Stacking:
         for part in self.parts:
             ranges = part.ranges or (None,) * len(part.recipe.models)
             for index, (entry, wanted) in enumerate(zip(part.recipe.models, ranges, strict=True)):
-                named = f"{part.path}.sources[{index}]" if part.ranges and part.path != "layer_range" else part.path
+                named = f"{part.path}.sources[{index}]" if _is_slice(part) else part.path
                 yield named, wanted, self.models[entry.model]
             if part.recipe.base_model is not None:
                 yield f"{part.path}.base_model", part.base_range, self.models[part.recipe.base_model]
@@ -237,7 +242,7 @@ class _Stacking:
         for index, (checkpoint, wanted) in enumerate(zip(self.checkpoints(part), ranges, strict=True)):
             depth = self.stack_of(checkpoint, stack).depth
             if wanted[1] > depth:
-                is_source = part.path != "layer_range" and index < len(part.ranges)
+                is_source = _is_slice(part) and index < len(part.ranges)
                 where = f"{part.path}.sources[{index}].layer_range" if is_source else part.path
                 self.problems.append(
                     f"{where}: [{wanted[0]}, {wanted[1]}] goes beyond the {depth} layers of {checkpoint.label}, 0 to "
@@ -304,6 +309,8 @@ class _Stacking:
             each.id if not part.ranges else f"{each.id} {wanted[0]} to {wanted[1] - 1}"
             for each, wanted in zip(checkpoints, ranges or [(0, 0)] * len(checkpoints), strict=True)
         ]
+        if module.stack is not None and ranges:
+            self.refuse_other_layers(part, module.stack, checkpoints, ranges)
         for number, column in enumerate([*self.columns, *([self.base] if self.base is not None else [])]):
             is_base = number == len(self.columns)
             at = count if is_base and len(checkpoints) > count else number if not is_base and number < count else 0
@@ -314,26 +321,39 @@ class _Stacking:
             column.origins.update({name: Origin(checkpoints[at], own) for name, own in rows[at].items()})
             column.said.append(words[at].rstrip("/").rpartition("/")[2])
             if module.stack is not None:
-                depth = self.stack_of(checkpoints[at], module.stack).depth
-                values = values_of(checkpoints[at].settings)
-                wanted = ranges[at] if ranges else (0, depth)
+                wanted = ranges[at] if ranges else None
                 column.layers.setdefault(module.stack, []).extend(
-                    LayerOrigin(values, depth, index) for index in range(*wanted)
+                    self.layer_origins(checkpoints[at], module.stack, wanted)
                 )
         return Section(part.path, part.recipe, names, tuple(rows), layers, module.name, tuple(words))
 
+    def layer_origins(self, checkpoint: Checkpoint, stack: Stack, wanted: Range | None) -> list[LayerOrigin]:
+        """What a config says of layers of a model; of all where no range is given."""
+        depth = self.stack_of(checkpoint, stack).depth
+        values = values_of(checkpoint.settings)
+        return [LayerOrigin(values, depth, index) for index in range(*(wanted or (0, depth)))]
+
+    def refuse_other_layers(
+        self, part: PartRecipe, stack: Stack, checkpoints: Sequence[Checkpoint], ranges: Sequence[Range]
+    ) -> None:
+        """Notes sources whose layers are of another kind than those that they are merged with."""
+        kinds = [
+            kinds_of(stack.key, self.layer_origins(checkpoint, stack, wanted))
+            for checkpoint, wanted in zip(checkpoints, ranges, strict=True)
+        ]
+        for index, own in enumerate(kinds):
+            for key in sorted(own.keys() & kinds[0].keys()):
+                if own[key] != kinds[0][key]:
+                    self.problems.append(
+                        f"{part.path}.sources[{index}].layer_range: {key} of these layers is {own[key]}, and of those "
+                        f"of sources[0] {kinds[0][key]}; layers that are merged are of one kind"
+                    )
+
     def changes(self) -> dict[Path, object]:
-        """What the config of the result says of its layers; all columns must say the same."""
+        """What the config of the result says of its layers."""
         found: dict[Path, object] = {}
         for stack in self.columns[0].layers:
             of_first = changes_for(stack.key, self.columns[0].layers[stack])
-            for number, column in enumerate(self.columns[1:], start=1):
-                for place, value in changes_for(stack.key, column.layers[stack]).items():
-                    if value != of_first.get(place, value):
-                        raise CheckpointError(
-                            f"sources[{number}]: {'.'.join(place)} of its layers is {value}, and of those of sources[0]"
-                            f" {of_first[place]}; layers that are merged are of one kind"
-                        )
             found |= of_first
         return found
 

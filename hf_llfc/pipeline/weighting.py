@@ -181,9 +181,12 @@ def method_settings(
         if all(value is None for value in told):
             continue
         # Filters of one model are looked for in the names that its tensors have there.
+        where = section.path if section is not None else None
         own_names = section.own_names if section is not None and parameter.per_model else [{}] * len(parents)
         schedules = [
-            WeightSchedule(rules_of(value, parameter), f"{parent.checkpoint.label}, {key}", parent.axes_of, own)
+            WeightSchedule(
+                rules_of(value, parameter), f"{where or parent.checkpoint.label}, {key}", parent.axes_of, own
+            )
             for value, parent, own in zip(told, parents, own_names, strict=False)
         ]
         values[key] = resolve_values(names, schedules, f"values of {key}", uses)

@@ -162,9 +162,13 @@ def models_of(recipe: Recipe | None, report: ConnectivityReport | None) -> list[
         named = [] if report is None else [model for model in report.models if model.id is not None]
         parents = [ParentInfo.named(str(m.id), m.revision, weight=m.weight) for m in named]
     else:
-        is_settled = recipe.method is not None and not recipe.parts
+        is_settled = recipe.method is not None
         parents = [
-            ParentInfo.named(entry.model, weight=weight, share=_settings(entry) if is_settled else None)
+            ParentInfo.named(
+                entry.model,
+                weight=weight,
+                share="some layers" if recipe.parts else _settings(entry) if is_settled else None,
+            )
             for entry, weight in zip(recipe.models, _weights(recipe), strict=True)
         ]
         if recipe.base_model is not None:

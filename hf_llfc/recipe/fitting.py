@@ -75,6 +75,13 @@ def as_weight(value: Any) -> float | tuple[float, ...]:
     return tuple(float(each) for each in value) if isinstance(value, list) else float(value)
 
 
+def short_gradient(value: Any) -> str | None:
+    """What is wrong with a gradient of one value, or None if it is none."""
+    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], Mapping | list):
+        return f"a gradient has two values or more, from the first layer to the last; write {value[0]!r}"
+    return None
+
+
 def setting_problem(parameter: Parameter, value: Any) -> str | None:
     """What is wrong with a parameter of a merge method: a value, a gradient of values, or values with filters."""
     rules = [value] if isinstance(value, Mapping) else value
@@ -84,6 +91,8 @@ def setting_problem(parameter: Parameter, value: Any) -> str | None:
         if not all(isinstance(rule.get("filter"), str | None) for rule in rules):
             return "a filter is text"
         return next(filter(None, (setting_problem(parameter, rule["value"]) for rule in rules)), None)
+    if problem := short_gradient(value):
+        return problem
     for entry in value if isinstance(value, list) and value else [value]:
         try:
             parameter.checked(entry)

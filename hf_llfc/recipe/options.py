@@ -131,14 +131,15 @@ def option(help: str, default: Any = MISSING, **settings: Any) -> Any:
     return field(default=default, metadata=described)
 
 
-def derived(help: str, default: Any) -> Any:
+def derived(help: str, default: Any, *, compare: bool = True) -> Any:
     """A field of a section that is made from the others, and that nobody writes.
 
     Args:
         help: One sentence.
         default: Its value where there is nothing to make it from.
+        compare: Whether two sections are equal only if it is.
     """
-    return field(default=default, metadata={"help": help})
+    return field(default=default, compare=compare, metadata={"help": help})
 
 
 @cache

@@ -16,7 +16,7 @@ from hf_llfc.foundation.limited_yaml import read_documents
 from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod, Parameter
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.documents import INHERITED, documents_of, folder_of, with_names
-from hf_llfc.recipe.fitting import as_weight, is_weight, setting_problem
+from hf_llfc.recipe.fitting import as_weight, is_weight, setting_problem, short_gradient
 from hf_llfc.recipe.options import build, fitted_values, join, made, options_of, refuse_unknown
 from hf_llfc.recipe.overrides import apply_override
 from hf_llfc.recipe.sections import (
@@ -248,7 +248,7 @@ class _Reader:
         before = len(self.problems)
         recipe = self.recipe(content)
         self.problems[before:] = [*problems, *map(as_slice, self.problems[before:])]
-        return None if self.problems else recipe
+        return None if self.problems or recipe is None else replace(recipe, range_path="slices[0]")
 
     def _of_parts(self, content: dict[str, Any], reader: SliceReader) -> tuple[dict[str, Any], tuple[PartRecipe, ...]]:
         """The plain data with slices, modules and all their models in their types; and the merges that they are."""
@@ -323,6 +323,9 @@ class _Reader:
 
     def _weight(self, value: Any, path: str) -> Weight | tuple[WeightRule | float, ...]:
         value = [value] if isinstance(value, Mapping) else value
+        if problem := short_gradient(value):
+            self.problems.append(f"{path}: {problem}")
+            return 1.0
         if is_weight(value):
             return as_weight(value)
         if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
@@ -336,6 +339,8 @@ class _Reader:
             pattern = each.get("filter")
             if pattern is not None and not isinstance(pattern, str):
                 self.problems.append(f"{path}.{place}.filter: text is expected, found {pattern!r}")
+            elif problem := short_gradient(each.get("value")):
+                self.problems.append(f"{path}.{place}.value: {problem}")
             elif is_weight(each.get("value")):
                 rules.append(WeightRule(pattern, as_weight(each["value"])))
             else:

@@ -29,7 +29,7 @@ from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.fitting import is_number
 from hf_llfc.recipe.options import derived, documented, option, settle
-from hf_llfc.recipe.slices import ModuleSection, PartRecipe, SliceSection, read_range
+from hf_llfc.recipe.slices import RANGE, ModuleSection, PartRecipe, SliceSection, read_range
 
 SUMS = ("linear", "task_arithmetic")
 """Methods whose tensors are weighted sums, exact to one rounding, with weights that are one rule."""
@@ -389,6 +389,7 @@ class Recipe:
     parts: tuple[PartRecipe, ...] = derived(
         "What slices and modules come down to, a merge each; none where `models` is one merge of whole models.", ()
     )
+    range_path: str = derived("Where the layers of all models stand, for messages.", RANGE, compare=False)
     earlier: tuple[Recipe, ...] = derived("Documents of the same file whose results are made first, in this order.", ())
 
     def __post_init__(self) -> None:
@@ -483,7 +484,7 @@ def _plain(value: Any) -> Any:
     plain: dict[str, Any] = {}
     for each in dataclasses.fields(value):
         # Models of slices and modules stand there; their recipes are made from them.
-        if each.name in ("settings", "parts", "earlier") or (
+        if each.name in ("settings", "parts", "earlier", "range_path") or (
             each.name == "models" and isinstance(value, Recipe) and value.parts
         ):
             continue

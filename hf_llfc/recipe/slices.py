@@ -23,6 +23,9 @@ Range = tuple[int, int]
 
 Content = dict[str, Any]
 
+RANGE = "layer_range"
+"""Where a recipe of whole slices has the range of all its models."""
+
 _OF_SLICE = ("sources", "merge_method", "base_model", "parameters")
 _OF_MODULE = ("slices", "models", "merge_method", "base_model", "parameters")
 

@@ -231,6 +231,8 @@ def _headline(evidence: Evidence) -> Headline:
     verdict = headline(evidence.report, len(evidence.merged), is_average=evidence.is_average)
     if own is None or not of_parents:
         return verdict
+    if evidence.report is None:
+        verdict = replace(verdict, text="Its features were not compared with those of its parents.")
     listed = " and ".join(value_text(loss, LOSS) for loss in of_parents)
     values = f"loss is {value_text(own, LOSS)}, that of its parents {listed}."
     if is_far_above(own, of_parents):

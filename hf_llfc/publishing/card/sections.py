@@ -127,7 +127,9 @@ def limits_of(
 ) -> list[str]:
     """What a reader must not conclude from this card."""
     limits = []
-    if report is None:
+    if report is None and any(row.loss is not None for row in rows):
+        limits.append("Features were not compared: this model does not lie on a path between its parents.")
+    elif report is None:
         limits.append("Nothing was measured. Whether this model performs as well as its parents is unknown.")
     else:
         limits += _limits_of_report(report, data, len([parent for parent in parents if not parent.is_base]), rows)
