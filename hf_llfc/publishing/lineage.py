@@ -187,7 +187,7 @@ def _with_those_of_documents(parents: Sequence[ParentInfo], recipe: Recipe) -> l
     found: dict[str, ParentInfo] = {}
     for parent in parents:
         document = documents.get(parent.id)
-        inner = [parent] if document is None else models_of(document, None)
+        inner = [parent] if document is None else models_of(replace(document, earlier=recipe.earlier), None)
         for each in inner:
             own = (
                 each if document is None else replace(each, weight=None, share=f"in {document.document}", is_base=False)

@@ -146,6 +146,7 @@ def plain_documents(recipe: Recipe) -> list[dict[str, Any]]:
     for content in plain[:-1]:
         if content["output_dir"] == folder_of(recipe.output_dir, content["name"]):
             del content["output_dir"]
+            content.pop("overwrite", None)
     return plain
 
 
