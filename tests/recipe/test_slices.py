@@ -73,7 +73,7 @@ TWO = [[source("a")], [source("b", 1, 3)]]
         (stack([source("a")], [source("b", 1, 3, scal=1)]), "slices[1].sources[0].parameters.scal: unknown key"),
         (stack([source("a", scal=1)]), "slices[0].sources[0].parameters.scal: unknown key; did you mean 'scale'?"),
         (stack(*TWO, parameters={"scle": 1}), "parameters.scle: unknown key; did you mean 'scale'?"),
-        (stack([source("a"), source("b")], [source("a")]), "slices[0].sources: passthrough takes 1 models; there are 2"),
+        (stack([source("a"), source("b")], [source("a")]), "slices[0].sources: passthrough takes 1 models"),
         (stack(*TWO, merge_method="slerp", parameters={"t": 1}), "slices[0].base_model: slerp needs one"),
         (
             stack([source("a"), source("b")], [source("a"), source("b")], merge_method="slerp", base_model="a"),
