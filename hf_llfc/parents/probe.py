@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +88,10 @@ def probe(alignment: Alignment, model: Checkpoint) -> dict[str, Any]:
     if alignment.is_identity and model.canonical is None:
         return {"change": 0.0, "precision": "float32"}
     started = perf_counter()
+    dtype = torch.float32
     try:
-        pair = _Pair.of(model)
-        inputs = _Inputs()
-        change, dtype = pair.change(alignment, inputs, torch.float32), torch.float32
+        run = _Run(model)
+        change = run.change(alignment, dtype)
     except Exception as error:  # whatever the code of a model, or what is not known of it, may raise
         logger.debug("probing %s", model.label, exc_info=True)
         reason = str(error).splitlines()[0] if isinstance(error, LLFCError) else f"{type(error).__name__}: {error}"
@@ -99,10 +99,10 @@ def probe(alignment: Alignment, model: Checkpoint) -> dict[str, Any]:
         return {"left_out": reason}
     noise = NOISE[dtype]
     if change > noise:
-        change, dtype, noise = pair.looked_at_again(alignment, inputs, change)
+        change, dtype, noise = run.looked_at_again(alignment, change)
     logger.info("%s: probed in %.1f s, answers change by %.0e", model.label, perf_counter() - started, change)
     if change > noise:
-        raise AlignmentError(_accusation(pair, alignment, inputs, change, dtype, noise))
+        raise AlignmentError(_accusation(run, alignment, change, dtype, noise))
     # One digit: how many threads computed it is of no account.
     return {"change": float(f"{change:.0e}"), "precision": str(dtype).removeprefix("torch.")}
 
@@ -125,83 +125,50 @@ def _whole(model: Checkpoint, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize + max(elements * dtype.itemsize, model.nbytes)
 
 
-class _Inputs:
-    """The same random inputs for every model of a probe, made for the first."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, Tensor] = {}
-
-    def of(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The arguments of a model's forward pass, floating-point ones in a dtype."""
-        from hf_llfc.adapters.derived import sample_inputs
-
-        self._made = self._made or sample_inputs(model, batch_size=ROWS)
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in self._made.items()}
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A model before and after it is moved.
+class _Run:
+    """Random inputs through a model as it was opened, and as it is moved.
 
     Attributes:
-        original: The checkpoint as it was opened, with its class.
+        original: The model as it was opened.
         model: The same as it is aligned: in canonical form where there are more groups than permutations.
     """
 
-    original: Checkpoint
-    model: Checkpoint
+    def __init__(self, model: Checkpoint) -> None:
+        self.model = _runnable(model)
+        self.original = self.model if model.original is None else _runnable(model.original)
+        self._inputs: dict[str, Tensor] = {}
+        self._before: dict[torch.dtype, dict[str, Tensor]] = {}
 
-    @classmethod
-    def of(cls, model: Checkpoint) -> _Pair:
-        runnable = _runnable(model)
-        return cls(runnable if model.original is None else _runnable(model.original), runnable)
+    def change(self, alignment: Alignment, dtype: torch.dtype) -> float:
+        """How much the answers change, relative to their largest entry.
 
-    def change(self, alignment: Alignment, inputs: _Inputs, dtype: torch.dtype) -> float:
-        """How much the answers change, relative to their largest entry."""
+        Raises:
+            AlignmentError: The model has no finite answer.
+        """
         from hf_llfc.adapters.derived import relative_change
 
-        before = self._answers(self.original, self.original.read_unrounded, inputs, dtype)
+        if dtype not in self._before:
+            self._before[dtype] = self._answers(self.original, self.original.read_unrounded, dtype)
+        before = self._before[dtype]
         if not any(bool(value.isfinite().any()) for value in before.values()):
             raise AlignmentError("it has no finite answer to random inputs")
-        parent = Parent(self.model, alignment)
-        return relative_change(before, self._answers(self.model, parent.read_unrounded, inputs, dtype))
+        return relative_change(before, self._answers(self.model, Parent(self.model, alignment).read_unrounded, dtype))
 
-    def _answers(self, checkpoint: Checkpoint, read: Read, inputs: _Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-        from hf_llfc.adapters.derived import answer_of
-
-        built = self._built(checkpoint, read, dtype)
-        return answer_of(built, inputs.of(built, dtype))
-
-    def _built(self, checkpoint: Checkpoint, read: Read, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with other weights, in memory where there is room; otherwise read as its modules run."""
-        from hf_llfc.checkpoints import load_model
-        from hf_llfc.checkpoints.streamed import StreamedModel
-
-        def cast(name: str) -> Tensor:
-            tensor = read(name)
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-        if not is_in_memory(checkpoint, dtype):
-            return StreamedModel(checkpoint, [cast], [1.0], dtype=dtype).model
-        state = {name: read(name) for name in checkpoint.tensors}
-        return load_model(checkpoint, state_dict=state, dtype=dtype).eval()
-
-    def looked_at_again(self, alignment: Alignment, inputs: _Inputs, change: float) -> tuple[float, torch.dtype, float]:
+    def looked_at_again(self, alignment: Alignment, change: float) -> tuple[float, torch.dtype, float]:
         """The change in float64, its dtype and the bound; as it was where the model does not run in that."""
         try:
-            dtype = torch.float64
-            return self.change(alignment, inputs, dtype), dtype, NOISE[dtype]
+            return self.change(alignment, torch.float64), torch.float64, NOISE[torch.float64]
         except Exception:  # whatever the code of a model may raise
             logger.debug("running %s in float64", self.model.label, exc_info=True)
             return change, torch.float32, UNCONFIRMED
 
-    def first_fault(self, alignment: Alignment, inputs: _Inputs, dtype: torch.dtype, noise: float) -> str | None:
+    def first_fault(self, alignment: Alignment, dtype: torch.dtype, noise: float) -> str | None:
         """The axis whose transform changes the answers while those before it do not; None if nothing moved does."""
         moved = [axis for axis, transform in alignment.transforms.items() if not transform.is_identity]
 
         def is_wrong(count: int) -> bool:
             part = {axis: alignment.transforms[axis] for axis in moved[:count]}
-            return self.change(Alignment(alignment.spec, part), inputs, dtype) > noise
+            return self.change(Alignment(alignment.spec, part), dtype) > noise
 
         if not moved or is_wrong(0):
             return None
@@ -210,6 +177,29 @@ class _Pair:
             middle = (right + wrong) // 2
             right, wrong = (right, middle) if is_wrong(middle) else (middle, wrong)
         return moved[right]
+
+    def _answers(self, checkpoint: Checkpoint, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
+        from hf_llfc.adapters.derived import answer_of, sample_inputs
+
+        model = _built(checkpoint, read, dtype)
+        self._inputs = self._inputs or sample_inputs(model, batch_size=ROWS)
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in self._inputs.items()}
+        return answer_of(model, inputs)
+
+
+def _built(checkpoint: Checkpoint, read: Read, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with other weights, in memory where there is room; otherwise read as its modules run."""
+    from hf_llfc.checkpoints import load_model
+    from hf_llfc.checkpoints.streamed import StreamedModel
+
+    def cast(name: str) -> Tensor:
+        tensor = read(name)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    if not is_in_memory(checkpoint, dtype):
+        return StreamedModel(checkpoint, [cast], [1.0], dtype=dtype).model
+    state = {name: read(name) for name in checkpoint.tensors}
+    return load_model(checkpoint, state_dict=state, dtype=dtype).eval()
 
 
 def _runnable(checkpoint: Checkpoint) -> Checkpoint:
@@ -237,24 +227,17 @@ def _runnable(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def _accusation(
-    pair: _Pair,
-    alignment: Alignment,
-    inputs: _Inputs,
-    change: float,
-    dtype: torch.dtype,
-    noise: float,
-) -> str:
+def _accusation(run: _Run, alignment: Alignment, change: float, dtype: torch.dtype, noise: float) -> str:
     """What is wrong with a moved model, and what to do."""
-    model = pair.model
+    model = run.model
     text = (
         f"{model.label}: moved, it answers otherwise than before: random inputs give answers that differ by "
         f"{change:.1e} of the largest, where rounding makes {noise:.0e} at most"
     )
-    axis = pair.first_fault(alignment, inputs, dtype, noise)
+    axis = run.first_fault(alignment, dtype, noise)
     if axis is None:
         return f"{text}; its canonical form is not the same model; align with the groups `permutation`"
-    binding = alignment.spec.bind({name: info.shape for name, info in pair.model.tensors.items()})
+    binding = alignment.spec.bind({name: info.shape for name, info in model.tensors.items()})
     names = [name for name, bound in binding.tensors.items() if axis in {use.axis for use in bound.spec.axes}]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     kind = axis.split(".")[0]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import hf_llfc
 from hf_llfc import PermutationSpec
 from hf_llfc.adapters.canonical_forms import canonical_form
+from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.spec import model_with_random_weights
 from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.adapters.registry import FAMILIES
@@ -226,14 +227,13 @@ def moved_llama() -> tuple[hf_llfc.Alignment, Checkpoint]:
 
 def test_a_model_without_room_in_memory_is_read_as_its_modules_run(monkeypatch):
     alignment, checkpoint = moved_llama()
-    in_memory = probing._Pair.of(checkpoint).change(alignment, probing._Inputs(), torch.float32)
+    in_memory = probing._Run(checkpoint).change(alignment, torch.float32)
     monkeypatch.setattr(probing, "available_memory", lambda: 0)
     monkeypatch.setattr("hf_llfc.checkpoints.load_model", lambda *_, **__: pytest.fail("it is loaded"))
-    assert probing._Pair.of(checkpoint).change(alignment, probing._Inputs(), torch.float32) == in_memory
+    assert probing._Run(checkpoint).change(alignment, torch.float32) == in_memory
     assert probe(alignment, checkpoint)["change"] == float(f"{in_memory:.0e}")
     assert probing.probe_memory(checkpoint) == 256 * 24 * (4 + 2)
-    inputs = probing._Inputs().of(byte_llama(0), torch.float32)
-    assert inputs["input_ids"].numel() == probing.TOKENS
+    assert sample_inputs(byte_llama(0), batch_size=probing.ROWS)["input_ids"].numel() == probing.TOKENS
 
 
 def test_a_model_that_cannot_be_run_is_left_out_with_the_reason(monkeypatch, caplog, tmp_path):
