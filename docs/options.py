@@ -1,10 +1,12 @@
-"""Writes the tables of docs/recipe.md and docs/methods.md from what they describe: `python docs/options.py`."""
+"""Writes the tables of docs/recipe.md, methods.md and mergekit.md from what they describe: `python docs/options.py`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
+from hf_llfc.cli.mergekit_options import ANSWERS
 from hf_llfc.merging.methods import MERGE_METHODS, REQUIRED, Base, MergeMethod, Parameter
 from hf_llfc.recipe import sections, slices
 from hf_llfc.recipe.fitting import describe
@@ -12,6 +14,21 @@ from hf_llfc.recipe.options import Option, options_of
 
 PAGE = Path(__file__).parent / "recipe.md"
 METHODS_PAGE = Path(__file__).parent / "methods.md"
+VALUES = {
+    **dict.fromkeys(("models", "slices", "sources"), "list"),
+    "layer_range": "a list of two whole numbers",
+    "modules": "keys by name",
+    "parameters": "keys",
+    "max_shard_size": "bytes, or a size such as 5GB",
+    "max_memory": "bytes, or a size such as 5GB",
+    "alphas": "a whole number or a list of numbers",
+    "dataset": "text",
+    "weight": "a number, a gradient, or rules of filter and value",
+    "tokens": "a mapping of tokens to keys",
+}
+"""Options whose type says too little of what may be written."""
+
+MERGEKIT_PAGE = Path(__file__).parent / "mergekit.md"
 MARKED = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
 
 
@@ -27,22 +44,10 @@ def table(options: list[Option]) -> str:
 def _value(each: Option) -> str:
     if each.choices:
         return ", ".join(f"`{choice}`" for choice in each.choices)
-    if each.name == "layer_range":
-        return "a list of two whole numbers"
-    if each.name in ("models", "slices", "sources"):
-        return "list"
-    if each.name == "modules":
-        return "keys by name"
-    if each.name == "parameters":
-        return "keys"
+    if each.name in VALUES:
+        return VALUES[each.name]
     if each.section is not None:
-        return "keys"
-    if each.name in ("max_shard_size", "max_memory"):
-        return "bytes, or a size such as 5GB"
-    if each.name == "alphas":
-        return "a whole number or a list of numbers"
-    if each.name == "dataset":
-        return "text"
+        return "text, or keys" if str in get_args(each.type) else "keys"
     words = describe(each.type).removesuffix(" or nothing")
     return each.range if each.range.startswith("a ") else f"{words}, {each.range}" if each.range else words
 
@@ -94,6 +99,19 @@ def _parameter(parameter: Parameter) -> str:
     return f"| `{parameter.name}` | {value} | {default} | {parameter.help} |"
 
 
+MARKED_MERGEKIT = re.compile(r"(<!-- options of mergekit -->\n).*?(<!-- end of options of mergekit -->)", re.DOTALL)
+
+
+def mergekit_written(page: str) -> str:
+    """The page for those who come from mergekit with the table of its options made anew."""
+    rows = ["| option | | here |", "|---|---|---|"]
+    for flag, answer in ANSWERS.items():
+        rows.append(f"| `{' '.join([flag, answer.value]).strip()}` | {answer.kind} | {answer.words} |")
+    table = "\n".join(rows)
+    return MARKED_MERGEKIT.sub(lambda match: f"{match[1]}{table}\n{match[2]}", page)
+
+
 if __name__ == "__main__":
+    MERGEKIT_PAGE.write_text(mergekit_written(MERGEKIT_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     METHODS_PAGE.write_text(methods_written(METHODS_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -347,7 +347,13 @@ def merge(
     }
     if base_model is not None:
         recipe["base_model"] = str(base_model)
-    return run(load_recipe(recipe), models=models, restart=restart, progress=progress)
+    read = load_recipe(recipe)
+    if [entry.model for entry in read.models] != [_named(model) for model in models]:
+        # The base is taken out of the models or to their front, which have names then.
+        if not all(isinstance(model, str | Path) for model in models):
+            raise RecipeError("base_model: is one of the models, and some of these are loaded; give all by their names")
+        return run(read, restart=restart, progress=progress)
+    return run(read, models=models, restart=restart, progress=progress)
 
 
 def _listed(values: Any, name: str) -> list[Any]:

@@ -20,7 +20,7 @@ from hf_llfc.errors import CheckpointError, suggest
 if TYPE_CHECKING:  # what knows model classes takes seconds to load
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-    from hf_llfc.checkpoints.views.vocabulary import Union
+    from hf_llfc.checkpoints.views.vocabulary import Vocabulary
     from hf_llfc.symmetry import PermutationSpec
 
 
@@ -45,15 +45,15 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Reindexing:
-    """The position of a checkpoint's rows in the union of several vocabularies.
+    """The position of a checkpoint's rows in the vocabulary of several models.
 
     Attributes:
-        union: The union of its vocabulary and those of others.
-        index: The position of the checkpoint among the models of the union.
+        union: The vocabulary: the union of all, or that of one.
+        index: The position of the checkpoint among the models of the vocabulary, or behind them of a donor.
         dimensions: Name on disk of every tensor with one row per token → the dimension of the rows.
     """
 
-    union: Union
+    union: Vocabulary
     index: int
     dimensions: Mapping[str, int]
 

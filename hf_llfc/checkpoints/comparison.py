@@ -11,6 +11,7 @@ from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.companions import has_vocabulary
 from hf_llfc.checkpoints.config_differences import config_differences
+from hf_llfc.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -46,28 +47,47 @@ def body_tensors(checkpoint: Checkpoint, other: Checkpoint) -> frozenset[str]:
     return frozenset(name for name in other.tensors if name.startswith(prefix) and name in checkpoint.tensors)
 
 
-def tokenizer_problems(models: Sequence[Checkpoint], source: Checkpoint) -> list[str]:
-    """Finds what forbids giving models the tokenizer of another.
+def share_vocabulary(models: Sequence[Checkpoint], source: Checkpoint) -> bool:
+    """Whether every id stands for the same token in some models and in the tokenizer of another, in as many rows.
 
     Args:
-        models: The models that get the tokenizer; at least one.
+        models: The models, at least one; of one without a tokenizer the vocabulary is taken to be that of the others.
         source: The model that has the tokenizer.
 
-    Returns:
-        The problem of the first model that has one; none if every id stands for the same token in all models.
+    Raises:
+        CheckpointError: The source has no tokenizer that can be read.
     """
     vocabulary = _vocabulary(source)
     if vocabulary is None:
-        return [f"{source.label}: has no tokenizer that can be read; name a model with one"]
-    problems = [problem for model in models for problem in _vocabulary_problems(model, source)]
-    largest, token = max((index, token) for token, index in vocabulary.items())
-    rows = models[0].config.get_text_config().to_dict().get("vocab_size")
-    if not problems and isinstance(rows, int) and largest >= rows:
-        problems.append(
-            f"{source.label}: its tokenizer gives {token!r} the id {largest}, but the embeddings of {models[0].label} "
-            f"have {rows} rows"
+        raise CheckpointError(
+            f"tokenizer_source: {source.label}: has no tokenizer that can be read; name a model with one"
         )
-    return problems[:1]
+    others = [_vocabulary(model) for model in models if model is not source]
+    rows = {_rows_said(model) for model in models}
+    largest, token = max((index, token) for token, index in vocabulary.items())
+    too_few = [count for count in rows if count is not None and count <= largest]
+    if too_few and any(other is None for other in others):
+        raise CheckpointError(
+            f"tokenizer_source: {source.label} gives {token!r} the id {largest}, but the embeddings of "
+            f"{models[0].label} have {too_few[0]} rows, and it has no tokenizer that says whose they are"
+        )
+    return not too_few and len(rows) == 1 and all(other is None or other == vocabulary for other in others)
+
+
+def _rows_said(checkpoint: Checkpoint) -> int | None:
+    """The rows of the embeddings by the config, read without its class where its file says them."""
+    raw = checkpoint.settings.raw or {}
+    text = raw.get("text_config")
+    for values in (raw, text if isinstance(text, Mapping) else {}):
+        if isinstance(values.get("vocab_size"), int):
+            return int(values["vocab_size"])
+    rows = checkpoint.config.get_text_config().to_dict().get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether there are files of a tokenizer beside a checkpoint."""
+    return has_vocabulary([path.name for path in checkpoint.companion_files])
 
 
 def _problems(first: Checkpoint, other: Checkpoint, bodies_only: bool) -> list[str]:

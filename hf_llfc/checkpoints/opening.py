@@ -53,6 +53,7 @@ def open_checkpoint(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     as_stored: bool = False,
+    architecture: str | None = None,
     token: str | bool | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint and checks it as far as that is possible without reading tensors.
@@ -65,6 +66,7 @@ def open_checkpoint(
         as_stored: Whether to leave the classes of the model and of its config alone, which take seconds to load:
             tensors have the names in the files, it is not checked that they are those of the class, and the config is
             read when it is asked for.
+        architecture: The model class to take in place of the one that the config names.
         token: A token for the Hub; None takes the one of the login.
 
     Raises:
@@ -75,8 +77,9 @@ def open_checkpoint(
         base, adapter = split_adapter(str(model))
         files = _find(model if adapter is None else adapter, token)
         if adapter is None and not is_adapter(files):
-            return _open_files(files, trust_remote_code, allow_pickle, as_stored)
-        return _open_adapted(base if adapter is not None else None, files, trust_remote_code, allow_pickle, token)
+            return _open_files(files, trust_remote_code, allow_pickle, as_stored, architecture)
+        named = base if adapter is not None else None
+        return _open_adapted(named, files, trust_remote_code, allow_pickle, token, architecture)
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
@@ -88,7 +91,12 @@ def open_checkpoint(
 
 
 def _open_adapted(
-    base: str | None, files: Files, trust_remote_code: bool, allow_pickle: bool, token: str | bool | None
+    base: str | None,
+    files: Files,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    token: str | bool | None,
+    architecture: str | None,
 ) -> Checkpoint:
     from hf_llfc.checkpoints.views.adapted import fold
     from hf_llfc.checkpoints.views.folding import base_of, read_config
@@ -111,7 +119,7 @@ def _open_adapted(
             raise CheckpointError(
                 f"{named}: an adapter can be folded into a model, not into another adapter; save it first"
             )
-        opened = _open_files(files_of_base, trust_remote_code, allow_pickle, as_stored=False)
+        opened = _open_files(files_of_base, trust_remote_code, allow_pickle, False, architecture)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{hint}") from error
     return fold(opened, files, config, allow_pickle=allow_pickle)
@@ -149,8 +157,11 @@ def _refuse_without_config(where: str, folder: Path) -> None:
     )
 
 
-def _open_files(files: Files, trust_remote_code: bool, allow_pickle: bool, as_stored: bool) -> Checkpoint:
+def _open_files(
+    files: Files, trust_remote_code: bool, allow_pickle: bool, as_stored: bool, instead: str | None
+) -> Checkpoint:
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
+    raw = raw if instead is None else {**raw, "architectures": [instead]}
     weights, raw = _open_stored(files, raw, allow_pickle)
     companions = _fetch_companions(files)
     sides = _fetch_sides(files)

@@ -51,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hf_llfc.parallel.threads import wait_asleep  # `--help` waits for nothing that it does not need
 
         wait_asleep()
+        if options.command == "run":
+            os.environ.update(options.environment)
         _announce(options)
         _import_modules(options.imports)
         return int(import_module(f"hf_llfc.cli.{options.command.replace('-', '_')}").execute(options))
@@ -127,6 +129,8 @@ def _announce(options: argparse.Namespace) -> None:
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     what = f"reading {', '.join(names)}" if names else "loading scikit-learn's digits and transformers"
     print(f"hf-llfc: {what}", file=sys.stderr, flush=True)
+    for note in options.notes if options.command == "run" else ():
+        print(f"hf-llfc: {note}", file=sys.stderr, flush=True)
 
 
 def _stop_as_interrupted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 
 from hf_llfc.errors import suggest
 from hf_llfc.foundation.choices import HEADS
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy: `--help` loads nothing that 
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
+    from hf_llfc.cli.mergekit_options import Translated
     from hf_llfc.recipe.options import Option
 
     Group = argparse._ActionsContainer
@@ -30,7 +32,7 @@ LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
         "align": "has options of its own",
         "importance": "has options of its own",
         **dict.fromkeys(
-            ("diagnose", "keep_where_broken", "publish", "layer_range", "slices", "modules", "document"),
+            ("diagnose", "keep_where_broken", "publish", "layer_range", "slices", "modules", "document", "tokenizer"),
             "is a section of a recipe; see `run`",
         ),
     },
@@ -60,7 +62,9 @@ LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line; overrides of a recipe may stand anywhere, also before it and between options."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    translated = _of_mergekit(given, parser)
+    options, rest = parser.parse_known_args(given if translated is None else translated.rest)
     unknown = [word for word in rest if options.command != "run" or word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -68,11 +72,38 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         words = [options.recipe, *options.overrides, *rest]
         recipe = next((word for word in words if "=" not in word), words[0])
         words.remove(recipe)
+        words = _with_folder(words, options)
+        assert translated is not None
+        words += translated.keys
+        options.environment, options.notes = translated.environment, translated.notes
         # An option wins over a key, as the last word does elsewhere; JSON is YAML that keeps every text a text.
         values = {name: vars(options)[_dest(name)] for name in OF_A_RUN}
         words += [f"{name}={json.dumps(value)}" for name, value in values.items() if value is not None]
         options.recipe, options.overrides = recipe, words
     return options
+
+
+def _of_mergekit(words: Sequence[str], parser: _Parser) -> Translated | None:
+    """What mergekit's options among the words of `run` are here; None for other commands."""
+    if "run" not in words:
+        return None
+    from hf_llfc.cli.mergekit_options import Translated
+
+    translated = Translated(words)
+    if translated.refused:
+        parser.error(translated.refused)
+    return translated
+
+
+def _with_folder(words: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Overrides, with a folder that stands behind the recipe, as mergekit has it, as that of the result."""
+    from hf_llfc.recipe.options import options_of
+    from hf_llfc.recipe.sections import Recipe
+
+    folders = [word for word in words if "=" not in word and re.split("[.:]", word)[0] not in options_of(Recipe)]
+    if len(folders) != 1 or options.out is not None:
+        return list(words)
+    return [f"output_dir={json.dumps(folders[0])}" if word == folders[0] else word for word in words]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,7 +133,9 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.match(r"(?:argument (\S+): invalid choice: '(.*?)'|unrecognized arguments: (-[^\s=]*))", message)
         hint = ""
         if wrong is not None and wrong[3]:
-            hint = suggest(wrong[3], self._options())
+            from hf_llfc.cli.mergekit_options import explained
+
+            hint = explained(wrong[3]) or suggest(wrong[3], self._options())
         elif wrong is not None:
             hint = suggest(wrong[2], [name for action in self._actions for name in action.choices or ()])
         self.exit(2, f"hf-llfc: error: {message}{hint} (`{self.prog} --help` lists what there is)\n")
@@ -141,7 +174,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("messages")
     group.add_argument("--format", choices=("table", "json"), default="table", help="How the answer is printed.")
     group.add_argument("--quiet", action="store_true", help="Show no progress bars.")
-    group.add_argument("--verbose", action="store_true", help="Log what is being done.")
+    group.add_argument("-v", "--verbose", action="store_true", help="Log what is being done.")
     group.add_argument("--debug", action="store_true", help="Show tracebacks.")
     group.add_argument(
         "--import",
@@ -301,7 +334,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_dry_run(parser)
     _add_seed(parser)
     group = parser.add_argument_group("merge")
-    _add_of_recipe(group, "merge_method", "base_model", "tokenizer_source")
+    _add_of_recipe(group, "merge_method", "base_model", "tokenizer_source", "chat_template")
+    _add_of_recipe(group, "trust_remote_code", "override_architecture")
     _add_weights(group, "One weight a model. (default: equal weights)")
     group.add_argument(
         "--normalize",
@@ -319,7 +353,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     output = _add_output(parser, "dtype", "out_dtype", "max_shard_size", required=True)
     _add_of_recipe(output, "log_with", "logging_dir")
     _add_matching(parser, "merge", "--align", default="none")
-    _add_data(parser, "merge", CALIBRATION_OR_IMPORTANCE)
+    _add_data(parser, "merge", CALIBRATION_OR_IMPORTANCE, without=("trust_remote_code",))
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
@@ -342,7 +376,11 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file.")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="Values that replace those of the recipe."
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="Values that replace those of the recipe; DIR is short for output_dir=DIR.",
     )
     _add_of_recipe(parser, *OF_A_RUN)
     _add_restart(parser)
@@ -386,14 +424,14 @@ def _add_matching(parser: argparse.ArgumentParser, command: str, flag: str, *, d
     _add_section(group, command, "AlignSection", without=("method",))
 
 
-def _add_data(parser: argparse.ArgumentParser, command: str, purpose: str) -> None:
+def _add_data(parser: argparse.ArgumentParser, command: str, purpose: str, without: Iterable[str] = ()) -> None:
     from hf_llfc.recipe.options import options_of
     from hf_llfc.recipe.sections import EvaluationConfig
 
     group = parser.add_argument_group("data", purpose)
     for name in ("task", "dataset"):
         add_option(group, options_of(EvaluationConfig)[name])
-    _add_section(group, command, "EvaluationConfig", without=("task", "dataset"))
+    _add_section(group, command, "EvaluationConfig", without=("task", "dataset", *without))
 
 
 CALIBRATION = "calibration data for activation, commutativity and learned matching"

@@ -36,7 +36,7 @@ def data_settings(options: argparse.Namespace, *, required: bool) -> dict[str, A
         EvaluationError: They are required, or given in part only.
     """
     settings = given(options, EvaluationConfig)
-    if settings.keys() <= {"seed"} and not required:
+    if settings.keys() <= {"seed", "trust_remote_code"} and not required:
         return None
     missing = [_flag(name) for name in ("task", "dataset") if name not in settings]
     if missing:
@@ -60,7 +60,7 @@ def refuse_given(options: argparse.Namespace, names: Iterable[str], because: str
 def refuse_unused_data(options: argparse.Namespace) -> None:
     """Data are for activations and for learning."""
     if not uses_data(options.method, options.start or ""):
-        names = [name for name in options_of(EvaluationConfig) if name != "seed"]
+        names = [name for name in options_of(EvaluationConfig) if name not in ("seed", "trust_remote_code")]
         refuse_given(options, names, "without activation, commutativity or learned matching, which alone look at data")
 
 

@@ -44,3 +44,9 @@ UNION = "union"
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """What a run may be logged to: the trackers of accelerate."""
+
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+"""Values of `chat_template` that name a template of ours; see `hf_llfc.checkpoints.chat_templates`."""
+
+AUTO = "auto"
+"""Value of `chat_template` for the most frequent one of the models."""

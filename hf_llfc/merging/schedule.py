@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 
-from hf_llfc.errors import RecipeError, raise_all
+from hf_llfc.errors import RecipeError, raise_all, suggest
 
 ZERO_SUM = 1e-6
 """Weights whose sum is nearer to zero cannot be divided by it."""
@@ -28,10 +29,12 @@ class Rule:
         pattern: Part of a tensor's name, a shell pattern for all of it, or the name of an axis that it carries
             (`heads.3`, or `heads` for all of them); every tensor where None.
         values: One weight, or a gradient of two and more over the layers.
+        may_be_idle: Whether it may decide nothing: it is that of all models, and one may have rules of its own.
     """
 
     pattern: str | None
     values: tuple[float, ...]
+    may_be_idle: bool = False
 
     def matches(self, name: str, axes_of: Callable[[str], Sequence[str]]) -> bool:
         """Whether the rule applies to a tensor; its axes are looked up only if its name does not tell."""
@@ -84,13 +87,15 @@ class RuleUse:
     def __init__(self) -> None:
         """No rule has been seen."""
         self._used: dict[tuple[str, Rule], bool] = {}
-        self._models: dict[tuple[str, Rule], str] = {}
+        self._schedules: dict[tuple[str, Rule], WeightSchedule] = {}
+        self._names: dict[tuple[str, Rule], list[str]] = {}
 
-    def note(self, schedule: WeightSchedule, what: str, decided: Collection[int | None]) -> None:
-        """Notes the rules of a schedule, and those of them that decided the value of a tensor."""
+    def note(self, schedule: WeightSchedule, what: str, decided: Collection[int | None], names: Sequence[str]) -> None:
+        """Notes the rules of a schedule, and those of them that decided the value of one of some tensors."""
         for index, rule in enumerate(schedule.rules):
             self._used[what, rule] = self._used.get((what, rule), False) or index in decided
-            self._models.setdefault((what, rule), schedule.model)
+            self._schedules.setdefault((what, rule), schedule)
+            self._names.setdefault((what, rule), []).extend(names)
 
     def refuse_unused(self) -> None:
         """Refuses rules that decide nothing.
@@ -99,9 +104,9 @@ class RuleUse:
             RecipeError: There are some.
         """
         problems = [
-            _decides_nothing(self._models[what, rule], rule)
-            for (what, rule), used in self._used.items()
-            if not used and rule.pattern is not None
+            f"{self._schedules[key].model}: {_why_idle(key[1], self._names[key], self._schedules[key])}"
+            for key, used in self._used.items()
+            if not used and key[1].pattern is not None and not key[1].may_be_idle
         ]
         raise_all(problems, RecipeError, "the parameters do not fit the models")
 
@@ -161,7 +166,12 @@ def resolve_weights(
 
 
 def resolve_values(
-    names: Sequence[str], schedules: Sequence[WeightSchedule], what: str, uses: RuleUse | None = None
+    names: Sequence[str],
+    schedules: Sequence[WeightSchedule],
+    what: str,
+    uses: RuleUse | None = None,
+    *,
+    steps: bool = False,
 ) -> dict[str, tuple[float, ...]]:
     """The values that schedules give to every tensor, one a schedule.
 
@@ -170,13 +180,19 @@ def resolve_values(
         schedules: One a model.
         what: Plural name of the values, for messages.
         uses: Where other merges share the rules: notes which decide something, in place of an error here.
+        steps: Whether a gradient goes from value to value in steps, as true and false must: a value begins where the
+            layers have come as far as it, and the last is that of the last layer alone.
 
     Raises:
         RecipeError: A tensor that no rule matches, or a rule that decides nothing.
     """
     depths = layer_depths(names)
     problems: list[str] = []
-    columns = [_column(names, schedule, depths, problems, what, uses) for schedule in schedules]
+    columns = [
+        [_value(schedule, each, depths[each], steps) for each in names]
+        for schedule in schedules
+        if _judge(names, schedule, problems, what, uses)
+    ]
     raise_all(problems, RecipeError, f"the {what} do not fit the models")
     return dict(zip(names, zip(*columns, strict=True), strict=True))
 
@@ -202,28 +218,18 @@ def layer_depths(names: Iterable[str]) -> dict[str, float]:
     return depths
 
 
-def _decides_nothing(model: str, rule: Rule) -> str:
-    return (
-        f"{model}: the filter {rule.pattern!r} decides the weight of no tensor; correct it, or move it before the rule "
-        "that hides it"
-    )
-
-
-def _column(
-    names: Sequence[str],
-    schedule: WeightSchedule,
-    depths: Mapping[str, float],
-    problems: list[str],
-    what: str,
-    uses: RuleUse | None,
-) -> list[float]:
-    """The weights of one model; notes tensors without a rule and rules without a tensor."""
+def _judge(
+    names: Sequence[str], schedule: WeightSchedule, problems: list[str], what: str, uses: RuleUse | None
+) -> bool:
+    """Notes tensors without a rule and rules without a tensor; returns whether every tensor has a rule."""
     decided = [schedule.rule(name) for name in names]
     if uses is not None:
-        uses.note(schedule, what, set(decided))
+        uses.note(schedule, what, set(decided), names)
     else:
         problems += [
-            _decides_nothing(schedule.model, rule) for i, rule in enumerate(schedule.rules) if i not in decided
+            f"{schedule.model}: {_why_idle(rule, names, schedule)}"
+            for i, rule in enumerate(schedule.rules)
+            if i not in decided and not rule.may_be_idle
         ]
     without = [name for name, i in zip(names, decided, strict=True) if i is None]
     if without:
@@ -231,15 +237,41 @@ def _column(
             f"{schedule.model}: no filter matches {without[0]} ({len(without)} such tensors); end the list of weights "
             "with an entry without a filter (`- value: …`)"
         )
-    return [
-        math.nan if i is None else _interpolated(schedule.rules[i].values, depths[name])
-        for name, i in zip(names, decided, strict=True)
-    ]
+    return not without
 
 
-def _interpolated(values: tuple[float, ...], depth: float) -> float:
+def _value(schedule: WeightSchedule, name: str, depth: float, steps: bool) -> float:
+    rule = schedule.rule(name)
+    assert rule is not None, "judged before"
+    return _interpolated(schedule.rules[rule].values, depth, steps)
+
+
+def _why_idle(rule: Rule, names: Sequence[str], schedule: WeightSchedule) -> str:
+    """Why a rule decides the value of no tensor, with what it may have meant."""
+    pattern, axes_of = rule.pattern, schedule.axes_of
+    own = {name: schedule.own_names.get(name, name) for name in names}
+    if pattern is None or any(rule.matches(own[name], partial(_axes, axes_of, name)) for name in names):
+        which = "the entry without a filter" if pattern is None else f"the filter {pattern!r}"
+        return f"{which} decides nothing, since entries before it match all of its tensors; move it before them"
+    length = pattern.count(".") + 1
+    parts = [[part for part in name.split(".") if not part.isdigit()] for name in own.values()]
+    near = {".".join(each[i : i + length]): None for each in parts for i in range(len(each) - length + 1)}
+    axes = {axis.split(".")[0]: None for name in names for axis in axes_of(name)}
+    hint = suggest(pattern, [*near, *axes])
+    if not hint:
+        hint = f" (names are made of {', '.join(dict.fromkeys(part for each in parts for part in each))})"
+    return f"the filter {pattern!r} matches no tensor and no axis{hint}"
+
+
+def _axes(axes_of: Callable[[str], Sequence[str]], name: str, _: str) -> Sequence[str]:
+    return axes_of(name)
+
+
+def _interpolated(values: tuple[float, ...], depth: float, steps: bool) -> float:
     place = depth * (len(values) - 1)
     below = min(int(place), len(values) - 1)
+    if steps:
+        return values[below]
     above = min(below + 1, len(values) - 1)
     share = place - below
     return (1 - share) * values[below] + share * values[above]

@@ -15,8 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.checkpoints.chat_templates import SUPERSEDED
 from hf_llfc.checkpoints.companions import by_name, is_licence, is_of_inputs, needed_code
-from hf_llfc.checkpoints.files import LocalFiles, Weights, open_safetensors
+from hf_llfc.checkpoints.files import GENERATION_FILE, LocalFiles, Weights, open_safetensors
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.errors import CheckpointError
 from hf_llfc.merging import Merge
@@ -65,6 +66,12 @@ def carried(opened: Models, recipe: Recipe) -> Carried:
     files = by_name(first.companion_files)
     if source is not first:
         files = _with_inputs_of(source, files)
+    if opened.union is not None and opened.union.source is not None:
+        # It names tokens by ids, which are those of this vocabulary.
+        files = {name: path for name, path in files.items() if name != GENERATION_FILE}
+        files |= {name: path for name, path in by_name(source.companion_files).items() if name == GENERATION_FILE}
+    if opened.chat_template is not None:
+        files = {name: path for name, path in files.items() if name not in SUPERSEDED}
     sums: dict[str, Merge] = {}
     unequal = _unequal(opened)
     left = list(first.left_files)

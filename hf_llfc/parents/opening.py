@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,7 +16,8 @@ from hf_llfc.checkpoints import (
     OutputFolder,
     open_checkpoint,
 )
-from hf_llfc.errors import CheckpointError, RecipeError, raise_all, suggest
+from hf_llfc.checkpoints.comparison import has_tokenizer, share_vocabulary
+from hf_llfc.errors import CheckpointError, RecipeError, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging import merged_infos
 from hf_llfc.parents.fitting import comparable, in_groups, sharing
@@ -28,9 +30,13 @@ from hf_llfc.symmetry import Alignment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_llfc.checkpoints.views.vocabulary import Union
+    from hf_llfc.checkpoints.views.token_rules import VocabularyRules
+    from hf_llfc.checkpoints.views.vocabulary import Vocabulary
+    from hf_llfc.recipe.tokenizer import TokenSource
 
     Model = str | Path | PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 NOT_ALIGNED = AlignSection(method="none")
 
@@ -43,7 +49,10 @@ class Models:
         parents: One a model, the first gives config and names.
         base: θ₀ of task arithmetic.
         tokenizer_source: Whose tokenizer and processor files are carried over.
-        union: Of their vocabularies, where a recipe asks for it; `tokenizer_source` is then the first parent with it.
+        union: The vocabulary of the result, where it is not that of every model already; `tokenizer_source` then has
+            the files that belong to it.
+        donors: Models over that vocabulary with the rows that rules of tokens name, each with its place in `all`.
+        chat_template: What the recipe puts in the place of the chat template of the tokenizer; None keeps that.
         head_of: The checkpoint whose head all others are given; None where each has its own.
         reference_index: Which parent stays in alignment, where there is no base.
         originals: The models as the recipe lists them, the base last, where parents are made of their layers.
@@ -53,7 +62,9 @@ class Models:
     parents: Sequence[Checkpoint]
     base: Checkpoint | None
     tokenizer_source: Checkpoint
-    union: Union | None = None
+    union: Vocabulary | None = None
+    donors: Sequence[tuple[int, Checkpoint]] = ()
+    chat_template: str | None = None
     head_of: Checkpoint | None = None
     reference_index: int = 0
     originals: Sequence[Checkpoint] = ()
@@ -91,8 +102,9 @@ class Models:
             for checkpoint, alignment in zip(self.parents, alignments, strict=True)
         ]
         moved += [Parent(self.base, None, self.head_of)] if self.base is not None else []
+        lenders = [*moved, *(replace(moved[index], checkpoint=checkpoint) for index, checkpoint in self.donors)]
         is_lent = self.union is not None or any(checkpoint.borrowed for checkpoint in self.all)
-        everyone = [replace(each, lenders=moved) for each in moved] if is_lent else moved
+        everyone = [replace(each, lenders=lenders) for each in moved] if is_lent else moved
         return everyone[: len(self.parents)], everyone[-1] if self.base is not None else None
 
 
@@ -143,29 +155,46 @@ def open_recipe(
     models = given if given is not None else [entry.model for entry in recipe.models]
     if len(models) != len(recipe.models):
         raise RecipeError(f"{len(models)} models are given in place of the {len(recipe.models)} of the recipe")
-    needs_class = runs_models(recipe) or recipe.tokenizer_source == UNION or made is not None
-    from_disk = (
-        partial(open_checkpoint, allow_pickle=recipe.allow_pickle)
-        if needs_class
-        else partial(open_weights, allow_pickle=recipe.allow_pickle, max_shard_size=recipe.max_shard_size)
-    )
+    needs_class = runs_models(recipe) or made is not None
 
-    def opening(model: Model, *, trust_remote_code: bool = False) -> Checkpoint:
+    def opening(model: Model, *, name: str | None = None, trust: bool = False, by_class: bool = False) -> Checkpoint:
         stand_in = (made or {}).get(model) if isinstance(model, str) else None
-        return stand_in or from_disk(model, trust_remote_code=trust_remote_code)
+        if stand_in is not None:
+            return stand_in
+        settings: dict[str, Any] = {
+            "trust_remote_code": trust or recipe.trust_remote_code,
+            "allow_pickle": recipe.allow_pickle,
+            "architecture": recipe.override_architecture.get(str(model) if name is None else name),
+        }
+        if by_class or needs_class:
+            return open_checkpoint(model, **settings)
+        return open_weights(model, max_shard_size=recipe.max_shard_size, **settings)
 
-    parents = [
-        opening(model, trust_remote_code=entry.trust_remote_code)
-        for model, entry in zip(models, recipe.models, strict=True)
-    ]
-    base = opening(recipe.base_model) if recipe.base_model is not None else None
-    opened = Models(parents, base, parents[0], reference_index=recipe.reference_index)
+    def open_all(*, by_class: bool) -> Models:
+        parents = [
+            opening(model, name=entry.model, trust=entry.trust_remote_code, by_class=by_class)
+            for model, entry in zip(models, recipe.models, strict=True)
+        ]
+        base = opening(recipe.base, by_class=by_class) if recipe.base is not None else None
+        return Models(parents, base, parents[0], reference_index=recipe.reference_index)
+
+    needs_rows = recipe.tokenizer_source == UNION or recipe.tokenizer is not None
+    opened = open_all(by_class=needs_rows)
+    if recipe.tokenizer_source not in (None, UNION):
+        source = tokenizer_source(recipe, opened, opening)
+        if not needs_rows and not share_vocabulary(opened.all, source):
+            needs_rows, opened = True, open_all(by_class=True)
+            source = tokenizer_source(recipe, opened, partial(opening, by_class=True))
+        opened = replace(opened, tokenizer_source=source)
     if not is_whole(recipe, opened.all):
         opened = of_layers(recipe, opened)
-    if recipe.tokenizer_source == UNION:
-        opened = united(opened)
+    if needs_rows:
+        opened = united(recipe, opened)
+    before = opened.all
     opened = fitted(opened, recipe.align, heads)
-    return replace(opened, tokenizer_source=tokenizer_source(recipe, opened, opening))
+    if opened.tokenizer_source in before:
+        opened = replace(opened, tokenizer_source=opened.all[before.index(opened.tokenizer_source)])
+    return replace(opened, chat_template=chat_template(recipe, opened))
 
 
 def stand_ins(recipe: Recipe) -> dict[str, Checkpoint]:
@@ -213,7 +242,7 @@ def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
     Raises:
         LLFCError: They do not, or what is asked for is not possible with them.
     """
-    count = len(opened.parents)
+    count, before = len(opened.parents), opened.all
     if opened.base is not None and heads == "own":
         from hf_llfc.checkpoints.planned import under_head_of
 
@@ -224,35 +253,93 @@ def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
         everyone = sharing(everyone, base=count if opened.base is not None else None)
     everyone = in_groups(everyone, align)
     base = everyone[count] if opened.base is not None else None
-    source = everyone[0] if opened.tokenizer_source is opened.parents[0] and align.groups == "permutation" else None
+    source = opened.tokenizer_source
+    if source in before and align.groups == "permutation":
+        source = everyone[before.index(source)]
+    of_donors = in_groups([checkpoint for _, checkpoint in opened.donors], align)
+    donors = [(index, each) for (index, _), each in zip(opened.donors, of_donors, strict=True)]
     return replace(
         opened,
         parents=everyone[:count],
         base=base,
-        tokenizer_source=source or opened.tokenizer_source,
+        tokenizer_source=source,
         head_of=head_of,
+        donors=donors,
     )
 
 
-def united(opened: Models) -> Models:
-    """The same models over the union of their vocabularies, each with its own rows alone; see `Models.moved`.
+def united(recipe: Recipe, opened: Models) -> Models:
+    """The same models over the vocabulary that a recipe asks for, each with its own rows alone; see `Models.moved`.
 
-    Models that share their vocabulary already come back as they are.
+    Models that have this vocabulary already, and no tokenizer at all, come back as they are.
+
+    Args:
+        recipe: Says whose tokens they are, and what becomes of single ones.
+        opened: The models, with the checkpoint whose tokenizer it is, or for the union any.
 
     Raises:
         CheckpointError: Their tokenizers, or the rows of one, cannot be united.
     """
     from hf_llfc.checkpoints.views.reindexed import reindexed
-    from hf_llfc.checkpoints.views.vocabulary import Union
+    from hf_llfc.checkpoints.views.vocabulary import Vocabulary
 
-    union = Union(opened.all, base=len(opened.parents) if opened.base is not None else None)
+    models, is_union = opened.all, recipe.tokenizer_source == UNION
+    if is_union and recipe.tokenizer is None and not any(map(has_tokenizer, models)):
+        logger.warning("tokenizer_source: none of the models has a tokenizer, and the result has none either")
+        return opened
+    base = _named(recipe, opened, recipe.base_model) if recipe.base_model is not None else None
+    source = None if is_union else opened.tokenizer_source
+    union = Vocabulary(models, base, source=source, rules=_rules(recipe, opened))
     if union.is_of_each:
         return opened
-    everyone = [reindexed(checkpoint, union, index) for index, checkpoint in enumerate(opened.all)]
-    parents = everyone[: len(opened.parents)]
-    source = replace(parents[0], folder=union.folder, companion_files=union.companions)
-    base = everyone[-1] if opened.base is not None else None
-    return replace(opened, parents=parents, base=base, tokenizer_source=source, union=union)
+    if recipe.align.uses_data:
+        raise CheckpointError(
+            "align: models of different vocabularies cannot be run before they are aligned, since the rows that one "
+            "lacks come from the others afterwards; use weight_matching, and no `start`"
+        )
+    everyone = [reindexed(checkpoint, union, index) for index, checkpoint in enumerate(models)]
+    donors = [
+        (index, reindexed(models[index], union, len(models) + number)) for number, index in enumerate(union.donors)
+    ]
+    return replace(
+        opened,
+        parents=everyone[: len(opened.parents)],
+        base=everyone[-1] if opened.base is not None else None,
+        tokenizer_source=replace(
+            everyone[0] if source is None else source, folder=union.folder, companion_files=union.companions
+        ),
+        union=union,
+        donors=donors,
+    )
+
+
+def _named(recipe: Recipe, opened: Models, name: str) -> int:
+    """The place among all models of the one that a recipe calls so."""
+    if name in ("base", recipe.base_model):
+        return len(opened.parents) if opened.base is not None else 0
+    if recipe.parts:
+        raise CheckpointError(
+            f"tokenizer.tokens: {name} is a source of slices, and each slice takes rows from its own sources; rules "
+            "that name a model need `models`"
+        )
+    return [entry.model for entry in recipe.models].index(name)
+
+
+def _rules(recipe: Recipe, opened: Models) -> VocabularyRules:
+    """What a recipe says of single tokens and of the number of rows, with places in place of names."""
+    from hf_llfc.checkpoints.views.token_rules import RowSource, TokenRule, VocabularyRules
+
+    def source_of(source: str | TokenSource | None) -> RowSource | None:
+        if source is None or isinstance(source, str):
+            return RowSource(_named(recipe, opened, source)) if source is not None else None
+        model = _named(recipe, opened, source.model) if source.model is not None else None
+        return RowSource(model, source.token, source.token_id)
+
+    section = recipe.tokenizer
+    if section is None:
+        return VocabularyRules()
+    tokens = {token: TokenRule(source_of(rule.source), rule.force) for token, rule in section.tokens.items()}
+    return VocabularyRules(tokens, section.pad_to_multiple_of)
 
 
 def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Checkpoint]) -> Checkpoint:
@@ -264,26 +351,32 @@ def tokenizer_source(recipe: Recipe, opened: Models, opening: Callable[[str], Ch
         opening: Opens a checkpoint.
 
     Raises:
-        CheckpointError: It cannot be opened, or its vocabulary is not that of the merged weights.
+        CheckpointError: It cannot be opened.
     """
-    if opened.union is not None:
-        return opened.tokenizer_source
-    source = recipe.tokenizer_source if recipe.tokenizer_source != UNION else None
-    named = {entry.model: each for each, entry in zip(opened.named, recipe.models, strict=False)}
-    if source is None or isinstance(source, int):
-        return list(named.values())[source or 0] if opened.originals else opened.parents[source or 0]
-    if source == "base":
-        return opened.named[-1]
-    if source in named:
-        return named[source]
-    from hf_llfc.checkpoints.comparison import tokenizer_problems
-
+    source = recipe.tokenizer_source
+    assert source is not None and source != UNION, "a recipe that names one"
+    if isinstance(source, int):
+        return opened.parents[source]
+    names = [*(entry.model for entry in recipe.models), "base", *([recipe.base_model] if recipe.base_model else [])]
+    if source in names:
+        return opened.all[_named(recipe, opened, source)]
     try:
-        found = opening(source)
+        return opening(source)
     except CheckpointError as error:
-        raise CheckpointError(f"tokenizer_source: {error}{suggest(source, [*named, 'base', UNION])}") from None
-    raise_all(tokenizer_problems(opened.all, found), CheckpointError, "tokenizer_source does not fit the models")
-    return found
+        raise CheckpointError(f"tokenizer_source: {error}{suggest(source, [*names, UNION])}") from None
+
+
+def chat_template(recipe: Recipe, opened: Models) -> str | None:
+    """The chat template that a recipe puts in the place of that of the tokenizer; None where it does not.
+
+    Raises:
+        CheckpointError: There is no tokenizer that it could go with.
+    """
+    if recipe.chat_template is None:
+        return None
+    from hf_llfc.checkpoints.chat_templates import find_template
+
+    return find_template(recipe.chat_template, opened.all, opened.tokenizer_source)
 
 
 def runs_models(recipe: Recipe) -> bool:

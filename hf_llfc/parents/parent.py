@@ -31,8 +31,9 @@ class Parent:
         alignment: How it moves; None if it stays as it is.
         head_of: Another checkpoint of the same base model, whose architecture and head this one is given: models of
             different tasks are then compared by what they share. Not together with an alignment.
-        lenders: All models of the run, in its order and in the coordinates of the reference, where some lend: rows that
-            one lacks of the union of vocabularies, see `hf_llfc.checkpoints.views.reindexed`, or whole tensors.
+        lenders: All models of the run and behind them the donors of its vocabulary, in its order and in the coordinates
+            of the reference, where some lend: rows that one lacks, see `hf_llfc.checkpoints.views.reindexed`, or whole
+            tensors.
     """
 
     checkpoint: Checkpoint
@@ -86,7 +87,7 @@ class Parent:
         reindexing = self.checkpoint.reindexing
         if not self.lenders or reindexing is None or name not in reindexing.dimensions:
             return False
-        return len(reindexing.union.lacking(reindexing.index)) > 0
+        return len(reindexing.union.lacking(reindexing.index)) > 0 or reindexing.union.added > 0
 
     def _is_of_head(self, name: str) -> bool:
         from hf_llfc.checkpoints import body_tensors

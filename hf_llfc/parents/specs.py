@@ -108,6 +108,7 @@ def open_weights(
     *,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    architecture: str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Checkpoint:
     """Opens a checkpoint of which only the weights are needed: without its model class, where that is known to do.
@@ -119,12 +120,19 @@ def open_weights(
         model: See `open_checkpoint`.
         trust_remote_code: See `open_checkpoint`.
         allow_pickle: See `open_checkpoint`.
+        architecture: See `open_checkpoint`.
         max_shard_size: The size in bytes above which the weights of the result are split into several files.
 
     Raises:
         CheckpointError: See `open_checkpoint`.
     """
-    opening = partial(open_checkpoint, model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    opening = partial(
+        open_checkpoint,
+        model,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        architecture=architecture,
+    )
     if isinstance(model, str | Path):
         light = as_saved(opening(as_stored=True))
         if light is not None and is_sorted_as_saved(light):

@@ -30,15 +30,16 @@ if TYPE_CHECKING:
 
 def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None = None) -> Recipe:
     """The recipe with every revision as the commit it stood for, that of the data included where the report says it."""
-    listed = [entry.model for entry in recipe.models] + ([recipe.base_model] if recipe.base_model is not None else [])
+    listed = [entry.model for entry in recipe.models] + ([recipe.base] if recipe.base is not None else [])
     pinned = {name: _pinned(name, each) for name, each in zip(listed, opened.named, strict=True)}
+    source = recipe.tokenizer_source
+    if isinstance(source, str) and source not in ("base", UNION):
+        pinned = {source: _pinned(source, opened.tokenizer_source), **pinned}
+        source = pinned[source]
     # All layers need no range.
     recipe = replace(renamed(recipe, pinned), layer_range=recipe.layer_range if opened.originals else None)
     reference = recipe.align.reference
     align = recipe.align if isinstance(reference, int) else replace(recipe.align, reference=recipe.reference_index)
-    source = recipe.tokenizer_source
-    if isinstance(source, str) and source not in ("base", UNION):
-        source = _pinned(source, opened.tokenizer_source)
     section = recipe.diagnose
     measured = dict(report.data) if report is not None else {}
     if section is not None and str(measured.get("dataset")).startswith(f"{section.data.dataset}@"):
@@ -84,7 +85,7 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
         write_card(
             journal.folder,
             Evidence(parents, as_run, report, record),
-            name=recipe.publish.repo_id if recipe.publish is not None else Path(recipe.output_dir).name,
+            name=recipe.document or (recipe.publish.repo_id if recipe.publish else Path(recipe.output_dir).name),
             license=recipe.publish.license if recipe.publish is not None else None,
         )
 

@@ -71,7 +71,9 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
     if opened.union is not None:
         lacking = [len(opened.union.lacking(place)) for place in range(len(opened.all))]
         of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(opened.all, lacking, strict=True))
-        steps.append({"step": "vocabulary", "what": f"union of {len(opened.union.tokens)} tokens; {of_each}"})
+        whose = "union" if opened.union.source is None else f"that of {opened.union.source.id}, which is"
+        added = f"; {opened.union.added} rows added" if opened.union.added else ""
+        steps.append({"step": "vocabulary", "what": f"{whose} of {len(opened.union.tokens)} tokens; {of_each}{added}"})
     if opened.base is not None and (head := [name for name in opened.base.borrowed if name in opened.base.lacking]):
         what = f"that of {first.id}: {len(head)} tensors, {head[0]} among them, which {opened.base.id} lacks"
         steps.append({"step": "head", "what": what})

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from hf_llfc.alignment.costs import matching_memory
 from hf_llfc.checkpoints import Checkpoint, OutputFolder, TensorInfo
 from hf_llfc.errors import CheckpointError
-from hf_llfc.foundation.choices import UNION
 from hf_llfc.parallel.memory import available_memory
 from hf_llfc.parents.probe import probe_memory
 from hf_llfc.recipe import Recipe
@@ -29,7 +28,7 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
     held = min(largest * (len(checkpoints) + 2), recipe.max_memory)
     if recipe.align.method != "none":
         held = max(held, 2 * largest)
-    if recipe.tokenizer_source == UNION:
+    if checkpoints[0].reindexing is not None:
         # The embeddings of all models, and those of one before and after rows of the others stand in.
         held = max(held, (len(checkpoints) + 3) * largest)
     if recipe.align.method != "none":

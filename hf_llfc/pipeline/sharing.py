@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_llfc.checkpoints import ShardFiles, write_checkpoint, write_share
+from hf_llfc.checkpoints.chat_templates import set_template
 from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.shards import ShardLayout
 from hf_llfc.merging import Merge, Merges, merge_streamed
@@ -55,6 +56,9 @@ def write_shared(
             max_shard_size=recipe.max_shard_size,
             journal=run.output.journal,
         )
+        if run.models.chat_template is not None:
+            with storing(run.staging):
+                set_template(run.staging, run.models.chat_template)
 
     if tensors is not None:
         run.on_main(lambda run: write(tensors()))

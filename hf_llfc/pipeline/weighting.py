@@ -17,7 +17,7 @@ from hf_llfc.merging.schedule import resolve_values
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.stacking import Section
 from hf_llfc.recipe import ModelEntry, Recipe, WeightRule
-from hf_llfc.recipe.sections import Setting
+from hf_llfc.recipe.sections import Setting, Weight
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def plan_merge(
     return Merge.plan(
         [parent.source for parent in parents],
         infos,
-        [schedule(entry, len(parents), parent) for entry, parent in zip(recipe.models, parents, strict=True)],
+        [schedule(entry, recipe, parent) for entry, parent in zip(recipe.models, parents, strict=True)],
         normalize=recipe.normalizes,
         base=base.source if base is not None else None,
         scale=recipe.parameters.scale,
@@ -86,14 +86,14 @@ def _plan_sections(
     for section in sections:
         recipe = section.recipe
         own = list(parents[: len(recipe.models)])
-        own_base = base if recipe.base_model is not None else None
+        own_base = base if recipe.base is not None else None
         of_section = {name: infos[name] for name in section.names}
         try:
             if recipe.method is not None:
                 part = _plan_method(recipe.method, recipe, own, own_base, of_section, section, uses)
             else:
                 schedules = [
-                    schedule(entry, len(own), parent, own_names)
+                    schedule(entry, recipe, parent, own_names)
                     for entry, parent, own_names in zip(recipe.models, own, section.own_names, strict=False)
                 ]
                 weights = resolve_weights(
@@ -134,21 +134,38 @@ def _plan_method(
 
 
 def schedule(
-    entry: ModelEntry, count: int, parent: Parent, own_names: Mapping[str, str] | None = None
+    entry: ModelEntry, recipe: Recipe, parent: Parent, own_names: Mapping[str, str] | None = None
 ) -> WeightSchedule:
-    """What a recipe says of one model's weights; filters are looked for in the names that its tensors have there."""
-    weight = entry.parameters.weight if entry.parameters is not None else 1 / count
+    """What a recipe says of one model's weights: its own rules, then those of all models.
+
+    Args:
+        entry: The model.
+        recipe: The recipe.
+        parent: Tells the axes of tensors.
+        own_names: The names that its tensors have there, in which filters are looked for.
+    """
+    own = entry.parameters.weight if entry.parameters is not None else None
+    of_all = recipe.parameters.weight
+    if own is None and of_all is None:
+        own = 1 / len(recipe.models)
+    rules = _rules(own) if own is not None else ()
+    where = f"{entry.model}, parameters.weight" if own is not None else "parameters.weight"
+    if of_all is not None and all(rule.pattern is not None for rule in rules):
+        rules += tuple(replace(rule, may_be_idle=own is not None) for rule in _rules(of_all))
+    return WeightSchedule(rules, where, parent.axes_of, own_names or {})
+
+
+def _rules(weight: Weight | tuple[WeightRule | float, ...]) -> tuple[Rule, ...]:
     if isinstance(weight, float):
-        return WeightSchedule.constant(weight, entry.model)
+        return (Rule(None, (weight,)),)
     if all(isinstance(value, float) for value in weight):
-        return WeightSchedule((Rule(None, tuple(value for value in weight if isinstance(value, float))),), entry.model)
-    rules = [
+        return (Rule(None, tuple(value for value in weight if isinstance(value, float))),)
+    return tuple(
         Rule(rule.filter, rule.value if isinstance(rule.value, tuple) else (rule.value,))
         if isinstance(rule, WeightRule)
         else Rule(None, (rule,))
         for rule in weight
-    ]
-    return WeightSchedule(tuple(rules), entry.model, parent.axes_of, own_names or {})
+    )
 
 
 def method_settings(
@@ -177,19 +194,22 @@ def method_settings(
     for parameter in method.parameters:
         key = parameter.name
         of_models = [entry.parameters.settings if entry.parameters is not None else {} for entry in recipe.models]
-        told = [settings.get(key, given_to_all.get(key)) for settings in (of_models if parameter.per_model else [{}])]
-        if all(value is None for value in told):
+        of_all = given_to_all.get(key)
+        told = [settings.get(key) for settings in of_models] if parameter.per_model else [None]
+        if of_all is None and all(value is None for value in told):
             continue
         # Filters of one model are looked for in the names that its tensors have there.
-        where = section.path if section is not None else None
         own_names = section.own_names if section is not None and parameter.per_model else [{}] * len(parents)
         schedules = [
             WeightSchedule(
-                rules_of(value, parameter), f"{where or parent.checkpoint.label}, {key}", parent.axes_of, own
+                rules_of(value, parameter, of_all),
+                _where(section, entry if value is not None else None, key),
+                parent.axes_of,
+                own,
             )
-            for value, parent, own in zip(told, parents, own_names, strict=False)
+            for value, entry, parent, own in zip(told, recipe.models, parents, own_names, strict=False)
         ]
-        values[key] = resolve_values(names, schedules, f"values of {key}", uses)
+        values[key] = resolve_values(names, schedules, f"values of {key}", uses, steps=parameter.kind is bool)
     return {
         name: method.settings(
             {
@@ -205,25 +225,43 @@ def method_settings(
     }
 
 
-def rules_of(value: Setting | None, parameter: Parameter) -> tuple[Rule, ...]:
-    """What a recipe says of a parameter, as rules of which the first that matches counts; the default comes last."""
+def _where(section: Section | None, entry: ModelEntry | None, key: str) -> str:
+    """What messages call a parameter: of a slice or module, of a model, or of all."""
+    if section is not None:
+        return f"{section.path}, {key}"
+    return f"{entry.model}, parameters.{key}" if entry is not None else f"parameters.{key}"
+
+
+def rules_of(value: Setting | None, parameter: Parameter, of_all: Setting | None = None) -> tuple[Rule, ...]:
+    """What a recipe says of a parameter, as rules of which the first that matches counts.
+
+    Args:
+        value: What it says of one model; nothing where None.
+        parameter: Gives the default, which comes last.
+        of_all: What it says of all models, which comes before the default.
+    """
+    rules = _rules_of(value)
+    if all(rule.pattern is not None for rule in rules):
+        rules += tuple(replace(rule, may_be_idle=value is not None) for rule in _rules_of(of_all))
+    if parameter.default is not REQUIRED and all(rule.pattern is not None for rule in rules):
+        rules += tuple(replace(rule, may_be_idle=True) for rule in _rules_of(parameter.default))
+    return rules
+
+
+def _rules_of(value: Setting | None) -> tuple[Rule, ...]:
     if value is None:
-        value = [] if parameter.default is REQUIRED else parameter.default
-    if isinstance(value, Mapping):
-        value = [value]
+        return ()
+    value = [value] if isinstance(value, Mapping) else value
     if isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
-        rules = [
+        return tuple(
             Rule(None if entry.get("filter") == "*" else entry.get("filter"), rule.values)
             for entry in value
-            for rule in rules_of(entry["value"], parameter)
-        ]
-        if parameter.default is not REQUIRED and all(rule.pattern is not None for rule in rules):
-            rules += rules_of(None, parameter)
-        return tuple(rules)
+            for rule in _rules_of(entry["value"])
+        )
     return (Rule(None, tuple(float(entry) for entry in (value if isinstance(value, list) else [value]))),)
 
 
 def _in_its_kind(parameter: Parameter, row: tuple[float, ...]) -> Any:
     """Values of one parameter for one tensor, one a model or one for all."""
-    values = [parameter.kind(value) for value in row]
+    values = [round(value) if parameter.kind is int else parameter.kind(value) for value in row]
     return values if parameter.per_model else values[0]

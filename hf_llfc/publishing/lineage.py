@@ -171,8 +171,8 @@ def models_of(recipe: Recipe | None, report: ConnectivityReport | None) -> list[
             )
             for entry, weight in zip(recipe.models, _weights(recipe), strict=True)
         ]
-        if recipe.base_model is not None:
-            parents.append(ParentInfo.named(recipe.base_model, is_base=True))
+        if recipe.base is not None:
+            parents.append(ParentInfo.named(recipe.base, is_base=True))
         parents = _with_those_of_documents(parents, recipe)
     if not parents:
         raise PublishingError(

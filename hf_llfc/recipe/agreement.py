@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_llfc.errors import RecipeError, suggest
-from hf_llfc.foundation.choices import UNION
+from hf_llfc.foundation.choices import AUTO, CHAT_TEMPLATES, UNION
 from hf_llfc.merging.methods import REQUIRED, Base, MergeMethod
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ def disagreements(recipe: Recipe) -> list[str]:
         return [*problems, *_disagreements_with_parts(recipe)]
     if recipe.merge_method == "task_arithmetic" and recipe.base_model is None:
         problems.append("base_model: task_arithmetic needs one")
-    if recipe.merge_method == "linear":
-        if recipe.base_model is not None:
-            problems.append("base_model: has no meaning for a linear merge; list it under `models` or remove it")
-        if recipe.parameters.scale != 1.0:
-            problems.append("parameters.lambda: has no meaning for a linear merge")
+    if recipe.merge_method == "linear" and recipe.parameters.scale != 1.0:
+        problems.append("parameters.lambda: has no meaning for a linear merge")
     if recipe.method is not None:
         problems += _disagreements_with_method(recipe, recipe.method)
     problems += _disagreements_on_importance(recipe)
+    is_beside = recipe.base is not None or recipe.base_model in (None, *(each.model for each in recipe.models[:1]))
+    if not is_beside:
+        problems.append(f"base_model: {recipe.merge_method} has none beside its models; list it as the first of them")
     given = [entry.parameters is not None for entry in recipe.models]
-    if any(given) and not all(given) and recipe.method is None:
+    if any(given) and not all(given) and recipe.method is None and recipe.parameters.weight is None:
         missing = [f"models.{place}" for place, has in enumerate(given) if not has]
         problems.append(f"{', '.join(missing)}: parameters.weight is missing; give every model a weight or none")
     try:
@@ -63,6 +63,31 @@ def disagreements(recipe: Recipe) -> list[str]:
         problems.append("tokenizer_source: `base` needs a base_model")
     elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(names):
         problems.append(f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0")
+    return problems + _disagreements_of_tokenizer(recipe)
+
+
+def _disagreements_of_tokenizer(recipe: Recipe) -> list[str]:
+    tokenizer, problems = recipe.tokenizer, []
+    if tokenizer is not None and tokenizer.source is not None:
+        problems.append("tokenizer.source: stands beside tokenizer_source, which says the same; leave one out")
+    names = [entry.model for entry in recipe.models]
+    names += [recipe.base_model, "base"] if recipe.base_model is not None else []
+    for token, rule in tokenizer.tokens.items() if tokenizer is not None else ():
+        source = rule.source if isinstance(rule.source, str | None) else rule.source.model
+        if source is not None and source not in names:
+            problems.append(
+                f"tokenizer.tokens.{token}.source: {source!r} is none of the models{suggest(source, names)}"
+            )
+    named = [*names, recipe.tokenizer_source]
+    for name in recipe.override_architecture:
+        if name not in named:
+            problems.append(f"override_architecture: {name!r} is none of the models{suggest(name, names)}")
+    text = recipe.chat_template
+    if text is not None and text not in (AUTO, *CHAT_TEMPLATES) and "{" not in text:
+        problems.append(
+            f"chat_template: {text[:40]!r} is no template{suggest(text, (AUTO, *CHAT_TEMPLATES))} (auto, "
+            f"{', '.join(CHAT_TEMPLATES)}, or the text of one in Jinja)"
+        )
     return problems
 
 
@@ -126,8 +151,6 @@ def _disagreements_with_method(recipe: Recipe, method: MergeMethod) -> list[str]
     name = recipe.merge_method
     if method.base is Base.REQUIRED and recipe.base_model is None:
         problems.append(f"base_model: {name} needs one")
-    if method.base is Base.NONE and recipe.base_model is not None:
-        problems.append(f"base_model: has no meaning for {name}; list it under `models` or remove it")
     least, most = method.inputs
     count = len(recipe.models)
     if count < least or (most is not None and count > most):

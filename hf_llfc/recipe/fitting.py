@@ -67,19 +67,34 @@ def is_number(value: Any) -> bool:
 
 def is_weight(value: Any) -> bool:
     """Whether a value is a number or a gradient of numbers."""
-    return is_number(value) or (isinstance(value, list) and len(value) > 0 and all(map(is_number, value)))
+    return is_number(value) or (isinstance(value, list) and len(value) > 1 and all(map(is_number, value)))
+
+
+def gradient_problem(value: Any) -> str | None:
+    """What is wrong with a list that is meant as a gradient of values over the layers, if anything is."""
+    if not isinstance(value, list) or any(isinstance(entry, Mapping | list) for entry in value):
+        return None
+    if not value:
+        return "an empty list is no gradient; give values from the first layer to the last"
+    if len(value) == 1:
+        return f"a gradient has two values or more, from the first layer to the last; write {value[0]} for one value"
+    return None
+
+
+def as_switch(value: Any) -> bool:
+    """True or false, for which 1 and 0 may stand too.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(value, bool) or (is_number(value) and value in (0, 1)):
+        return bool(value)
+    raise ValueError("true or false")
 
 
 def as_weight(value: Any) -> float | tuple[float, ...]:
     """What `is_weight` in its type."""
     return tuple(float(each) for each in value) if isinstance(value, list) else float(value)
-
-
-def short_gradient(value: Any) -> str | None:
-    """What is wrong with a gradient of one value, or None if it is none."""
-    if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], Mapping | list):
-        return f"a gradient has two values or more, from the first layer to the last; write {value[0]!r}"
-    return None
 
 
 def setting_problem(parameter: Parameter, value: Any) -> str | None:
@@ -91,9 +106,9 @@ def setting_problem(parameter: Parameter, value: Any) -> str | None:
         if not all(isinstance(rule.get("filter"), str | None) for rule in rules):
             return "a filter is text"
         return next(filter(None, (setting_problem(parameter, rule["value"]) for rule in rules)), None)
-    if problem := short_gradient(value):
+    if problem := gradient_problem(value):
         return problem
-    for entry in value if isinstance(value, list) and value else [value]:
+    for entry in value if isinstance(value, list) else [value]:
         try:
             parameter.checked(entry)
         except RecipeError as error:

@@ -238,6 +238,9 @@ def fitted_values(
     """
     options = {each.key: each for name, each in options_of(kind).items() if name not in without}
     former = {name: key for key, each in options.items() for name in each.formerly}
+    problems += [
+        f"{join(path, key)}: is given twice, also as {former[key]}" for key in values if former.get(key) in values
+    ]
     given = {former.get(key, key): value for key, value in values.items()}
     refuse_unknown(given, list(options), path, problems)
     fitted = {}

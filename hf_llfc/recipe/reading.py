@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +10,17 @@ from typing import Any
 
 import yaml
 
-from hf_llfc.errors import EvaluationError, RecipeError, raise_all
+from hf_llfc.errors import EvaluationError, RecipeError, raise_all, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.limited_yaml import read_documents
 from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod, Parameter
+from hf_llfc.recipe.base import settle_base
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.documents import INHERITED, documents_of, folder_of, with_names
-from hf_llfc.recipe.fitting import as_weight, is_weight, setting_problem, short_gradient
-from hf_llfc.recipe.options import build, fitted_values, join, made, options_of, refuse_unknown
+from hf_llfc.recipe.fitting import as_weight, gradient_problem, is_weight, setting_problem
+from hf_llfc.recipe.options import Option, build, fitted_values, join, made, options_of, refuse_unknown
 from hf_llfc.recipe.overrides import apply_override
+from hf_llfc.recipe.references import read_reference
 from hf_llfc.recipe.sections import (
     SUMS,
     AlignSection,
@@ -33,22 +35,15 @@ from hf_llfc.recipe.sections import (
     WeightRule,
     copied,
 )
-from hf_llfc.recipe.slices import PartRecipe, SliceReader, as_slice
+from hf_llfc.recipe.slices import WITHOUT_EFFECT, PartRecipe, SliceReader, as_slice
+from hf_llfc.recipe.tokenizer import TokenizerSection, TokenRule
+
+logger = logging.getLogger(__name__)
 
 # Keys of other tools that people paste in, and what to write instead.
 FOREIGN_KEYS = {
-    "tokenizer": "write `tokenizer_source`",
-    "chat_template": "the chat template of `tokenizer_source` is kept",
-    "int8_mask": "nothing is masked here; remove it",
     "architecture": "the architecture is read from config.json; remove it",
     "merge": "one recipe is one merge; write its keys at the top",
-}
-FOREIGN_PARAMETERS = {
-    "int8_mask": "nothing is masked here; remove it",
-    **dict.fromkeys(
-        ("density", "epsilon", "gamma", "rescale", "t"),
-        "belongs to other merge methods than linear and task_arithmetic (docs/parents.md lists them)",
-    ),
 }
 
 
@@ -162,9 +157,14 @@ def renamed(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
         names: Name of a model → its new name; others keep theirs.
     """
     if not recipe.parts:
-        models = tuple(replace(entry, model=names.get(entry.model, entry.model)) for entry in recipe.models)
-        base = recipe.base_model
-        return replace(recipe, models=models, base_model=base if base is None else names.get(base, base))
+        base, tokenizer = recipe.base_model, recipe.tokenizer
+        return replace(
+            recipe,
+            models=tuple(replace(entry, model=names.get(entry.model, entry.model)) for entry in recipe.models),
+            base_model=base if base is None else names.get(base, base),
+            tokenizer=tokenizer if tokenizer is None else tokenizer.renamed(names),
+            override_architecture={names.get(name, name): each for name, each in recipe.override_architecture.items()},
+        )
 
     def other(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -201,52 +201,104 @@ def _ordinary(content: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
     return reader.recipe(content), reader.problems
 
 
+def of_sums() -> dict[str, Option]:
+    """The parameters of a weighted sum."""
+    return {name: each for name, each in options_of(MergeParameters).items() if name != "settings"}
+
+
+def _varies(parameters: Mapping[str, Any]) -> bool:
+    """Whether λ or the way to normalize differs among tensors, so that weights are no longer one rule."""
+    return any(isinstance(parameters.get(key), list | Mapping) for key in ("normalize", "lambda"))
+
+
 class _Reader:
     """Turns plain data into a recipe and collects what is wrong."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.seed = 0
+        self.name = "linear"
         self.method: MergeMethod | None = None
+        self.has_weight_for_all = False
+        self.is_slice = False
+        self.architectures: dict[str, str] = {}
         self.problems: list[str] = []
 
     def recipe(self, content: Mapping[str, Any]) -> Recipe | None:
-        name = str(content.get("merge_method"))
-        self.method = MERGE_METHODS.get(name) if name not in SUMS else None
-        content = self._without_foreign(content, FOREIGN_KEYS, "")
-        for key in ("base_model", "tokenizer_source"):
-            if isinstance(content.get(key), str) and content[key] not in ("base", UNION):
-                content[key] = self._located(content[key])
-        seed = content.get("seed")
+        content = {key: value for key, value in content.items() if key != WITHOUT_EFFECT}
+        shared = content.get("parameters")
+        named = str(content.get("merge_method"))
+        self.name = named if named in MERGE_METHODS else "linear"  # another name is refused below
+        self.method = MERGE_METHODS[self.name]
+        if self.name in SUMS and not (isinstance(shared, Mapping) and _varies(shared)):
+            self.method = None
+        content = self._without_foreign(self._without_parameters(content), FOREIGN_KEYS, "")
+        seed = content.get("seed", content.get("random_seed"))
         self.seed = seed if isinstance(seed, int) and not isinstance(seed, bool) else 0
+        for key in ("dtype", "out_dtype"):
+            if isinstance(content.get(key), str):
+                content[key] = content[key].removeprefix("torch.")
+        self._name_models(content)
         parts: tuple[PartRecipe, ...] = ()
         beside = [key for key in ("models", "slices", "modules") if key in content]
         for key in beside[1:]:
             self.problems.append(f"{key}: stands beside `{beside[0]}`; a recipe has one of them")
             del content[key]
         if beside and beside[0] != "models":
-            reader = SliceReader(content, _ordinary, self._model_name)
+            reader = SliceReader(content, _ordinary, self._reference)
             if (lifted := reader.lifted()) is not None:
                 return self._lifted(lifted, reader.problems)
             content, parts = self._of_parts(content, reader)
         else:
+            if isinstance(shared, Mapping):
+                content["parameters"] = self._merge_parameters(shared, "parameters")
             content["models"] = self._models(content.get("models"))
-        for key, read in (("parameters", self._merge_parameters), ("align", self.align), ("diagnose", self._diagnose)):
+        for key, read in (("align", self.align), ("diagnose", self._diagnose), ("tokenizer", self._tokenizer)):
             if isinstance(content.get(key), Mapping):
                 content[key] = read(content[key], key)
         if isinstance(content.get("importance"), Mapping):
             content["importance"] = self._data(content["importance"], "importance")
+        if self.architectures:
+            content["override_architecture"] = {**(content.get("override_architecture") or {}), **self.architectures}
         values = fitted_values(Recipe, content, "", self.problems)
         values["parts"] = parts
         if self.problems:
             return None
-        if values.get("base_model") is not None:
-            self._drop_base(values)
-        return made(Recipe, values, "", self.problems)
+        if values.get("base_model") is not None and not parts:
+            self.problems += settle_base(values, is_slice=self.is_slice)
+        return made(Recipe, values, "", self.problems) if not self.problems else None
+
+    def _name_models(self, content: dict[str, Any]) -> None:
+        """Models outside `models`, by their names."""
+        for key in ("base_model", "tokenizer_source"):
+            content[key] = self._reference(content.get(key), key)
+
+    def _reference(self, value: Any, path: str) -> Any:
+        """A model by its name; what names none, such as an index, as it is."""
+        if value in (None, "base", UNION) or isinstance(value, int):
+            return value
+        read = read_reference(value, path, self.problems, self._located)
+        if read is None:
+            return None
+        architecture = read.architecture
+        if architecture is not None and self.architectures.setdefault(read.name, architecture) != architecture:
+            self.problems.append(
+                f"{join(path, 'override_architecture')}: {read.name} is {self.architectures[read.name]} elsewhere in "
+                f"the recipe, and {architecture} here; give it one class"
+            )
+        return read.name
+
+    def _without_parameters(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Parameters of the method that stand at the top, where mergekit overlooks them."""
+        names = {parameter.name for parameter in MERGE_METHODS[self.name].parameters}
+        stray = [key for key in content if key in names]
+        self.problems += [f"{key}: stands under `parameters`; move it there, or remove it" for key in stray]
+        return {key: value for key, value in content.items() if key not in stray}
 
     def _lifted(self, content: Mapping[str, Any], problems: Sequence[str]) -> Recipe | None:
         """The recipe of one slice, whose models were moved to `models`."""
         before = len(self.problems)
+        self.is_slice = True
         recipe = self.recipe(content)
         self.problems[before:] = [*problems, *map(as_slice, self.problems[before:])]
         return None if self.problems or recipe is None else replace(recipe, range_path="slices[0]")
@@ -276,20 +328,6 @@ class _Reader:
         self.problems += [f"{join(path, key)}: {advice}" for key, advice in foreign.items() if key in content]
         return {key: value for key, value in content.items() if key not in foreign}
 
-    def _drop_base(self, values: dict[str, Any]) -> None:
-        """Recipes of other tools also list the base of task arithmetic among the models, without a weight."""
-        models, align = values["models"], values.get("align")
-        place = next((i for i, each in enumerate(models) if each.model == values["base_model"]), None)
-        if place is None or len(models) == 1:
-            return
-        if models[place].parameters is not None and self.method is None:
-            return
-        if models[place].parameters is not None and models[place].parameters.settings:
-            self.problems.append(f"models.{place}.parameters: this is the base_model, which has no parameters")
-        values["models"] = models[:place] + models[place + 1 :]
-        if align is not None and isinstance(align.reference, int) and align.reference > place:
-            values["align"] = dataclasses.replace(align, reference=align.reference - 1)
-
     def _models(self, value: Any) -> tuple[ModelEntry, ...]:
         if not isinstance(value, list) or not value:
             self.problems.append("models: a list of at least one `- model: …` is expected")
@@ -301,8 +339,11 @@ class _Reader:
                 self.problems.append(f"{path}: `model: …` is expected, found {each!r}")
                 continue
             entry = {**each, "parameters": self._model_parameters(each.get("parameters"), f"{path}.parameters")}
-            if isinstance(entry.get("model"), str):
-                entry["model"] = self._located(entry["model"])
+            if entry.get("model") is not None:
+                before = len(self.problems)
+                entry["model"] = self._reference(entry["model"], f"{path}.model")
+                if len(self.problems) > before:
+                    continue
             if isinstance(entry.get("importance"), Mapping):
                 entry["importance"] = self._data(entry["importance"], f"{path}.importance")
             read = build(ModelEntry, entry, path, self.problems)
@@ -318,18 +359,19 @@ class _Reader:
         if self.method is not None:
             of_model = [parameter for parameter in self.method.parameters if parameter.per_model]
             return ModelParameters(settings=self._settings(value, path, of_model))
-        value = self._without_foreign(value, FOREIGN_PARAMETERS, path)
-        refuse_unknown(value, ["weight"], path, self.problems)
+        value = self._without_effect(value, path, ["weight"])
+        if "weight" not in value and self.has_weight_for_all:
+            return None
         return ModelParameters(self._weight(value.get("weight", 1.0), f"{path}.weight"))
 
     def _weight(self, value: Any, path: str) -> Weight | tuple[WeightRule | float, ...]:
         value = [value] if isinstance(value, Mapping) else value
-        if problem := short_gradient(value):
-            self.problems.append(f"{path}: {problem}")
-            return 1.0
         if is_weight(value):
             return as_weight(value)
-        if not isinstance(value, list) or not value or not all(isinstance(each, Mapping) for each in value):
+        if problem := gradient_problem(value):
+            self.problems.append(f"{path}: {problem}")
+            return 1.0
+        if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
             self.problems.append(
                 f"{path}: a finite number, a list of numbers or of filter/value pairs is expected, found {value!r}"
             )
@@ -340,7 +382,7 @@ class _Reader:
             pattern = each.get("filter")
             if pattern is not None and not isinstance(pattern, str):
                 self.problems.append(f"{path}.{place}.filter: text is expected, found {pattern!r}")
-            elif problem := short_gradient(each.get("value")):
+            elif problem := gradient_problem(each.get("value")):
                 self.problems.append(f"{path}.{place}.value: {problem}")
             elif is_weight(each.get("value")):
                 rules.append(WeightRule(pattern, as_weight(each["value"])))
@@ -354,35 +396,89 @@ class _Reader:
     def _merge_parameters(self, value: Mapping[str, Any], path: str) -> MergeParameters | None:
         if self.method is not None:
             return MergeParameters(settings=self._settings(value, path, self.method.parameters))
-        advice = "give each entry of `models` its own `parameters: {weight: …}`"
-        value = self._without_foreign(value, {**FOREIGN_PARAMETERS, "weight": advice}, path)
         before = len(self.problems)
-        fitted = fitted_values(MergeParameters, value, path, self.problems, without=("settings",))
+        value = self._without_effect(value, path, [each.key for each in of_sums().values()])
+        weight = value.get("weight")
+        self.has_weight_for_all = weight is not None
+        given = {**value, "weight": self._weight(weight, f"{path}.weight") if weight is not None else None}
+        fitted = fitted_values(MergeParameters, given, path, self.problems, without=("settings",))
         return made(MergeParameters, fitted, path, self.problems) if len(self.problems) == before else None
+
+    def _without_effect(self, value: Mapping[str, Any], path: str, known: Sequence[str]) -> dict[str, Any]:
+        """Parameters of a sum, less those that mergekit has for it and that change nothing; others are refused."""
+        idle = {WITHOUT_EFFECT, *(each.name for each in MERGE_METHODS[self.name].parameters)} - {*known}
+        idle -= {each.key for each in of_sums().values()}
+        for key in value:
+            if key in idle and key != WITHOUT_EFFECT:
+                logger.warning("%s: changes nothing in %s, here as in mergekit", join(path, key), self.name)
+        self._refuse_unknown([key for key in value if key not in idle], known, path)
+        return {key: entry for key, entry in value.items() if key in known}
 
     def _settings(self, value: Mapping[str, Any], path: str, known: Sequence[Parameter]) -> dict[str, Setting]:
         """Parameters of a method other than a sum, as they stand in the YAML."""
         assert self.method is not None
         parameters = {parameter.name: parameter for parameter in known}
         of_merge = [parameter.name for parameter in self.method.parameters if parameter.name not in parameters]
+        if WITHOUT_EFFECT not in parameters and WITHOUT_EFFECT not in of_merge:
+            value = {key: entry for key, entry in value.items() if key != WITHOUT_EFFECT}
         self.problems += [
             f"{join(path, key)}: is one of the whole merge; write it under `parameters`"
             for key in value
             if key in of_merge
         ]
-        refuse_unknown([key for key in value if key not in of_merge], list(parameters), path, self.problems)
+        self._refuse_unknown([key for key in value if key not in of_merge], list(parameters), path)
         for key, entry in value.items():
             if key in parameters and (problem := setting_problem(parameters[key], entry)):
                 self.problems.append(f"{join(path, key)}: {problem}")
         return dict(value)
+
+    def _refuse_unknown(self, keys: Iterable[str], known: Sequence[str], path: str) -> None:
+        """Appends a problem for each parameter that the method does not have, with those that do or the nearest."""
+        unknown = [key for key in keys if key not in known]
+        elsewhere = {
+            key: [name for name, method in MERGE_METHODS.items() if any(each.name == key for each in method.parameters)]
+            for key in unknown
+        }
+        for key, methods in elsewhere.items():
+            of_whom = f"{self.name} has {', '.join(known) or 'none'}"
+            others = [name for name in methods if name != self.name]
+            if others:
+                of_whom += f"; {key} is one of {', '.join(others)}"
+            hint = suggest(str(key), known) if not others else ""
+            self.problems.append(f"{join(path, str(key))}: unknown key{hint} ({of_whom})")
+
+    def _tokenizer(self, value: Mapping[str, Any], path: str) -> TokenizerSection | None:
+        before = len(self.problems)
+        given = {**value, "source": self._reference(value.get("source"), join(path, "source"))}
+        tokens, rules = value.get("tokens") or {}, {}
+        if not isinstance(tokens, Mapping):
+            self.problems.append(f"{path}.tokens: a mapping of tokens to rules is expected, found {tokens!r}")
+            return None
+        for token, rule in tokens.items():
+            at = f"{path}.tokens.{token}"
+            if not isinstance(token, str) or not token:
+                self.problems.append(f"{at}: a token is text; put it in quotes")
+            elif rule is not None and not isinstance(rule, Mapping):
+                self.problems.append(f"{at}: `source` and `force` are expected, found {rule!r}")
+            else:
+                rules[token] = build(TokenRule, self._token_rule(rule or {}, at), at, self.problems)
+        fitted = fitted_values(TokenizerSection, {**given, "tokens": rules}, path, self.problems)
+        return made(TokenizerSection, fitted, path, self.problems) if len(self.problems) == before else None
+
+    def _token_rule(self, rule: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """The rule of a token with its models by their names."""
+        source = rule.get("source")
+        if isinstance(source, Mapping) and "kind" in source:
+            named = {"model": self._reference(source["model"], f"{path}.source.model")} if "model" in source else {}
+            return {**rule, "source": {**source, **named}}
+        return {**rule, "source": self._reference(source, f"{path}.source")}
 
     def align(self, value: Mapping[str, Any], path: str) -> AlignSection | None:
         before = len(self.problems)
         settings = {"seed": self.seed, **value}
         if isinstance(settings.get("calibration"), Mapping):
             settings["calibration"] = self._data(settings["calibration"], f"{path}.calibration")
-        if isinstance(settings.get("reference"), str):
-            settings["reference"] = self._located(settings["reference"])
+        settings["reference"] = self._reference(settings.get("reference"), f"{path}.reference")
         fitted = fitted_values(AlignSection, settings, path, self.problems)
         return made(AlignSection, fitted, path, self.problems) if len(self.problems) == before else None
 
@@ -417,10 +513,6 @@ class _Reader:
             # A recipe names its data; a loaded dataset is for callers from Python.
             self.problems.append(f"{path}.dataset: text is expected, found {known['dataset']!r}")
         return build(EvaluationConfig, known, path, self.problems)
-
-    def _model_name(self, value: Any) -> Any:
-        """What a model is called, where that is text."""
-        return self._located(value) if isinstance(value, str) else value
 
     def _located(self, name: str) -> str:
         """A relative path beside the recipe file where there is one, else the name as it is; of `base+adapter` both."""

@@ -12,6 +12,7 @@ from typing import Any
 from hf_llfc.errors import AlignmentError, EvaluationError, RecipeError
 from hf_llfc.foundation.choices import (
     ALIGNMENT_METHODS,
+    CHAT_TEMPLATES,
     GROUPS,
     MEASURES,
     METHODS_WITH_DATA,
@@ -20,16 +21,18 @@ from hf_llfc.foundation.choices import (
     SUGGESTIONS,
     TOGETHER,
     TRACKERS,
+    UNION,
     UNITS,
     UNIVERSE_METHODS,
 )
-from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod
+from hf_llfc.merging.methods import MERGE_METHODS, Base, MergeMethod
 from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.data import EvaluationConfig
-from hf_llfc.recipe.fitting import is_number
+from hf_llfc.recipe.fitting import as_switch, is_number
 from hf_llfc.recipe.options import derived, documented, option, settle
 from hf_llfc.recipe.slices import RANGE, ModuleSection, PartRecipe, SliceSection, read_range
+from hf_llfc.recipe.tokenizer import TokenizerSection, TokenRule, TokenSource  # noqa: F401 (for docs/options.py)
 
 SUMS = ("linear", "task_arithmetic")
 """Methods whose tensors are weighted sums, exact to one rounding, with weights that are one rule."""
@@ -98,6 +101,13 @@ class MergeParameters:
         "Whether the weights of every tensor are divided by their sum; where left out, those of a linear merge are, "
         "and those of task arithmetic are not.",
         None,
+        reads=lambda value: None if value is None else as_switch(value),
+    )
+    weight: Weight | tuple[WeightRule | float, ...] | None = option(
+        "Weight of every model that has none of its own, in the same forms.",
+        None,
+        reads=lambda value: value,  # the reader of recipes judges it
+        shown="equal weights",
     )
     scale: float = option("Factor on every weight of task arithmetic.", 1.0, key="lambda")
     settings: Mapping[str, Any] = option("All parameters of a method other than a sum, as in the YAML.", dict)
@@ -315,7 +325,8 @@ class Recipe:
     output_dir: str = option("The folder to write.", metavar="DIR")
     merge_method: str = option("How weights are merged.", "linear", choices=MERGE_METHODS, metavar="METHOD")
     base_model: str | None = option(
-        "The base of task arithmetic, or of a method that takes differences from one.",
+        "The base of task arithmetic, or of a method that takes differences from one; to methods without one it is the "
+        "first of the models.",
         None,
         shown="none",
         metavar="MODEL",
@@ -344,10 +355,27 @@ class Recipe:
     )
     out_dtype: str | None = option("Dtype of the result.", None, choices=DTYPES, shown="that of `dtype`")
     tokenizer_source: int | str | None = option(
-        "Whose tokenizer and processor go with the result: a model, its index, base, or the union of all vocabularies.",
+        "Whose tokenizer and processor go with the result: a model, its index, base, or the union of all vocabularies; "
+        "the rows of all models are brought to its ids.",
         None,
         shown="0, the first model",
         metavar="MODEL",
+    )
+    tokenizer: TokenizerSection | None = option(
+        "More about the tokens of the result: rules of single ones, and rows added at the end.", None, shown="nothing"
+    )
+    chat_template: str | None = option(
+        f"Chat template of the result: auto takes the most frequent one of the models; {', '.join(CHAT_TEMPLATES)}; or "
+        "the text of a template in Jinja.",
+        None,
+        shown="that of the tokenizer",
+        metavar="TEMPLATE",
+    )
+    override_architecture: Mapping[str, str] = option(
+        "Model class to take in place of the one that a config names, by the model's name.", dict, shown="none"
+    )
+    trust_remote_code: bool = option(
+        "Run code that comes with any of the checkpoints; on the command line also that of a metric.", False
     )
     align: AlignSection = option("How the models are aligned.", _no_alignment, shown="not aligned")
     diagnose: DiagnoseSection | None = option("What is measured.", None, shown="nothing")
@@ -359,7 +387,7 @@ class Recipe:
     )
     keep_where_broken: KeepSection | None = option("Where the weights of one model stay.", None, shown="nowhere")
     publish: PublishSection | None = option("Where the result goes on the Hub.", None, shown="nowhere")
-    seed: int = option("Seed of every section that has none of its own.", 0)
+    seed: int = option("Seed of every section that has none of its own.", 0, formerly=("random_seed",))
     overwrite: bool = option("Replace an earlier output, never a folder of something else.", False)
     allow_pickle: bool = option("Read weights that are pickled, where you trust their author.", False)
     max_shard_size: int = option(
@@ -384,7 +412,10 @@ class Recipe:
     log_with: tuple[str, ...] = option("Trackers of accelerate to log to as well.", (), choices=TRACKERS, shown="none")
     logging_dir: str = option("Folder of the trackers that write files.", "runs", metavar="DIR")
     document: str | None = option(
-        "What other documents of the same file call the result of this one.", None, key="name", shown="none"
+        "What the card calls the result, and other documents of the same file.",
+        None,
+        key="name",
+        shown="the name of its repository or folder",
     )
     parts: tuple[PartRecipe, ...] = derived(
         "What slices and modules come down to, a merge each; none where `models` is one merge of whole models.", ()
@@ -393,6 +424,10 @@ class Recipe:
     earlier: tuple[Recipe, ...] = derived("Documents of the same file whose results are made first, in this order.", ())
 
     def __post_init__(self) -> None:
+        if isinstance(self.tokenizer, TokenizerSection) and self.tokenizer_source is None:
+            source, tokenizer = self.tokenizer.source, dataclasses.replace(self.tokenizer, source=None)
+            object.__setattr__(self, "tokenizer_source", UNION if source is None else source)
+            object.__setattr__(self, "tokenizer", None if tokenizer == TokenizerSection() else tokenizer)
         settle(self, RecipeError, lambda: disagreements(self))
 
     @property
@@ -402,15 +437,25 @@ class Recipe:
 
     @property
     def method(self) -> MergeMethod | None:
-        """How tensors are merged; None where they are weighted sums. Of several methods the first that is no sum."""
+        """How tensors are merged; None where they are weighted sums of one λ and one way to normalize.
+
+        Of several methods the first that is no sum.
+        """
         if self.parts:
             return next((part.recipe.method for part in self.parts if part.recipe.method is not None), None)
-        return None if self.merge_method in SUMS else MERGE_METHODS[self.merge_method]
+        is_sum = self.merge_method in SUMS and not self.parameters.settings
+        return None if is_sum else MERGE_METHODS[self.merge_method]
 
     @property
     def measures_importance(self) -> bool:
         """Whether models are run on data to weigh their elements."""
         return self.method is not None and bool(self.method.importance)
+
+    @property
+    def base(self) -> str | None:
+        """The base model beside the models; to a method without one it is among them, and first."""
+        is_among = not self.parts and MERGE_METHODS[self.merge_method].base is Base.NONE
+        return None if is_among else self.base_model
 
     @property
     def normalizes(self) -> bool:
@@ -426,9 +471,9 @@ class Recipe:
         """
         if self.parts:
             return None
+        of_all = 1 / max(len(self.models), 1) if self.parameters.weight is None else self.parameters.weight
         given = [
-            _one_number(entry.parameters.weight) if entry.parameters is not None else 1 / len(self.models)
-            for entry in self.models
+            _one_number(entry.parameters.weight if entry.parameters is not None else of_all) for entry in self.models
         ]
         numbers = [weight for weight in given if weight is not None]
         if self.method is not None or len(numbers) < len(given):
@@ -478,6 +523,8 @@ def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         if isinstance(value, Path):
             return str(value)
+        if isinstance(value, Mapping):
+            return {key: _plain(each) for key, each in value.items()}
         return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
     if isinstance(value, ModelParameters | MergeParameters) and value.settings:
         return copied(value.settings)
@@ -498,7 +545,8 @@ def _plain(value: Any) -> Any:
         is_told = is_told or each.name in ("seed", "alphas")
         if entry == default and not is_told:
             continue
-        key = each.metadata["option"].key or each.name if "option" in each.metadata else each.name
+        described = each.metadata.get("option")
+        key = described.key if described is not None and described.key else each.name
         if each.name == "data" and isinstance(value, DiagnoseSection | BatchNormSection):
             plain |= {
                 name: part

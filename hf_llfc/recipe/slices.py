@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Range = tuple[int, int]
 """The first layer and the one after the last."""
 
+WITHOUT_EFFECT = "int8_mask"
+"""A key of mergekit that saves it memory and changes no value; accepted wherever mergekit's recipes have it."""
+
 Content = dict[str, Any]
 
 RANGE = "layer_range"
@@ -130,14 +133,14 @@ class SliceReader:
         self,
         content: Mapping[str, Any],
         read: Callable[[Content], tuple[Recipe | None, list[str]]],
-        name_of: Callable[[Any], Any],
+        name_of: Callable[[Any, str], Any],
     ) -> None:
         """Takes the recipe.
 
         Args:
             content: All of it, as plain data.
             read: Reads an ordinary recipe; returns it with what is wrong with it.
-            name_of: What a model is called, from what the recipe says of it.
+            name_of: What a model is called, from what the recipe says of it and where that stands.
         """
         self._content = content
         self._read = read
@@ -160,12 +163,12 @@ class SliceReader:
         if not isinstance(sources, list) or not sources or not all(isinstance(each, Mapping) for each in sources):
             return None
         ranges = [each.get("layer_range") for each in sources]
-        names = [self._name_of(each.get("model")) for each in sources]
+        names = [str(each.get("model")) for each in sources]
         try:
             wanted = read_range(ranges[0])
         except ValueError:
             return None
-        if any(each != ranges[0] for each in ranges) or len({str(name) for name in names}) < len(names):
+        if any(each != ranges[0] for each in ranges) or len({*names}) < len(names):
             return None
         refuse_unknown(only, _OF_SLICE, "slices[0]", self.problems)
         content = {key: value for key, value in self._content.items() if key != "slices"}
@@ -223,7 +226,7 @@ class SliceReader:
             ]
         known = {key: value[key] for key in ("merge_method", "base_model", "parameters") if key in value}
         if known.get("base_model") is not None:
-            known["base_model"] = self._name_of(known["base_model"])
+            known["base_model"] = self._name_of(known["base_model"], join(path, "base_model"))
         if len(self.problems) > before:
             return None
         return build(SliceSection, {**known, "sources": tuple(sources)}, path, self.problems)
@@ -232,7 +235,9 @@ class SliceReader:
         if not isinstance(value, Mapping):
             self.problems.append(f"{path}: `model: …` and `layer_range: …` are expected, found {value!r}")
             return None
-        named = {**value, "model": self._name_of(value["model"])} if "model" in value else value
+        named = value
+        if "model" in value:
+            named = {**value, "model": self._name_of(value["model"], f"{path}.model")}
         return build(SourceSection, named, path, self.problems)
 
     def _module(self, value: Any, path: str) -> ModuleSection | None:
@@ -247,15 +252,15 @@ class SliceReader:
             return None
         known = {key: value[key] for key in ("merge_method", "base_model", "parameters") if key in value}
         if known.get("base_model") is not None:
-            known["base_model"] = self._name_of(known["base_model"])
+            known["base_model"] = self._name_of(known["base_model"], join(path, "base_model"))
         if "slices" in value:
             known["slices"] = self._slices(value["slices"], f"{path}.slices")
         elif not isinstance(value["models"], list) or not all(isinstance(each, Mapping) for each in value["models"]):
             self.problems.append(f"{path}.models: a list of `- model: …` is expected, found {value['models']!r}")
         else:
             known["models"] = tuple(
-                {**each, **({"model": self._name_of(each["model"])} if "model" in each else {})}
-                for each in value["models"]
+                {**each, **({"model": self._name_of(each["model"], f"{path}.models[{i}]")} if "model" in each else {})}
+                for i, each in enumerate(value["models"])
             )
         return build(ModuleSection, known, path, self.problems) if len(self.problems) == before else None
 
@@ -271,7 +276,7 @@ class SliceReader:
             ]
         given = self._content.get("parameters")
         if isinstance(given, Mapping):
-            unused = [key for key in given if key not in self._used]
+            unused = [key for key in given if key not in self._used and key != WITHOUT_EFFECT]
             refuse_unknown(unused, sorted(self._known), "parameters", self.problems)
         self.problems = list(dict.fromkeys(self.problems))
         return tuple(part for part in parts if part is not None)
@@ -326,8 +331,10 @@ class SliceReader:
             self.problems.append(f"{path}: {name} measures whole models; merge them under `models`")
             return None
         own_base = said("base_model")
-        base = own_base if own_base is not None else self._name_of(self._content.get("base_model"))
-        if own_base is None and method.base is Base.NONE:
+        base = own_base if own_base is not None else self._content.get("base_model")
+        if method.base is Base.NONE:
+            if own_base is not None:
+                self.problems.append(f"{path}.base_model: has no meaning for {name}; list it under `{list_name}`")
             base = None
         self._uses_base |= base is not None and own_base is None
         known = {parameter.name for parameter in method.parameters}

@@ -109,8 +109,8 @@ def test_a_rule_that_decides_nothing_is_an_error_and_all_are_named():
     hidden = WeightSchedule((Rule("*", (1.0,)), Rule("norm", (0.5,))), "org/b")
     with pytest.raises(RecipeError) as caught:
         weights_of(misspelt, hidden)
-    assert "org/a: the filter 'self_attention' decides the weight of no tensor" in str(caught.value)
-    assert "org/b: the filter 'norm' decides the weight of no tensor" in str(caught.value)
+    assert "org/a: the filter 'self_attention' matches no tensor and no axis" in str(caught.value)
+    assert "org/b: the filter 'norm' decides nothing, since entries before it match" in str(caught.value)
 
 
 def test_a_tensor_without_a_rule_is_an_error():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import hf_llfc
 from hf_llfc.cli import main
@@ -42,16 +43,18 @@ def test_the_command_line_offers_it(source, expected, shelf):
     assert "float32" in (shelf / "out" / "config.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("other", "other: the vocabulary has 7 tokens and differs from that of a"),
-        ("none", "none: has no tokenizer that can be read"),
-    ],
-)
-def test_a_tokenizer_of_another_vocabulary_is_refused(source, expected, shelf):
-    with pytest.raises(CheckpointError, match=f"tokenizer_source does not fit the models: {expected}"):
-        hf_llfc.merge(["a", "b"], out="out", tokenizer_source=source)
+def test_rows_are_brought_to_a_tokenizer_of_another_vocabulary(shelf):
+    hf_llfc.merge(["a"], out="out", tokenizer_source="other")
+    name = "bert.embeddings.word_embeddings.weight"
+    before, after = (load_file(shelf / folder / "model.safetensors")[name] for folder in ("a", "out"))
+    assert len(after) == len(WORDS)
+    for row, word in enumerate(WORDS[::-1]):
+        assert torch.equal(after[row], before[WORDS.index(word)])
+
+
+def test_a_source_without_a_tokenizer_is_refused(shelf):
+    with pytest.raises(CheckpointError, match="tokenizer_source: none: has no tokenizer that can be read"):
+        hf_llfc.merge(["a", "b"], out="out", tokenizer_source="none")
     assert not (shelf / "out").exists()
 
 

@@ -451,7 +451,7 @@ WRONG = {
     "only-range": ([[source("a", 0, 9)]], r"slices\[0\]\.sources\[0\]\.layer_range: \[0, 9\] goes beyond the 4 layers"),
     "filter": (
         [[source("a", 0, 2)], [source("b", 1, 3, scale=[{"filter": "oproj", "value": 0}, {"value": 1}])]],
-        r"slices\[1\], scale: the filter 'oproj' decides the weight of no tensor",
+        r"slices\[1\], scale: the filter 'oproj' matches no tensor and no axis",
     ),
     "width": (
         [[source("a", 0, 2)], [source("wide", 1, 3)]],

@@ -202,7 +202,7 @@ output_dir: out
     def test_sizes(self, written, size):
         assert load_recipe(changed(max_shard_size=written)).max_shard_size == size
 
-    def test_the_base_among_the_models_is_left_out(self):
+    def test_the_base_among_the_models_is_left_out(self, caplog):
         content = {
             "models": [{"model": "base"}, *PAIR["models"]],
             "merge_method": "task_arithmetic",
@@ -214,7 +214,9 @@ output_dir: out
         assert [entry.model for entry in recipe.models] == ["org/a", "org/b@main"]
         assert recipe.reference_index == 1
         content["models"][0]["parameters"] = {"weight": 0.5}
-        assert len(load_recipe(content).models) == 3
+        with caplog.at_level("WARNING"):
+            assert load_recipe(content) == recipe
+        assert "models.0.parameters: this is the base_model, whose parameters count for nothing" in caplog.text
 
     def test_empty_values_are_defaults(self):
         recipe = load_recipe(
@@ -344,8 +346,8 @@ class TestProblems:
                 "merge_method": "tis",
                 "dtype": "bfloat",
                 "slices": [],
-                "tokenizer": {"source": "union"},
-                "parameters": {"int8_mask": True, "normalise": True, "weight": 1},
+                "tokenizer": {"sorce": "union"},
+                "parameters": {"int8_mask": True, "normalise": True, "weight": "light"},
                 "align": {
                     "metod": "none",
                     "max_sweeps": True,
@@ -362,17 +364,16 @@ class TestProblems:
             "models.0.modle: unknown key; did you mean 'model'?",
             "models.0.model: missing",
             "models.1.parameters.weight: a finite number, a list of numbers or of filter/value pairs is expected",
-            "models.1.parameters.density: belongs to other merge methods than linear",
+            "models.1.parameters.density: unknown key (linear has weight; density is one of ",
             "models.2.parameters.weight.0.filter: text is expected, found 3",
             "models.2.parameters.weight.1.value: a finite number or a list of numbers is expected, found None",
             "models.3: `model: …` is expected, found 'd'",
             "merge_method: unknown 'tis'; did you mean 'ties'?",
             "dtype: unknown 'bfloat'; did you mean 'bfloat16'?",
             "slices: stands beside `models`; a recipe has one of them",
-            "tokenizer: write `tokenizer_source`",
-            "parameters.int8_mask: nothing is masked here",
+            "tokenizer.sorce: unknown key; did you mean 'source'?",
             "parameters.normalise: unknown key; did you mean 'normalize'?",
-            "parameters.weight: give each entry of `models` its own",
+            "parameters.weight: a finite number, a list of numbers or of filter/value pairs is expected, found 'light'",
             "align.metod: unknown key; did you mean 'method'?",
             "align.max_sweeps: a whole number is expected, found True",
             "align.calibration.tsk: unknown key; did you mean 'task'?",
@@ -415,7 +416,10 @@ class TestProblems:
             (changed(align={"reference": "org/B"}), "align.reference: 'org/B' is not one of the models"),
             (changed(align={"method": "activation_matching"}), "align.calibration: activation matching needs"),
             (changed(align={"start": "activation_matching"}), "align.calibration: activation matching needs"),
-            (changed(base_model="org/base"), "base_model: has no meaning for a linear merge"),
+            (
+                changed(base_model="org/base"),
+                "base_model: to linear it is a model like the others, and it has no weight",
+            ),
             (changed(parameters={"lambda": 0.5}), "parameters.lambda: has no meaning for a linear merge"),
             (changed(merge_method="task_arithmetic"), "base_model: task_arithmetic needs one"),
             (changed(tokenizer_source="base"), "tokenizer_source: `base` needs a base_model"),

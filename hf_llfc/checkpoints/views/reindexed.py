@@ -1,9 +1,9 @@
-"""A checkpoint over the union of several vocabularies, its rows brought to the ids of the union as they are read.
+"""A checkpoint over the vocabulary of several models, its rows brought to the ids of it as they are read.
 
 A row of a token that the model lacks is zero here, so that two models are matched by what both know. What stands in its
 place is another model's row, which is taken once all are in the coordinates of one reference: see `lend_rows`.
 
-Shape suffixes: `t` ids of the union, `m` those that a model lacks.
+Shape suffixes: `t` ids of the vocabulary, `m` those that a model lacks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_llfc.checkpoints.checkpoint import Checkpoint, Reindexing
 from hf_llfc.checkpoints.companions import is_of_tokenizer
 from hf_llfc.checkpoints.names import Layout
 from hf_llfc.checkpoints.views.view import View
-from hf_llfc.checkpoints.views.vocabulary import LACKING, Union, rows_of, text_config
+from hf_llfc.checkpoints.views.vocabulary import LACKING, Vocabulary, rows_of, text_config
 from hf_llfc.errors import CheckpointError
 
 
@@ -68,13 +68,30 @@ def with_rows(checkpoint: Checkpoint, count: int) -> PreTrainedConfig:
     return config
 
 
-def reindexed(checkpoint: Checkpoint, union: Union, index: int) -> Checkpoint:
-    """Brings a model to the union of vocabularies; nothing is read.
+def with_tokens_of(config: PreTrainedConfig, source: Checkpoint, label: str) -> PreTrainedConfig:
+    """A config whose special tokens are those of another model, as its tokenizer has them.
+
+    Args:
+        config: Of a model over the vocabulary of `source`; it is not changed.
+        source: Whose tokens they are.
+        label: What the model is called.
+    """
+    config = deepcopy(config)
+    ids = {**text_config(source.config, source.label).to_dict(), **source.config.to_dict()}
+    for part in {id(each): each for each in (config, text_config(config, label))}.values():
+        for key in part.to_dict():
+            if key.endswith("_token_id") and key in ids:
+                setattr(part, key, ids[key])
+    return config
+
+
+def reindexed(checkpoint: Checkpoint, union: Vocabulary, index: int) -> Checkpoint:
+    """Brings a model to the vocabulary of several; nothing is read.
 
     Args:
         checkpoint: Any checkpoint of a known model class.
-        union: The union of its vocabulary and those of others.
-        index: The position of the checkpoint among the models of the union.
+        union: The vocabulary, of this model and of others.
+        index: The position of the checkpoint among the models of the vocabulary, or behind them of a donor.
 
     Raises:
         CheckpointError: Which tensors have a row a token cannot be told.
@@ -96,9 +113,15 @@ def reindexed(checkpoint: Checkpoint, union: Union, index: int) -> Checkpoint:
     }
     is_moved = not torch.equal(rows_t, torch.arange(rows_of(checkpoint)))
     own = {"companions": checkpoint.companion_stamps()} if checkpoint.revision is None else {}
+    settings, source = checkpoint.settings.with_config(with_rows(checkpoint, union.size)), union.source
+    if source is not None and source is not checkpoint:
+        settings = replace(
+            settings.with_config(with_tokens_of(settings.config, source, checkpoint.label)),
+            load_generation=lambda _: source.generation_config,
+        )
     return replace(
         checkpoint,
-        settings=checkpoint.settings.with_config(with_rows(checkpoint, union.size)),
+        settings=settings,
         tensors=infos,
         # The tokenizer is that of the union, which is nobody's own.
         companion_files=tuple(path for path in checkpoint.companion_files if not is_of_tokenizer(path.name)),
@@ -110,25 +133,27 @@ def reindexed(checkpoint: Checkpoint, union: Union, index: int) -> Checkpoint:
 def lend_rows(tensor: Tensor, name: str, reindexing: Reindexing, others: Sequence[Callable[[], Tensor]]) -> Tensor:
     """Puts rows of other models in the place of those that a model lacks.
 
-    The row of the base where there is one that has the token, else the mean of all that have it.
+    Which ones, `Vocabulary.lenders` says; where nobody lends one it is zero. Rows that are added to make a multiple are
+    the mean of all others.
 
     Args:
         tensor: Of the model, in the coordinates of the reference.
         name: Of the tensor, on disk.
         reindexing: Of the model.
-        others: Reads the same tensor of each model of the union, in the same coordinates.
+        others: Reads the same tensor of each model of the vocabulary, and of its donors, in the same coordinates.
 
     Returns:
         The tensor; in float32 or better where rows were averaged.
     """
-    ids_m = reindexing.union.lacking(reindexing.index)
+    vocabulary = reindexing.union
+    ids_m = vocabulary.lacking(reindexing.index)
     dimension = reindexing.dimensions.get(name)
-    if dimension is None or not len(ids_m):
+    if dimension is None or not (len(ids_m) or vocabulary.added):
         return tensor
     lent_m = tensor.index_select(dimension, ids_m).double().zero_()
     count_m = torch.zeros(len(ids_m), dtype=torch.long)
     dtype = tensor.dtype
-    for read, lends_m in zip(others, reindexing.union.lenders(ids_m), strict=True):
+    for read, lends_m in zip(others, vocabulary.lenders(ids_m), strict=True):
         if bool(lends_m.any()):
             other = read()
             dtype = torch.promote_types(dtype, other.dtype)
@@ -139,8 +164,14 @@ def lend_rows(tensor: Tensor, name: str, reindexing: Reindexing, others: Sequenc
     if bool((count_m > 1).any()):
         dtype = torch.promote_types(dtype, torch.float32)
     shape = [-1 if index == dimension else 1 for index in range(tensor.dim())]
-    lent_m /= count_m.view(shape)
-    return tensor.to(dtype, copy=True).index_copy_(dimension, ids_m, lent_m.to(dtype))
+    lent_m /= count_m.clamp(min=1).view(shape)
+    if not vocabulary.added:
+        return tensor.to(dtype, copy=True).index_copy_(dimension, ids_m, lent_m.to(dtype))
+    dtype = torch.promote_types(dtype, torch.float32)
+    filled = tensor.to(dtype, copy=True).index_copy_(dimension, ids_m, lent_m.to(dtype))
+    mean = filled.narrow(dimension, 0, vocabulary.count).mean(dim=dimension, keepdim=True, dtype=torch.float64)
+    filled.narrow(dimension, vocabulary.count, vocabulary.added).copy_(mean)
+    return filled
 
 
 def resized_shape(shape: Sequence[int], dimension: int, size: int) -> tuple[int, ...]:

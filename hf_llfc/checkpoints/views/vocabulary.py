@@ -1,8 +1,9 @@
-"""The union of several vocabularies: one tokenizer that knows every token of its models, and each model's row for it.
+"""The vocabulary of several models: one tokenizer, and each model's row for every token of it.
 
-The tokens of the first model keep their ids, so that special tokens stay what its configs say; those that it lacks
-follow in the order of the models and of their ids there. They join as what they are: pieces with their merges or
-scores, added tokens with their flags. What happens to a text before it is cut into pieces is as in the first model.
+Either the tokenizer of one model, or the union of all, which knows every token of them. In the union the tokens of the
+first model keep their ids, so that special tokens stay what its configs say; those that it lacks follow in the order of
+the models and of their ids there. They join as what they are: pieces with their merges or scores, added tokens with
+their flags. What happens to a text before it is cut into pieces is as in the first model.
 
 Shape suffixes: `t` ids of the union.
 """
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 
 from hf_llfc.checkpoints.checkpoint import Checkpoint
 from hf_llfc.checkpoints.companions import copy_companion, has_vocabulary
+from hf_llfc.checkpoints.views.token_rules import VocabularyRules, row_of
 from hf_llfc.errors import CheckpointError, raise_all
 
 logger = logging.getLogger(__name__)
@@ -48,108 +50,186 @@ _SUPERSEDED = ("merges.txt", "vocab.bpe", "bpe.codes", "added_tokens.json")
 _SPELLING = ("type", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 _SPLITTING = ("normalizer", "pre_tokenizer", "decoder")
 
+NO_RULES = VocabularyRules()
+
 Description = dict[str, Any]
 """Content of tokenizer.json."""
 
 
-class Union:
-    """The tokens of several models, joined into one vocabulary.
+class Vocabulary:
+    """The tokens of the result, with the rows that several models have for them.
 
     Attributes:
+        source: The model whose tokens these are; None: the union of all.
         tokens: Token → id.
-        size: Rows of the embeddings: one more than the highest id.
-        rows: One a model: for every id its row there, or `LACKING`.
+        count: One more than the highest id.
+        size: Rows of the embeddings: `count`, and those that are added to make a multiple.
+        rows: One a model: for every id its row there, or `LACKING`. Behind the models, one for each of `donors`.
+        donors: Places among the models of those whose rows a rule names: they lend these beside their own.
         base: Place among the models of the one whose row stands in where another lacks it; None: the mean of all that
             have one.
-        is_of_each: Whether every model has this vocabulary, and as many rows as the others.
-        digest: Tells this union from another.
-        folder: Where the tokenizer lies; it lasts as long as this object.
+        is_of_each: Whether every model has these tokens and this number of rows, and no rule says otherwise.
+        digest: Tells this vocabulary from another.
+        folder: Where the tokenizer lies; a folder that is made lasts as long as this object.
         companions: What lies there, and belongs beside the merged weights.
     """
 
-    def __init__(self, models: Sequence[Checkpoint], base: int | None = None) -> None:
-        """Reads the tokenizers and joins them.
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        base: int | None = None,
+        *,
+        source: Checkpoint | None = None,
+        rules: VocabularyRules = NO_RULES,
+    ) -> None:
+        """Reads the tokenizers, and joins them where no model is named.
 
         Args:
-            models: The first gives ids, special tokens and chat template.
-            base: See `Union.base`.
+            models: The first gives a union its ids, special tokens and chat template.
+            base: See `Vocabulary.base`.
+            source: See `Vocabulary.source`; one of the models, or another.
+            rules: What is said of single tokens, and of the number of rows.
 
         Raises:
-            CheckpointError: A model has no tokenizer that can be read, or they cannot be joined.
+            CheckpointError: A model has no tokenizer that can be read, they cannot be joined, or a rule names a row
+                that is not there.
         """
         labels = [model.label for model in models]
         descriptions = [_description(model) for model in models]
-        joined = _joined(descriptions, labels)
-        self.base = base
-        self.tokens: Mapping[str, int] = _vocabulary(joined)
-        self.size = 1 + max(self.tokens.values())
+        given = _joined(descriptions, labels) if source is None else _description(source)
+        described = _with_added(given, [token for token in rules.tokens if token not in _vocabulary(given)])
+        self.source, self.base = source, base
+        self.tokens: Mapping[str, int] = _vocabulary(described)
+        self.count = 1 + max(self.tokens.values())
+        self.size = rules.padded(self.count)
         counts = [rows_of(model) for model in models]
-        self.is_of_each = len(set(counts)) == 1 and all(
-            _vocabulary(description) == self.tokens for description in descriptions
-        )
-        if self.size > sum(counts):  # a damaged id, for which no room is to be made
+        vocabularies = [_vocabulary(description) for description in descriptions]
+        room = sum(counts) + len(rules.tokens) + (rows_of(source) if source is not None else 0)
+        if self.count > room:  # a damaged id, for which no room is to be made
             raise CheckpointError(
-                f"tokenizer_source: the union of the vocabularies reaches id {self.size - 1}, and the models have "
-                f"{sum(counts)} rows together; a tokenizer does not belong to its model, or is damaged"
+                f"tokenizer_source: the union of the vocabularies reaches id {self.count - 1}, and the models have "
+                f"{room} rows together; a tokenizer does not belong to its model, or is damaged"
             )
-        self.rows: Sequence[Tensor] = [
-            self._rows_of(_vocabulary(description), count)
-            for count, description in zip(counts, descriptions, strict=True)
-        ]
-        self._keep_rows_without_token(counts[0])
-        self._refuse_tokens_of_nobody(labels)
-        text = json.dumps(joined, ensure_ascii=False)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
-        self.folder = Path(tempfile.mkdtemp(prefix="hf-llfc-union-"))
+        rows = [self._rows_of(*each) for each in zip(vocabularies, counts, strict=True)]
+        first = 0 if source is None else next((i for i, model in enumerate(models) if model is source), None)
+        if first is not None:
+            self._keep_rows_without_token(rows[first], counts[first])
+        self._ruled_t = torch.zeros(self.size, dtype=torch.bool)
+        self.donors, of_donors = self._apply(rules, rows, vocabularies, counts, labels)
+        self.rows: Sequence[Tensor] = [*rows, *of_donors]
+        self._judge_tokens_of_nobody(labels)
+        is_wide = rules.multiple is None or counts[0] == self.size == self.count
+        is_lent = any(len(self.lacking(index)) for index in range(len(models)))
+        self.is_of_each = (
+            is_wide and not is_lent and len({*counts}) == 1 and all(each == self.tokens for each in vocabularies)
+        )
+        text = json.dumps(described, ensure_ascii=False)
+        said = [text, self.size, self.base, [rows_t.tolist() for rows_t in of_donors], self._ruled_t.tolist()]
+        self.digest = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+        if source is not None and source.folder is not None and described == given:
+            self.folder, self.companions = source.folder, source.companion_files
+            return
+        self.folder = Path(tempfile.mkdtemp(prefix="hf-llfc-vocabulary-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self.companions = _written(self.folder, models[0], joined, text)
+        self.companions = _written(self.folder, source or models[0], described, text)
+
+    @property
+    def added(self) -> int:
+        """Rows that are added behind those of the tokens, to make a multiple."""
+        return self.size - self.count
 
     def lacking(self, index: int) -> Tensor:
-        """The ids that one of the models has no row for."""
-        return (self.rows[index] == LACKING).nonzero().flatten()
+        """The ids that one of the models has no row for; rows that are added are not among them."""
+        return (self.rows[index][: self.count] == LACKING).nonzero().flatten()
 
     def lenders(self, ids_t: Tensor) -> Sequence[Tensor]:
         """Finds the models whose rows stand in for those of a model that lacks some tokens.
 
         Args:
-            ids_t: Ids of the union.
+            ids_t: Ids of the vocabulary.
 
         Returns:
-            One tensor a model: whether its row is one of those that are averaged. The base alone, where it has the
-            token, else all models that have it.
+            One tensor a model, and behind the models one for each of `donors`: whether its row is one of those that are
+            averaged. The base alone, where it has the token, else all models that have it; where a rule says whose row
+            it is, that donor alone, or nobody.
         """
         has = [rows_t[ids_t] != LACKING for rows_t in self.rows]
-        if self.base is None:
-            return has
-        by_base = has[self.base]
-        return [rows & (~by_base if index != self.base else True) for index, rows in enumerate(has)]
+        models, donors = has[: len(has) - len(self.donors)], has[len(has) - len(self.donors) :]
+        if self.base is not None:
+            by_base = models[self.base]
+            models = [rows & (~by_base if index != self.base else True) for index, rows in enumerate(models)]
+        return [*(rows & ~self._ruled_t[ids_t] for rows in models), *donors]
+
+    def _apply(
+        self,
+        rules: VocabularyRules,
+        rows: Sequence[Tensor],
+        vocabularies: Sequence[Mapping[str, int]],
+        counts: Sequence[int],
+        labels: Sequence[str],
+    ) -> tuple[list[int], list[Tensor]]:
+        """The donors that rules name, and their rows; tokens whose row is forced are taken from the models' own."""
+        of_donors: dict[int, Tensor] = {}
+        problems = []
+        for token, rule in rules.tokens.items():
+            index = self.tokens[token]
+            if rule.source is None:
+                if all(rows_t[index] == LACKING for rows_t in rows):
+                    problems.append(f"tokenizer.tokens.{token}: no model has this token; give it a `source`")
+                continue
+            self._ruled_t[index] = True
+            if rule.source.model is not None:
+                row = row_of(token, rule.source, vocabularies, counts, labels)
+                if isinstance(row, str):
+                    problems.append(row)
+                    continue
+                of_donors.setdefault(rule.source.model, torch.full((self.size,), LACKING))[index] = row
+            if rule.is_forced:
+                for rows_t in rows:
+                    rows_t[index] = LACKING
+        raise_all(problems, CheckpointError, "the tokens cannot be given their rows")
+        return list(of_donors), list(of_donors.values())
 
     def _rows_of(self, vocabulary: Mapping[str, int], rows: int) -> Tensor:
         # A tokenizer may know more tokens than the model has rows.
-        known = [(self.tokens[token], index) for token, index in vocabulary.items() if index < rows]
+        known = [
+            (self.tokens[token], index) for token, index in vocabulary.items() if index < rows and token in self.tokens
+        ]
         found_t = torch.full((self.size,), LACKING)
         if known:
             ids, own = torch.tensor(known).unbind(dim=1)
             found_t[ids] = own
         return found_t
 
-    def _keep_rows_without_token(self, rows: int) -> None:
-        """An id below others that is no token of the first model keeps the row that it has there."""
+    def _keep_rows_without_token(self, rows_t: Tensor, count: int) -> None:
+        """An id below others that is no token of the model that gives the ids keeps the row that it has there."""
         used = set(self.tokens.values())
-        for index in range(min(rows, self.size)):
+        for index in range(min(count, self.count)):
             if index not in used:
-                self.rows[0][index] = index
+                rows_t[index] = index
 
-    def _refuse_tokens_of_nobody(self, labels: Sequence[str]) -> None:
-        nowhere = torch.stack([rows_t == LACKING for rows_t in self.rows]).all(dim=0)
-        if bool(nowhere.any()):
-            by_id = {index: token for token, index in self.tokens.items()}
-            first = int(nowhere.nonzero()[0])
-            raise CheckpointError(
-                f"tokenizer_source: no model has a row for {int(nowhere.sum())} of the {self.size} ids of the union, "
-                f"{by_id.get(first, f'id {first}')!r} first: the embeddings of {', '.join(labels)} have fewer rows "
-                "than their tokenizers have tokens"
+    def _judge_tokens_of_nobody(self, labels: Sequence[str]) -> None:
+        """Refuses a union with tokens that no model has a row for; of another vocabulary these are zero."""
+        nowhere = torch.stack([rows_t[: self.count] == LACKING for rows_t in self.rows]).all(dim=0)
+        nowhere &= ~self._ruled_t[: self.count]
+        if not bool(nowhere.any()):
+            return
+        by_id = {index: token for token, index in self.tokens.items()}
+        first = int(nowhere.nonzero()[0])
+        what = f"{int(nowhere.sum())} of the {self.count} ids of the "
+        which = f"{by_id.get(first, f'id {first}')!r} first"
+        if self.source is not None:
+            logger.warning(
+                "tokenizer_source: no model has a row for %stokenizer of %s, %s; these rows are zero",
+                what,
+                self.source.label,
+                which,
             )
+            return
+        raise CheckpointError(
+            f"tokenizer_source: no model has a row for {what}union, {which}: the embeddings of {', '.join(labels)} "
+            "have fewer rows than their tokenizers have tokens"
+        )
 
 
 def rows_of(checkpoint: Checkpoint) -> int:
@@ -265,6 +345,24 @@ def _joined(descriptions: Sequence[Description], labels: Sequence[str]) -> Descr
                 joined["added_tokens"].append({**flags[token], "id": known[token]})
         _join_pieces(joined["model"], other["model"], known)
     return joined
+
+
+def _with_added(description: Description, tokens: Sequence[str]) -> Description:
+    """A tokenizer that knows further tokens, at the ids behind all others."""
+    if not tokens:
+        return description
+    widened = deepcopy(description)
+    known = _vocabulary(widened)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    for index, token in enumerate(tokens, start=1 + max(known.values())):
+        known[token] = index
+        widened["added_tokens"].append({"id": index, "content": token, **flags, "normalized": True})
+    model = widened["model"]
+    if isinstance(model["vocab"], list):
+        model["vocab"] += _scored(model["vocab"], {}, known)
+    else:
+        model["vocab"] = dict(known)
+    return widened
 
 
 def _join_pieces(model: dict[str, Any], other: Mapping[str, Any], known: Mapping[str, int]) -> None:

@@ -83,9 +83,10 @@ class Parameter:
             RecipeError: It is of another kind or out of range; the message begins with the name.
         """
         if self.kind is bool:
-            if not isinstance(value, bool):
+            # Recipes of mergekit also have 1 and 0.
+            if not isinstance(value, bool) and not (isinstance(value, int | float) and value in (0, 1)):
                 raise RecipeError(f"{self.name} must be true or false, not {value!r}")
-            return value
+            return bool(value)
         noun = "a whole number" if self.kind is int else "a number"
         if isinstance(value, bool) or not isinstance(value, int if self.kind is int else int | float):
             raise RecipeError(f"{self.name} must be {noun}, not {value!r}")

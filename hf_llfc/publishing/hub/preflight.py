@@ -86,7 +86,7 @@ def refuse_a_tag_that_points_elsewhere(target: Target, commit: str | None, pushe
 
 def parents_in(recipe: Recipe) -> list[str]:
     """The models that a recipe names, the base of task arithmetic included."""
-    named = [entry.model for entry in recipe.models] + [recipe.base_model or ""]
+    named = [entry.model for entry in recipe.models] + [recipe.base or ""]
     documents = {each.output_dir: parents_in(each) for each in recipe.earlier}
     leaves = [leaf for name in filter(None, named) for leaf in documents.get(name, [name])]
     return list(dict.fromkeys(leaves))

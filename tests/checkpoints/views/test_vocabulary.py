@@ -17,7 +17,7 @@ import hf_llfc
 from hf_llfc.adapters.derived.verify import randomise
 from hf_llfc.checkpoints import compare, load_model, open_checkpoint
 from hf_llfc.checkpoints.views.reindexed import vocabulary_dimensions
-from hf_llfc.checkpoints.views.vocabulary import Union
+from hf_llfc.checkpoints.views.vocabulary import Vocabulary
 from hf_llfc.cli import main
 from hf_llfc.errors import CheckpointError, RecipeError
 from hf_llfc.parents.opening import open_recipe
@@ -239,7 +239,7 @@ def test_what_an_interrupted_run_has_made_is_known_again(shelf):
 def test_the_folder_of_the_tokenizer_is_gone_with_the_union(shelf):
     for name in "ab":
         save(shelf / name, trained("WordLevel", name), "llama", "causal-lm", ord(name))
-    union = Union([open_checkpoint("a"), open_checkpoint("b")])
+    union = Vocabulary([open_checkpoint("a"), open_checkpoint("b")])
     folder = union.folder
     assert (folder / "tokenizer.json").is_file()
     del union

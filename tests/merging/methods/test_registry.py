@@ -60,7 +60,7 @@ def test_an_unknown_method_suggests_the_nearest(name, nearest):
 def test_all_that_is_wrong_with_settings_is_said_at_once():
     with pytest.raises(RecipeError) as caught:
         find_method("della").settings(
-            {"wieght": 1.0, "density": [0.5, 1.5], "epsilon": [0.1], "rescale": 1, "lambda": "all", "int8_mask": None},
+            {"wieght": 1.0, "density": [0.5, 1.5], "epsilon": [0.1], "rescale": 2, "lambda": "all", "int8_mask": None},
             models=2,
         )
     message = str(caught.value)
@@ -70,7 +70,7 @@ def test_all_that_is_wrong_with_settings_is_said_at_once():
         "weight is missing",
         "density must be at most 1, not 1.5",
         "epsilon has 1 values for 2 models",
-        "rescale must be true or false, not 1",
+        "rescale must be true or false, not 2",
         "lambda must be a number, not 'all'",
         "int8_mask must be true or false, not None",
     ):
