@@ -325,7 +325,8 @@ class _Stacking:
                 column.layers.setdefault(module.stack, []).extend(
                     self.layer_origins(checkpoints[at], module.stack, wanted)
                 )
-        return Section(part.path, part.recipe, names, tuple(rows), layers, module.name, tuple(words))
+        told = [*words[:count], *(f"base {each}" for each in words[count:])]
+        return Section(part.path, part.recipe, names, tuple(rows), layers, module.name, tuple(told))
 
     def layer_origins(self, checkpoint: Checkpoint, stack: Stack, wanted: Range | None) -> list[LayerOrigin]:
         """What a config says of layers of a model; of all where no range is given."""

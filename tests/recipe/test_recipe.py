@@ -1,6 +1,7 @@
 """Recipes: strict, typed, every problem at once, and the same again when written and read."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -275,7 +276,7 @@ class TestRoundTrip:
         assert load_recipe(recipe.to_dict()) == recipe
         assert recipe.output_dir == f"runs/{path.stem}"
         assert recipe.diagnose is not None
-        header = path.read_text(encoding="utf-8").partition("models:")[0]
+        header = re.split(r"^(?:models|slices):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[0]
         assert all(line.startswith("#") or not line for line in header.splitlines())
         for word in (
             "parents",

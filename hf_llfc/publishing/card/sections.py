@@ -57,9 +57,11 @@ def stack_table(recipe: Recipe | None) -> list[tuple[str, str, str]]:
     done: dict[str | None, int] = {}
     for part in recipe.parts if recipe is not None else ():
         method = part.recipe.method
-        entries = [(entry.model, wanted) for entry, wanted in zip(part.recipe.models, part.ranges, strict=False)]
+        entries = [
+            (display_name(entry.model), wanted) for entry, wanted in zip(part.recipe.models, part.ranges, strict=False)
+        ]
         if part.recipe.base_model is not None and part.base_range is not None:
-            entries.append((part.recipe.base_model, part.base_range))
+            entries.append((f"base {display_name(part.recipe.base_model)}", part.base_range))
         if not part.ranges:
             named = ", ".join(display_name(entry.model) for entry in part.recipe.models)
             rows.append((str(part.module), named, MERGE_METHODS[part.recipe.merge_method].title))
@@ -67,7 +69,7 @@ def stack_table(recipe: Recipe | None) -> list[tuple[str, str, str]]:
         start = done.get(part.module, 0)
         done[part.module] = end = start + part.ranges[0][1] - part.ranges[0][0]
         where = f"{start}–{end - 1}" if part.module is None else f"{part.module} {start}–{end - 1}"
-        sources = ", ".join(f"{display_name(model)} {first}–{last - 1}" for model, (first, last) in entries)
+        sources = ", ".join(f"{name} {first}–{last - 1}" for name, (first, last) in entries)
         settings = part.recipe.parameters.settings if method is not None else {}
         given = ", ".join(f"{key} {setting_in_words(value)}" for key, value in settings.items())
         title = MERGE_METHODS[part.recipe.merge_method].title
