@@ -180,6 +180,8 @@ def _rows_problem(first: Checkpoint, other: Checkpoint, rows: tuple[Any, Any], *
 
 def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
     """Names of classes in another order would merge the row of one class with that of another."""
+    if _labels_are_defaults(first, other):
+        return
     labels_2 = {int(index): str(label) for index, label in _labels(other).items()}
     for key, label in _labels(first).items():
         index, label_1 = int(key), str(label)
@@ -206,6 +208,16 @@ def _has_rows_of_labels(checkpoint: Checkpoint) -> bool:
         return Layout(model_class, checkpoint.config).shapes != Layout(model_class, more).shapes
     except Exception:  # a model class may raise anything on values it does not expect
         return True
+
+
+def _labels_are_defaults(first: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the config.json of neither says of classes what the other does not; transformers need not be loaded."""
+    raw_1, raw_2 = first.settings.raw, other.settings.raw
+    if raw_1 is None or raw_2 is None:
+        return False
+    return not any(raw.get("id2label") for raw in (raw_1, raw_2)) and all(
+        raw_1.get(key) == raw_2.get(key) for key in ("model_type", "num_labels")
+    )
 
 
 def _labels(checkpoint: Checkpoint) -> Mapping[Any, str]:

@@ -66,11 +66,11 @@ def under_head_of(base: Checkpoint, model: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: The base lacks tensors of the base model.
     """
-    from hf_llfc.checkpoints import names
-
     kinds = [(each.settings.model_type, each.architecture) for each in (base, model)]
     if kinds[0][0] != kinds[1][0] or kinds[0][1] == kinds[1][1] or model.architecture is None:
         return base
+    from hf_llfc.checkpoints import names  # loads transformers
+
     model_class = model.model_class or names.find_model_class(
         model.architecture, model.config, folder=model.folder, trust_remote_code=model.trust_remote_code
     )

@@ -78,7 +78,8 @@ def ram(models_c: Sequence[Tensor], base_c: Tensor, settings: Settings) -> Tenso
     Returns:
         The same elements of the merge, in float64.
     """
-    changes, counts = _changed(differences(models_c, base_c), settings.number("epsilon"))
+    changes = differences(models_c, base_c)
+    _, counts = _changed(changes, settings.number("epsilon"))
     return total(changes).div_(counts.clamp_(min=1)).add_(base_c)
 
 
@@ -99,10 +100,10 @@ def ramplus_tl(stream: Stream, settings: Settings) -> Prepared:
     def count(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         """For every model how many elements it changed with others, then for every model how many it changed alone."""
         assert base_c is not None
-        changes, counts = _changed(differences(models_c, base_c), epsilon)
-        changed = [change != 0 for change in changes]
-        alone = [float((one & (counts == 1)).sum()) for one in changed]
-        together = [float(one.sum()) - single for one, single in zip(changed, alone, strict=True)]
+        changed, counts = _changed(differences(models_c, base_c), epsilon)
+        unique = counts == 1
+        alone = [float(torch.count_nonzero(mask & unique)) for mask in changed]
+        together = [float(torch.count_nonzero(mask)) - single for mask, single in zip(changed, alone, strict=True)]
         return torch.tensor(together + alone, dtype=torch.float64)
 
     sums = sum_over_parts(count, stream).tolist()
@@ -113,13 +114,13 @@ def ramplus_tl(stream: Stream, settings: Settings) -> Prepared:
 
     def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         assert base_c is not None
-        changes, counts = _changed(differences(models_c, base_c), epsilon)
-        unique = (counts == 1).to(counts.dtype)
-        merged_c, lonely_c = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
+        changes = differences(models_c, base_c)
+        _, counts = _changed(changes, epsilon)
+        lonely_c = torch.zeros_like(changes[0])
         for change, ratio in zip(changes, ratios, strict=True):
-            merged_c.add_(change)
             lonely_c.add_(change, alpha=settings.number("r") * ratio)
-        return merged_c.div_(counts.clamp_(min=1)).add_(lonely_c.mul_(unique)).add_(base_c)
+        lonely_c.mul_(counts == 1)
+        return total(changes).div_(counts.clamp_(min=1)).add_(lonely_c).add_(base_c)
 
     return Prepared(combine)
 
@@ -179,10 +180,16 @@ def _weighted(changes: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _changed(changes: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
-    """The changes, in place, without those of at most `epsilon`; and how many models changed each element."""
-    counts = torch.zeros_like(changes[0])
+    """Where each change is of more than `epsilon`; of the changes, in place, nothing else is left.
+
+    Returns:
+        For every model where it changed an element, and how many models changed each element, as whole numbers.
+    """
+    masks = []
+    counts = torch.zeros(changes[0].shape, dtype=torch.int16)
     for change in changes:
         changed = change.abs() > epsilon
         change.mul_(changed)
         counts.add_(changed)
-    return list(changes), counts
+        masks.append(changed)
+    return masks, counts

@@ -240,22 +240,18 @@ def between(pieces: Pieces, size: int, bounds: Sequence[tuple[int, int]]) -> lis
     return selections
 
 
-def ranks_in_rows(magnitudes_rc: Tensor) -> Tensor:
-    """The place of every element in an ascending stable sort of its row, from 0 on; int64."""
-    rows, columns = magnitudes_rc.shape
-    if magnitudes_rc.device.type != "cpu" or magnitudes_rc.dtype != torch.float32:
-        order_rc = magnitudes_rc.argsort(dim=1, stable=True)
-    else:
-        # The bits of numbers that are not negative order as the numbers do. With the column below them, all keys of a
-        # row differ, and a sort of integers, which uses the processor's vectors, is stable.
-        keys_rc = magnitudes_rc.contiguous().view(torch.int32).numpy().astype(np.int64)
-        keys_rc <<= 32
-        keys_rc |= np.arange(columns)
-        keys_rc.sort(axis=1)
-        keys_rc &= 0xFFFFFFFF
-        order_rc = torch.from_numpy(keys_rc)
-    places = torch.arange(columns, device=order_rc.device).expand(rows, columns)
-    return torch.empty_like(order_rc).scatter_(1, order_rc, places)
+def order_in_rows(magnitudes_rc: Tensor) -> Tensor:
+    """The columns of every row in an ascending stable sort of its elements, none of them negative; int64."""
+    if magnitudes_rc.dtype != torch.float32:
+        return magnitudes_rc.argsort(dim=1, stable=True)
+    # The bits of numbers that are not negative order as the numbers do. With the column below them, all keys of a row
+    # differ, and a sort of integers, which uses the processor's vectors, is stable.
+    keys_rc = magnitudes_rc.contiguous().view(torch.int32).numpy().astype(np.int64)
+    keys_rc <<= 32
+    keys_rc |= np.arange(magnitudes_rc.shape[1])
+    keys_rc.sort(axis=1)
+    keys_rc &= 0xFFFFFFFF
+    return torch.from_numpy(keys_rc)
 
 
 class Draws:
@@ -309,7 +305,7 @@ def keep_by_rank(magnitudes_rc: Tensor, lowest: float, highest: float, draws: Dr
     cuts = torch.from_numpy(np.rint(probabilities * ONE).astype(np.int64))
     kept_rc = torch.empty(magnitudes_rc.shape, dtype=torch.bool)
     for rows in row_blocks(*magnitudes_rc.shape):
-        ranks_rc = ranks_in_rows(magnitudes_rc[rows]).cpu()
-        bits_rc = torch.from_numpy(draws.bits(ranks_rc.numel()).astype(np.int64)).view(ranks_rc.shape)
-        kept_rc[rows] = bits_rc < cuts[ranks_rc]
-    return kept_rc.to(magnitudes_rc.device)
+        order_rc = order_in_rows(magnitudes_rc[rows])
+        bits_rc = torch.from_numpy(draws.bits(order_rc.numel()).astype(np.int64)).view(order_rc.shape)
+        kept_rc[rows].scatter_(1, order_rc, bits_rc.gather(1, order_rc) < cuts)
+    return kept_rc

@@ -41,8 +41,8 @@ from hf_llfc.merging.methods.signs import elect_signs, total
 SMALLEST_NORM = 1e-7
 """Task vectors of a smaller l1 norm are not rescaled."""
 
-Mask = Callable[[Tensor, Tensor], Tensor]
-"""From the next part of a model and of the base to a mask: True where an element is kept."""
+Mask = Callable[[Tensor], Tensor]
+"""From the next part of a model's changes θ − θ₀, in float64, to a mask: True where an element is kept."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _prepare(
         for index, (model_c, factor) in enumerate(zip(models_c, factors, strict=True)):
             change = model_c.double() - wide_c
             if index in passing:
-                change.mul_(passing[index](model_c, base_c))
+                change.mul_(passing[index](change))
             changes.append(change.mul_(factor) if factor != 1 else change)
         merged_c = _agreeing(changes, weights if normalize else None, smallest) if elect else total(changes)
         return (merged_c.mul_(scale) if scale != 1 else merged_c).add_(wide_c)
@@ -191,18 +191,22 @@ def _rescaling(stream: Stream, masks: _Masks) -> list[float]:
         assert base_c is not None
         wide_c = base_c.double()
         for index, mask in passing.items():
-            magnitude_c = (models_c[index].double() - wide_c).abs_()
-            before[index] += float(magnitude_c.sum())
-            after[index] += float(magnitude_c.mul_(mask(models_c[index], base_c)).sum())
+            change = models_c[index].double() - wide_c
+            kept_c = mask(change)
+            before[index] += float(change.abs_().sum())
+            after[index] += float(change.mul_(kept_c).sum())
     return [
         whole / kept if min(whole, kept) >= SMALLEST_NORM else 1.0 for whole, kept in zip(before, after, strict=True)
     ]
 
 
-def _magnitude(model_c: Tensor, base_c: Tensor) -> Tensor:
-    """|θ − θ₀| in float32, as mergekit ranks it; in float64 if the tensors are."""
-    dtype = torch.promote_types(model_c.dtype, torch.float32)
-    return (model_c.to(dtype) - base_c.to(dtype)).abs_()
+def _magnitude(change: Tensor, dtype: torch.dtype) -> Tensor:
+    """|θ − θ₀| in float32, as mergekit ranks it; in float64 if the tensors are.
+
+    Rounded from float64 it is what a difference in float32 gives: where float64 has not the bits for a difference, its
+    smaller number is below half a last place of float32.
+    """
+    return change.abs().to(torch.promote_types(dtype, torch.float32))
 
 
 def _selected(
@@ -216,15 +220,17 @@ def _selected(
         select: From the magnitudes of models, their number of elements and the models to what is kept of them.
     """
     thinned = [index for index, density in enumerate(settings.numbers("density")) if density < 1]
+    dtype = torch.promote_types(stream.dtype, torch.float32)
 
     def magnitudes() -> Iterator[list[Tensor]]:
         for models_c, base_c in stream.parts():
             assert base_c is not None
-            yield [_magnitude(models_c[index], base_c) for index in thinned]
+            narrow_c = base_c.to(dtype)
+            yield [(models_c[index].to(dtype) - narrow_c).abs_() for index in thinned]
 
     def begin(selection: Selection) -> Mask:
         chosen_of = selection.begin()
-        return lambda model_c, base_c: chosen_of(_magnitude(model_c, base_c))
+        return lambda change: chosen_of(_magnitude(change, dtype))
 
     selections = select(magnitudes, math.prod(stream.shape), thinned) if thinned else []
     return _Masks({index: partial(begin, selection) for index, selection in zip(thinned, selections, strict=True)})
@@ -257,7 +263,7 @@ def _middle(stream: Stream, settings: Settings) -> _Masks:
 def _drawn(stream: Stream, settings: Settings) -> _Masks:
     def begin(index: int, density: float) -> Mask:
         draws = Draws(settings.seed_of(index))
-        return lambda model_c, base_c: draws.keep(density, model_c.numel())
+        return lambda change: draws.keep(density, change.numel())
 
     densities = settings.numbers("density")
     return _Masks({index: partial(begin, index, density) for index, density in enumerate(densities) if density < 1})
@@ -284,14 +290,13 @@ def _drawn_by_rank(stream: Stream, settings: Settings) -> _Masks:
     for models_c, base_c in stream.parts(width) if draws else ():
         assert base_c is not None
         for index, of_model in draws.items():
-            kept_c = _kept_by_rank(_magnitude(models_c[index], base_c), stream.shape, bounds[index], of_model)
+            magnitude_c = _magnitude(models_c[index].double() - base_c.double(), stream.dtype)
+            kept_c = _kept_by_rank(magnitude_c, stream.shape, bounds[index], of_model)
             kept[index].append(np.packbits(kept_c.numpy()))
 
     def begin(index: int) -> Mask:
         packed = iter(kept[index])
-        return lambda model_c, base_c: torch.from_numpy(
-            np.unpackbits(next(packed), count=model_c.numel()).view(np.bool_)
-        )
+        return lambda change: torch.from_numpy(np.unpackbits(next(packed), count=change.numel()).view(np.bool_))
 
     return _Masks({index: partial(begin, index) for index in draws}, width)
 
