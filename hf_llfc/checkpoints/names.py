@@ -37,6 +37,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _LazyAutoMapping
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from hf_llfc.checkpoints.buffers import COUNTER
 from hf_llfc.checkpoints.header import TensorInfo, natural_order
 from hf_llfc.errors import CheckpointError, raise_all
 
@@ -44,8 +45,8 @@ logger = logging.getLogger(__name__)
 
 Read = Callable[[str], torch.Tensor]
 
-_IN_TRAINING = ".masked_spec_embed"
-"""What stands for masked frames while a model of speech is trained; published ones often lack it."""
+_IN_TRAINING = (".masked_spec_embed", f".{COUNTER}")
+"""What only training reads, and published models may lack: a vector in place of masked frames, counts of batches."""
 
 
 def find_class_in_transformers(architecture: str) -> type[PreTrainedModel] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +222,7 @@ def _open_model(model: PreTrainedModel) -> Checkpoint:
     if error := quantised_config(label, config.to_dict()):
         raise error
     weights = TensorWeights(label, state_dict_on_disk(model))
-    return Checkpoint(
+    opened = Checkpoint(
         id=label,
         label=label,
         revision=None,
@@ -234,6 +235,8 @@ def _open_model(model: PreTrainedModel) -> Checkpoint:
         unused=(),
         weights=weights,
     )
+    # The class can be built without its pooler, and then lacks it.
+    return planned(opened, weights) if "add_pooling_layer" in signature(type(model).__init__).parameters else opened
 
 
 def _companions_of(model: PreTrainedModel) -> list[Path]:

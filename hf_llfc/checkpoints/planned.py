@@ -53,41 +53,46 @@ def planned(
     )
 
 
-def under_head_of(base: Checkpoint, model: Checkpoint) -> Checkpoint:
-    """A base model in the class of a model that was trained from it; it lacks the tensors of the head.
+def in_class_of(checkpoint: Checkpoint, model: Checkpoint, *, has_head: bool) -> Checkpoint:
+    """A checkpoint in the class of another of its model type.
 
     Args:
-        base: The base model, in a class of its own.
-        model: The other, with a head.
+        checkpoint: Of a class of its own, or of none that its config names.
+        model: The other.
+        has_head: Whether it must have all tensors of that class; else those of the base model are enough, and it is
+            given the labels of the other.
 
     Returns:
-        The base as it is where the class of the model is not known, or both are of one class.
+        The checkpoint as it is where the class of the other is not known, or both are of one class.
 
     Raises:
-        CheckpointError: The base lacks tensors of the base model.
+        CheckpointError: It lacks tensors that it must have.
     """
-    kinds = [(each.settings.model_type, each.architecture) for each in (base, model)]
+    kinds = [(each.settings.model_type, each.architecture) for each in (checkpoint, model)]
     if kinds[0][0] != kinds[1][0] or kinds[0][1] == kinds[1][1] or model.architecture is None:
-        return base
+        return checkpoint
     from hf_llfc.checkpoints import names  # loads transformers
 
     model_class = model.model_class or names.find_model_class(
         model.architecture, model.config, folder=model.folder, trust_remote_code=model.trust_remote_code
     )
     if model_class is None:
-        return base
-    config = deepcopy(base.config)
+        return checkpoint
+    config = deepcopy(checkpoint.config)
     config.architectures = [model.architecture]
-    config.id2label, config.label2id = model.config.id2label, model.config.label2id
+    if not has_head:
+        config.id2label, config.label2id = model.config.id2label, model.config.label2id
     opened = replace(
-        base,
-        settings=base.settings.with_config(config),
+        checkpoint,
+        settings=checkpoint.settings.with_config(config),
         architecture=model.architecture,
         model_class=model_class,
-        tensors={**base.tensors, **base.spare},
+        tensors={**checkpoint.tensors, **checkpoint.spare},
     )
-    heading = f"{base.label}: its tensors are not those of the base model of {model.architecture}"
-    return planned(opened, View(base.weights, opened.tensors, (), base.weights.read), heading, has_head=False)
+    whose = "" if has_head else "the base model of "
+    heading = f"{checkpoint.label}: its tensors are not those of {whose}{model.architecture}"
+    stored = View(checkpoint.weights, opened.tensors, (), checkpoint.weights.read)
+    return planned(opened, stored, heading, has_head=has_head)
 
 
 def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None, has_head: bool) -> names.Plan | None:

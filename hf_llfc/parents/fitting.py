@@ -89,6 +89,36 @@ def problems_of(checkpoints: Sequence[Checkpoint], *, bodies_only: bool = False)
     return problems
 
 
+def in_one_class(checkpoints: Sequence[Checkpoint], *, base: int | None = None) -> list[Checkpoint]:
+    """Gives checkpoints whose config names no class, and the base, the class of the others.
+
+    Args:
+        checkpoints: All of a run.
+        base: Which of them is the base; it may lack the head of that class.
+
+    Raises:
+        CheckpointError: One lacks tensors that the class needs.
+    """
+    named = next((each for each in checkpoints if each.architecture is not None), None)
+    if named is None:
+        for checkpoint in checkpoints[:1] if checkpoints[0].settings.model_type in known_model_types() else ():
+            logger.warning(
+                "%s: config.json names no class, so it cannot be told whether a head is missing; add `architectures`",
+                checkpoint.label,
+            )
+        return list(checkpoints)
+    if all(each.architecture == named.architecture for each in checkpoints):
+        return list(checkpoints)
+    from hf_llfc.checkpoints.planned import in_class_of
+
+    return [
+        in_class_of(each, checkpoints[0] if index == base else named, has_head=index != base)
+        if index == base or each.architecture is None
+        else each
+        for index, each in enumerate(checkpoints)
+    ]
+
+
 def sharing(checkpoints: Sequence[Checkpoint], *, base: int | None = None) -> list[Checkpoint]:
     """Gives each checkpoint the tensors of all, where they fit each other.
 

@@ -20,7 +20,7 @@ from hf_llfc.checkpoints.comparison import has_tokenizer, share_vocabulary
 from hf_llfc.errors import CheckpointError, RecipeError, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging import merged_infos
-from hf_llfc.parents.fitting import comparable, in_groups, sharing
+from hf_llfc.parents.fitting import comparable, in_groups, in_one_class, sharing
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import open_weights
 from hf_llfc.parents.stacking import Section, is_whole, stacked
@@ -243,11 +243,7 @@ def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
         LLFCError: They do not, or what is asked for is not possible with them.
     """
     count, before = len(opened.parents), opened.all
-    if opened.base is not None and heads == "own":
-        from hf_llfc.checkpoints.planned import under_head_of
-
-        opened = replace(opened, base=under_head_of(opened.base, opened.parents[0]))
-    everyone: Sequence[Checkpoint] = opened.all
+    everyone = in_one_class(before, base=count if opened.base is not None and heads == "own" else None)
     head_of = comparable(everyone, heads, aligned=align.method != "none")
     if head_of is None:
         everyone = sharing(everyone, base=count if opened.base is not None else None)

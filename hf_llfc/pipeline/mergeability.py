@@ -17,7 +17,7 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.errors import EvaluationError
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
-from hf_llfc.parents.fitting import problems_of, sharing
+from hf_llfc.parents.fitting import in_one_class, problems_of, sharing
 from hf_llfc.recipe import AlignSection
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS, EvaluationConfig
 
@@ -297,6 +297,7 @@ def check_checkpoints(
         raise EvaluationError("level 2 runs both models: give task and dataset (labels are not needed), or ask level 1")
     if highest < 2 and data is not None:
         raise EvaluationError(f"data have no meaning at level {highest}, which runs no model; leave them out")
+    pair = (*in_one_class(pair),)  # type: ignore[assignment]
     problems = problems_of(pair)
     if problems:
         return CheckResult("do not merge", f"the checkpoints do not fit each other: {problems[0]}", 0, problems)

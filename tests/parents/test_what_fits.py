@@ -157,6 +157,7 @@ class Row:
     absent: str = "\0"
 
 
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
 MTP = having(**{"mtp.fc.weight": torch.full((16, 32), 2.0), "mtp.norm.weight": torch.full((16,), 2.0)})
 FURTHER = having(**{"model.layers.2.enorm.weight": torch.full((16,), 2.0)})
 BERT = {**SMALL, "vocab_size": 48, "max_position_embeddings": 20}
@@ -208,7 +209,16 @@ ROWS: dict[str, Row] = {
     "embeddings of another size": Row(
         "LlamaForCausalLM", LLAMA, (config(vocab_size=50),), (config(vocab_size=50),), error="makes it [50, 16]"
     ),
+    "no expert": Row("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}, (lacking("experts.2.w1"),), error="2.w1"),
+    "no statistics": Row("ResNetForImageClassification", RESNET, (lacking("running_mean"),), error="running_mean of"),
+    "no class in one config": Row("LlamaForCausalLM", LLAMA, (config(architectures=...),)),
+    "no class and no head": Row(
+        "LlamaForCausalLM", LLAMA, (), (config(architectures=...), lacking("lm_head")), error="lm_head.weight of"
+    ),
     # what it does not use
+    "no counts of batches": Row(
+        "ResNetForImageClassification", RESNET, b=(lacking("num_batches"),), said="lends", present="num_batches"
+    ),
     "a buffer in one": Row(
         "LlamaForCausalLM",
         LLAMA,
