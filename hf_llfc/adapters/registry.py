@@ -38,34 +38,25 @@ _TABLE: dict[tuple[str, str], str] = {
     ("deberta", "deberta_v2"): "deberta-v2",
     ("encoder_decoder", "encoder_decoder"): "encoder-decoder speech-encoder-decoder vision-encoder-decoder",
     ("esm", "esm"): "esm",
-    ("gemma", "gemma3n"): "gemma3n_text",
-    ("gemma", "gemma4"): "gemma4_text",
-    ("gpt", "gpt"): "bloom codegen dbrx falcon gpt_bigcode gpt_neo gpt_neox gptj",
+    ("gpt", "gpt"): "bloom dbrx falcon gpt_neox",
     ("gpt2", "gpt2"): "gpt-sw3 gpt2",
     ("llama", "llama"): (
-        "afmoe apertus arcee aria_text axk1 bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 "
-        "deepseek_v32 diffllama dots1 emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 "
-        "gemma3_text glm glm4 glm4_moe glm4_moe_lite glm4v_moe_text glm4v_text glm_image_text glm_moe_dsa "
-        "glm_ocr_text gpt_oss granite granite4_vision_text granite_docling_text granite_swa granitemoe granitemoe_swa "
-        "granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe "
-        "llama llama4_text mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral nanochat "
-        "nemotron olmo olmo2 olmo3 olmoe paddleocr_vl_text persimmon phi phi3 phimoe qwen2 qwen2_5_omni_text "
-        "qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_moe qwen3_omni_moe_text qwen3_vl_moe_text qwen3_vl_text "
-        "seed_oss smollm3 solar_open stablelm starcoder2 unlimited_ocr_text vaultgemma youtu"
+        "arcee cohere cohere2 cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama dots1 emu3_text_model ernie4_5 "
+        "exaone4 gemma gemma2 gemma3_text glm glm4 glm4_moe glm4_moe_lite glm4v_moe_text glm4v_text glm_image_text "
+        "glm_moe_dsa glm_ocr_text gpt_oss granite granite4_vision_text granite_docling_text helium hunyuan_v1_dense "
+        "hyperclovax internlm3 iquestcoder jais2 jetmoe llama mellum mimo_v2_flash minicpm3 ministral ministral3 "
+        "mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe paddleocr_vl_text persimmon phi phi3 phimoe qwen2 "
+        "qwen2_5_omni_text qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3 qwen3_moe qwen3_omni_moe_text "
+        "qwen3_vl_moe_text qwen3_vl_text seed_oss smollm3 solar_open stablelm starcoder2 unlimited_ocr_text "
+        "vaultgemma youtu"
     ),
     ("llava", "llava"): "gemma3 llava llava_next llava_next_video llava_onevision paligemma",
     ("modernbert", "modernbert"): "modernbert",
-    ("mpnet", "mpnet"): "mpnet",
     ("qwen2_vl", "qwen2_vl"): "qwen2_5_vl qwen2_vl qwen3_vl",
     ("recurrent", "falcon_h1"): "falcon_h1",
-    ("recurrent", "mamba"): "falcon_mamba mamba",
-    ("recurrent", "granitemoehybrid"): "granitemoehybrid",
-    ("recurrent", "lfm2"): "lfm2 lfm2_moe",
     ("recurrent", "minimax"): "minimax",
-    ("recurrent", "nemotron_h"): "nemotron_h",
     ("recurrent", "qwen3_next"): "qwen3_5_moe_text qwen3_5_text qwen3_next",
     ("resnet", "resnet"): "resnet",
-    ("swin", "swin"): "swin swinv2",
     ("t5", "t5"): "longt5 mt5 t5 umt5",
     ("vit", "vit"): "deit dinov2 dinov2_with_registers dinov3_vit ijepa vit vit_msn",
     ("wav2vec2", "wav2vec2"): "data2vec-audio hubert wav2vec2 wavlm",

@@ -168,11 +168,6 @@ OLD_TENSORS = {
         {},
         {"text_model.embeddings.position_ids": (1, 77), "vision_model.embeddings.position_ids": (1, 50)},
     ),
-    "Swin, positions": (
-        "SwinModel",
-        {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 3]},
-        {"swin.encoder.layers.0.blocks.0.attention.self.relative_position_index": (49, 49)},
-    ),
 }
 
 

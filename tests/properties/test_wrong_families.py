@@ -52,16 +52,9 @@ WRONG_SPECS: dict[str, tuple[str, str, dict, tuple[str, str, str], dict]] = {
         (r"kv_a_layernorm", r"\blatent\.(\d)", r"own.\1"),
         {"own": "latent.0"},
     ),
-    "what the state reads moved apart from what it gives": (
-        "mamba",
-        "MambaForCausalLM",
-        {},
-        (r"x_proj", r"state\.(\d) \+ state\.\d", r"state.\1 + own.\1"),
-        {"own": "state.0"},
-    ),
     "heads moved out of the group that they share a state with": (
-        "granitemoehybrid",
-        "GraniteMoeHybridForCausalLM",
+        "falcon_h1",
+        "FalconH1ForCausalLM",
         {"mamba_n_groups": 2},
         (r"A_log|dt_bias", r"\((groups\.\d) (scan_heads\.\d)\[groups\]\)", r"(\2[groups] \1)"),
         {},
@@ -72,13 +65,6 @@ WRONG_SPECS: dict[str, tuple[str, str, dict, tuple[str, str, str], dict]] = {
         {},
         (r"layers\.1\.self_attn\.[qk]_norm", r"head_dim\.(\d)", r"own.\1"),
         {"own": "head_dim.1"},
-    ),
-    "keys that a later layer reuses moved apart": (
-        "gemma4_text",
-        "Gemma4ForCausalLM",
-        {},
-        (r"layers\.2\.self_attn\.o_proj\.weight", r"value_dim\.0", r"own.0"),
-        {"own": "value_dim.0"},
     ),
 }
 

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Buffers that training changes; the others are constants.
-_STATISTIC = re.compile(r".*(running_mean|running_var|num_batches_tracked)$")
+# Buffers that training changes, by gradients or not; the others are constants.
+_STATISTIC = re.compile(
+    r".*(running_mean|running_var|num_batches_tracked|e_score_correction_bias|expert_bias|balancing_biases)$"
+)
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 

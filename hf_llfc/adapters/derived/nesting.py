@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from hf_llfc.adapters.derived.terms import Term, find, is_leaf, leaves
+from hf_llfc.adapters.derived.terms import Term, find, is_leaf, join_if_fixed, leaves
 from hf_llfc.adapters.derived.trace import Trace
 
 
@@ -21,6 +21,11 @@ def parents_of(trace: Trace) -> dict[Term, Term]:
     Returns:
         Leaf → the leaf that it depends on; leaves that depend on none are left out.
     """
+    for dims in trace.seen.values():
+        for term in dims:
+            for leaf in leaves(term):
+                if leaf.chooses is not None:
+                    join_if_fixed(leaf.chooses)
     candidates: dict[Term, set[Term]] = {}
     order: dict[Term, int] = {}
     for dims in trace.seen.values():

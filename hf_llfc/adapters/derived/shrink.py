@@ -160,6 +160,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     "clap_audio_model": {"spec_size": 128, "num_mel_bins": 32},
     "clvp": {"projection_dim": 128},
     "clvp_encoder": {"hidden_size": 128, "projection_dim": 128},
+    "codegen": {"n_head": 8, "rotary_dim": 4},
     "depth_pro": {"patch_size": 32, "intermediate_hook_ids": (1, 0)},
     "efficientnet": {"width_coefficient": 0.25, "hidden_dim": 320},
     "falcon_h1": {"mamba_d_ssm": 32},
@@ -522,6 +523,9 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
     }
     references = {name for name in references if max(by_layer[name]) > 1}
     shared = values.get("num_kv_shared_layers") or 0
+    # The last layer of a kind before those that share keys and values is the one that they take them from.
+    kinds = (values.get("layer_types") or ())[: depth - shared]
+    sources = {kind: index for index, kind in enumerate(kinds)}.values() if shared else ()
     kept, seen = [], set()
     for index in range(depth):
         kind = tuple(
@@ -529,7 +533,7 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
             for name, value in by_layer.items()
             if not isinstance(value[index], float)
         )
-        kind += (index >= depth - shared, str(overrides.get(index)))
+        kind += (index >= depth - shared, index in sources, str(overrides.get(index)))
         if kind not in seen:
             seen.add(kind)
             kept.append(index)

@@ -83,6 +83,13 @@ def fix(term: Term, why: str = "") -> None:
             leaf.why = why or (describe() if describe is not None else "")
 
 
+def join_if_fixed(term: Term) -> None:
+    """Makes one leaf of a term whose every leaf is fixed: experts that are chosen group by group."""
+    term = find(term)
+    if all(leaf.fixed for leaf in leaves(term)):
+        term.factors, term.parts, term.fixed = None, None, True
+
+
 def factors_of(term: Term) -> list[Term]:
     """The factors of a term, nested products flattened, those of size 1 left out."""
     term = find(term)

@@ -69,7 +69,7 @@ def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         else:
             positive(parameter)
     for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
+        if name.endswith(("running_mean", "e_score_correction_bias", "expert_bias", "balancing_biases")):
             normal(buffer, 0.3)
         elif name.endswith("running_var"):
             positive(buffer)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.adapters.blocks import (
     Heads,
-    attention,
     embedding,
     head,
     heads_of,
@@ -33,14 +32,8 @@ if TYPE_CHECKING:
 # Buffers of old checkpoints: the causal mask, and what a masked score became.
 OLD_BUFFERS = ("bias?  1 1 positions positions", "masked_bias?", "rotary_emb.inv_freq?  frequencies")
 
-# CodeGen's projections are laid out for the four cores of the machine it was trained on.
-CODEGEN_CORES = 4
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 DENSE = tuple(mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"))
 DENSE_WITH_BIASES = tuple(mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", bias=True))
-WITH_C_FC = tuple(mlp("mlp.c_fc", "mlp.c_proj", bias=True))
-WITH_FC_IN = tuple(mlp("mlp.fc_in", "mlp.fc_out", bias=True))
 
 
 def _free_heads(config: PreTrainedConfig) -> Heads:
@@ -48,46 +41,10 @@ def _free_heads(config: PreTrainedConfig) -> Heads:
     return heads_of(count, head_dim=config.hidden_size // count, free_channels=True)
 
 
-def _gptj_heads(config: PreTrainedConfig) -> Heads:
-    count = config.num_attention_heads
-    return heads_of(count, head_dim=config.hidden_size // count, rotary_dim=config.rotary_dim)
-
-
 def _neox_heads(config: PreTrainedConfig) -> Heads:
     count = config.num_attention_heads
     head_dim = config.hidden_size // count
     return heads_of(count, head_dim=head_dim, rotary_dim=rotary_channels(config.to_dict(), head_dim))
-
-
-def _codegen_heads(config: PreTrainedConfig) -> Heads:
-    head_dim = config.n_embd // config.n_head
-    # A head is an index along two axes, which a channel cannot depend on both: it moves alike in a core's heads.
-    rotary = f"rotary{' + head_dim.{i}[cores]' if config.rotary_dim < head_dim else ''}"
-    own, value = f"(heads.{{i}}[cores] {rotary})", "(heads.{i}[cores] value_dim.{i}[cores])"
-    queries, values = f"(cores.{{i}} heads.{{i}}[cores] {rotary})", f"(cores.{{i}} {value[1:]}"
-    return Heads(
-        queries=queries,
-        keys=queries,
-        values=values,
-        output=values,
-        by_head=f"(cores.{{i}} {own} + {value} + {own})",
-        query_heads="(cores.{i} heads.{i}[cores])",
-        key_heads="(cores.{i} heads.{i}[cores])",
-        channels=rotary,
-        sizes={
-            "cores": CODEGEN_CORES,
-            "heads": config.n_head // CODEGEN_CORES,
-            "rotary": config.rotary_dim,
-            "head_dim": head_dim - config.rotary_dim,
-            "value_dim": head_dim,
-        },
-        symmetric=("cores", "heads", "head_dim", "value_dim"),
-    )
-
-
-def _bigcode_heads(config: PreTrainedConfig) -> Heads:
-    count = config.n_head
-    return heads_of(count, 1 if config.multi_query else count, head_dim=config.n_embd // count, free_channels=True)
 
 
 def _falcon_heads(config: PreTrainedConfig) -> Heads:
@@ -162,8 +119,6 @@ class Layout:
     alibi: Callable[[PreTrainedConfig], bool] = lambda config: False
 
 
-WITH_POSITIONS = (*embedding("wte"), *embedding("wpe", rows="positions"))
-
 LAYOUTS: dict[str, Layout] = {
     "bloom": Layout(
         _free_heads,
@@ -175,16 +130,6 @@ LAYOUTS: dict[str, Layout] = {
         ],
         embeddings=(*embedding("word_embeddings"), *norm("word_embeddings_layernorm")),
         alibi=lambda config: True,
-    ),
-    "codegen": Layout(
-        _codegen_heads,
-        lambda heads: [
-            *norm("ln_1"),
-            *_fused("attn", "qkv_proj", "out_proj", heads, bias=False),
-            "attn.causal_mask?  1 1 positions positions",
-            *WITH_FC_IN,
-        ],
-        lambda config: config.n_inner,
     ),
     "dbrx": Layout(
         _dbrx_heads,
@@ -199,28 +144,6 @@ LAYOUTS: dict[str, Layout] = {
         lambda config: config.ffn_hidden_size,
         embeddings=tuple(embedding("word_embeddings")),
         alibi=lambda config: config.alibi,
-    ),
-    "gpt_bigcode": Layout(
-        _bigcode_heads,
-        lambda heads: [
-            *norm("ln_1"),
-            *_fused("attn", "c_attn", "c_proj", heads, bias=True),
-            *norm("ln_2"),
-            *WITH_C_FC,
-        ],
-        lambda config: config.n_inner,
-        embeddings=WITH_POSITIONS,
-    ),
-    "gpt_neo": Layout(
-        _free_heads,
-        lambda heads: [
-            *norm("ln_1"),
-            *within("attn.attention", attention(PROJECTIONS, heads, bias=False, output_bias=True), OLD_BUFFERS),
-            *norm("ln_2"),
-            *WITH_C_FC,
-        ],
-        lambda config: config.intermediate_size,
-        embeddings=WITH_POSITIONS,
     ),
     "gpt_neox": Layout(
         _neox_heads,
@@ -237,15 +160,6 @@ LAYOUTS: dict[str, Layout] = {
         layers="layers",
         last_norm="final_layer_norm",
         output="embed_out",
-    ),
-    "gptj": Layout(
-        _gptj_heads,
-        lambda heads: [
-            *norm("ln_1"),
-            *within("attn", attention(PROJECTIONS, heads), OLD_BUFFERS),
-            *WITH_FC_IN,
-        ],
-        lambda config: config.n_inner,
     ),
 }
 

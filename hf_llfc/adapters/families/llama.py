@@ -15,12 +15,10 @@ from hf_llfc.adapters.blocks import (
     Heads,
     attention,
     embedding,
-    gated_mlp,
     head,
     heads_of,
     layer,
     linear,
-    mixture_of_experts,
     mlp,
     norm,
     within,
@@ -33,11 +31,8 @@ from hf_llfc.adapters.families.llama_parts import (
     DEEPSEEK_EXPERTS,
     FURTHER,
     FUSED_ROUTED,
-    GATED,
     GATED_FUSED,
     GLM4_NORMS,
-    GRANITE_EXPERTS,
-    GRANITE_SHARED,
     MIXTRAL_EXPERTS,
     PLAIN,
     POST_NORMS,
@@ -49,12 +44,10 @@ from hf_llfc.adapters.families.llama_parts import (
     Layout,
     as_listed,
     differential_attention,
-    ernie_interval,
     every_so_often,
     expert_attention,
     full_attention_layers,
     fused_experts,
-    fused_experts_transposed,
     indexed_attention,
     latent_attention,
     mimo_attention,
@@ -69,68 +62,9 @@ if TYPE_CHECKING:
     from hf_llfc.symmetry.spec import PermutationSpec
 
 LAYOUTS: dict[str, Layout] = {
-    "afmoe": Layout(
-        norms=(*PRE_NORMS, "pre_mlp_layernorm", "post_mlp_layernorm"),
-        qk_norms=QK_NORMS,
-        without_rotary=lambda values, index: values["layer_types"][index] != "sliding_attention",
-        more=lambda heads: linear("self_attn.gate_proj", heads.output, "residual"),
-        experts=Experts(
-            (
-                *mixture_of_experts("mlp.router.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-                "mlp.expert_bias  experts.{i}",
-                *SHARED_EXPERTS,
-            ),
-            shared=("num_shared_experts", "moe_intermediate_size"),
-            layers=lambda values, index: bool(index >= values["num_dense_layers"]),
-        ),
-    ),
-    "apertus": Layout(
-        norms=("attention_layernorm", "feedforward_layernorm"),
-        qk_norms=QK_NORMS,
-        mlp=PLAIN,
-        more=lambda heads: [
-            *(f"mlp.act_fn.{name}?  1" for name in ("alpha_p", "alpha_n")),
-            "mlp.act_fn.beta?~",
-            "mlp.act_fn.eps?~",
-        ],
-    ),
     "arcee": Layout(mlp=PLAIN),
-    "aria_text": Layout(
-        experts=Experts(
-            (
-                *fused_experts_transposed("mlp", "experts.fc1.weight", "experts.fc2.weight"),
-                *SHARED_EXPERTS,
-            ),
-            count="moe_num_experts",
-            neurons=("intermediate_size",),
-            shared=("moe_num_shared_experts", "intermediate_size"),
-        )
-    ),
-    "axk1": Layout(
-        norms=(*PRE_NORMS, "post_mlp_layernorm?"),
-        attention=latent_attention,
-        experts=replace(DEEPSEEK_EXPERTS, layers=as_listed),
-    ),
-    "bitnet": Layout(
-        more=lambda heads: norm("self_attn.attn_sub_norm", heads.output),
-        mlp=(*GATED, *norm("mlp.ffn_sub_norm", "neurons.{i}")),
-    ),
     "cohere": Layout(norms=("input_layernorm",), qk_norms=QK_NORMS, qk_flag="use_qk_norm", qk_gain="heads"),
     "cohere2": Layout(norms=("input_layernorm",), without_rotary=full_attention_layers),
-    "cohere2_moe": Layout(
-        norms=("input_layernorm",),
-        without_rotary=lambda values, index: (
-            full_attention_layers(values, index)
-            and not (values["mlp_layer_types"][index] == "dense" and values["prefix_dense_sliding_window_pattern"] == 1)
-        ),
-        neurons="prefix_dense_intermediate_size",
-        experts=Experts(
-            (*ROUTED, *SHARED_EXPERTS),
-            neurons=("intermediate_size",),
-            shared=("num_shared_experts", "intermediate_size"),
-            layers=as_listed,
-        ),
-    ),
     "deepseek_v2": Layout(attention=latent_attention, experts=DEEPSEEK_EXPERTS),
     "deepseek_v3": Layout(predicts_further=True, attention=latent_attention, experts=DEEPSEEK_EXPERTS),
     "deepseek_v32": Layout(
@@ -138,34 +72,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "diffllama": Layout(attention=differential_attention),
     "dots1": Layout(qk_norms=QK_NORMS, experts=DEEPSEEK_EXPERTS),
-    "ernie4_5_moe": Layout(
-        experts=Experts(
-            (
-                *ROUTED,
-                "mlp.moe_statics.e_score_correction_bias  1  experts.{i}",
-                *SHARED_EXPERTS,
-            ),
-            count="moe_num_experts",
-            shared=("moe_num_shared_experts", "moe_intermediate_size"),
-            layers=ernie_interval,
-        )
-    ),
     "exaone4": Layout(norms=POST_NORMS, qk_norms=QK_NORMS, without_rotary=full_attention_layers),
-    "exaone_moe": Layout(
-        qk_norms=QK_NORMS,
-        without_rotary=full_attention_layers,
-        experts=Experts(
-            (*ROUTED, "mlp.e_score_correction_bias  experts.{i}", *SHARED_EXPERTS),
-            shared=("num_shared_experts", "moe_intermediate_size"),
-            layers=as_listed,
-        ),
-    ),
-    "flex_olmo": Layout(
-        norms=POST_NORMS,
-        qk_norms=QK_NORMS,
-        qk_gain="projection",
-        experts=Experts(ROUTED, neurons=("intermediate_size",)),
-    ),
     "gemma2": Layout(norms=BOTH_NORMS),
     "gemma3_text": Layout(norms=BOTH_NORMS, qk_norms=QK_NORMS),
     "glm": Layout(partial_rotary=True, mlp=GATED_FUSED),
@@ -200,50 +107,7 @@ LAYOUTS: dict[str, Layout] = {
             neurons=("intermediate_size",),
         ),
     ),
-    "granite_swa": Layout(more=sinks("sinks")),
-    "granitemoe": Layout(experts=GRANITE_EXPERTS),
-    "granitemoe_swa": Layout(
-        more=sinks("sinks"),
-        experts=replace(
-            GRANITE_EXPERTS,
-            lines=(
-                *fused_experts("block_sparse_moe", "router", "experts.gate_up_proj", "experts.down_proj"),
-                *GRANITE_SHARED,
-            ),
-            shared=("shared_intermediate_size",),
-        ),
-    ),
-    "granitemoeshared": Layout(
-        experts=replace(
-            GRANITE_EXPERTS,
-            lines=(*GRANITE_EXPERTS.lines, *GRANITE_SHARED),
-            shared=("shared_intermediate_size",),
-        )
-    ),
     "hunyuan_v1_dense": Layout(qk_norms=("query_layernorm", "key_layernorm")),
-    "hunyuan_v1_moe": Layout(
-        qk_norms=("query_layernorm", "key_layernorm"),
-        experts=Experts(
-            (
-                *mixture_of_experts("mlp.gate.wg", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-                *shared_experts("mlp.shared_mlp"),
-            ),
-            neurons=("intermediate_size",),
-            shared=("intermediate_size",),
-        ),
-    ),
-    "hy_v3": Layout(
-        qk_norms=QK_NORMS,
-        experts=Experts(
-            (
-                *mixture_of_experts("mlp.router.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-                "mlp.expert_bias  experts.{i}",
-                *shared_experts("mlp.shared_mlp"),
-            ),
-            shared=("num_shared_experts", "moe_intermediate_size"),
-            layers=as_listed,
-        ),
-    ),
     "hyperclovax": Layout(norms=(*PRE_NORMS, "post_norm1?", "post_norm2?")),
     "jais2": Layout(mlp=PLAIN),
     "jetmoe": Layout(
@@ -258,21 +122,6 @@ LAYOUTS: dict[str, Layout] = {
             neurons=("intermediate_size",),
         ),
     ),
-    "llama4_text": Layout(
-        without_rotary=lambda values, index: not values["no_rope_layers"][index],
-        mlp=tuple(gated_mlp("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj")),
-        neurons="intermediate_size_mlp",
-        experts=Experts(
-            (
-                *fused_experts_transposed("feed_forward", "experts.gate_up_proj", "experts.down_proj"),
-                *shared_experts("feed_forward.shared_expert"),
-            ),
-            count="num_local_experts",
-            neurons=("intermediate_size",),
-            shared=("intermediate_size",),
-            layers=lambda values, index: index in values["moe_layers"],
-        ),
-    ),
     "mellum": Layout(qk_norms=QK_NORMS, experts=Experts(ROUTED, layers=as_listed)),
     "mimo_v2_flash": Layout(
         attention=mimo_attention,
@@ -281,15 +130,6 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "minicpm3": Layout(attention=latent_attention),
-    "minimax_m2": Layout(
-        partial_rotary=True,
-        qk_norms=QK_NORMS,
-        qk_gain="projection",
-        experts=replace(
-            MIXTRAL_EXPERTS,
-            lines=(*MIXTRAL_EXPERTS.lines, "block_sparse_moe.e_score_correction_bias  experts.{i}"),
-        ),
-    ),
     "mixtral": Layout(experts=MIXTRAL_EXPERTS),
     "nanochat": Layout(norms=(), last_norm="", mlp=tuple(mlp("mlp.fc1", "mlp.fc2"))),
     "nemotron": Layout(partial_rotary=True, mlp=PLAIN),

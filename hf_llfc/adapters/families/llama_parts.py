@@ -52,15 +52,6 @@ def fused_experts(block: str, router: str, up: str, down: str) -> tuple[str, ...
     )
 
 
-def fused_experts_transposed(block: str, up: str, down: str) -> tuple[str, ...]:
-    """The same with tensors `[expert, into, out]`."""
-    return (
-        f"{block}.router.weight  experts.{{i}}  residual",
-        f"{block}.{up}  experts.{{i}}  residual  neurons.{{i}}[experts] + neurons.{{i}}[experts]",
-        f"{block}.{down}  experts.{{i}}  neurons.{{i}}[experts]  residual",
-    )
-
-
 def latent_attention(config: PreTrainedConfig, index: int) -> Part:
     """Multi-head latent attention: keys and values go through a latent vector, and mostly queries, too.
 
@@ -204,12 +195,6 @@ def as_listed(values: dict[str, Any], index: int) -> bool:
     return bool(values["mlp_layer_types"][index] == "sparse")
 
 
-def ernie_interval(values: dict[str, Any], index: int) -> bool:
-    """Whether a layer is routed as ERNIE 4.5 does it."""
-    first, last = values["moe_layer_start_index"], values["moe_layer_end_index"]
-    return bool(first <= index <= last and (index + 1) % values["moe_layer_interval"] == 0)
-
-
 @dataclass(frozen=True)
 class Layout:
     """What a family of the Llama line does differently from Llama.
@@ -293,15 +278,6 @@ MIXTRAL_EXPERTS = Experts(
     tuple(mixture_of_experts("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2")),
     count="num_local_experts",
     neurons=("intermediate_size",),
-)
-GRANITE_EXPERTS = Experts(
-    fused_experts("block_sparse_moe", "router.layer", "input_linear.weight", "output_linear.weight"),
-    count="num_local_experts",
-    neurons=("intermediate_size",),
-)
-GRANITE_SHARED = (
-    *linear("shared_mlp.input_linear", "shared.{i} + shared.{i}", "residual", bias=False),
-    *linear("shared_mlp.output_linear", "residual", "shared.{i}", bias=False),
 )
 
 

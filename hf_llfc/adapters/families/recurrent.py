@@ -1,14 +1,14 @@
-"""State spaces and other recurrences, alone and among attention: Mamba, Mamba-2, lightning attention, the delta rule.
+"""Recurrences among attention: Mamba-2, lightning attention, the delta rule.
 
-A recurrence keeps one state a channel or a head, so its channels or heads move as neurons do. A family is a list of
-layers, each made of norms, mixers (attention or a recurrence) and an MLP or experts.
+A recurrence keeps one state a head, so its heads move as neurons do. A family is a list of layers, each made of norms,
+mixers (attention or a recurrence) and an MLP or experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_llfc.adapters.blocks import (
     embedding,
@@ -18,14 +18,13 @@ from hf_llfc.adapters.blocks import (
     layer,
     linear,
     mixture_of_experts,
-    mlp,
     norm,
     within,
 )
 from hf_llfc.adapters.compose import Part, occurring
 from hf_llfc.adapters.declare import declare
 from hf_llfc.adapters.families.llama import optional
-from hf_llfc.adapters.families.llama_parts import MIXTRAL_EXPERTS, fused_experts, rotary_channels, shared_experts
+from hf_llfc.adapters.families.llama_parts import MIXTRAL_EXPERTS, rotary_channels, shared_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     Block = Part | Sequence[str]
 
-SYMMETRIC = ("residual", "neurons", "shared", "experts", "expert_latent")
+SYMMETRIC = ("residual", "neurons", "shared", "experts")
 
 
 def _decoder(
@@ -43,8 +42,6 @@ def _decoder(
     *,
     last_norm: str,
     sizes: dict[str, int | None] | None = None,
-    root: str = "model",
-    embeddings: str = "embed_tokens",
     beside: Sequence[str] = (),
 ) -> PermutationSpec:
     """Declares a decoder with any of its heads.
@@ -54,13 +51,11 @@ def _decoder(
         stack: The blocks of every layer.
         last_norm: The norm after all layers.
         sizes: Sizes of the axes that no `Part` declares.
-        root: The head prefix.
-        embeddings: The embedding.
-        beside: Declarations outside of `root`.
+        beside: Declarations outside of the base model.
     """
     declared: dict[str, int | None] = {}
     symmetric = dict.fromkeys(SYMMETRIC)
-    lines = embedding(embeddings)
+    lines = embedding("embed_tokens")
     for index, blocks in enumerate(stack):
         for block in blocks:
             if isinstance(block, Part):
@@ -68,7 +63,7 @@ def _decoder(
                 symmetric |= dict.fromkeys(block.symmetric)
             lines += layer("layers", index, block.lines if isinstance(block, Part) else block)
     lines = [
-        *within(root, lines, norm(last_norm)),
+        *within("model", lines, norm(last_norm)),
         *beside,
         *(line for name in ("lm_head", "head") for line in head(name, out="vocab")),
         *(line for name in ("score", "qa_outputs") for line in head(name)),
@@ -79,28 +74,22 @@ def _decoder(
         sizes={"vocab": config.vocab_size, "residual": config.hidden_size, "labels": None, **declared, **(sizes or {})},
         symmetric=occurring(symmetric, lines),
         outputs=("residual",),
-        prefix=f"{root}.",
+        prefix="model.",
     )
 
 
 def _attention(
-    name: str,
     config: PreTrainedConfig,
     *,
-    output: str = "o_proj",
     norms: Sequence[str] = (),
-    rotary: bool = True,
     partial: bool = False,
     gated: bool = False,
 ) -> Part:
     """Declares attention among other layers.
 
     Args:
-        name: The block.
         config: The model config.
-        output: The output projection.
         norms: Norms on queries and keys, whose gain all heads share.
-        rotary: Whether there is a rotary embedding.
         partial: Whether the model reads `partial_rotary_factor`.
         gated: Whether the query projection gives a gate on each head's output, too.
     """
@@ -110,55 +99,22 @@ def _attention(
         count,
         config.num_key_value_heads,
         head_dim=head_dim,
-        free_channels=not rotary,
-        rotary_dim=(rotary_channels(values, head_dim) if partial else head_dim) if rotary else None,
+        rotary_dim=rotary_channels(values, head_dim) if partial else head_dim,
         shared_channels=bool(norms),
     )
     lines = [
         *linear("q_proj", heads.queries_and_gates if gated else heads.queries, "residual"),
         *linear("k_proj", heads.keys, "residual"),
         *linear("v_proj", heads.values, "residual"),
-        *linear(output, "residual", heads.output),
+        *linear("o_proj", "residual", heads.output),
         *(line for gain in norms for line in norm(gain, heads.channels)),
     ]
-    return Part(tuple(within(name, lines)), heads.sizes, heads.symmetric)
+    return Part(tuple(within("self_attn", lines)), heads.sizes, heads.symmetric)
 
 
-def selective_scan(name: str, *, width: int, state: int, rank: int, kernel: int) -> Part:
-    """Declares Mamba's mixer: a state for every channel, whose entries move, and those of the time rank.
-
-    Args:
-        name: The block.
-        width: Inner channels.
-        state: Entries of a channel's state.
-        rank: Width of the bottleneck before the time steps.
-        kernel: Length of the convolution.
-    """
-    lines = [
-        *linear("in_proj", "inner.{i} + inner.{i}", "residual"),
-        f"conv1d.weight  inner.{{i}}  1  {kernel}",
-        "conv1d.bias?  inner.{i}",
-        *linear("x_proj", "time_rank.{i} + state.{i} + state.{i}", "inner.{i}"),
-        *linear("dt_proj", "inner.{i}", "time_rank.{i}"),
-        "A_log  inner.{i}  state.{i}",
-        "D  inner.{i}",
-        *linear("out_proj", "residual", "inner.{i}"),
-    ]
-    sizes: dict[str, int | None] = {"inner": width, "state": state, "time_rank": rank}
-    return Part(tuple(within(name, lines)), sizes, ("inner", "state", "time_rank"))
-
-
-def grouped_scan(name: str, *, heads: int, head_dim: int, groups: int, state: int, kernel: int) -> Part:
-    """Declares Mamba-2's mixer: heads, of which each group shares inputs and outputs of the state.
-
-    Args:
-        name: The block.
-        heads: Heads in all.
-        head_dim: Channels of a head.
-        groups: Groups of heads.
-        state: Entries of a channel's state.
-        kernel: Length of the convolution.
-    """
+def _grouped_scan(config: PreTrainedConfig) -> Part:
+    """Mamba-2's mixer: heads, of which each group shares inputs and outputs of the state."""
+    groups = config.mamba_n_groups
     if groups == 1:
         by_head, shared = "scan_heads.{i}", "state.{i}"
         inner = "(scan_heads.{i} scan_dim.{i}[scan_heads])"
@@ -171,7 +127,7 @@ def grouped_scan(name: str, *, heads: int, head_dim: int, groups: int, state: in
     convolved = f"{inner} + {shared} + {shared}"
     lines = [
         *linear("in_proj", f"{inner} + {convolved} + {by_head}", "residual"),
-        f"conv1d.weight  {convolved}  1  {kernel}",
+        f"conv1d.weight  {convolved}  1  {config.mamba_d_conv}",
         f"conv1d.bias?  {convolved}",
         *(f"{part}  {by_head}" for part in ("dt_bias", "A_log", "D")),
         f"norm.weight?  {inner}",
@@ -179,26 +135,20 @@ def grouped_scan(name: str, *, heads: int, head_dim: int, groups: int, state: in
     ]
     sizes: dict[str, int | None] = {
         "groups": groups,
-        "scan_heads": heads // groups,
-        "scan_dim": head_dim,
-        "state": state,
+        "scan_heads": config.mamba_n_heads // groups,
+        "scan_dim": config.mamba_d_head,
+        "state": config.mamba_d_state,
     }
-    return Part(tuple(within(name, lines)), sizes, symmetric)
+    return Part(tuple(within("mamba", lines)), sizes, symmetric)
 
 
-def delta_rule(name: str, config: PreTrainedConfig, *, fused: bool) -> Part:
-    """Declares a gated delta net: value heads in groups that share a query/key head; all share the gain of one norm.
-
-    Args:
-        name: The block.
-        config: The model config.
-        fused: Whether one projection gives queries, keys, values and gates head by head.
-    """
+def _delta_rule(config: PreTrainedConfig) -> Part:
+    """A gated delta net: value heads in groups that share a query/key head; all share the gain of one norm."""
     keys = "(delta_keys.{i} delta_dim.{i}[delta_keys])"
     by_head = "(delta_keys.{i} delta_heads.{i}[delta_keys])"
     values = "(delta_keys.{i} delta_heads.{i}[delta_keys] delta_values.{i})"
     own = "(delta_heads.{i}[delta_keys] delta_values.{i})"
-    if fused:
+    if config.model_type == "qwen3_next":  # one projection gives queries, keys, values and gates head by head
         dim, of_head = "delta_dim.{i}[delta_keys]", "delta_heads.{i}[delta_keys]"
         projections = [
             *linear("in_proj_qkvz", f"(delta_keys.{{i}} {dim} + {dim} + {own} + {own})", "residual"),
@@ -226,168 +176,20 @@ def delta_rule(name: str, config: PreTrainedConfig, *, fused: bool) -> Part:
         "delta_dim": config.linear_key_head_dim,
         "delta_values": config.linear_value_head_dim,
     }
-    return Part(tuple(within(name, lines)), sizes, ("delta_keys", "delta_heads", "delta_dim", "delta_values"))
-
-
-def mamba(config: PreTrainedConfig) -> PermutationSpec:
-    """Mamba and Falcon Mamba with any of their heads."""
-    mixer = selective_scan(
-        "mixer",
-        width=config.intermediate_size,
-        state=config.state_size,
-        rank=config.time_step_rank,
-        kernel=config.conv_kernel,
-    )
-    stack = [(norm("norm"), mixer)] * config.num_hidden_layers
-    return _decoder(config, stack, last_norm="norm_f", root="backbone", embeddings="embeddings")
-
-
-def _mamba2_mixer(config: PreTrainedConfig) -> Part:
-    return grouped_scan(
-        "mamba",
-        heads=config.mamba_n_heads,
-        head_dim=config.mamba_d_head,
-        groups=config.mamba_n_groups,
-        state=config.mamba_d_state,
-        kernel=config.mamba_d_conv,
-    )
+    return Part(tuple(within("linear_attn", lines)), sizes, ("delta_keys", "delta_heads", "delta_dim", "delta_values"))
 
 
 def falcon_h1(config: PreTrainedConfig) -> PermutationSpec:
     """Falcon-H1 with any of its heads: attention and Mamba-2 side by side."""
     blocks = (
         norm("input_layernorm"),
-        _mamba2_mixer(config),
-        _attention("self_attn", config),
+        _grouped_scan(config),
+        _attention(config),
         norm("pre_ff_layernorm"),
         gated_mlp("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
     )
     stack = [blocks] * config.num_hidden_layers
     return _decoder(config, stack, last_norm="final_layernorm", sizes={"neurons": config.intermediate_size})
-
-
-def granitemoehybrid(config: PreTrainedConfig) -> PermutationSpec:
-    """Granite 4 with any of its heads: Mamba-2 and attention, experts beside a shared MLP."""
-    mixers = {
-        "linear_attention": _mamba2_mixer(config),
-        "full_attention": _attention("self_attn", config, rotary=config.position_embedding_type == "rope"),
-    }
-    routed = fused_experts("block_sparse_moe", "router.layer", "input_linear.weight", "output_linear.weight")
-    feed_forward = (
-        norm("post_attention_layernorm"),
-        routed if config.num_local_experts else (),
-        linear("shared_mlp.input_linear", "shared.{i} + shared.{i}", "residual"),
-        linear("shared_mlp.output_linear", "residual", "shared.{i}"),
-    )
-    return _decoder(
-        config,
-        [(norm("input_layernorm"), mixers[kind], *feed_forward) for kind in config.layer_types],
-        last_norm="norm",
-        sizes={
-            "neurons": config.intermediate_size,
-            "experts": config.num_local_experts,
-            "shared": config.shared_intermediate_size,
-        },
-    )
-
-
-def nemotron_h(config: PreTrainedConfig) -> PermutationSpec:
-    """Nemotron-H with any of its heads: one block a layer, Mamba-2, attention, MLP or experts."""
-    latent = config.to_dict().get("moe_latent_size")
-    inside = "expert_latent.{i}" if latent else "residual"
-    expert = "mixer.experts.<experts.{i}>"
-    routed = [
-        "mixer.gate.weight  experts.{i}  residual",
-        "mixer.gate.e_score_correction_bias  experts.{i}",
-        *linear(f"{expert}.up_proj", "neurons.{i}[experts]", inside),
-        *linear(f"{expert}.down_proj", inside, "neurons.{i}[experts]"),
-        *linear("mixer.shared_experts.up_proj", "shared.{i}", "residual"),
-        *linear("mixer.shared_experts.down_proj", "residual", "shared.{i}"),
-    ]
-    if latent:
-        routed += linear("mixer.fc1_latent_proj", inside, "residual")
-        routed += linear("mixer.fc2_latent_proj", "residual", inside)
-    mixers: dict[str, Block] = {
-        "linear_attention": grouped_scan(
-            "mixer",
-            heads=config.mamba_num_heads,
-            head_dim=config.mamba_head_dim,
-            groups=config.n_groups,
-            state=config.ssm_state_size,
-            kernel=config.conv_kernel,
-        ),
-        "full_attention": _attention("mixer", config, rotary=False),
-        "mlp": mlp("mixer.up_proj", "mixer.down_proj"),
-        "moe": routed,
-    }
-    widths = {"mlp": config.intermediate_size, "moe": config.moe_intermediate_size}
-    kinds = config.layers_block_type
-    spec = _decoder(
-        config,
-        [(norm("norm"), mixers[kind]) for kind in kinds],
-        last_norm="norm_f",
-        sizes={
-            **{f"neurons.{index}": widths[kind] for index, kind in enumerate(kinds) if kind in widths},
-            "experts": config.n_routed_experts,
-            "shared": config.moe_shared_expert_intermediate_size,
-            "expert_latent": latent,
-        },
-        root="backbone",
-        embeddings="embeddings",
-    )
-    spec = replace(spec, other_prefixes=("model.",))
-    # Experts chosen group by group could only move inside their group.
-    return spec.fix("experts") if config.n_group > 1 and "moe" in kinds else spec
-
-
-def lfm2(config: PreTrainedConfig) -> PermutationSpec:
-    """LFM2 and LFM2-MoE with any of their heads: short gated convolutions and attention."""
-    values = config.to_dict()
-    convolution = [
-        *linear("conv.in_proj", "inner.{i} + inner.{i} + inner.{i}", "residual"),
-        f"conv.conv.weight  inner.{{i}}  1  {config.conv_L_cache}",
-        "conv.conv.bias?  inner.{i}",
-        *linear("conv.out_proj", "residual", "inner.{i}"),
-    ]
-    mixers = {
-        "conv": Part(tuple(convolution), {"inner": config.hidden_size}, ("inner",)),
-        "full_attention": _attention("self_attn", config, output="out_proj", norms=("q_layernorm", "k_layernorm")),
-    }
-    dense = gated_mlp("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
-    routed = [
-        *mixture_of_experts("feed_forward.gate", "feed_forward.experts", "w1", "w3", "w2"),
-        "feed_forward.expert_bias?  experts.{i}",
-    ]
-    first_routed = values.get("num_dense_layers", config.num_hidden_layers)
-    dense_width = _lfm2_width(values)
-    return _decoder(
-        config,
-        [
-            (norm("operator_norm"), mixers[kind], norm("ffn_norm"), dense if index < first_routed else routed)
-            for index, kind in enumerate(config.layer_types)
-        ],
-        last_norm="embedding_norm",
-        sizes={
-            **{
-                f"neurons.{index}": dense_width if index < first_routed else values["moe_intermediate_size"]
-                for index in range(config.num_hidden_layers)
-            },
-            "experts": values.get("num_experts"),
-        },
-    )
-
-
-def _lfm2_width(values: dict[str, Any]) -> int:
-    """The width that LFM2 makes of its config's."""
-    width: int = values["intermediate_size"]
-    if not values.get("block_auto_adjust_ff_dim"):
-        return width
-    width = int(2 * width / 3)
-    if values["block_ffn_dim_multiplier"] is not None:
-        width = int(values["block_ffn_dim_multiplier"] * width)
-        multiple: int = values["block_multiple_of"]
-        width = multiple * ((width + multiple - 1) // multiple)
-    return width
 
 
 def minimax(config: PreTrainedConfig) -> PermutationSpec:
@@ -408,7 +210,7 @@ def minimax(config: PreTrainedConfig) -> PermutationSpec:
     ]
     mixers = {
         "linear_attention": Part(tuple(within("self_attn", lightning)), heads.sizes, heads.symmetric),
-        "full_attention": _attention("self_attn", config),
+        "full_attention": _attention(config),
     }
     experts = MIXTRAL_EXPERTS.lines
     spec = _decoder(
@@ -426,9 +228,9 @@ def minimax(config: PreTrainedConfig) -> PermutationSpec:
 def qwen3_next(config: PreTrainedConfig) -> PermutationSpec:
     """Qwen3-Next and Qwen3.5 with any of their heads: gated delta nets and gated attention, dense or routed."""
     values = config.to_dict()
-    attention = _attention("self_attn", config, norms=("q_norm", "k_norm"), partial=True, gated=True)
+    attention = _attention(config, norms=("q_norm", "k_norm"), partial=True, gated=True)
     mixers = {
-        "linear_attention": delta_rule("linear_attn", config, fused=config.model_type == "qwen3_next"),
+        "linear_attention": _delta_rule(config),
         "full_attention": attention,
     }
     dense = gated_mlp("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
