@@ -56,7 +56,6 @@ def heads_of(
     kv_heads: int | None = None,
     *,
     head_dim: int,
-    value_dim: int | None = None,
     free_channels: bool = False,
     rotary_dim: int | None = None,
     shared_channels: bool = False,
@@ -71,15 +70,14 @@ def heads_of(
     Args:
         heads: How many query heads.
         kv_heads: How many key/value heads; as many as query heads where None.
-        head_dim: Query and key channels of a head.
-        value_dim: Value channels of a head; `head_dim` where None.
+        head_dim: Query, key and value channels of a head.
         free_channels: Whether query and key channels may move: not under a rotary embedding, nor where a table of
             positions that all heads share acts on them.
         rotary_dim: How many of a head's leading query and key channels a rotary embedding acts on; the others may move.
         shared_channels: Whether those channels only move in all heads alike, since one norm's gain runs over them.
         prefix: Goes before the names of the axes, for a second attention in one layer (`cross_`).
     """
-    sizes: dict[str, int | None] = {"value_dim": head_dim if value_dim is None else value_dim}
+    sizes: dict[str, int | None] = {"value_dim": head_dim}
     free = f"{prefix}head_dim.{{i}}"
     if rotary_dim is None:
         moves, shared = free_channels, free if free_channels else f"{prefix}head_dim"

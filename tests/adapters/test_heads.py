@@ -65,8 +65,8 @@ def test_a_rotary_embedding_on_all_channels_leaves_none_to_move():
 
 
 def test_some_rotary_channels():
-    heads = heads_of(4, head_dim=8, rotary_dim=2, value_dim=5)
-    assert heads.sizes == {"heads": 4, "rotary": 2, "head_dim": 6, "value_dim": 5}
+    heads = heads_of(4, head_dim=8, rotary_dim=2)
+    assert heads.sizes == {"heads": 4, "rotary": 2, "head_dim": 6, "value_dim": 8}
     assert heads.symmetric == ("heads", "head_dim", "value_dim")
 
 

@@ -148,17 +148,17 @@ def expert_attention(config: PreTrainedConfig, index: int) -> Part:
 def mimo_attention(config: PreTrainedConfig, index: int) -> Part:
     """MiMo-V2's: layers with a window have twice the key/value heads, and a score that no token has."""
     window = config.layer_types[index] == "sliding_attention"
-    head_dim = config.head_dim
+    prefix = "window_" if window else ""
     heads = heads_of(
         config.num_attention_heads,
         config.num_key_value_heads * (2 if window else 1),
-        head_dim=head_dim,
-        value_dim=config.v_head_dim,
-        rotary_dim=rotary_channels(config.to_dict(), head_dim, index, default=0.334),
-        prefix="window_" if window else "",
+        head_dim=config.head_dim,
+        rotary_dim=rotary_channels(config.to_dict(), config.head_dim, index, default=0.334),
+        prefix=prefix,
     )
+    sizes = {**heads.sizes, f"{prefix}value_dim": config.v_head_dim}
     sink = [f"attention_sink_bias  {heads.query_heads}"] if window else []
-    return Part((*attention(PROJECTIONS, heads), *sink), heads.sizes, heads.symmetric)
+    return Part((*attention(PROJECTIONS, heads), *sink), sizes, heads.symmetric)
 
 
 @dataclass(frozen=True)
