@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 _TABLE: dict[tuple[str, str], str] = {
     ("bart", "bart"): "bart blenderbot blenderbot-small led m2m_100 marian mbart pegasus plbart whisper",
     ("bert", "bert"): (
-        "bert big_bird blip_text_model camembert chinese_clip_text_model data2vec-text electra layoutlm "
-        "longformer roberta xlm-roberta"
+        "bert blip_text_model camembert chinese_clip_text_model data2vec-text electra longformer roberta xlm-roberta"
     ),
     ("bert", "distilbert"): "distilbert",
     ("blip", "blip"): "blip",
@@ -33,7 +32,6 @@ _TABLE: dict[tuple[str, str], str] = {
         "chinese_clip_vision_model clip_vision_model metaclip_2_vision_model siglip2_vision_model siglip_vision_model"
     ),
     ("clip", "text"): "clip_text_model metaclip_2_text_model siglip2_text_model siglip_text_model",
-    ("convnext", "convnext"): "convnext convnextv2",
     ("deberta", "deberta"): "deberta",
     ("deberta", "deberta_v2"): "deberta-v2",
     ("encoder_decoder", "encoder_decoder"): "encoder-decoder speech-encoder-decoder vision-encoder-decoder",
@@ -58,7 +56,7 @@ _TABLE: dict[tuple[str, str], str] = {
     ("recurrent", "qwen3_next"): "qwen3_5_moe_text qwen3_5_text qwen3_next",
     ("resnet", "resnet"): "resnet",
     ("t5", "t5"): "longt5 mt5 t5 umt5",
-    ("vit", "vit"): "deit dinov2 dinov2_with_registers dinov3_vit ijepa vit vit_msn",
+    ("vit", "vit"): "deit dinov2 dinov2_with_registers ijepa vit vit_msn",
     ("wav2vec2", "wav2vec2"): "data2vec-audio hubert wav2vec2 wavlm",
 }
 

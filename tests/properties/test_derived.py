@@ -31,8 +31,6 @@ _POOLED = "the stream of a pooling head, or a pooler that nothing reads, moves o
 
 # Where the derived spec has a transform that the one by hand does not have, and why.
 FINDS_MORE = {
-    "big_bird": "the pooler has units of its own; by hand they go with the residual stream",
-    "layoutlm": "as big_bird",
     "data2vec-audio": _MASKED,
     "hubert": _MASKED,
     "speech-encoder-decoder": _MASKED,
@@ -299,6 +297,29 @@ ONCE_BY_HAND: list[tuple[str, str, dict[str, object], float]] = [
     ),
     ("gemma4_text", "Gemma4ForCausalLM", {"attention_k_eq_v": True}, 1377.99),
     ("swin", "SwinForImageClassification", {"use_absolute_embeddings": True}, 11792.84),
+    ("big_bird", "BigBirdModel", {}, 778.45),
+    ("big_bird", "BigBirdForPreTraining", {}, 983.62),
+    ("big_bird", "BigBirdForCausalLM", {}, 983.62),
+    ("big_bird", "BigBirdForMaskedLM", {}, 983.62),
+    ("big_bird", "BigBirdForSequenceClassification", {}, 1188.79),
+    ("big_bird", "BigBirdForQuestionAnswering", {}, 1124.29),
+    ("big_bird", "BigBirdForTokenClassification", {}, 983.62),
+    ("big_bird", "BigBirdForMultipleChoice", {}, 983.62),
+    ("layoutlm", "LayoutLMModel", {}, 778.45),
+    ("layoutlm", "LayoutLMForMaskedLM", {}, 983.62),
+    ("layoutlm", "LayoutLMForSequenceClassification", {}, 983.62),
+    ("layoutlm", "LayoutLMForQuestionAnswering", {}, 983.62),
+    ("layoutlm", "LayoutLMForTokenClassification", {}, 983.62),
+    ("convnext", "ConvNextModel", {}, 4023.61),
+    ("convnext", "ConvNextForImageClassification", {}, 4228.78),
+    ("convnext", "ConvNextBackbone", {}, 3900.77),
+    ("convnextv2", "ConvNextV2Model", {}, 4023.61),
+    ("convnextv2", "ConvNextV2ForImageClassification", {}, 4228.78),
+    ("convnextv2", "ConvNextV2Backbone", {}, 3900.77),
+    ("dinov3_vit", "DINOv3ViTModel", {}, 533.07),
+    ("dinov3_vit", "DINOv3ViTBackbone", {}, 533.07),
+    ("big_bird", "BigBirdForMaskedLM", {"use_bias": False}, 983.62),
+    ("dinov3_vit", "DINOv3ViTModel", {"use_gated_mlp": True, "num_register_tokens": 2}, 533.07),
 ]
 FAST_ONCE_BY_HAND = (
     *("CTRLLMHeadModel", "JambaForCausalLM", "RegNetForImageClassification", "YolosForObjectDetection"),

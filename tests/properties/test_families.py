@@ -103,7 +103,6 @@ VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
     ("a rotary factor that it ignores", "qwen3", "Qwen3ForCausalLM", {"partial_rotary_factor": 0.5}),
     ("a rotary embedding on whole pairs", "glm", "GlmForCausalLM", {"head_dim": 12, **NINE_OF_TWELVE}),
     ("a rotary embedding on whole pairs", "qwen3_next", "Qwen3NextForCausalLM", {"head_dim": 12, **NINE_OF_TWELVE}),
-    ("no biases of queries, keys and values", "big_bird", "BigBirdForMaskedLM", {"use_bias": False}),
     ("norms on queries and keys", "cohere", "CohereForCausalLM", {"use_qk_norm": True, "num_key_value_heads": 2}),
     ("norms on queries and keys", "phi", "PhiForCausalLM", {"qk_layernorm": True}),
     ("grouped queries", "phi", "PhiForCausalLM", {"num_key_value_heads": 2}),
@@ -158,7 +157,6 @@ VARIANTS: list[tuple[str, str, str, dict[str, object]]] = [
         {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     ),
     ("a gated MLP", "dinov2", "Dinov2ForImageClassification", {"use_swiglu_ffn": True}),
-    ("a gated MLP", "dinov3_vit", "DINOv3ViTModel", {"use_gated_mlp": True, "num_register_tokens": 2}),
     ("an embedding as wide as the stream", "electra", "ElectraForMaskedLM", {"embedding_size": 64}),
     ("rotary positions", "esm", "EsmForMaskedLM", {"position_embedding_type": "rotary"}),
     ("batch norm of positions", "hubert", "HubertForCTC", {"conv_pos_batch_norm": True, "feat_proj_layer_norm": False}),
@@ -183,7 +181,7 @@ FIXED: dict[str, dict[str, str]] = {
     "marian": {"residual": SINES},
     "pegasus": {"residual": SINES},
     "wavlm": dict.fromkeys(("residual", "heads"), "each head's bias is gated by its part of the residual stream"),
-    **{model_type: {"heads": "convolutions have none"} for model_type in ("convnext", "convnextv2", "resnet")},
+    "resnet": {"heads": "convolutions have none"},
 }
 
 

@@ -5,8 +5,8 @@ DistilBERT names everything differently; the others differ from BERT in the rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hf_llfc.adapters.blocks import (
@@ -69,22 +69,6 @@ def bert_heads(prefix: str) -> list[str]:
     ]
 
 
-def big_bird_heads(prefix: str) -> list[str]:
-    """BigBird's heads: BERT's for tokens, RoBERTa's for sequences, one more MLP before answers."""
-    name = "cls.predictions"
-    return [
-        *masked_tokens(f"{name}.transform.dense", f"{name}.transform.LayerNorm", f"{name}.decoder", f"{name}.bias"),
-        *head("cls.seq_relationship", into="pooled"),
-        *linear(f"{prefix}.pooler", "pooled", "residual", optional=True),
-        *deep_classifier(),
-        *head("classifier"),
-        *linear("qa_classifier.intermediate.dense", "neurons.answers", "residual", optional=True),
-        *linear("qa_classifier.output.dense", "residual", "neurons.answers", optional=True),
-        *optional_norm("qa_classifier.output.LayerNorm"),
-        *head("qa_classifier.qa_outputs"),
-    ]
-
-
 def roberta_heads(prefix: str) -> list[str]:
     """RoBERTa's heads: masked tokens, classes of sequences, choices from the pooler."""
     return [
@@ -106,10 +90,6 @@ def electra_heads(prefix: str) -> list[str]:
     ]
 
 
-POSITIONS = {"position_embeddings": "positions"}
-POSITIONS_AND_TYPES = {**POSITIONS, "token_type_embeddings": "token_types"}
-
-
 @dataclass(frozen=True)
 class Layout:
     """What sets a family apart from BERT.
@@ -117,17 +97,14 @@ class Layout:
     Attributes:
         prefix: The head prefix.
         heads: From the head prefix to its task heads and their poolers.
-        tables: Embedding tables beside that of words, and the axis along their rows.
-        pooled: What the pooler gives out; `residual` where checkpoints with a pooler also classify tokens.
-        crosses: Whether it always has attention to an encoder; others have where their config says so.
+        crosses: Whether it always attends to an encoder and has no types of tokens, as BLIP's text models do; others
+            attend to one where their config says so.
         windowed: Whether attention is Longformer's.
         projection: What leads from the width of the embedding to that of the residual stream, where they differ.
     """
 
     prefix: str
     heads: Callable[[str], list[str]]
-    tables: Mapping[str, str] = field(default_factory=lambda: POSITIONS_AND_TYPES)
-    pooled: str = "pooled"
     crosses: bool = False
     windowed: bool = False
     projection: str | None = None
@@ -137,18 +114,11 @@ ROBERTA = Layout("roberta", roberta_heads)
 
 LAYOUTS: dict[str, Layout] = {
     "bert": Layout("bert", bert_heads),
-    "big_bird": Layout("bert", big_bird_heads, pooled="residual"),
-    "blip_text_model": Layout("bert", bert_heads, tables=POSITIONS, crosses=True),
+    "blip_text_model": Layout("bert", bert_heads, crosses=True),
     "camembert": ROBERTA,
     "chinese_clip_text_model": Layout("bert", bert_heads),
     "data2vec-text": Layout("data2vec_text", roberta_heads),
     "electra": Layout("electra", electra_heads, projection="embeddings_project"),
-    "layoutlm": Layout(
-        "layoutlm",
-        bert_heads,
-        tables={**POSITIONS_AND_TYPES, **{f"{side}_position_embeddings": "places" for side in "xyhw"}},
-        pooled="residual",
-    ),
     "longformer": Layout("longformer", roberta_heads, windowed=True),
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
@@ -170,14 +140,14 @@ def bert(config: BertConfig) -> PermutationSpec:
         norm = layer_norm(f"{name}.output.LayerNorm")
         if layout.windowed:
             return [*windowed_attention(f"{name}.self", f"{name}.output.dense", heads, "global_head_dim"), *norm]
-        bias = options.get("use_bias", True)  # BigBird's
-        return [*attention(parts, heads, context=context, bias=bias, output_bias=True), *norm]
+        return [*attention(parts, heads, context=context, bias=True, output_bias=True), *norm]
 
     blocks = [
         *within(
             layout.prefix,
             embedding("embeddings.word_embeddings", axis=width),
-            *(embedding(f"embeddings.{table}", rows, width) for table, rows in layout.tables.items()),
+            embedding("embeddings.position_embeddings", "positions", width),
+            [] if layout.crosses else embedding("embeddings.token_type_embeddings", "token_types", width),
             layer_norm("embeddings.LayerNorm", width),
             ["embeddings.position_ids?  1 positions", "embeddings.token_type_ids?  1 positions"],
             linear(layout.projection, "residual", width, bias=True)
@@ -194,7 +164,7 @@ def bert(config: BertConfig) -> PermutationSpec:
                 layer_norm("output.LayerNorm"),
             ),
         ),
-        *renamed(layout.heads(layout.prefix), embedding=width, pooled=layout.pooled),
+        *renamed(layout.heads(layout.prefix), embedding=width),
         *head("qa_outputs"),
     ]
     return declare(
@@ -204,7 +174,6 @@ def bert(config: BertConfig) -> PermutationSpec:
             "vocab": config.vocab_size,
             "positions": config.max_position_embeddings,
             "token_types": options.get("type_vocab_size"),
-            "places": options.get("max_2d_position_embeddings"),
             "embedding": options.get("embedding_size"),
             "context": None,
             **dict.fromkeys(("residual", "pooled", "classifier", "discriminator"), config.hidden_size),

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.adapters.blocks import (
     attention,
-    gated_mlp,
     head,
     heads_of,
     layer_norm,
@@ -41,11 +40,6 @@ def _dinov2_mlp(config: Any) -> tuple[list[str], int]:
     return lines, (int(neurons * 2 / 3) + 7) // 8 * 8
 
 
-def _dinov3_mlp(config: Any) -> tuple[list[str], int]:
-    plain, gated = mlp("mlp.up_proj", "mlp.down_proj"), gated_mlp("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    return gated if config.use_gated_mlp else plain, config.intermediate_size
-
-
 CLASSIFIER = tuple(head("classifier"))
 # From the class token beside the mean of the patches.
 TWO_TOKEN_CLASSIFIER = tuple(head("classifier", into="residual + residual"))
@@ -69,29 +63,17 @@ class Layout:
         prefix: The head prefix.
         heads: Its task heads.
         tokens: Tokens beside the patches, and the axes before the residual stream.
-        patches: The convolution of the patches.
-        layers: Where the layers are.
-        attention: The projections of a layer.
         norms: The norms of a layer.
-        last_norm: The norm after the last layer.
         scales: Learned scales of what a layer adds to the residual stream.
         feed_forward: Declares the MLP of a layer and counts its neurons.
-        rotary: Whether positions rotate queries and keys.
-        head_dim: The config's name for the channels of a head; empty where the model reads none.
     """
 
     prefix: str
     heads: tuple[str, ...] = CLASSIFIER
     tokens: dict[str, str] = field(default_factory=lambda: TOKENS)
-    patches: str = "embeddings.patch_embeddings.projection"
-    layers: str = "encoder.layer"
-    attention: tuple[str, str, str, str] = ATTENTION
     norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
-    last_norm: str = "layernorm"
     scales: tuple[str, ...] = ()
     feed_forward: Callable[[Any], tuple[list[str], int]] = _mlp
-    rotary: bool = False
-    head_dim: str = "head_dim"
 
 
 DINOV2 = Layout(
@@ -107,18 +89,6 @@ LAYOUTS: dict[str, Layout] = {
     "deit": Layout("deit", DEIT_HEADS, tokens={**TOKENS, "distillation_token": "1 1"}),
     "dinov2": DINOV2,
     "dinov2_with_registers": replace(DINOV2, prefix="dinov2_with_registers"),
-    "dinov3_vit": replace(
-        DINOV2,
-        prefix="model",
-        tokens={**DINOV2.tokens, "mask_token": "1 1"},
-        patches="embeddings.patch_embeddings",
-        layers="layer",
-        attention=("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
-        last_norm="norm",
-        feed_forward=_dinov3_mlp,
-        rotary=True,
-        head_dim="",
-    ),
     "ijepa": Layout("ijepa", tokens={"mask_token": "1 1"}),
     "vit": Layout("vit", (*CLASSIFIER, *MASKED_PATCHES)),
     "vit_msn": Layout("vit"),
@@ -143,11 +113,9 @@ def _patches(config: Any, layout: Layout) -> dict[str, int | None]:
 def vit(config: Any) -> PermutationSpec:
     """A family of `LAYOUTS` with any of its heads."""
     layout, options = LAYOUTS[config.model_type], config.to_dict()
-    heads = heads_of(
-        config.num_attention_heads,
-        head_dim=options.get(layout.head_dim) or config.hidden_size // config.num_attention_heads,
-        free_channels=not layout.rotary,
-    )
+    count = config.num_attention_heads
+    head_dim = options.get("head_dim") or config.hidden_size // count
+    heads = heads_of(count, head_dim=head_dim, free_channels=True)
     feed_forward, neurons = layout.feed_forward(config)
     blocks = [
         *within(
@@ -155,19 +123,19 @@ def vit(config: Any) -> PermutationSpec:
             [f"embeddings.{token}?  {axes} residual" for token, axes in layout.tokens.items()],
             ["embeddings.position_embeddings?  1 positions residual"],
             [
-                f"{layout.patches}.weight  residual channels patch_height patch_width",
-                f"{layout.patches}.bias  residual",
+                "embeddings.patch_embeddings.projection.weight  residual channels patch_height patch_width",
+                "embeddings.patch_embeddings.projection.bias  residual",
             ],
             layers(
-                layout.layers,
+                "encoder.layer",
                 config.num_hidden_layers,
                 layer_norm(layout.norms[0]),
-                attention(layout.attention, heads),
+                attention(ATTENTION, heads),
                 layer_norm(layout.norms[1]),
                 feed_forward,
                 [f"{scale}  residual" for scale in layout.scales],
             ),
-            layer_norm(layout.last_norm),
+            layer_norm("layernorm"),
             linear("pooler.dense", "pooled", "residual", optional=True),
         ),
         *layout.heads,
