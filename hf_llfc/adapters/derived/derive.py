@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_llfc.adapters.derived.answers import answers, run
 from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.naming import names_of
-from hf_llfc.adapters.derived.nesting import parents_of
+from hf_llfc.adapters.derived.nesting import chosen_from, parents_of
 from hf_llfc.adapters.derived.rules import rule_for
 from hf_llfc.adapters.derived.terms import Term, find, fix, is_leaf
 from hf_llfc.adapters.derived.trace import META, Label, Trace, stand_in
@@ -191,11 +191,12 @@ def derive(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Perm
 def spec_of(traced_model: TracedModel) -> PermutationSpec:
     """The permutation spec of a traced model."""
     trace, model = traced_model.trace, traced_model.model
+    experts = chosen_from(trace)
     disk = on_disk(traced_model)
     memory = {name: trace.label(tensor).dims for name, tensor in traced_model.tensors.items()}
     templates = _templates(disk)
     parents = parents_of(trace)
-    names = names_of(memory, parents, {find(term) for _, entries, _ in disk.values() for term in entries})
+    names = names_of(memory, parents, experts.union(find(term) for _, entries, _ in disk.values() for term in entries))
     writer = Writer(names, parents)
 
     unused = traced_model.unused

@@ -9,6 +9,15 @@ from hf_llfc.adapters.derived.terms import Term, find, is_leaf, join_if_fixed, l
 from hf_llfc.adapters.derived.trace import Trace
 
 
+def chosen_from(trace: Trace) -> set[Term]:
+    """The dimensions whose entries a model chooses among: experts. Fixed ones are one leaf each, even if chosen by group."""
+    every = (leaf for dims in trace.seen.values() for term in dims for leaf in leaves(term))
+    chosen = {find(leaf.chooses) for leaf in every if leaf.chooses is not None}
+    for term in chosen:
+        join_if_fixed(term)
+    return {term for term in chosen if is_leaf(term)}
+
+
 def parents_of(trace: Trace) -> dict[Term, Term]:
     """Finds the axis that each axis depends on.
 
@@ -21,11 +30,6 @@ def parents_of(trace: Trace) -> dict[Term, Term]:
     Returns:
         Leaf → the leaf that it depends on; leaves that depend on none are left out.
     """
-    for dims in trace.seen.values():
-        for term in dims:
-            for leaf in leaves(term):
-                if leaf.chooses is not None:
-                    join_if_fixed(leaf.chooses)
     candidates: dict[Term, set[Term]] = {}
     order: dict[Term, int] = {}
     for dims in trace.seen.values():

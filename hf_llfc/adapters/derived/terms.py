@@ -30,7 +30,7 @@ class Term:
 
     def __init__(self, size: int, *, fixed: bool = False) -> None:
         self.size = size
-        self.fixed = fixed or size == 1
+        self.fixed = fixed or size < 2
         self.factors: tuple[Term, ...] | None = None
         self.parts: tuple[Term, ...] | None = None
         self.chooses: Term | None = None
