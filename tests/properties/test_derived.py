@@ -19,7 +19,7 @@ from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.names import disk_state
 from hf_llfc.parents.specs import bind, spec_of
 from hf_llfc.symmetry import PermutationSpec
-from tests.properties.invariance import shapes
+from tests.properties.invariance import assert_equal, shapes
 from tests.properties.test_families import config_of
 from tests.zoo import zoo_model
 
@@ -406,6 +406,17 @@ def test_a_model_of_full_size_is_derived_without_its_weights(model_type: str):
     assert {axis.split(".")[0] for axis in spec.symmetric_axes} == {axis.split(".")[0] for axis in small.symmetric_axes}
     assert max(axis.size for axis in spec.axes.values()) > 1000
     assert not any("fixed" in note for note in spec.notes)
+
+
+@pytest.mark.parametrize("model_type", ["axk1", "minimax_m2"])
+def test_experts_chosen_by_group_or_with_a_correction_move_alike_on_disk_and_in_memory(model_type: str):
+    model, _ = zoo_model(model_type)
+    spec = derived_spec(model.config)
+    assert any("[experts." in tensor.expression for tensor in spec.declarations)
+    alignment = spec.random_alignment(torch.Generator().manual_seed(0))
+    on_disk = alignment.apply(disk_state(model))
+    model.load_state_dict(alignment.apply(model.state_dict()))
+    assert_equal(disk_state(model), on_disk)
 
 
 def test_a_note_says_how_a_derived_spec_was_verified_and_what_it_leaves():

@@ -18,7 +18,7 @@ from hf_llfc.adapters.derived.inputs import sample_inputs
 from hf_llfc.adapters.derived.naming import names_of
 from hf_llfc.adapters.derived.nesting import chosen_from, parents_of
 from hf_llfc.adapters.derived.rules import rule_for
-from hf_llfc.adapters.derived.terms import Term, find, fix, is_leaf
+from hf_llfc.adapters.derived.terms import Term, find, fix, fix_as_one, is_leaf
 from hf_llfc.adapters.derived.trace import META, Label, Trace, stand_in
 from hf_llfc.adapters.derived.writing import Writer
 from hf_llfc.symmetry.declarations import TensorSpec
@@ -191,12 +191,12 @@ def derive(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Perm
 def spec_of(traced_model: TracedModel) -> PermutationSpec:
     """The permutation spec of a traced model."""
     trace, model = traced_model.trace, traced_model.model
-    experts = chosen_from(trace)
     disk = on_disk(traced_model)
     memory = {name: trace.label(tensor).dims for name, tensor in traced_model.tensors.items()}
     templates = _templates(disk)
     parents = parents_of(trace)
-    names = names_of(memory, parents, experts.union(find(term) for _, entries, _ in disk.values() for term in entries))
+    experts = chosen_from(trace).union(find(term) for _, entries, _ in disk.values() for term in entries)
+    names = names_of(memory, parents, experts)
     writer = Writer(names, parents)
 
     unused = traced_model.unused
@@ -279,10 +279,11 @@ def _templates(
     for name, (_, entries, _) in disk.items():
         if not entries:
             continue
-        # A name carries one index, along one axis.
-        if len(entries) > 1 or not all(is_leaf(find(term)) for term in entries):
-            for term in entries:
-                fix(term)
+        # A name carries one index, along one axis: experts that are chosen group by group stay put.
+        for term in entries:
+            if len(entries) > 1 or not is_leaf(find(term)):
+                fix_as_one(term)
+        if len(entries) > 1:
             continue
         term = next(iter(entries))
         for match in _INDEX.finditer(name):

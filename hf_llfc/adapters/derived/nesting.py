@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from hf_llfc.adapters.derived.terms import Term, find, is_leaf, join_if_fixed, leaves
+from hf_llfc.adapters.derived.terms import Term, find, is_leaf, leaves
 from hf_llfc.adapters.derived.trace import Trace
 
 
 def chosen_from(trace: Trace) -> set[Term]:
-    """The dimensions whose entries a model chooses among: experts. Fixed ones are one leaf each, even if chosen by group."""
+    """The axes whose entries a model chooses among: experts."""
     every = (leaf for dims in trace.seen.values() for term in dims for leaf in leaves(term))
-    chosen = {find(leaf.chooses) for leaf in every if leaf.chooses is not None}
-    for term in chosen:
-        join_if_fixed(term)
-    return {term for term in chosen if is_leaf(term)}
+    return {term for leaf in every if leaf.chooses is not None and is_leaf(term := find(leaf.chooses))}
 
 
 def parents_of(trace: Trace) -> dict[Term, Term]:

@@ -83,11 +83,11 @@ def fix(term: Term, why: str = "") -> None:
             leaf.why = why or (describe() if describe is not None else "")
 
 
-def join_if_fixed(term: Term) -> None:
-    """Makes one leaf of a term whose every leaf is fixed: experts that are chosen group by group."""
+def fix_as_one(term: Term) -> None:
+    """Says that the entries of a term may not move, and that it is one axis, whatever it was built from."""
+    fix(term)
     term = find(term)
-    if all(leaf.fixed for leaf in leaves(term)):
-        term.factors, term.parts, term.fixed = None, None, True
+    term.factors, term.parts, term.fixed = None, None, True
 
 
 def factors_of(term: Term) -> list[Term]:
