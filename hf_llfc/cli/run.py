@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from hf_llfc.cli import is_main_process
 from hf_llfc.cli.answers import show_report
 from hf_llfc.cli.console import format_bytes, print_json, print_table, progress_bars
+from hf_llfc.errors import RecipeError
+from hf_llfc.foundation.choices import COMPARED
 from hf_llfc.recipe import Recipe, load_recipe
 
 
@@ -20,7 +24,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     if options.dry_run:
         from hf_llfc.pipeline.planning import plan
 
-        planned = plan(recipe)
+        planned = plan(recipe, compare=options.compare or COMPARED[0])
         if not is_main_process():
             return 0
         if options.format == "json":
@@ -40,7 +44,10 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
                     "seconds": f"{matching['seconds']:.2g}",
                 }
                 print_table("one sweep of weight matching over one model", [row])
+            _show_task_vectors(planned["task_vectors"])
         return 0
+    if options.compare is not None:
+        raise RecipeError("--compare belongs to --dry-run, which alone compares; leave it out, or add --dry-run")
     from hf_llfc.pipeline.flow import run
 
     with progress_bars(shown=not options.quiet) as progress:
@@ -64,3 +71,19 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     if result.url:
         print(f"on the Hub: {result.url}")
     return 0
+
+
+def _show_task_vectors(found: Mapping[str, Any]) -> None:
+    """What models changed of their base: one row a model, with the means over its pairs."""
+    rows = []
+    for place, model in enumerate(found.get("models", ())):
+        row = {"model": model["model"], "change": model["change"], "stable rank": model["stable_rank"]}
+        pairs = [pair for pair in found["pairs"] if place in pair["places"]]
+        for title, name in (("cosine with others", "cosine"), ("same sign", "same_sign"), ("overlap", "overlap")):
+            values = [pair[name] for pair in pairs if pair[name] is not None]
+            row[title] = sum(values) / len(values) if values else None
+        rows.append(row)
+    if rows:
+        read = f"{found['tensors_read']} of {found['tensors']} tensors, {format_bytes(found['bytes_read'])}"
+        print_table(f"changes of the base ({read})", rows)
+    print(found["sentence"])

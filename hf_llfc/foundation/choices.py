@@ -39,6 +39,9 @@ SUGGESTIONS = ("weights", "layers")
 HEADS = ("own", "first")
 """Under which head models are compared: each its own, or all that of the first, for models of different tasks."""
 
+COMPARED = ("sample", "all", "none")
+"""Of which tensors a dry run compares the task vectors."""
+
 UNION = "union"
 """Value of `tokenizer_source` for the union of the models' vocabularies."""
 

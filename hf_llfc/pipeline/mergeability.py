@@ -22,7 +22,6 @@ from hf_llfc.recipe import AlignSection
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS, EvaluationConfig
 
 if TYPE_CHECKING:  # level 0 needs neither weights nor data: what reads them is loaded at the level that does
-    import torch
     from transformers import PreTrainedModel
 
     from hf_llfc.diagnostics.outputs import OutputAgreement
@@ -47,9 +46,6 @@ CALIBRATION_TEXTS = 32
 
 WORST_TENSORS = 10
 """Tensors that are listed, the farthest apart first."""
-
-ELEMENTS_AT_ONCE = 2**24
-"""Of a tensor converted to float64 at a time."""
 
 COMMON_ANCESTOR = 0.9
 """Median cosine over matrices from which on two models count as children of one ancestor before anything is matched."""
@@ -130,13 +126,14 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
     """
     from hf_llfc.checkpoints.buffers import is_constant
     from hf_llfc.parents.fitting import refuse_not_finite
+    from hf_llfc.parents.task_vectors import gram
 
     rows = []
     for done, (name, info) in enumerate(a.tensors.items()):
         progress("comparing weights", done, len(a.tensors))
         if not info.dtype.is_floating_point or is_constant(name):
             continue
-        aa, ab, bb = _products(a.read(name).flatten(), b.read(name).flatten())
+        (aa, ab), (_, bb) = gram([a.read(name), b.read(name)]).tolist()
         for checkpoint, square in ((a, aa), (b, bb)):
             if not math.isfinite(square):
                 refuse_not_finite(checkpoint)
@@ -146,18 +143,6 @@ def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent
         scale = math.sqrt(bb / aa) if aa else None
         rows.append(TensorDistance(name, cosine, distance, scale, len(info.shape) > 1))
     return tuple(rows)
-
-
-def _products(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float]:
-    """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of two flat tensors, in float64."""
-    import torch
-
-    sums = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, a.numel(), ELEMENTS_AT_ONCE):
-        x, y = (tensor[start : start + ELEMENTS_AT_ONCE].double() for tensor in (a, b))
-        sums += torch.stack([torch.dot(x, x), torch.dot(x, y), torch.dot(y, y)])
-    aa, ab, bb = sums.tolist()
-    return aa, ab, bb
 
 
 def median_cosine(tensors: Sequence[TensorDistance]) -> float:

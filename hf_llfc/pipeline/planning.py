@@ -13,44 +13,51 @@ from hf_llfc.parents.probe import is_in_memory
 from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
+from hf_llfc.pipeline.which_method import SEVERAL_DOCUMENTS, compared
 from hf_llfc.recipe import Recipe
 from hf_llfc.recipe.data import EvaluationConfig
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """What a run would do and what it costs, from configs and headers alone; see `plan_one`.
+def plan(recipe: Recipe, *, compare: str = "sample") -> dict[str, Any]:
+    """What a run would do and what it costs, and what the models changed of their base; see `plan_one`.
 
-    Of several documents all steps, and the costs of all: bytes added up, the highest peak.
+    Of several documents all steps, and the costs of all: bytes added up, the highest peak; their models, of which some
+    are still to be made, are not compared.
 
     Raises:
         LLFCError: The recipe or its parents are at fault.
     """
     if not recipe.earlier:
-        return plan_one(recipe)
+        return plan_one(recipe, compare=compare)
     made = stand_ins(recipe)
     steps: list[dict[str, Any]] = []
     costs = []
     for each in (*recipe.earlier, recipe):
-        planned = plan_one(each, made)
+        planned = plan_one(each, made, compare="none")
         steps += [{"step": "document", "what": each.document or "the last one"}, *planned["steps"]]
         costs.append(planned["cost"])
     cost = {key: sum(each[key] for each in costs) for key in ("bytes_read", "bytes_written")}
-    return {"steps": steps, "cost": {**cost, "peak_memory_bytes": max(each["peak_memory_bytes"] for each in costs)}}
+    cost["peak_memory_bytes"] = max(each["peak_memory_bytes"] for each in costs)
+    return {"steps": steps, "cost": cost, "task_vectors": {"sentence": SEVERAL_DOCUMENTS}}
 
 
-def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> dict[str, Any]:
-    """What a run would do and what it costs, from configs and headers alone.
+def plan_one(
+    recipe: Recipe, made: Mapping[str, Checkpoint] | None = None, *, compare: str = "sample"
+) -> dict[str, Any]:
+    """What a run would do and what it costs, from configs and headers, and what the models changed of their base.
 
     Args:
         recipe: The recipe.
         made: What other documents make that are not there yet, by name.
+        compare: Of which tensors task vectors are compared: a random `sample` of bounded size, `all`, or `none`, for
+            which no weights are read. Weights that are not on this machine are not downloaded for it.
 
     Returns:
         `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
         models take (Python, its libraries and activations come on top), as JSON values. Where weights are matched, if
         only for another method to start from, `matching` in `cost` holds what one sweep over one model takes:
         `operations`, `bytes`, and `seconds` as a short measurement on this machine predicts them; `probe` holds the
-        `seconds` of probing the moved models.
+        `seconds` of probing the moved models. `task_vectors` is what `which_method.compared` finds.
 
     Raises:
         LLFCError: The recipe or its parents are at fault.
@@ -63,7 +70,8 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
     refuse_replacing_inputs(output, opened.everything)
     first = opened.parents[0]
     moved, base = opened.moved([None] * len(opened.parents))
-    infos = plan_merge(moved, base, recipe, sections=opened.sections).infos
+    merge = plan_merge(moved, base, recipe, sections=opened.sections)
+    infos = merge.infos
     written = sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.named)}]
@@ -117,7 +125,7 @@ def plan_one(recipe: Recipe, made: Mapping[str, Checkpoint] | None = None) -> di
         reads += 2 * sum(each.nbytes for each in moving)
         probing = {"probe": {"seconds": len(moving) * probe_seconds(first)}}
     cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching, **probing}
-    return {"steps": steps, "cost": cost}
+    return {"steps": steps, "cost": cost, "task_vectors": compared(recipe, opened, merge, compare)}
 
 
 def _importance_data(recipe: Recipe) -> list[EvaluationConfig]:

@@ -55,7 +55,8 @@ def test_an_id_is_opened_checked_and_read(hub, folder):
     assert {path.name for path in checkpoint.companion_files} == {"tokenizer.json", "tokenizer_config.json"}
     shards = {path.name for path in folder.glob("*.safetensors")}
     assert not any((checkpoint.folder / shard).exists() for shard in shards)
-    assert checkpoint.fingerprint() == local.fingerprint()
+    assert local.is_here and not checkpoint.is_here
+    assert checkpoint.fingerprint() == local.fingerprint() and checkpoint.is_here
     assert {path.name for path in checkpoint.folder.glob("*.safetensors")} == shards
     assert torch.equal(load_model(checkpoint).classifier.weight, load_model(local).classifier.weight)
 
