@@ -15,12 +15,6 @@ NOT_COMPARED = "task vectors are not compared: "
 
 SEVERAL_DOCUMENTS = f"{NOT_COMPARED}the recipe has several documents; plan one of them alone"
 
-COSINE_LIMIT = 0.12
-"""Mean cosine below which task vectors count as distinct."""
-
-UNEVEN = 2.0
-"""Ratio of the largest to the smallest change from which on it is said."""
-
 
 def compared(recipe: Recipe, opened: Models, merge: Merge, how: str) -> dict[str, Any]:
     """Compares the task vectors of a recipe's models, where there are any and nothing has to be downloaded.
@@ -73,22 +67,13 @@ def sentence(vectors: TaskVectors) -> str:
     cosine = vectors.mean("cosines")
     if cosine is None:
         return "one model alone changes the base: there is nothing to compare its change with"
-    parts = [f"mean cosine of the changes {cosine:.2f}: {_alike(cosine)}"]
     smallest, largest = min(vectors.changes), max(vectors.changes)
-    if largest > UNEVEN * smallest:
-        parts.append(
-            f"the largest change is {largest / smallest:.1f} times the smallest one, and counts more in every sum"
-            if smallest
-            else f"{vectors.models[vectors.changes.index(smallest)]} does not change the base at all"
-        )
-    return "; ".join([*parts, 'docs/methods.md, "Which method?", has what was measured of such merges'])
-
-
-def _alike(cosine: float) -> str:
-    """A mean cosine in words."""
-    if cosine < COSINE_LIMIT:
-        return "nearly orthogonal, as of distinct tasks"
-    return "alike, as of models that learned the same"
+    if not smallest:
+        return f"{vectors.models[vectors.changes.index(smallest)]} does not change the base at all: leave it out"
+    return (
+        f"the changes have a mean cosine of {cosine:.2f}, and the largest is {largest / smallest:.1f} times the "
+        'smallest one; docs/methods.md, "Which method?", has what was measured of such merges'
+    )
 
 
 def _not_compared(recipe: Recipe, opened: Models, how: str) -> str | None:
