@@ -175,7 +175,8 @@ def _sample(names: Sequence[str], infos: Mapping[str, TensorInfo], models: int, 
         return list(names)
     shuffled = sorted(names)
     random.Random(0).shuffle(shuffled)
-    left, chosen = limit, set()
+    left = limit
+    chosen: set[str] = set()
     for name in shuffled:
         if infos[name].nbytes * models <= left or (not chosen and name == shuffled[-1]):
             chosen.add(name)

@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_llfc.errors import RecipeError, suggest
 from hf_llfc.foundation.choices import COMPARED
-from hf_llfc.merging import Merge
+from hf_llfc.merging import Merge, Merges
 from hf_llfc.parents.opening import Models
 from hf_llfc.parents.task_vectors import SAMPLE_BYTES, TaskVectors, compare_task_vectors
 from hf_llfc.recipe import Recipe
@@ -16,7 +16,7 @@ NOT_COMPARED = "task vectors are not compared: "
 SEVERAL_DOCUMENTS = f"{NOT_COMPARED}the recipe has several documents; plan one of them alone"
 
 
-def compared(recipe: Recipe, opened: Models, merge: Merge, how: str) -> dict[str, Any]:
+def compared(recipe: Recipe, opened: Models, merge: Merge | Merges, how: str) -> dict[str, Any]:
     """Compares the task vectors of a recipe's models, where there are any and nothing has to be downloaded.
 
     Args:
@@ -37,6 +37,7 @@ def compared(recipe: Recipe, opened: Models, merge: Merge, how: str) -> dict[str
         raise RecipeError(f"compare: there is no {how!r}{suggest(how, COMPARED)} (one of {', '.join(COMPARED)})")
     if reason := _not_compared(recipe, opened, how):
         return {"sentence": NOT_COMPARED + reason}
+    assert isinstance(merge, Merge), "what has sections is not compared"
     assert merge.base is not None and opened.base is not None, "what has no base is not compared"
     limit = SAMPLE_BYTES if how == "sample" else None
     # What the base borrows, a head, it has no change of.

@@ -528,7 +528,7 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
     sources = {kind: index for index, kind in enumerate(kinds)}.values() if shared else ()
     kept, seen = [], set()
     for index in range(depth):
-        kind = tuple(
+        kind: tuple[Any, ...] = tuple(
             str(value[index] == index if name in references else value[index])
             for name, value in by_layer.items()
             if not isinstance(value[index], float)
