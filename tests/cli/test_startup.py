@@ -196,8 +196,8 @@ def test_a_merge_of_weights_alone_loads_no_transformers(shelf, tmp_path):
     without = {"accelerate", "huggingface_hub", "numpy", "safetensors", "torch", "yaml"}
     code, modules = loaded_by("merge", *words)
     assert code == 0 and modules <= without
-    more = ["--merge-method", "ties", "--base-model", str(shelf / "llama"), "--overwrite"]
-    code, modules = loaded_by("merge", words[1], *words[2:], *more)
+    over = ["--merge-method", "ties", "--base-model", words[0], "--weights", "1"]
+    code, modules = loaded_by("merge", *words[1:-1], str(tmp_path / "over"), *over)
     assert code == 0 and modules <= without
     recipe = {"models": [{"model": words[0]}], "output_dir": str(tmp_path / "sharded"), "max_shard_size": 20_000}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
