@@ -63,3 +63,31 @@ def damaged(draw, content: bytes, most: int = 4) -> bytes:
         if draw(st.booleans()):
             content = content[: draw(st.integers(0, len(content)))]
     return content
+
+
+WRAPPERS = ("_orig_mod.", "module.", "module._orig_mod.", "base_model.model.", "_fsdp_wrapped_module.", "student.")
+SPARE = ("mtp.fc.weight", "score.weight", "cls.seq_relationship.weight", "probe", "model.rotary_emb.inv_freq")
+KEYS = st.sampled_from(
+    ["unsloth_version", "tokenizer_class", "rope_parameters", "quantization_config", "id2label", "num_labels",
+     "tie_word_embeddings", "attention_bias", "vocab_size", "sliding_window", "layer_types", "architectures", "note"]
+)  # fmt: skip
+
+
+def steps_to_files(names: list[str]) -> st.SearchStrategy[list[tuple[str, Any]]]:
+    """What may have become of a saved model's files: tensors gone, added or renamed, keys of the config changed.
+
+    Args:
+        names: Its tensors.
+    """
+    part = st.sampled_from(names) | st.sampled_from(["lm_head", ".bias", "layers.0.", "norm", "_proj"])
+    step = st.one_of(
+        st.tuples(st.just("drop"), part),
+        st.tuples(st.just("add"), st.sampled_from(SPARE)),
+        st.tuples(st.just("double"), st.sampled_from(names)),
+        st.tuples(st.just("wrap"), st.sampled_from(WRAPPERS)),
+        st.tuples(st.just("rename"), st.tuples(part, st.sampled_from(["gamma", "", "model.", "x"]))),
+        st.tuples(st.just("integers"), st.sampled_from(names)),
+        st.tuples(st.just("config"), st.tuples(KEYS, ATOMS | st.just({"quant_method": "gptq"}) | st.just({"0": "a"}))),
+        st.tuples(st.just("shards"), st.none()),
+    )
+    return st.lists(step, max_size=3)
