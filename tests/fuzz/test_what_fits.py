@@ -1,4 +1,4 @@
-"""Whatever has become of a model's files, every way to open a pair of them gives the same answer, or one error of ours."""
+"""Whatever has become of the files of models, every way to open a pair of them gives one answer, or an error of ours."""
 
 import json
 import tempfile
