@@ -147,7 +147,7 @@ def changes_of(model_type: str) -> Iterator[dict[str, Any]]:
     """What is said differently: a key that the adapter reads, or all keys that the config class has never heard of."""
     config = small_config(model_type)
     known = config.to_dict()
-    for name in sorted({*keys_read(config), *(FOREIGN.keys() & known.keys())}):
+    for name in sorted({*keys_read(config), *({*FOREIGN, "rope_parameters"} & known.keys())}):
         yield from ({name: value} for value in others(name, config))
     unheard = {name: value for name, value in FOREIGN.items() if name not in known}
     without = {name: value for name, value in unheard.items() if name != "head_dim"}  # which parts of models share
@@ -208,5 +208,6 @@ def test_whatever_a_config_says_the_spec_is_that_of_the_model(model_type: str):
 
 def test_the_adapter_is_watched():
     """Keys that are asked for as attributes, and those that are looked up among all values."""
-    assert {"num_key_value_heads", "head_dim", "hidden_size", "layer_types"} <= {*keys_read(small_config("llama"))}
+    assert {"num_key_value_heads", "head_dim", "hidden_size"} <= {*keys_read(small_config("llama"))}
+    assert {"layer_types", "rope_parameters", "num_experts"} <= {*keys_read(small_config("qwen3_next"))}
     assert {"use_bias", "add_cross_attention"} <= {*keys_read(small_config("big_bird"))}
