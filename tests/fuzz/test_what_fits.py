@@ -1,4 +1,4 @@
-"""Whatever has become of the files of models, every way to open a pair of them gives one answer, or an error of ours."""
+"""Whatever has become of the files of models, all ways to open a pair of them give one answer, or an error of ours."""
 
 import json
 import tempfile
