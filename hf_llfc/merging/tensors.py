@@ -149,7 +149,10 @@ class Merge:
         """
         dtype = self.infos[name].dtype
         if self.is_copy(name):
-            return self.sources[0].read(name).to(dtype)
+            own, label = self.sources[0].read(name), self.sources[0].label
+            if own.dtype == dtype or _is_kept(name, dtype) or name.endswith(COUNTER):
+                return own.to(dtype)
+            return linear_combination([own], [1.0], out_dtype=dtype, name=name, models=[label])
         read = self.for_method if self.method is not None and not _is_kept(name, dtype) else self.everyone
         labels = [source.label for source in read]
         tensors = [source.read(name) for source in read]

@@ -92,6 +92,23 @@ def test_one_model_at_full_weight_is_itself(generator):
     assert all(torch.equal(merged[name], a[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1e6, r"weight: a merged value of 1e\+06 is beyond the range of float16"), (float("nan"), "weight of a: 1 of 2")],
+)
+def test_one_model_alone_is_rounded_once_within_the_range_of_its_dtype(value, message):
+    tie = 1 + 2**-11 + 2**-30  # above the middle of two neighbours, which float32 puts it on
+    info = {"weight": TensorInfo(torch.float16, (2,))}
+
+    def copied(*values: float) -> torch.Tensor:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        return Merge.copy(Source("a", lambda name: tensor), info).tensor("weight")
+
+    assert copied(tie, 0).tolist() == [1 + 2**-10, 0]
+    with pytest.raises(CheckpointError, match=message):
+        copied(value, 0)
+
+
 def test_weights_by_layer_reach_the_tensors():
     a, b = ({f"layers.{i}.w": torch.full((2,), value) for i in range(3)} for value in (0.0, 1.0))
     schedules = [WeightSchedule((Rule(None, (1.0, 0.0)),)), WeightSchedule((Rule(None, (0.0, 1.0)),))]
