@@ -533,7 +533,7 @@ def _layers(values: dict[str, Any], overrides: dict[int, dict[str, Any]], least:
             for name, value in by_layer.items()
             if not isinstance(value[index], float)
         )
-        kind += (index >= depth - shared, index in sources, str(overrides.get(index)))
+        kind += (str(index >= depth - shared), str(index in sources), str(overrides.get(index)))
         if kind not in seen:
             seen.add(kind)
             kept.append(index)
