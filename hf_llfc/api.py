@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.errors import AlignmentError, RecipeError
+from hf_llfc.errors import AlignmentError, RecipeError, refuse_other_count
 from hf_llfc.foundation.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -324,6 +324,8 @@ def merge(
     from hf_llfc.recipe import load_recipe
     from hf_llfc.recipe.sections import SUMS
 
+    if not isinstance(out, str | Path) or not str(out):
+        raise RecipeError(f"out: a folder to write is expected, found {out!r}")
     if isinstance(models, Mapping):
         if weights is not None:
             raise RecipeError("weights: are given twice, by the mapping of models and by `weights`; leave one out")
@@ -333,8 +335,7 @@ def merge(
     shares: list[float] | list[None] = list(weights) if weights is not None else [1 / len(models) for _ in models]
     if weights is None and merge_method not in SUMS:
         shares = [None for _ in models]
-    if len(shares) != len(models):
-        raise RecipeError(f"{len(shares)} weights for {len(models)} models; give one weight a model")
+    refuse_other_count(shares, len(models), RecipeError)
     recipe: dict[str, Any] = {
         "models": [
             {"model": _named(model), **({"parameters": {"weight": share}} if share is not None else {})}

@@ -87,6 +87,21 @@ def _with_problems(error: LLFCError, problems: Sequence[str]) -> LLFCError:
     return error
 
 
+def refuse_other_count(weights: Sequence[object], models: int, kind: type[LLFCError]) -> None:
+    """Refuses weights that are not one a model.
+
+    Args:
+        weights: The weights.
+        models: How many models there are.
+        kind: The class of the error.
+
+    Raises:
+        LLFCError: An instance of `kind`, if there are more or fewer.
+    """
+    if len(weights) != models:
+        raise kind(f"{len(weights)} weights for {models} models; give one weight a model")
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
     """The nearest of `choices`, as the end of an error message, or nothing if none is near.
 

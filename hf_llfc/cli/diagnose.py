@@ -9,7 +9,7 @@ from hf_llfc.cli import is_main_process
 from hf_llfc.cli.answers import show_report
 from hf_llfc.cli.console import progress_bars
 from hf_llfc.cli.settings import evaluation_config, given, matching_names, refuse_given
-from hf_llfc.errors import EvaluationError
+from hf_llfc.errors import EvaluationError, refuse_other_count
 from hf_llfc.pipeline.single_stages import write_diagnosis
 from hf_llfc.recipe import AlignSection, DiagnoseSection, ModelEntry, ModelParameters, Recipe
 
@@ -26,8 +26,7 @@ def execute(options: argparse.Namespace) -> int:
         raise EvaluationError("--weights has no meaning for a line, which is measured at every weight; see --alphas")
     section = DiagnoseSection(data, **given(options, DiagnoseSection))
     weights = options.weights or [None] * len(options.models)
-    if len(weights) != len(options.models):
-        raise EvaluationError(f"{len(weights)} weights for {len(options.models)} models; give one weight a model")
+    refuse_other_count(weights, len(options.models), EvaluationError)
     models = [
         ModelEntry(model, None if weight is None else ModelParameters(weight))
         for model, weight in zip(options.models, weights, strict=True)

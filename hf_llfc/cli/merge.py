@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_llfc.cli.run import run_recipe
 from hf_llfc.cli.settings import data_settings, given, matching_names, refuse_given, refuse_unused_data
-from hf_llfc.errors import RecipeError
+from hf_llfc.errors import RecipeError, refuse_other_count
 from hf_llfc.merging.methods import find_method
 from hf_llfc.recipe import AlignSection, Recipe, load_recipe
 from hf_llfc.recipe.sections import SUMS, uses_data
@@ -24,8 +24,7 @@ def execute(options: argparse.Namespace) -> int:
     data = data_settings(options, required=measures)
     equal = 1 / len(options.models) if options.merge_method in (None, *SUMS) else None
     weights = options.weights or [equal] * len(options.models)
-    if len(weights) != len(options.models):
-        raise RecipeError(f"{len(weights)} weights for {len(options.models)} models; give one weight a model")
+    refuse_other_count(weights, len(options.models), RecipeError)
     recipe: dict[str, Any] = {
         **given(options, Recipe),
         "models": [

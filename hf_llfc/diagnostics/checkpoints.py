@@ -18,7 +18,7 @@ from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.diagnostics.verdict import judge
-from hf_llfc.errors import EvaluationError
+from hf_llfc.errors import EvaluationError, refuse_other_count
 from hf_llfc.evaluation import EvaluationData
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.parent import Parent
@@ -55,8 +55,8 @@ def diagnose_checkpoints(
     Raises:
         EvaluationError: There is nothing to compare, or a measure does not apply.
     """
-    if weights is not None and len(weights) != len(parents):
-        raise EvaluationError(f"{len(weights)} weights for {len(parents)} models; give one weight a model")
+    if weights is not None:
+        refuse_other_count(weights, len(parents), EvaluationError)
     shares = list(weights) if weights is not None else [1 / len(parents)] * len(parents)
     region = region_of(shares, section, arithmetic_over_base=base is not None)
     if section.measures and region.kind != "line":

@@ -29,7 +29,7 @@ from hf_llfc.evaluation.encoding import (
     load_text_encoder,
     mask_tokens,
 )
-from hf_llfc.evaluation.metrics import default_metrics, load_metric
+from hf_llfc.evaluation.metrics import default_metrics, load_metric, refuse_other_than_two_classes
 from hf_llfc.evaluation.sources import MAX_LISTED, choose_column, choose_samples, class_indices, open_dataset, pinned
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS, EvaluationConfig
 
@@ -128,6 +128,7 @@ def load_evaluation_data(
     metrics = _load_metrics(config)
     if config.labels and config.task in CLASSIFICATION_TASKS:
         _check_single_label(model_config)
+        refuse_other_than_two_classes(config.metric_names, len(model_config.id2label or ()))
     rows = open_dataset(config)
     config = pinned(config, rows)
     if config.task == "image-classification":

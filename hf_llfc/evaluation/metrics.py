@@ -50,6 +50,16 @@ class BalancedAccuracy(evaluate.Metric):
         return {"balanced_accuracy": float(recall)}
 
 
+class BinaryF1(evaluate.Metric):
+    """Harmonic mean of precision and recall of class 1, of two classes."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info(str(BinaryF1.__doc__), _CLASS_INPUTS, _CLASSES)
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"f1": float(f1_score(references, predictions, average="binary", pos_label=1, zero_division=0))}
+
+
 class MacroF1(evaluate.Metric):
     """Unweighted mean over the classes of the harmonic mean of precision and recall."""
 
@@ -57,7 +67,17 @@ class MacroF1(evaluate.Metric):
         return _info(str(MacroF1.__doc__), _CLASS_INPUTS, _CLASSES)
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {"f1": float(f1_score(references, predictions, average="macro", zero_division=0))}
+        return {"macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0))}
+
+
+class WeightedF1(evaluate.Metric):
+    """Mean over the classes of the harmonic mean of precision and recall, each by its share of the samples."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info(str(WeightedF1.__doc__), _CLASS_INPUTS, _CLASSES)
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"weighted_f1": float(f1_score(references, predictions, average="weighted", zero_division=0))}
 
 
 class MatthewsCorrelation(evaluate.Metric):
@@ -106,7 +126,9 @@ class TokenAccuracy(evaluate.Metric):
 CLASSIFICATION_METRICS: dict[str, type[evaluate.Metric]] = {
     "accuracy": Accuracy,
     "balanced_accuracy": BalancedAccuracy,
-    "f1": MacroF1,
+    "f1": BinaryF1,
+    "macro_f1": MacroF1,
+    "weighted_f1": WeightedF1,
     "matthews_correlation": MatthewsCorrelation,
 }
 LANGUAGE_MODEL_METRICS: dict[str, type[evaluate.Metric]] = {
@@ -116,6 +138,23 @@ LANGUAGE_MODEL_METRICS: dict[str, type[evaluate.Metric]] = {
 }
 OFFLINE_METRICS: dict[str, type[evaluate.Metric]] = {**CLASSIFICATION_METRICS, **LANGUAGE_MODEL_METRICS}
 """Every metric of this package, by the name a configuration asks for it."""
+
+
+def refuse_other_than_two_classes(names: Sequence[str], classes: int) -> None:
+    """Refuses metrics of two classes for a model that has others.
+
+    Args:
+        names: The metrics that are asked for.
+        classes: How many classes the model has.
+
+    Raises:
+        EvaluationError: One is of two classes.
+    """
+    if "f1" in names and classes != 2:
+        raise EvaluationError(
+            f"metric 'f1' is that of class 1 of two, and the model has {classes} classes; use macro_f1, the mean over "
+            "all classes, or weighted_f1"
+        )
 
 
 def load_metric(name: str, *, language_model: bool = False, trust_remote_code: bool = False) -> evaluate.Metric:

@@ -250,6 +250,10 @@ class CheckResult:
     layers: Sequence[LayerRow] = ()
     outputs: OutputAgreement | None = None
 
+    def __bool__(self) -> bool:
+        """Whether the answer is yes, merge them as they are; also of `undecided` it is no."""
+        return self.answer == "merge"
+
 
 @one_thread_if_small(lambda pair, *_, **__: pair[0].nbytes)
 def check_checkpoints(

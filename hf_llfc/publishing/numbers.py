@@ -43,6 +43,8 @@ METRIC_STYLES = {
     "balanced_accuracy": MetricStyle("balanced accuracy", True, percent=True),
     "token_accuracy": MetricStyle("token accuracy", True, percent=True),
     "f1": MetricStyle("F1", True),
+    "macro_f1": MetricStyle("macro-F1", True),
+    "weighted_f1": MetricStyle("weighted F1", True),
     "matthews_correlation": MetricStyle("Matthews correlation", True),
     "perplexity": MetricStyle("perplexity", False),
     "bits_per_byte": MetricStyle("bits per byte", False),

@@ -197,10 +197,11 @@ def test_metrics_are_checked_before_anything_runs():
         ({"metric": "acuracy"}, "did you mean 'accuracy'"),
         ({"metric": "perplexity"}, "'perplexity' is not one for classification"),
         ({"metric": "f1", "labels": False}, "metric 'f1' needs labels"),
+        ({"metric": "f1"}, "class 1 of two, and the model has 5 classes; use macro_f1"),
     ):
         with pytest.raises(EvaluationError, match=message):
             classification(**settings)
-    assert list(classification(metric=["f1", "accuracy"]).metrics) == ["accuracy", "f1"]
+    assert list(classification(metric=["macro_f1", "accuracy"]).metrics) == ["accuracy", "macro_f1"]
     for task, expected in (
         ("fill-mask", ["token_accuracy", "perplexity"]),
         ("text-generation", ["token_accuracy", "perplexity", "bits_per_byte"]),

@@ -66,7 +66,7 @@ def test_a_users_own_model(tmp_path):
     AutoModelForImageClassification.register(PerceptronConfig, type(perceptron()), exist_ok=True)
     perceptron().save_pretrained(tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
-    config = EvaluationConfig(task="image-classification", dataset=vector_rows(), metric="f1")
+    config = EvaluationConfig(task="image-classification", dataset=vector_rows(), metric="macro_f1")
     result = evaluate_model(model, load_evaluation_data(config, tmp_path, model.config))
     pixels = torch.tensor(vector_rows()["pixel_values"][:])
     labels = torch.tensor(vector_rows()["label"][:])
@@ -74,7 +74,7 @@ def test_a_users_own_model(tmp_path):
         logits = perceptron()(pixels).logits
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
     assert result.metrics["accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
-    assert set(result.metrics) == {"accuracy", "f1"}
+    assert set(result.metrics) == {"accuracy", "macro_f1"}
 
 
 def test_logits_are_found_in_whatever_a_model_gives_out():

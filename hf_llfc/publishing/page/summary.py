@@ -63,10 +63,12 @@ class Fact:
 def key_facts(report: ConnectivityReport) -> list[Fact]:
     """The few figures that a reader wants first."""
     facts = []
-    note = "between the models; the merge lies outside" if merge_is_outside(report) else "0: linearly connected"
+    is_outside = merge_is_outside(report)
+    note = "of no bearing: the merge lies outside" if is_outside else "0: linearly connected"
     for style, height in ((LOSS, report.barrier.loss), (ERROR, report.barrier.error)):
         if height is not None:
-            facts.append(Fact(f"{style.title} barrier", height_text(height, style), note))
+            title = f"{style.title} barrier" + (" between the models" if is_outside else "")
+            facts.append(Fact(title, height_text(height, style), note))
     for name in metric_names(report)[:1]:
         facts += _of_merge(report, name)
     rows = shown_layers(report)

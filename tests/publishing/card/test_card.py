@@ -702,5 +702,5 @@ def test_the_module_is_a_command(
 @pytest.mark.parametrize("region", ["simplex", "arithmetic"])
 def test_a_merge_outside_the_models_has_no_barrier_of_its_own(region: str, tmp_path: Path) -> None:
     card = render(make_folder(tmp_path), report=make_simplex_report(3, region))
-    assert "**Barrier:" in card
-    assert ("This merge lies outside the models" in card) == (region == "arithmetic")
+    assert ("**Barrier:" in card) == (region == "simplex")
+    assert ("**No barrier.** This merge lies outside the models" in card) == (region == "arithmetic")
