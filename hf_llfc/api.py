@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.errors import AlignmentError, RecipeError, refuse_other_count
+from hf_llfc.foundation.memory import within_memory
 from hf_llfc.foundation.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Inspection:
     verification: Mapping[str, Any] | None = None
 
 
+@within_memory()
 def inspect(
     model: Model, *, verify: bool = False, seed: int = 0, trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> Inspection:
@@ -107,6 +109,7 @@ def inspect(
     )
 
 
+@within_memory()
 def check(
     a: Model,
     b: Model,
@@ -147,6 +150,7 @@ def check(
     return check_checkpoints((opening(a), opening(b)), level=level, data=data, seed=seed, progress=progress)
 
 
+@within_memory()
 def align(
     model: Model,
     *,
@@ -237,6 +241,7 @@ def align(
     return alignment
 
 
+@within_memory()
 def align_all(
     models: Sequence[Model],
     *,
@@ -287,6 +292,7 @@ def align_all(
     return [identity if alignment is None else alignment for alignment in found]
 
 
+@within_memory()
 def merge(
     models: Sequence[Model] | Mapping[str, float],
     weights: Sequence[float] | None = None,
@@ -296,6 +302,7 @@ def merge(
     merge_method: str = "linear",
     base_model: str | Path | None = None,
     restart: bool = False,
+    temporary: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -311,6 +318,8 @@ def merge(
             parameters are given as in a recipe: `parameters={"density": 0.5}`.
         base_model: The base model, of methods that have one.
         restart: Whether to discard what an interrupted merge into the same folder had finished.
+        temporary: Whether the models are gone after the merge, so that its card must not say how to repeat it; it
+            says so of loaded models anyway.
         progress: Shown meanwhile.
         settings: Any other key of a recipe (`dtype`, `diagnose`, `overwrite`, …).
 
@@ -353,8 +362,8 @@ def merge(
         # The base is taken out of the models or to their front, which have names then.
         if not all(isinstance(model, str | Path) for model in models):
             raise RecipeError("base_model: is one of the models, and some of these are loaded; give all by their names")
-        return run(read, restart=restart, progress=progress)
-    return run(read, models=models, restart=restart, progress=progress)
+        return run(read, restart=restart, temporary=temporary, progress=progress)
+    return run(read, models=models, restart=restart, temporary=temporary, progress=progress)
 
 
 def _listed(values: Any, name: str) -> list[Any]:
@@ -384,6 +393,7 @@ def _named(model: Model) -> str:
     return str(model)
 
 
+@within_memory()
 def diagnose(
     a: Model,
     b: Model,
@@ -509,9 +519,11 @@ def publish(
     tag: str | None = None,
     endpoint: str | None = None,
     force: bool = False,
+    include: Sequence[str] = (),
 ) -> str:
     """Pushes an output folder to a model repository on the Hub, in one commit.
 
+    What is pushed is what the run wrote, with a card for this repository, and nothing that others put there.
     The folder, the verdict of its diagnosis, the token, the rights on the namespace, the parents and the card's
     metadata are checked before anything is changed. Files that the repository holds already are not sent again,
     nothing is committed if nothing changed, and what was committed is read back and compared. After an interrupted
@@ -528,6 +540,7 @@ def publish(
         endpoint: Address of the Hub, where it is not the usual one.
         force: Pushes although the diagnosis, a private parent or a parent's licence speaks against it, or although the
             repository holds other weights.
+        include: Patterns of files in the folder that no run wrote and that are pushed too, `examples/*` say.
 
     Returns:
         The address of the repository, the tag, the branch or the pull request.
@@ -539,4 +552,4 @@ def publish(
     from hf_llfc.recipe import PublishSection
 
     where = PublishSection(repo_id, private, create_pr, revision, tag)
-    return push(folder, where, token=token, endpoint=endpoint, force=force)
+    return push(folder, where, token=token, endpoint=endpoint, force=force, include=_listed(include, "include"))

@@ -31,6 +31,10 @@ class StorageError(CheckpointError):
     """The disk is full, or a file that was in order cannot be read or written now; the same run may succeed later."""
 
 
+class ResourceError(StorageError):
+    """Memory, or the address space of the process, does not suffice; the same run may succeed with more."""
+
+
 class AlignmentError(LLFCError):
     """Two models cannot be aligned, or an alignment does not belong to these models."""
 

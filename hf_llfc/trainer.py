@@ -216,7 +216,7 @@ class MergeCallback(TrainerCallback):
                 f"MergeCallback: {len(self.weights)} weights for {len(found)} checkpoints that were saved"
             )
         models = [self._named(path) for path in found.values()]
-        self.result = merge(models, self.weights, out=self.out, **self.settings)
+        self.result = merge(models, self.weights, out=self.out, temporary=not self.keep, **self.settings)
 
     def _named(self, path: Path) -> str:
         """What a checkpoint is called where models are named: an adapter with its base."""

@@ -16,6 +16,7 @@ from hf_llfc.alignment.checkpoints import (
     parameters_of,
 )
 from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.foundation.model_names import portable
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parallel.workers import Workers
@@ -162,7 +163,7 @@ def _around_centre(
     ]
     star = {
         "models": len(models),
-        "centre": models[centre].id,
+        "centre": portable(models[centre].id),
         "distances": [(square / (len(models) - 1)) ** 0.5 for square in squares],
     }
     back = onto[reference].inverse()

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_llfc.checkpoints.files import FileSpan, Stamp, Weights
+from hf_llfc.checkpoints.companions import by_name
+from hf_llfc.checkpoints.files import FileSpan, Weights
 from hf_llfc.checkpoints.header import CODES, TensorInfo
+from hf_llfc.checkpoints.positioned import checksum
 from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.errors import CheckpointError, suggest
 
@@ -207,13 +209,13 @@ class Checkpoint:
         if not files:
             return {**identity, "sha256": self.fingerprint()}
         if self.revision is None:
-            identity["companions"] = self.companion_stamps()
+            identity["companions"] = self.companion_checksums()
         return {**identity, "files": dict(files)}
 
-    def companion_stamps(self) -> dict[str, list[int]]:
-        """The size and the time of the last change of every companion file, by name."""
-        stamps = {path.name: Stamp.of(path) for path in self.companion_files if path.exists()}
-        return {name: [stamp.size, stamp.mtime_ns] for name, stamp in stamps.items()}
+    def companion_checksums(self) -> dict[str, str]:
+        """The checksum of every companion and side file, by its path below the folder."""
+        files = {**by_name(self.companion_files), **self.side_files}
+        return {name: checksum(path) for name, path in files.items() if path.exists()}
 
     def refuse_changed(self) -> None:
         """Refuses a checkpoint whose weight files were written to since it was opened.

@@ -12,6 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_llfc.foundation.model_names import as_text
+
 TEMPLATES_FOLDER = "additional_chat_templates"
 
 _TOKENIZER_PATTERNS = (
@@ -108,7 +110,7 @@ def left_names(names: Iterable[str], carried: Collection[str]) -> list[str]:
         f"{folder}/" if folders.count(folder) > 1 else next(name for name in left if name.startswith(f"{folder}/"))
         for folder in dict.fromkeys(folders)
     ]
-    return sorted(name for name in left if "/" not in name) + of_folders
+    return [as_text(name) for name in [*sorted(name for name in left if "/" not in name), *of_folders]]
 
 
 def by_name(companions: Iterable[Path]) -> dict[str, Path]:

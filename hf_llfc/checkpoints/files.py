@@ -304,12 +304,20 @@ class TensorWeights:
             paths: The files that are mapped.
 
         Raises:
-            CheckpointError: If they are quantised.
+            CheckpointError: If they are quantised, or no plain numbers.
         """
         self._tensors = tensors
         self._stamps = {path: Stamp.of(path) for path in paths}
+        if nested := [name for name, tensor in tensors.items() if tensor.is_nested]:
+            raise CheckpointError(f"{where}: tensor {nested[0]} is a list of tensors; save them one by one")
         self.infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         for name, info in self.infos.items():
+            if tensors[name].device.type == "meta" or tensors[name].layout != torch.strided:
+                kind = "on the meta device" if tensors[name].device.type == "meta" else f"{tensors[name].layout}"
+                raise CheckpointError(
+                    f"{where}: tensor {name} holds no plain numbers ({kind.removeprefix('torch.')}); save the model"
+                    " again with all weights in memory, as dense tensors"
+                )
             if is_quantised(name, info.dtype if info.dtype in CODES else None):
                 raise quantised_tensor(where, name, str(info.dtype))
 

@@ -40,7 +40,7 @@ from hf_llfc.checkpoints.quantised import KEYS, quantised_config, without_quanti
 from hf_llfc.checkpoints.settings import Settings, architecture_of
 from hf_llfc.checkpoints.wrapped import unwrapped
 from hf_llfc.errors import CheckpointError
-from hf_llfc.foundation.model_names import split_adapter
+from hf_llfc.foundation.model_names import existing, split_adapter
 
 if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is loaded where a class is needed
     from transformers import PreTrainedModel
@@ -127,12 +127,12 @@ def _open_adapted(
 
 
 def _find(model: str | Path, token: str | bool | None) -> Files:
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = existing(model)
+    if path is not None and path.is_dir():
         if not any((path / name).is_file() for name in (CONFIG_FILE, ADAPTER_CONFIG)):
             _refuse_without_config(str(model), path)
         return LocalFiles(str(model), path)
-    if path.is_file():
+    if path is not None:
         quantised = ", and GGUF is quantised: use the checkpoint it was made from" if path.suffix == ".gguf" else ""
         raise CheckpointError(f"{model}: this is a file; give the folder of the checkpoint{quantised}")
     text = str(model)

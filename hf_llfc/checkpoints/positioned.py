@@ -4,6 +4,10 @@ import os
 import threading
 from pathlib import Path
 
+import xxhash
+
+_READ_AT_ONCE = 1 << 20
+
 _SEEKING = threading.Lock()
 """Held where the system can only read and write where a file stands."""
 
@@ -74,3 +78,17 @@ def open_direct(path: Path) -> int | None:
         return os.open(path, os.O_RDWR | os.O_DIRECT)
     except OSError:
         return None
+
+
+def checksum(path: Path) -> str:
+    """A checksum of a whole file (XXH3, 128 bits): against damage, not against intent.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    room = memoryview(bytearray(_READ_AT_ONCE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(room):
+            digest.update(room[:count])
+    return digest.hexdigest()

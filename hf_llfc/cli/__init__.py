@@ -6,6 +6,7 @@ stdout carries data, stderr messages and progress. Exit codes: 0 done, 1 the ans
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal has not must not end what works
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
     options = parse(arguments)
     if not is_main_process() and options.command not in SHARED_COMMANDS:
         return 0

@@ -406,6 +406,13 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Push although verdict, sanity check or a parent's terms say no, or over weights of others.",
     )
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="Push these files too, although no run wrote them.",
+    )
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

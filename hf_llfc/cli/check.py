@@ -38,6 +38,10 @@ def execute(options: argparse.Namespace) -> int:
         print(f"{result.answer}: {result.because}")
         for problem in result.problems:
             print(f"  - {problem}")
+        if result.differences:
+            print("inputs are not prepared alike, and a merge prepares them as the first model does:")
+        for difference in result.differences:
+            print(f"  - {difference}")
     return 0 if result.answer in ("merge", "undecided") else 1
 
 

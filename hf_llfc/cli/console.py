@@ -86,7 +86,8 @@ def plain_lines(now: Callable[[], float] = time.monotonic) -> Progress:
 
 def print_json(value: Any) -> None:
     """Prints a value as JSON on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    is_ascii = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    print(json.dumps(value, indent=2, ensure_ascii=is_ascii, allow_nan=False))
 
 
 def print_table(

@@ -12,7 +12,8 @@ from hf_llfc.recipe import PublishSection
 
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    url = publish(options.folder, PublishSection(**given(options, PublishSection)), force=options.force)
+    where = PublishSection(**given(options, PublishSection))
+    url = publish(options.folder, where, force=options.force, include=options.include)
     if options.format == "json":
         print_json({"url": url})
     else:

@@ -405,9 +405,12 @@ def _join(rows: datasets.Dataset, column: str, encoder: TextEncoder, model_confi
     """Tokenizes all rows and joins them, with the encoder's separator between two."""
     ids: list[np.ndarray] = []
     byte_counts: list[np.ndarray | None] = []
+    is_blank = True
     for start in range(0, len(rows), SCAN_BATCH):
         indices = np.arange(start, min(start + SCAN_BATCH, len(rows)))
-        encoded = encoder.encode(*_read_texts(rows, [column], indices), truncate=False)
+        texts = _read_texts(rows, [column], indices)
+        is_blank = is_blank and not any(text.strip() for text in texts[0])
+        encoded = encoder.encode(*texts, truncate=False)
         check_vocabulary(encoded, model_config)
         for row in encoded:
             separated = ids and encoder.separator_id is not None and ids[-1][-1:].tolist() != [encoder.separator_id]
@@ -416,6 +419,8 @@ def _join(rows: datasets.Dataset, column: str, encoder: TextEncoder, model_confi
                 byte_counts.append(np.array([encoder.separator_bytes], dtype=np.int32))
             ids.append(row.ids.astype(np.int32))
             byte_counts.append(None if row.byte_counts is None else row.byte_counts.astype(np.int32))
+    if is_blank:
+        raise EvaluationError(f"every row of column {column!r} is empty; give data with text in it")
     known = [counts for counts in byte_counts if counts is not None]
     return _Stream(np.concatenate(ids), np.concatenate(known) if len(known) == len(byte_counts) else None)
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_llfc.errors import EvaluationError
+from hf_llfc.foundation.model_names import existing
 from hf_llfc.recipe.data import BYTES_TOKENIZER, EvaluationConfig
 
 if TYPE_CHECKING:
@@ -403,9 +404,10 @@ def load_image_encoder(
     channels = model_config.to_dict().get("num_channels")
     processor = source
     if isinstance(source, str | Path):
-        present = [file for file in PROCESSOR_FILES if (Path(source) / file).is_file()]
+        folder = existing(source)
+        present = [file for file in PROCESSOR_FILES if folder is not None and (folder / file).is_file()]
         processor = None
-        if present or not Path(source).is_dir():
+        if present or folder is None or not folder.is_dir():
             try:
                 processor = AutoImageProcessor.from_pretrained(
                     str(source), trust_remote_code=trust_remote_code or config.trust_remote_code

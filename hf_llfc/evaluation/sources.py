@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import pyarrow
 from datasets.arrow_writer import SchemaInferenceError
 from pandas.errors import EmptyDataError
 
 from hf_llfc.errors import EvaluationError, raise_all, suggest
+from hf_llfc.foundation.model_names import existing
 from hf_llfc.recipe.data import EvaluationConfig
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ PREFERRED_SPLITS = ("validation", "test")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What datasets and its parsers raise where a file has nothing in it.
 _OF_EMPTY = (EmptyDataError, SchemaInferenceError, StopIteration)
+_AS_UTF_8 = "save the file as UTF-8 (`iconv -f latin1 -t utf-8`, if it is Latin-1)"
 MAX_LISTED = 5
 """Faulty rows named in a message; the rest is counted."""
 
@@ -73,7 +76,25 @@ def open_dataset(config: EvaluationConfig) -> datasets.Dataset:
         raise EvaluationError(f"dataset {_title(config)} was loaded as a {type(opened).__name__}, not as rows")
     if len(opened) == 0:
         raise _empty(config)
+    _refuse_other_encodings(opened, config)
     return opened
+
+
+def _refuse_other_encodings(rows: datasets.Dataset, config: EvaluationConfig) -> None:
+    """Refuses text that is not UTF-8, which readers of JSON take over as it is.
+
+    Raises:
+        EvaluationError: Names the column.
+    """
+    texts = [name for name, feature in rows.features.items() if _is_a(feature, datasets.Value)]
+    for name in texts:
+        for chunk in rows.data.column(name).chunks:
+            try:
+                chunk.validate(full=True)
+            except pyarrow.ArrowInvalid as error:
+                raise EvaluationError(
+                    f"dataset {_title(config)}: column {name!r} holds text that is not UTF-8 ({error}); {_AS_UTF_8}"
+                ) from None
 
 
 def pinned(config: EvaluationConfig, rows: datasets.Dataset) -> EvaluationConfig:
@@ -86,7 +107,7 @@ def pinned(config: EvaluationConfig, rows: datasets.Dataset) -> EvaluationConfig
     Returns:
         The same where the data are local, or the commit is not known.
     """
-    if not isinstance(config.dataset, str) or Path(config.dataset).expanduser().exists():
+    if not isinstance(config.dataset, str) or existing(config.dataset) is not None:
         return config
     # `datasets` keeps what it prepares under the commit of the repository.
     folders = {Path(file["filename"]).parent.name for file in rows.cache_files}
@@ -98,14 +119,15 @@ def pinned(config: EvaluationConfig, rows: datasets.Dataset) -> EvaluationConfig
 
 
 def _load(name: str, config: EvaluationConfig) -> Any:
-    path = Path(name).expanduser()
+    path = existing(name) or Path(name)
+    is_folder = existing(name) is not None and path.is_dir()
     arguments: dict[str, Any] = {"split": config.split}
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+    if is_folder and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         opened = _guarded(config, lambda: datasets.load_from_disk(str(path)))
         if config.name is not None or (config.split is not None and isinstance(opened, datasets.Dataset)):
             raise EvaluationError(f"dataset {name} is saved on disk without configurations or splits to choose from")
         return opened
-    if path.is_file():
+    if existing(name) is not None and path.is_file():
         if config.name is not None:
             raise EvaluationError(
                 f"dataset {name} is one file, which has no configuration {config.name!r}; leave name out"
@@ -122,9 +144,9 @@ def _load(name: str, config: EvaluationConfig) -> Any:
             arguments["sample_by"] = "document"
         opened = _guarded(config, lambda: datasets.load_dataset(**arguments))
         return _without_blank_lines(opened, name) if builder == "text" else opened
-    if not path.is_dir() and (path.suffix.lower() in FILE_BUILDERS or name.startswith((".", "/", "~"))):
+    if not is_folder and (path.suffix.lower() in FILE_BUILDERS or name.startswith((".", "/", "~"))):
         raise EvaluationError(f"dataset {name} does not exist; a path is taken from the current folder, {Path.cwd()}")
-    if path.is_dir():
+    if is_folder:
         arguments["path"] = str(path)
     else:
         identifier, _, revision = name.partition("@")
@@ -144,6 +166,8 @@ def _guarded(config: EvaluationConfig, load: Any) -> Any:
         if any(isinstance(cause, _OF_EMPTY) or "corresponds to no data" in str(cause) for cause in causes):
             raise _empty(config) from error
         reason = "; ".join(f"{type(cause).__name__}: {str(cause).strip()}" for cause in causes)
+        if any(isinstance(cause, UnicodeDecodeError) or "UTF-8" in str(cause) for cause in causes):
+            reason += f"; {_AS_UTF_8}"
         raise EvaluationError(f"dataset {_title(config)} cannot be loaded: {reason}") from error
 
 

@@ -110,3 +110,5 @@ def _text_of(path: Path, kind: type[LLFCError]) -> str:
         raise kind(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise kind(f"{path}: not a text file") from None
+    except ValueError as error:  # a null byte in the name
+        raise kind(f"{path}: cannot be read ({error})") from None

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints import FileSpan, Sink, TensorInfo, Written, tensor_bytes
+from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.checkpoints.source import Moved
 from hf_llfc.merging.combination import CHUNK, DTYPES, Combination, Scratch, is_finite
 from hf_llfc.merging.methods.declarations import Need
@@ -208,6 +209,9 @@ class _Merging(threading.local):
         assert span is not None, "what is taken over lies in a file"
         for start in range(part.start, part.stop, PART):
             data = self._rooms[0].filled(span, start, min(start + PART, part.stop))
+            if data.dtype in DTYPES and not is_constant(part.name) and not bool(data.isfinite().all()):
+                self._merge.tensor(part.name)
+                raise AssertionError(f"{part.name}: a part of it is not finite, all of it is")
             yield self._sink.put(part.name, start * data.itemsize, tensor_bytes(data))
 
     def _sum(self, part: Part) -> Iterator[Written]:

@@ -13,7 +13,7 @@ from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.buffers import COUNTER, VARIANCE, is_constant
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.errors import CheckpointError
-from hf_llfc.merging.combination import Combination, linear_combination, task_arithmetic
+from hf_llfc.merging.combination import DTYPES, Combination, linear_combination, task_arithmetic
 from hf_llfc.merging.methods import MergeMethod, Settings
 from hf_llfc.merging.schedule import WeightSchedule, resolve_weights
 
@@ -148,14 +148,11 @@ class Merge:
                 its dtype.
         """
         dtype = self.infos[name].dtype
-        if self.is_copy(name):
-            own, label = self.sources[0].read(name), self.sources[0].label
-            if own.dtype == dtype or _is_kept(name, dtype) or name.endswith(COUNTER):
-                return own.to(dtype)
-            return linear_combination([own], [1.0], out_dtype=dtype, name=name, models=[label])
         read = self.for_method if self.method is not None and not _is_kept(name, dtype) else self.everyone
         labels = [source.label for source in read]
         tensors = [source.read(name) for source in read]
+        if self.is_copy(name) and (_is_kept(name, dtype) or tensors[0].dtype not in DTYPES):
+            return tensors[0].to(dtype)
         if name.endswith(COUNTER):
             return torch.stack(tensors).amax(dim=0)
         if _is_kept(name, dtype):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
@@ -25,4 +26,14 @@ def available_memory() -> int:
         except (OSError, ValueError, KeyError):  # there is no container, or it sets no limit
             continue
         free = min(free, max(bound - used + cached, 0))
-    return int(free + psutil.swap_memory().free)
+    return min(int(free + psutil.swap_memory().free), _address_space())
+
+
+def _address_space() -> int:
+    """Bytes that may still be added to the addresses of this process."""
+    try:
+        import resource
+    except ImportError:  # a system without such limits
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)

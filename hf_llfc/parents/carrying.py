@@ -35,12 +35,14 @@ class Carried:
     Attributes:
         files: Path below the output folder → the file to copy there.
         sums: Path below the output folder → how the weights there come from those of the models.
-        left: Names of what stays behind, with the reason in brackets where it is not that nobody needs it.
+        left: Names of what stays behind.
+        reason: Why the modules of a SentenceTransformer are among them; None where they are not.
     """
 
     files: Mapping[str, Path] = field(default_factory=dict)
     sums: Mapping[str, Merge] = field(default_factory=dict)
     left: tuple[str, ...] = ()
+    reason: str | None = None
 
     @cached_property
     def weights(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -75,13 +77,14 @@ def carried(opened: Models, recipe: Recipe) -> Carried:
     sums: dict[str, Merge] = {}
     unequal = _unequal(opened)
     left = list(first.left_files)
-    if reason := _reason_to_leave(unequal, opened, recipe):
-        left += [f"{name} ({reason})" for name in first.side_files if not is_licence(name)]
+    reason = _reason_to_leave(unequal, opened, recipe)
+    if reason is not None:
+        left += [name for name in first.side_files if not is_licence(name)]
         files |= {name: path for name, path in first.side_files.items() if is_licence(name)}
     else:
         sums = {name: _sum(name, opened, recipe) for name in unequal}
         files |= {name: path for name, path in first.side_files.items() if name not in sums}
-    return Carried(files, sums, tuple(left))
+    return Carried(files, sums, tuple(left), reason)
 
 
 def _with_inputs_of(source: Checkpoint, files: Mapping[str, Path]) -> dict[str, Path]:
@@ -122,7 +125,7 @@ def _reason_to_leave(unequal: Sequence[str], opened: Models, recipe: Recipe) -> 
         return None
     if any(not name.endswith(_WEIGHTS) or any(name not in each.side_files for each in opened.all) for name in unequal):
         return f"{unequal[0]} is not the same in all models"
-    if recipe.method is not None or recipe.weights is None or recipe.keep_where_broken is not None:
+    if opened.sections or recipe.method is not None or recipe.weights is None or recipe.keep_where_broken is not None:
         return f"{unequal[0]} differs between the models, and the recipe has no one weight a model to sum it with"
     stored = [[_opened(each, name).infos for each in opened.all] for name in unequal]
     shapes = [[{name: info.shape for name, info in infos.items()} for infos in row] for row in stored]

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.errors import AlignmentError, raise_all
+from hf_llfc.foundation.model_names import portable
 from hf_llfc.parallel.workers import Workers
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment
@@ -20,8 +21,8 @@ def identified(
     own = [each.fingerprint() for each in (reference, model)] if workers.rank == 0 else None
     fingerprints = workers.gather(own)[0]
     return alignment.with_metadata(
-        reference={"id": reference.id, "revision": reference.revision, "sha256": fingerprints[0]},
-        model={"id": model.id, "revision": model.revision, "sha256": fingerprints[1]},
+        reference={"id": portable(reference.id), "revision": reference.revision, "sha256": fingerprints[0]},
+        model={"id": portable(model.id), "revision": model.revision, "sha256": fingerprints[1]},
         excluded=list(options.exclude),
         groups=options.groups,
     )

@@ -11,11 +11,13 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.writing.journal import Journal, storing
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
+from hf_llfc.foundation.model_names import as_text, portable, without_paths
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import Models
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.publishing import write_card
 from hf_llfc.publishing.card.card import Evidence
+from hf_llfc.publishing.files import read_recipe
 from hf_llfc.publishing.lineage import models_of, read_parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
 from hf_llfc.publishing.record import AlignmentSummary, Result, RunRecord
@@ -68,24 +70,34 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
     refuse_changed(opened.all)
     ours = journal.folder / LLFC_FOLDER
     as_run = resolved(recipe, opened, report)
+    told = dump_recipe(as_run, shown_names(recipe, opened, run.output.path / LLFC_FOLDER))
+    with storing(journal.folder):
+        ours.mkdir(exist_ok=True)
+        (ours / RECIPE_FILE).write_text(told, encoding="utf-8")
+    shown = read_recipe(ours / RECIPE_FILE)
+    gone, names = gone_of(run), shown_names(recipe, opened)
     parents = [
-        replace(parent, card=read_parent_card(parent.id, parent.revision)) for parent in models_of(as_run, report)
+        replace(parent, card=read_parent_card(known.id, known.revision), is_gone=index in gone)
+        for index, (parent, known) in enumerate(zip(models_of(shown, report), models_of(as_run, report), strict=True))
     ]
+    name = recipe.document or (recipe.publish.repo_id if recipe.publish else as_text(Path(recipe.output_dir).name))
     record = RunRecord(
         alignments=tuple(AlignmentSummary.from_dict(alignment_summary(a)) for a in run.alignments if a is not None),
         results=tuple(Result(**row) for row in table if "loss" in row),
         versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.named) else [])),
         hardware=hardware_in_words(run.processes),
         cards=tuple(parent.metadata for parent in parents),
+        warnings=tuple(without_paths(run.warnings, names)),
+        left=run.carried.left,
+        gone=gone,
+        name=name,
     )
     with storing(journal.folder):
-        ours.mkdir(exist_ok=True)
-        (ours / RECIPE_FILE).write_text(dump_recipe(as_run), encoding="utf-8")
         record.save(journal.folder)
         write_card(
             journal.folder,
-            Evidence(parents, as_run, report, record),
-            name=recipe.document or (recipe.publish.repo_id if recipe.publish else Path(recipe.output_dir).name),
+            Evidence(parents, shown, report, record),
+            name=name,
             license=recipe.publish.license if recipe.publish is not None else None,
         )
 
@@ -132,11 +144,38 @@ def load_alignments(names: Sequence[str | None], folder: Path, spec: Permutation
     return [None if name is None else Alignment.load(folder / name, spec) for name in names]
 
 
-def save_report(journal: Journal, report: ConnectivityReport) -> tuple[None, list[Path]]:
-    """Writes the report where it lies in an output."""
+def shown_names(recipe: Recipe, opened: Models, beside: Path | None = None) -> dict[str, str]:
+    """Names of models, data and folders that would tell how a disk is laid out → what others are told.
+
+    Args:
+        recipe: Names them.
+        opened: The models.
+        beside: The folder of a file that names them, from which paths beside it are told.
+    """
+    named: list[Any] = []
+    for document in (*recipe.earlier, recipe):
+        data = [document.align.calibration, document.importance, *(entry.importance for entry in document.models)]
+        if document.diagnose is not None:
+            data += [document.diagnose.data, document.diagnose.batch_norm.data]
+        named += [*(entry.model for entry in document.models), document.base_model, document.tokenizer_source]
+        named += [value for each in data if each is not None for value in (each.dataset, each.tokenizer)]
+    named += [value for each in opened.everything for value in (each.id, each.label)]
+    names = {str(name): portable(str(name), beside) for name in named if isinstance(name, str | Path)}
+    folders = [name for each in (*recipe.earlier, recipe) for name in (each.output_dir, each.logging_dir)]
+    names |= {name: portable(name) for name in folders}
+    return {name: shown for name, shown in names.items() if shown != name}
+
+
+def gone_of(run: RunContext) -> tuple[int, ...]:
+    """Indices of the parents that are not to be found after the run: those in memory, or all where none is kept."""
+    return tuple(index for index, parent in enumerate(run.models.named) if run.is_temporary or parent.folder is None)
+
+
+def save_report(names: Mapping[str, str], journal: Journal, report: ConnectivityReport) -> tuple[None, list[Path]]:
+    """Writes the report where it lies in an output, with others names of models and data; see `shown_names`."""
     path = journal.folder / LLFC_FOLDER / REPORT_FILE
     path.parent.mkdir(exist_ok=True)
-    report.save(path)
+    type(report).from_dict(without_paths(report.to_dict(), names)).save(path)
     return None, [path]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,14 @@ from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import LLFC_FOLDER, MADE_FROM_FILE
+from hf_llfc.foundation.memory import within_memory
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.opening import open_recipe, stand_ins
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.evidence import write_evidence
 from hf_llfc.pipeline.identity import identity_of_run
+from hf_llfc.pipeline.mergeability import closeness, warnings_of
 from hf_llfc.pipeline.resources import importance_bytes, peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.pipeline.run_context import RunContext, open_run
 from hf_llfc.pipeline.stages import align_parents, find_broken, measure, score, write_merge
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.parents.opening import Model
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -47,6 +52,7 @@ class Result:
         alignments: A summary of each alignment.
         table: Loss and metrics of every parent and of the merged checkpoint on the same data.
         url: Where the merge lies on the Hub; None if it was not pushed.
+        warnings: What to know before using the merge, a sentence each.
         is_main_process: Whether this process should report.
     """
 
@@ -56,6 +62,7 @@ class Result:
     table: Sequence[Mapping[str, Any]]
     url: str | None
     is_main_process: bool
+    warnings: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -65,14 +72,17 @@ class Result:
             "alignments": list(self.alignments),
             "report": self.report.to_dict() if self.report is not None else None,
             "url": self.url,
+            "warnings": list(self.warnings),
         }
 
 
+@within_memory()
 def run(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
     models: Sequence[Model] | None = None,
     restart: bool = False,
+    temporary: bool = False,
     progress: Progress = silent,
 ) -> Result:
     """Runs a recipe, alone or as one of the processes of a launcher; goes on where the same run was interrupted.
@@ -81,6 +91,7 @@ def run(
         recipe: A recipe, its file, or what its YAML says.
         models: What to take in place of the models that the recipe names, one for each: loaded models, say.
         restart: Whether to discard what an interrupted run into the same folder had finished.
+        temporary: Whether the models are gone after the run, so that the card must not say how to repeat it.
         progress: Shown meanwhile, on the main process.
 
     Returns:
@@ -97,7 +108,10 @@ def run(
             processes.on_main(lambda: refuse_documents(recipe, restart))
             for earlier in recipe.earlier:
                 _run_document(earlier, recipe, processes, restart, shown)
-        return _run(recipe, models, processes, restart, shown)
+        output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
+        processes.on_main(lambda: refuse_early(recipe, output))
+        run = open_run(recipe, output, processes, shown, models)
+        return _run(replace(run, is_temporary=temporary))
 
 
 def _run_document(recipe: Recipe, last: Recipe, processes: Processes, restart: bool, progress: Progress) -> None:
@@ -110,17 +124,15 @@ def _run_document(recipe: Recipe, last: Recipe, processes: Processes, restart: b
         made = open_run(recipe, output, processes, progress)
         if made.on_main(is_made):
             return
-    _run(recipe, None, processes, restart, progress)
-
-
-def _run(
-    recipe: Recipe, given: Sequence[Model] | None, processes: Processes, restart: bool, progress: Progress
-) -> Result:
-    output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
     processes.on_main(lambda: refuse_early(recipe, output))
-    run = open_run(recipe, output, processes, progress, given)
+    _run(open_run(recipe, output, processes, progress))
+
+
+def _run(run: RunContext) -> Result:
+    recipe, output, processes = run.recipe, run.output, run.processes
     run.on_main(refuse_too_large)
     run.on_main(identify)
+    run = warned(run)
     with run.staged() as run, tracking(recipe, is_main=processes.is_main) as trackers:
         run = align_parents(run)
         trackers.alignments(run.alignments)
@@ -135,7 +147,7 @@ def _run(
             run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
     url = run.on_main(push) if recipe.publish is not None else None
-    return Result(output.path, report, summaries, table, url, processes.is_main)
+    return Result(output.path, report, summaries, table, url, processes.is_main, run.warnings)
 
 
 def refuse_early(recipe: Recipe, output: OutputFolder) -> None:
@@ -180,9 +192,29 @@ def _digest(run: RunContext) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest() + "\n"
 
 
+def warned(run: RunContext) -> RunContext:
+    """The run with what there is to know before using its result, which is said once."""
+    return replace(run, warnings=run.on_main(warn))
+
+
+def warn(run: RunContext) -> list[str]:
+    """Says where models prepare their inputs differently or lie far apart, and what is not carried over.
+
+    Returns:
+        The warnings, a sentence each.
+    """
+    warnings = warnings_of(run.models, run.carried)
+    warnings += [each.sentence for each in closeness(run.models, run.recipe) if each.is_far]
+    for sentence in warnings:
+        logger.warning("%s", sentence)
+    if run.carried.left:
+        logger.info("%s: not carried over: %s", run.models.parents[0].label, ", ".join(run.carried.left))
+    return warnings
+
+
 def identify(run: RunContext) -> None:
     """Tells the output folder what it is made from, so that only the same run goes on there."""
-    run.output.made_from(identity_of_run(run.recipe, run.models.everything))
+    run.output.made_from(identity_of_run(run.recipe, run.models.everything, [run.data, run.calibration]))
 
 
 def refuse_too_large(run: RunContext) -> None:

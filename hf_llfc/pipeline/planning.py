@@ -8,9 +8,11 @@ from typing import Any
 from hf_llfc.alignment.costs import matching_cost, probe_seconds
 from hf_llfc.checkpoints import Checkpoint, OutputFolder
 from hf_llfc.parallel.devices import device_alone
+from hf_llfc.parents.carrying import carried
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs, stand_ins
 from hf_llfc.parents.probe import is_in_memory
 from hf_llfc.parents.specs import alignment_spec, bind
+from hf_llfc.pipeline.mergeability import warnings_of
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
 from hf_llfc.pipeline.which_method import SEVERAL_DOCUMENTS, compared
@@ -113,6 +115,9 @@ def plan_one(
     if recipe.diagnose is not None:
         data = recipe.diagnose.data
         steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
+    beside = carried(opened, recipe)
+    left = f"; left behind: {', '.join(beside.left)}" if beside.left else ""
+    steps.append({"step": "carry over", "what": f"{', '.join([*beside.files, *beside.sums]) or 'nothing'}{left}"})
     steps.append({"step": "write", "what": str(recipe.output_dir)})
     if recipe.publish is not None:
         steps.append({"step": "publish", "what": recipe.publish.repo_id})
@@ -125,7 +130,12 @@ def plan_one(
         reads += 2 * sum(each.nbytes for each in moving)
         probing = {"probe": {"seconds": len(moving) * probe_seconds(first)}}
     cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching, **probing}
-    return {"steps": steps, "cost": cost, "task_vectors": compared(recipe, opened, merge, compare)}
+    return {
+        "steps": steps,
+        "cost": cost,
+        "warnings": warnings_of(opened, beside),
+        "task_vectors": compared(recipe, opened, merge, compare),
+    }
 
 
 def _importance_data(recipe: Recipe) -> list[EvaluationConfig]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_llfc.checkpoints import OutputFolder
-from hf_llfc.checkpoints.preparation import preparation_differences
 from hf_llfc.checkpoints.writing.journal import Journal
 from hf_llfc.foundation.progress import Progress
 from hf_llfc.parallel.processes import Processes
@@ -43,7 +42,8 @@ class RunContext:
         alignments: One a parent; None where it stays as it is.
         folder: The staging folder of the output, once there is one.
         carried: Which files beside config and weights go with the result.
-        differences: How the models differ in what they do to an input, a sentence each.
+        warnings: What a user should know before using the result, a sentence each.
+        is_temporary: Whether the models are gone after the run.
     """
 
     recipe: Recipe
@@ -56,7 +56,8 @@ class RunContext:
     alignments: Sequence[Alignment | None] = ()
     folder: Path | None = None
     carried: Carried = field(default_factory=Carried)
-    differences: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    is_temporary: bool = False
 
     @cached_property
     def _moved(self) -> tuple[list[Parent], Parent | None]:
@@ -144,4 +145,4 @@ def open_run(
     refuse_replacing_inputs(output, models.everything)
     data, calibration = open_recipe_data(recipe, models)
     run = RunContext(recipe, processes, output, progress, models, data, calibration)
-    return replace(run, carried=carried(models, recipe), differences=preparation_differences(models.parents))
+    return replace(run, carried=carried(models, recipe))

@@ -8,13 +8,14 @@ from pathlib import Path
 from hf_llfc.alignment.costs import matching_memory
 from hf_llfc.alignment.together import align_all
 from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.checkpoints.positioned import checksum
 from hf_llfc.checkpoints.writing.journal import storing
-from hf_llfc.checkpoints.writing.shards import checksum
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
 from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import AlignmentError
 from hf_llfc.foundation.layout import LLFC_FOLDER, REPORT_FILE
+from hf_llfc.foundation.memory import within_memory
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.merging import Merge
 from hf_llfc.parallel.processes import Processes
@@ -37,6 +38,7 @@ from hf_llfc.recipe import Recipe
 from hf_llfc.symmetry import Alignment
 
 
+@within_memory()
 def write_aligned(
     recipe: Recipe, *, file: str | Path | None = None, restart: bool = False, progress: Progress = silent
 ) -> Alignment:
@@ -93,6 +95,7 @@ def write_aligned(
         return alignment
 
 
+@within_memory()
 def write_diagnosis(
     recipe: Recipe, *, heads: str = "own", keep: bool = True, restart: bool = False, progress: Progress = silent
 ) -> ConnectivityReport:

@@ -16,12 +16,13 @@ from hf_llfc.checkpoints import open_checkpoint, state_dict_on_disk
 from hf_llfc.checkpoints.files import LocalFiles, open_weights
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.checkpoints.writing.journal import storing
+from hf_llfc.checkpoints.writing.output import WEIGHTS_STAGE
 from hf_llfc.merging import Merge, Merges
 from hf_llfc.parents.data import evaluate_parents, open_data
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import alignment_spec
-from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report
+from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report, shown_names
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.sharing import write_shared
 from hf_llfc.pipeline.weighting import Broken, plan_merge
@@ -94,7 +95,18 @@ def write_merge(run: RunContext, broken: Broken | None = None) -> None:
         return
     merge = plan_merge(run.parents, run.base, run.recipe, broken, measure_importances(run), run.models.sections)
     write_shared(run, merge, partial(with_batch_norm, run, merge) if run.calibration is not None else None)
-    run.on_main(lambda run: refuse_changed(run.models.all))
+    run.on_main(finish_weights)
+
+
+def finish_weights(run: RunContext) -> None:
+    """Notes that the output is a checkpoint from now on: an error in what follows does not cost the weights.
+
+    Raises:
+        CheckpointError: A parent has changed meanwhile.
+    """
+    refuse_changed(run.models.all)
+    if WEIGHTS_STAGE not in run.output.journal.stages:
+        run.output.journal.finish(WEIGHTS_STAGE)
 
 
 def measure_importances(run: RunContext) -> list[Source]:
@@ -176,7 +188,8 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
             report = replace(report, data={**report.data, "stack": [[each.where, each.what] for each in sections]})
         return report
 
-    return run.stage("diagnose", find, save=save_report, load=load_report)
+    names = shown_names(recipe, run.models)
+    return run.stage("diagnose", find, save=partial(save_report, names), load=load_report)
 
 
 def score(run: RunContext) -> Sequence[dict[str, Any]]:

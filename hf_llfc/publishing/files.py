@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 from hf_llfc.errors import PublishingError, RecipeError
 from hf_llfc.foundation.limited_yaml import read_documents
+from hf_llfc.foundation.model_names import as_text
 from hf_llfc.recipe import Recipe, load_recipe
 
 
@@ -46,11 +46,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Writes a file so that it is there as a whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Writes a file so that it is there as a whole or not at all, with the permissions of any new file."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with draft.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(as_text(text))
+    draft.replace(path)
     return path

@@ -58,6 +58,7 @@ class ParentInfo:
         is_base: Whether it is the base of task arithmetic and not itself a parent.
         card: The metadata of its own card, as `read_parent_card` gives it; None where that was not read.
         share: In words what it was given in the merge, where that is no one weight.
+        is_gone: Whether it was in memory, or its files are gone: it has no name by which others find it.
     """
 
     id: str
@@ -66,6 +67,7 @@ class ParentInfo:
     is_base: bool = False
     card: Mapping[str, Any] | None = None
     share: str | None = None
+    is_gone: bool = False
 
     @classmethod
     def named(cls, name: str, revision: str | None = None, **values: Any) -> ParentInfo:
@@ -93,13 +95,19 @@ class ParentInfo:
             return (self,)
         cards = self.metadata.get(PARTS)
         cards = cards if isinstance(cards, list) and len(cards) == len(names) else [{}] * len(names)
-        return tuple(ParentInfo.named(name, card=card) for name, card in zip(names, cards, strict=True))
+        gone = [False, self.is_gone]  # a base that somebody named is where it was
+        return tuple(
+            ParentInfo.named(name, card=card, is_gone=is_gone)
+            for name, card, is_gone in zip(names, cards, gone, strict=True)
+        )
 
     @property
     def is_on_hub(self) -> bool:
         """Whether others can find it by its id."""
         if len(self.parts) > 1:
             return all(part.is_on_hub for part in self.parts)
+        if self.is_gone:
+            return False
         return is_hub_id(self.id) or (self.revision is not None and HUB_ID.fullmatch(self.id) is not None)
 
     @property

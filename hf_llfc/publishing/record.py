@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from hf_llfc.diagnostics.report import ConnectivityReport, typed
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import LLFC_FOLDER, RUN_FILE
+from hf_llfc.foundation.model_names import as_text
 from hf_llfc.publishing.files import read_json
 from hf_llfc.publishing.lineage import display_name, file_name, is_hub_id, relevant, split_revision
 
@@ -212,6 +213,10 @@ class RunRecord:
         versions: Of the libraries.
         hardware: In words.
         cards: Of every parent, in the order of `lineage.models_of`, what of its own card that of the merge depends on.
+        warnings: What a reader should know before using the merge, a sentence each.
+        left: Files of the first parent that the merge has not.
+        gone: Indices, in the same order, of the parents that were in memory, or whose files are gone.
+        name: What the card calls the merge; None where that is the name of its folder.
     """
 
     alignments: tuple[AlignmentSummary, ...] = ()
@@ -219,6 +224,10 @@ class RunRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: str | None = None
     cards: tuple[Mapping[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    gone: tuple[int, ...] = ()
+    name: str | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes the record into an output folder, without the paths of a disk."""
@@ -235,7 +244,7 @@ class RunRecord:
         ]
         text = json.dumps(_without_nan(values), indent=1, ensure_ascii=False, allow_nan=False)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8", newline="\n")
+        path.write_text(as_text(text) + "\n", encoding="utf-8", newline="\n")
         return path
 
     @classmethod

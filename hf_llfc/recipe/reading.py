@@ -13,6 +13,7 @@ import yaml
 from hf_llfc.errors import EvaluationError, RecipeError, raise_all, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.limited_yaml import read_documents
+from hf_llfc.foundation.model_names import existing, without_paths
 from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod, Parameter
 from hf_llfc.recipe.base import settle_base
 from hf_llfc.recipe.data import EvaluationConfig
@@ -128,9 +129,14 @@ def load_data(settings: EvaluationConfig | Mapping[str, Any]) -> EvaluationConfi
     return config
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Writes a recipe as YAML that `load_recipe` reads back, with the documents that it refers to."""
-    plain = plain_documents(recipe)
+def dump_recipe(recipe: Recipe, names: Mapping[str, str] | None = None) -> str:
+    """Writes a recipe as YAML that `load_recipe` reads back, with the documents that it refers to.
+
+    Args:
+        recipe: The recipe.
+        names: Names of models, data or folders → what stands in their place.
+    """
+    plain = [without_paths(each, names or {}) for each in plain_documents(recipe)]
     return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True) if len(plain) > 1 else _dumped(plain[0])
 
 
@@ -520,10 +526,10 @@ class _Reader:
             assert self.folder is not None
             return str(self.folder / name)
         base, plus, adapter = name.partition("+")
-        if plus and not Path(name).exists() and (self._is_beside(base) or self._is_beside(adapter)):
+        if plus and existing(name) is None and (self._is_beside(base) or self._is_beside(adapter)):
             return f"{self._located(base)}+{self._located(adapter)}"
         return name
 
     def _is_beside(self, name: str) -> bool:
         """Whether a name is a path beside the recipe file."""
-        return self.folder is not None and not Path(name).is_absolute() and (self.folder / name).exists()
+        return self.folder is not None and not Path(name).is_absolute() and existing(self.folder / name) is not None

@@ -136,7 +136,6 @@ def test_rows_and_columns_are_moved_as_they_are_summed(by_rows, by_columns, dtyp
 
 def test_one_model_is_copied_bit_for_bit(generator, tmp_path, workers):
     state = network(generator)
-    state["embed.weight"][0, 0] = float("nan")
     merge = Merge.copy(from_file(state, tmp_path / "a"), infos_of(state))
     found = written(merge, tmp_path / "out", workers=workers)
     for name, tensor in state.items():
@@ -392,3 +391,12 @@ def test_progress_ends_at_the_end(generator, tmp_path, workers):
     merge_streamed(merge, Nowhere(), workers=workers, on_bytes=lambda done, total: told.append((done, total)))
     dones, totals = zip(*told, strict=True)
     assert list(dones) == sorted(dones) and len(set(totals)) == 1 and dones[-1] == totals[-1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_what_is_not_finite_is_refused_of_a_copy_with_its_place(value, generator, tmp_path, workers):
+    state = network(generator)
+    state["embed.weight"][30, 3] = value
+    merge = Merge.copy(from_file(state, tmp_path / "a", "org/a"), infos_of(state))
+    with pytest.raises(CheckpointError, match=r"embed\.weight of org/a: 1 of 407 .* the first at flat index 333"):
+        written(merge, tmp_path / "out", workers=workers)

@@ -160,3 +160,45 @@ def test_one_tensor_of_each_model_is_read_at_a_time(generator):
     assert read == []
     next(stream)
     assert read == [("a", "stages.0.conv.weight"), ("b", "stages.0.conv.weight")]
+
+
+# -- one model alone
+
+
+def alone(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The only tensor of the only model, written in a dtype."""
+    source = Source("org/a", {"layer.weight": tensor}.__getitem__)
+    infos = merged_infos(infos_of({"layer.weight": tensor}), dtype)
+    return Merge.copy(source, infos).tensor("layer.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_alone_is_rounded_once(dtype):
+    # Rounded to float32 first, it lies on the tie, and goes down from there.
+    above_a_tie = 1 + torch.finfo(dtype).eps / 2 + 2.0**-40
+    written = alone(torch.tensor([above_a_tie, -above_a_tie], dtype=torch.float64), dtype)
+    above = 1 + torch.finfo(dtype).eps
+    assert written.dtype == dtype and written.tolist() == [above, -above]
+
+
+def test_a_value_beyond_the_range_is_refused_of_a_model_alone():
+    with pytest.raises(CheckpointError, match=r"layer\.weight: a merged value of 1e\+06 is beyond .* float16"):
+        alone(torch.tensor([1.0, 1e6]), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+def test_what_is_not_finite_is_refused_of_a_model_alone(dtype):
+    with pytest.raises(CheckpointError, match=r"layer\.weight of org/a: 1 of 3 elements are NaN .* index 1;"):
+        alone(torch.tensor([1.0, float("nan"), 2.0]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_alone_in_its_own_dtype_stays_bit_by_bit(dtype, generator):
+    tensor = torch.cat([torch.randn(100, generator=generator).to(dtype), torch.tensor([0.0, -0.0, 1e-40], dtype=dtype)])
+    same = alone(tensor)
+    assert same.dtype == dtype and torch.equal(same.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_numbers_of_eight_bits_are_copied_as_they_are():
+    tensor = torch.tensor([1.0, -2.0]).to(torch.float8_e4m3fn)
+    assert torch.equal(alone(tensor).view(torch.uint8), tensor.view(torch.uint8))

@@ -279,7 +279,7 @@ def test_where_features_break_one_model_stays_as_it_is(tmp_path):
     keep = {"model": 1, "ratio": 0.01}
     recipe = text_recipe(*pair, text_data(tmp_path), tmp_path / "out", align={"method": "none"}, keep_where_broken=keep)
     result = hf_llfc.run(recipe)
-    assert result.report.data["kept"] == {"model": str(pair[1]), "layers": ["model.layers.1"], "ratio": 0.01}
+    assert result.report.data["kept"] == {"model": "./b", "layers": ["model.layers.1"], "ratio": 0.01}
     a, b, merged = (load_file(path / "model.safetensors") for path in (*pair, tmp_path / "out"))
     for name, tensor in merged.items():
         expected = b[name] if name.startswith("model.layers.1.") else (a[name].double() + b[name].double()) / 2
@@ -336,7 +336,7 @@ def test_task_vectors_are_added_and_taken_away(independent, tmp_path):
     )
     report = result.report
     assert report.region == "arithmetic"
-    assert [model.id for model in report.models] == [*map(str, independent), str(base)]
+    assert [model.id for model in report.models] == ["./a", "./b", "./base"]
     assert [point.name for point in report.path[2:4]] == ["base", "-1 × task vectors"]
     assert report.path[3].weights == pytest.approx((-0.3, -0.4, 1.7))
     assert report.path[-1].weights == pytest.approx((0.3, 0.4, 0.3))

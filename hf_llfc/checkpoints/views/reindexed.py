@@ -112,7 +112,7 @@ def reindexed(checkpoint: Checkpoint, union: Vocabulary, index: int) -> Checkpoi
         for name, info in checkpoint.tensors.items()
     }
     is_moved = not torch.equal(rows_t, torch.arange(rows_of(checkpoint)))
-    own = {"companions": checkpoint.companion_stamps()} if checkpoint.revision is None else {}
+    own = {"companions": checkpoint.companion_checksums()} if checkpoint.revision is None else {}
     settings, source = checkpoint.settings.with_config(with_rows(checkpoint, union.size)), union.source
     if source is not None and source is not checkpoint:
         settings = replace(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from hf_llfc.checkpoints.files import is_outside
-from hf_llfc.checkpoints.writing.shards import checksum
+from hf_llfc.checkpoints.positioned import checksum
 from hf_llfc.errors import CheckpointError, StorageError
 
 logger = logging.getLogger(__name__)

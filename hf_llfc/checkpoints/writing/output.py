@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -29,8 +31,14 @@ EARLIER = "earlier"
 WORK = "work"
 JOURNAL = "journal.json"
 LOCK = "lock"
+WEIGHTS_STAGE = "weights"
+"""The stage after which the output is a checkpoint, whatever is measured and told of it afterwards."""
 _KNOWN = {OUTPUT, EARLIER, WORK, JOURNAL, "journal.draft", LOCK}
 
+LONGEST_NAME = 255
+"""Bytes of a name that file systems take."""
+LONGEST_PATH = 4000
+"""Bytes of a path that systems take, with room for the files in an output."""
 FILES_FORMAT = "hf_llfc.files/1"
 _LARGEST_LIST = 100_000_000
 _NAMED = 5
@@ -61,11 +69,14 @@ class OutputFolder:
             restart: Whether what an interrupted run had finished is discarded.
         """
         # A link stays a link: what it points at is replaced.
-        self.path = Path(path).expanduser().resolve()
+        self._named = str(path) or "''"
+        try:
+            self.path = Path(path).expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # of a user that is not known, in a circle of links
+            raise CheckpointError(f"{self._named}: the output cannot be called that ({error}); name a folder") from None
         self.overwrite = overwrite
         self.restart = restart
-        self._named = str(path) or "''"
-        self._partial = self.path.parent / f".{self.path.name}.partial"
+        self._partial = self.path.parent / _partial_name(self.path.name)
         self._identity: Mapping[str, Any] = {}
         self._journal: Journal | None = None
         self._lock: FileLock | None = None
@@ -104,6 +115,12 @@ class OutputFolder:
         Raises:
             CheckpointError: If the target is a file, a mount point, not empty, or in a folder that cannot be written.
         """
+        longest = max(len(os.fsencode(part)) for part in self.path.parts)
+        if longest > LONGEST_NAME or len(os.fsencode(self.path)) > LONGEST_PATH:
+            raise CheckpointError(
+                f"{self._named}: the name is too long for a file system, which takes {LONGEST_NAME} bytes a name and"
+                f" {LONGEST_PATH} a path; choose a shorter one"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(
                 f"{self._named}: the output must be a folder, and this is a file; choose another path"
@@ -138,13 +155,13 @@ class OutputFolder:
                 f"{self._named}: the output folder is not empty (it holds {_few(held)}); choose another one, or "
                 "overwrite it (`--overwrite`, in a recipe `overwrite: true`)"
             )
-        ours = _written_files(self.path)
+        ours = written_files(self.path)
         if ours is None:
             raise CheckpointError(
                 f"{self._named}: the output folder was not written by hf-llfc, so it is not overwritten (it holds "
                 f"{_few(held)}); choose another one"
             )
-        strangers = list(islice((name for name in _files_in(self.path) if not _is_ours(name, ours)), _NAMED + 1))
+        strangers = list(islice((name for name in _files_in(self.path) if not is_ours(name, ours)), _NAMED + 1))
         if strangers:
             raise CheckpointError(
                 f"{self._named}: the output folder holds files that no run of hf-llfc wrote, and overwriting would"
@@ -161,34 +178,44 @@ class OutputFolder:
     def __enter__(self) -> Path:
         """Makes the staging folder, or takes up that of an interrupted run."""
         self.check()
-        existed = self._partial.exists()
+        self._acquire()
+        is_first = not (self._partial / JOURNAL).exists()
         try:
-            self._make_parents()
-            self._partial.mkdir(exist_ok=True)
-        except OSError as error:
-            self._remove_parents()
-            raise CheckpointError(f"{self._named}: the output cannot be written ({error.strerror})") from error
-        try:
-            self._acquire()
             self._journal = self._begin()
         except BaseException:
-            if self._lock is not None and not existed:
+            if is_first:
                 self._discard()
             self._release()
             raise
         return self._journal.folder
 
     def _acquire(self) -> None:
-        lock = FileLock(self._partial / LOCK)
-        try:
-            lock.acquire(timeout=_LOCK_SECONDS)
-        except Timeout:
-            raise CheckpointError(
-                f"{self._named}: another run is writing this output; wait until it ends, or choose another folder"
-            ) from None
-        except OSError as error:
-            raise CheckpointError(f"{self._named}: the output cannot be locked ({error.strerror})") from error
-        self._lock = lock
+        """Makes the folder beside the output and locks it; another run may be removing the same folder meanwhile."""
+        end = time.monotonic() + _LOCK_SECONDS
+        while self._lock is None:
+            lock = FileLock(self._partial / LOCK)
+            try:
+                self._make_parents()
+                self._partial.mkdir(exist_ok=True)
+                lock.acquire(timeout=max(0.0, end - time.monotonic()))
+            except FileNotFoundError:
+                if time.monotonic() > end:
+                    raise self._in_use() from None
+                continue
+            except Timeout:
+                raise self._in_use() from None
+            except OSError as error:
+                self._remove_parents()
+                raise CheckpointError(f"{self._named}: the output cannot be written ({error.strerror})") from error
+            if (self._partial / LOCK).exists():  # else what is locked is what another run has removed
+                self._lock = lock
+            else:
+                lock.release()
+
+    def _in_use(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._named}: another run is writing this output; wait until it ends, or choose another folder"
+        )
 
     def _begin(self) -> Journal:
         """Takes up the journal of an interrupted run, or makes a fresh staging folder.
@@ -290,9 +317,16 @@ class OutputFolder:
 
     def _stop(self, error: BaseException | None) -> None:
         at_fault = isinstance(error, LLFCError) and not isinstance(error, StorageError | ProcessError)
-        if self.journal.is_empty or (at_fault and not self.journal.is_complete):
+        has_weights = WEIGHTS_STAGE in self.journal.stages
+        if self.journal.is_empty or (at_fault and not self.journal.is_complete and not has_weights):
             self._discard()
             return
+        if isinstance(error, LLFCError) and at_fault and has_weights:
+            raise type(error)(
+                f"{error}\nThe weights are complete, and kept in {self.journal.folder}: run the same again to go on, or"
+                f" move that folder to {self.path} to take it as it is, without its card, or begin anew with --restart"
+                " (in Python restart=True)"
+            ) from error
         logger.warning(
             "%s: stopped before the end; %s is kept (%s): run the same again to go on, or with --restart to begin anew",
             self._named,
@@ -305,7 +339,7 @@ class OutputFolder:
         staging = self.journal.folder
         if staging != self.path:
             with storing(staging):
-                _list_files(staging)
+                list_files(staging)
                 flush_all(staging)
             self.journal.complete()
             try:
@@ -372,8 +406,9 @@ class OutputFolder:
             missing.append(parent)
             parent = parent.parent
         for folder in reversed(missing):
-            folder.mkdir()
-            self._made_parents.append(folder)
+            with suppress(FileExistsError):  # another run made it meanwhile, who removes it if need be
+                folder.mkdir()
+                self._made_parents.append(folder)
 
     def _remove_parents(self) -> None:
         for folder in reversed(self._made_parents):
@@ -384,6 +419,15 @@ class OutputFolder:
         self._made_parents.clear()
 
 
+def _partial_name(name: str) -> str:
+    """The name of the folder beside an output, also where there is hardly room for more than the output's own."""
+    whole = f".{name}.partial"
+    if len(os.fsencode(whole)) <= LONGEST_NAME:
+        return whole
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f".{os.fsdecode(os.fsencode(name)[:200]).encode(errors='ignore').decode(errors='ignore')}.{digest}.partial"
+
+
 def _files_in(folder: Path) -> Iterator[str]:
     """The paths of all files below a folder, with `/`."""
     for path, folders, names in os.walk(folder):
@@ -392,7 +436,7 @@ def _files_in(folder: Path) -> Iterator[str]:
             yield (Path(path) / name).relative_to(folder).as_posix()
 
 
-def _list_files(folder: Path) -> None:
+def list_files(folder: Path) -> None:
     """Writes the list of the files in an output folder into it."""
     (folder / LLFC_FOLDER).mkdir(exist_ok=True)
     path = folder / LLFC_FOLDER / FILES_FILE
@@ -400,7 +444,7 @@ def _list_files(folder: Path) -> None:
     path.write_text(json.dumps({"format": FILES_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
-def _written_files(folder: Path) -> set[str] | None:
+def written_files(folder: Path) -> set[str] | None:
     """The files that a run has written into a folder, by its own list; None if there is no such list."""
     path = folder / LLFC_FOLDER / FILES_FILE
     try:
@@ -413,8 +457,13 @@ def _written_files(folder: Path) -> set[str] | None:
     return {str(name) for name in files} if isinstance(files, list) else None
 
 
-def _is_ours(name: str, listed: set[str]) -> bool:
-    """Whether a file is on the list, or is one of a card, which may be written later."""
+def is_ours(name: str, listed: set[str]) -> bool:
+    """Whether a file is on the list of a run, or is one of a card, which may be written later.
+
+    Args:
+        name: Its path below the output folder, with `/`.
+        listed: What `written_files` gave.
+    """
     of_card = name.startswith(f"{LLFC_FOLDER}/") and name.endswith((".png", ".html", ".json"))
     return name in listed or name == CARD_FILE or of_card
 

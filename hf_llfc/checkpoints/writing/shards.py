@@ -31,7 +31,6 @@ from hf_llfc.errors import StorageError
 
 MAX_SHARD_SIZE = 5 * 10**9
 _FILENAME_PATTERN = SINGLE_FILE.replace(".safetensors", "{suffix}.safetensors")
-_READ_AT_ONCE = 1 << 20
 
 PIECE = 1 << 20
 """Bytes of a tensor that are hashed at a time, counted from its first, while they are in the processor's cache."""
@@ -326,20 +325,6 @@ class _Rooms(threading.local):
         room = np.empty(_DIRECT_AT_ONCE + _BLOCK, dtype=np.uint8)
         begin = -room.ctypes.data % _BLOCK
         return room[begin : begin + _DIRECT_AT_ONCE]
-
-
-def checksum(path: Path) -> str:
-    """A checksum of a whole file (XXH3, 128 bits): against damage, not against intent.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    room = memoryview(bytearray(_READ_AT_ONCE))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(room):
-            digest.update(room[:count])
-    return digest.hexdigest()
 
 
 def _reserve(descriptor: int, size: int) -> None:

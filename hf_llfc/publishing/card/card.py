@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hf_llfc.checkpoints.companions import MODULES_FILE
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER, PAGE_FILE, RECIPE_FILE, REPORT_FILE
-from hf_llfc.publishing.card.metadata import card_metadata, eval_results
+from hf_llfc.publishing.card.metadata import SENTENCES, card_metadata, eval_results
 from hf_llfc.publishing.card.results import comparison, result_rows, result_table
 from hf_llfc.publishing.card.sections import (
     layer_table,
@@ -70,11 +71,15 @@ class Evidence:
     record: RunRecord = field(default_factory=RunRecord)
 
     @classmethod
-    def read(cls, folder: str | Path) -> Evidence:
+    def read(cls, folder: str | Path, *, ask: bool = True) -> Evidence:
         """Reads the evidence that lies in llfc/ of an output folder.
 
         The parents' own cards are read for licence, languages and data; where they cannot be, what llfc/run.json says
         of them counts.
+
+        Args:
+            folder: The output folder.
+            ask: Whether the parents' cards are read anew, from the Hub if they are there.
 
         Raises:
             PublishingError: A file in llfc/ cannot be read, or nothing names the parents.
@@ -85,8 +90,12 @@ class Evidence:
         record, parents = RunRecord.load(Path(folder)), models_of(recipe, report)
         recorded = record.cards if len(record.cards) == len(parents) else [{}] * len(parents)
         parents = [
-            replace(parent, card=read_parent_card(parent.id, parent.revision) or earlier)
-            for parent, earlier in zip(parents, recorded, strict=True)
+            replace(
+                parent,
+                card=(ask and read_parent_card(parent.id, parent.revision)) or earlier,
+                is_gone=index in record.gone,
+            )
+            for index, (parent, earlier) in enumerate(zip(parents, recorded, strict=True))
         ]
         return cls(parents, recipe, report, record)
 
@@ -126,15 +135,53 @@ def write_card(
         (ours / earlier).unlink(missing_ok=True)
     if evidence.report is not None:
         save_plots(evidence.report, ours)
-        write_page(
-            evidence.report,
-            ours,
-            title=name or folder.resolve().name,
-            hardware=evidence.record.hardware,
-            links={f"../{CARD_FILE}": "the model card"},
-            lead=_headline(evidence),
-        )
+        _write_page(folder, evidence, name)
     return write_whole(folder / CARD_FILE, render_card(folder, evidence, name=name, license=license))
+
+
+def _write_page(folder: Path, evidence: Evidence, name: str | None) -> None:
+    """Writes the interactive report beside the card."""
+    assert evidence.report is not None
+    write_page(
+        evidence.report,
+        folder / LLFC_FOLDER,
+        title=name or folder.resolve().name,
+        hardware=evidence.record.hardware,
+        links={f"../{CARD_FILE}": "the model card"},
+        lead=_headline(evidence),
+    )
+
+
+def rename_card(folder: Path, name: str) -> bool:
+    """Makes the card one for another name, the repository that it goes to say; what a user changed in it stays.
+
+    Args:
+        folder: An output folder with its card.
+        name: What the model is called from now on.
+
+    Returns:
+        Whether anything had to be changed.
+
+    Raises:
+        PublishingError: The folder holds no checkpoint, or a file in llfc/ cannot be read.
+    """
+    evidence = Evidence.read(folder, ask=False)
+    recipe, path = evidence.recipe, folder / CARD_FILE
+    earlier = evidence.record.name
+    if earlier is None:
+        earlier = Path(recipe.output_dir).name if recipe is not None else folder.resolve().name
+    if earlier == name or not path.is_file():
+        return False
+    license = recipe.publish.license if recipe is not None and recipe.publish is not None else None
+    cards = [render_card(folder, evidence, name=each, license=license) for each in (earlier, name)]
+    pairs = zip(*(card.splitlines() for card in cards), strict=False)  # a name changes words, not lines
+    changed = {before: after for before, after in pairs if before != after}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    write_whole(path, "\n".join(changed.get(line, line) for line in lines))
+    if evidence.report is not None and (folder / LLFC_FOLDER / PAGE_FILE).is_file():
+        _write_page(folder, evidence, name)
+    replace(evidence.record, name=name).save(folder)
+    return True
 
 
 def render_card(folder: str | Path, evidence: Evidence, *, name: str | None = None, license: str | None = None) -> str:
@@ -158,10 +205,12 @@ def render_card(folder: str | Path, evidence: Evidence, *, name: str | None = No
     config = read_json(folder / "config.json")
     name = name or folder.resolve().name
     data = MeasuredData.of(evidence.report)
-    task = data.task or task_of(config)
+    of_sentences = (folder / MODULES_FILE).is_file()
+    task = data.task or task_of(config) or ("sentence-similarity" if of_sentences else None)
+    library = SENTENCES if of_sentences else "transformers"
     license_found = combined_license(evidence.parents, license)
     rows = result_rows(evidence.report, evidence.record.results)
-    metadata = card_metadata(name, task, evidence.parents, license_found, eval_results(task, data, rows))
+    metadata = card_metadata(name, task, evidence.parents, license_found, eval_results(task, data, rows), library)
     context = {
         "name": name.rsplit("/", 1)[-1],
         "architecture": (config.get("architectures") or [config.get("model_type") or "model"])[0],
@@ -192,7 +241,11 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "alignments": [alignment_sentence(alignment) for alignment in record.alignments],
         "nothing_moved": bool(record.alignments) and all(a.units and not a.moved for a in record.alignments),
         "united": recipe is not None and recipe.tokenizer_source == UNION,
-        "recipe": recipe_text(recipe),
+        "gone": [parent.name for parent in evidence.parents if parent.is_gone],
+        "local": any(not part.is_on_hub and not part.is_gone for parent in evidence.parents for part in parent.parts),
+        "recipe": recipe_text(recipe, can_run=not any(parent.is_gone for parent in evidence.parents)),
+        "warnings": record.warnings,
+        "left": record.left,
         "seeds": seeds_of(recipe),
         "commits": [part for parent in evidence.parents for part in parent.parts if part.is_on_hub and part.revision],
         "versions": record.versions or (report.versions if report is not None else {}) or installed_versions(),

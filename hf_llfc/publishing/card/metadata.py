@@ -13,10 +13,17 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
 TAGS = ("merge", "hf-llfc")
+SENTENCES = "sentence-transformers"
+"""The library of a folder with its modules."""
 
 
 def card_metadata(
-    name: str, task: str | None, parents: Sequence[ParentInfo], license: License, results: Sequence[EvalResult]
+    name: str,
+    task: str | None,
+    parents: Sequence[ParentInfo],
+    license: License,
+    results: Sequence[EvalResult],
+    library: str = "transformers",
 ) -> ModelCardData:
     """What stands between the dashes at the top of a card.
 
@@ -29,6 +36,7 @@ def card_metadata(
         parents: All of them, the base of task arithmetic included.
         license: What the merge can state.
         results: Loss and metrics of the merge; they make the model-index.
+        library: What loads it.
     """
     from huggingface_hub import ModelCardData
 
@@ -42,9 +50,9 @@ def card_metadata(
         license=license.metadata.get("license"),
         license_name=license.metadata.get("license_name"),
         license_link=license.metadata.get("license_link"),
-        library_name="transformers",
+        library_name=library,
         pipeline_tag=task,
-        tags=list(TAGS),
+        tags=[*TAGS, *([library] if library == SENTENCES else [])],
         datasets=union(parents, "datasets") or None,
         model_name=name.rsplit("/", 1)[-1] if results else None,
         eval_results=list(results) or None,

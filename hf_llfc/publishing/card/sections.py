@@ -89,14 +89,20 @@ def layer_table(report: ConnectivityReport | None) -> list[tuple[str, ...]]:
     ]
 
 
-def recipe_text(recipe: Recipe | None) -> str | None:
-    """The recipe as YAML for others: names in place of the paths of local folders, and nothing about the upload."""
+def recipe_text(recipe: Recipe | None, *, can_run: bool = True) -> str | None:
+    """The recipe as YAML for others: no path from the root of a disk, and nothing about the upload.
+
+    Args:
+        recipe: As run.
+        can_run: Whether its models can be found; they are left out where they cannot.
+    """
     import yaml
 
     if recipe is None:
         return None
+    hidden = ("publish",) if can_run else ("publish", "models", "slices", "modules", "base_model")
     shown = [
-        _without_paths({key: value for key, value in document.items() if key != "publish"})
+        _without_paths({key: value for key, value in document.items() if key not in hidden})
         for document in plain_documents(recipe)
     ]
     # Lists of numbers go into one line.
@@ -119,7 +125,7 @@ def _without_paths(value: Any) -> Any:
         return [_without_paths(item) for item in value]
     if isinstance(value, str) and len(parts := parts_of(value)) > 1:
         return "+".join(str(_without_paths(part)) for part in parts)
-    if isinstance(value, str | PurePath) and os.path.isabs(value):
+    if isinstance(value, str | PurePath) and (os.path.isabs(value) or str(value).startswith(("./", "../", "~"))):
         return f"./{PurePath(value).name}"
     return str(value) if isinstance(value, PurePath) else value
 
@@ -136,9 +142,12 @@ def limits_of(
     else:
         limits += _limits_of_report(report, data, len([parent for parent in parents if not parent.is_base]), rows)
     limits.append("The merge can inherit the errors and biases of its parents.")
-    local = [parent.name for parent in parents if not parent.is_on_hub]
+    local = [parent.name for parent in parents if not parent.is_on_hub and not parent.is_gone]
     if local:
         limits.append(f"Others cannot repeat the merge, because these parents are not on the Hub: {', '.join(local)}.")
+    gone = [parent.name for parent in parents if parent.is_gone]
+    if gone:
+        limits.append(f"Nobody can repeat the merge, because these parents are kept nowhere: {', '.join(gone)}.")
     if report is not None and data.dataset and data.link is None:
         limits.append(f"Others cannot repeat the measurement, because its data is not on the Hub: {data.id}.")
     return limits

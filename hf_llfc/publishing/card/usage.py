@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_llfc.checkpoints.companions import MODULES_FILE
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,6 +61,11 @@ def usage_snippet(folder: Path, config: Mapping[str, Any], task: str | None, mod
     remote = ", trust_remote_code=True" if config.get("auto_map") else ""
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     has_processor = any((folder / name).is_file() for name in PROCESSOR_FILES)
+    if (folder / MODULES_FILE).is_file():
+        return (
+            f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({model}{remote})\n"
+            'print(model.encode(["A sentence.", "Another one."]).shape)'
+        )
     if not remote and not _is_known(config):
         name = str((config.get("architectures") or [""])[0])
         name = name if name.isidentifier() else "YourModel"

@@ -6,15 +6,20 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from hf_llfc.errors import CheckpointError, PublishingError, raise_all
+from hf_llfc.checkpoints.companions import companion_names
+from hf_llfc.checkpoints.writing.output import is_ours, written_files
+from hf_llfc.errors import CheckpointError, PublishingError, raise_all, suggest
 from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
+from hf_llfc.foundation.model_names import existing
 from hf_llfc.publishing.numbers import LOSS, value_text
 from hf_llfc.publishing.reading import is_far_above, merge_point, model_points, not_finite, read_report
 from hf_llfc.publishing.record import RunRecord
@@ -33,6 +38,8 @@ LARGEST_FILE = 50 * 10**9
 MOST_ENTRIES = 10_000
 """In one folder; https://huggingface.co/docs/hub/storage-limits."""
 CHUNK = 8 * 1024 * 1024
+_WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,15 @@ class LocalFile:
         return str(digest.hexdigest())
 
 
-def check_folder(folder: Path) -> list[LocalFile]:
-    """Every file of an output folder, if that is a whole one.
+def check_folder(folder: Path, include: Sequence[str] = ()) -> list[LocalFile]:
+    """The files of an output folder that are published, if that is a whole one.
 
-    Files and folders whose name starts with a dot are left out: no merge writes any.
+    These are the files that a run wrote, by its own list, and those that the user names. What others put there may be
+    no one else's business: a key, a database, the state of a training run.
 
     Args:
         folder: The output folder.
+        include: Patterns of further files, by their path in the folder; a star reaches into folders.
 
     Returns:
         Its files, by path.
@@ -86,21 +95,31 @@ def check_folder(folder: Path) -> list[LocalFile]:
     Raises:
         PublishingError: Everything that is missing, cut off or does not belong there, at once.
     """
-    if not folder.is_dir():
+    if existing(folder) is None or not folder.is_dir():
         raise PublishingError(f"{folder} is not a folder; give the output folder of a merge")
     problems: list[str] = []
     files: list[LocalFile] = []
-    skipped: list[str] = []
-    for source in sorted(folder.rglob("*")):
-        path = source.relative_to(folder)
-        if any(part.startswith(".") for part in path.parts):
-            skipped += [path.as_posix()] if source.is_file() else []
+    left: list[str] = []
+    written = written_files(folder)
+    found = {source.relative_to(folder).as_posix(): source for source in sorted(folder.rglob("*"))}
+    for path, source in found.items():
+        is_wanted = any(fnmatchcase(path, pattern) for pattern in include)
+        if not is_wanted and not (is_ours(path, written) if written is not None else _is_of_checkpoint(path)):
+            left += [path] if source.is_file() else []
         elif source.is_symlink():
             problems.append(f"{path} is a link; only what lies in the folder itself is uploaded: copy the file")
         elif source.is_file():
-            files.append(LocalFile(path.as_posix(), source, source.stat().st_size))
-    if skipped:
-        logger.warning("not uploaded, because the name starts with a dot: %s", ", ".join(skipped))
+            files.append(LocalFile(path, source, source.stat().st_size))
+    for pattern in include:
+        if not any(fnmatchcase(path, pattern) and source.is_file() for path, source in found.items()):
+            problems.append(f"no file is called {pattern}{suggest(pattern, left)}")
+    if left:
+        logger.warning(
+            "%s: not uploaded, because no run wrote %s: %s; name what should be uploaded too (`--include`)",
+            folder,
+            "it" if len(left) == 1 else "them",
+            ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""),
+        )
     present = {file.path for file in files}
     for name, hint in (
         ("config.json", "it is no checkpoint"),
@@ -113,6 +132,13 @@ def check_folder(folder: Path) -> list[LocalFile]:
     problems += size_problems({file.path: file.size for file in files})
     raise_all(problems, PublishingError, f"{folder} cannot be published")
     return files
+
+
+def _is_of_checkpoint(path: str) -> bool:
+    """Whether a file of a folder without a list is one that a run writes, by its name."""
+    if path.startswith(f"{LLFC_FOLDER}/"):
+        return path.endswith((".json", ".yaml", ".safetensors", ".png", ".html"))
+    return path in ("config.json", CARD_FILE) or bool(_WEIGHT_FILE.fullmatch(path) or companion_names([path]))
 
 
 def refuse_too_large_for_the_hub(infos: Mapping[str, TensorInfo], max_shard_size: int) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE
-from hf_llfc.foundation.model_names import is_hub_id, parts_of, split_revision
+from hf_llfc.foundation.model_names import is_hub_id
 from hf_llfc.publishing.files import read_recipe
 from hf_llfc.publishing.hub.hub_errors import explained
 from hf_llfc.publishing.hub.target import Target
-from hf_llfc.publishing.lineage import ParentInfo, combined_license, read_parent_card
+from hf_llfc.publishing.lineage import ParentInfo, combined_license, models_of, read_parent_card
+from hf_llfc.publishing.record import RunRecord
 from hf_llfc.recipe import PublishSection, Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def check_access(where: PublishSection, parents: Sequence[str]) -> None:
     info = target.look_up()
     if info is not None:
         refuse_a_tag_that_points_elsewhere(target, target.tagged(), None)
-    check_parents(target, parents, info)
+    check_parents(target, [ParentInfo.named(parent) for parent in parents], info)
 
 
 def check_names(where: PublishSection) -> None:
@@ -92,21 +94,27 @@ def parents_in(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(leaves))
 
 
-def parents_of(folder: Path) -> list[str]:
-    """The models that an output folder was merged from.
+def parents_of(folder: Path) -> list[ParentInfo]:
+    """The models that an output folder was merged from, with what the run noted of their cards.
 
     Raises:
         PublishingError: What is in the folder is no recipe.
     """
-    return parents_in(read_recipe(folder / LLFC_FOLDER / RECIPE_FILE))
+    record = RunRecord.load(folder)
+    parents = models_of(read_recipe(folder / LLFC_FOLDER / RECIPE_FILE), None)
+    cards = record.cards if len(record.cards) == len(parents) else [None] * len(parents)
+    return [
+        replace(parent, card=card, is_gone=index in record.gone)
+        for index, (parent, card) in enumerate(zip(parents, cards, strict=True))
+    ]
 
 
-def check_parents(target: Target, parents: Sequence[str], info: ModelInfo | None) -> None:
+def check_parents(target: Target, parents: Sequence[ParentInfo], info: ModelInfo | None) -> None:
     """A merge holds its parents' weights: what they forbid, the merge may not do.
 
     Args:
         target: Where the merge goes.
-        parents: Hub ids, with or without @revision, and folders.
+        parents: Models of the Hub and folders; of a folder that is gone counts what is known of its card.
         info: What the Hub says of the repository, if it exists.
 
     Raises:
@@ -114,10 +122,10 @@ def check_parents(target: Target, parents: Sequence[str], info: ModelInfo | None
     """
     read: list[ParentInfo] = []
     is_public = not target.is_private(info)
-    for model in (part for parent in parents for part in parts_of(parent)):
-        name, revision = split_revision(model)
-        if not is_hub_id(name):
-            card = read_parent_card(name)
+    for part in (part for parent in parents for part in parent.parts):
+        name, revision = part.id, part.revision
+        if part.is_gone or not is_hub_id(name):
+            card = dict(part.metadata) if part.is_gone else read_parent_card(name) or dict(part.metadata)
         elif (hosted := _look_up_parent(target, name)) is None:
             continue
         else:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import CARD_FILE
+from hf_llfc.publishing.card.card import rename_card
 from hf_llfc.publishing.hub.folder import check_folder, check_sanity
 from hf_llfc.publishing.hub.preflight import (
     check_names,
@@ -31,6 +34,7 @@ def publish(
     token: str | None = None,
     endpoint: str | None = None,
     force: bool = False,
+    include: Sequence[str] = (),
 ) -> str:
     """Pushes an output folder to a model repository on the Hub, as `hf_llfc.publish`, which explains the arguments.
 
@@ -40,18 +44,26 @@ def publish(
         token: Token of the Hub; else the one you are logged in with.
         endpoint: Address of the Hub, where it is not the usual one.
         force: Pushes although something speaks against it.
+        include: Patterns of files that no run wrote and that are pushed all the same.
 
     Raises:
         PublishingError: What is wrong and what to do next; then nothing was committed, unless it says so.
     """
     check_names(where)
     folder = Path(folder)
-    files = check_folder(folder)
+    files = check_folder(folder, include)
     parents = parents_of(folder)
     if not force:
         check_sanity(folder)
     target = Target.connect(where, token=token, endpoint=endpoint)
     info = target.look_up()
+    try:
+        if rename_card(folder, target.repo_id):
+            files = check_folder(folder, include)
+    except PublishingError as error:
+        if not force:
+            raise
+        logger.warning("the card is pushed as it is: %s", error)
     target.check_card(folder / CARD_FILE)
     if not force:
         check_parents(target, parents, info)

@@ -15,6 +15,8 @@ from huggingface_hub import ModelCard, snapshot_download
 from safetensors.numpy import save_file
 
 from hf_llfc import publish
+from hf_llfc.checkpoints.writing.output import list_files
+from hf_llfc.publishing import write_card
 from hf_llfc.publishing.record import Result, RunRecord
 from tests.hub_double import HubDouble, validate_card
 from tests.publishing.pushing import (
@@ -100,13 +102,44 @@ def test_shards_of_an_earlier_push_do_not_stay_beside_new_weights(hub: HubDouble
 
 
 def test_only_the_output_is_uploaded(hub: HubDouble, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    expected = contents(folder)
-    (folder / ".env").write_text("HF_TOKEN=hf_secretsecretsecret")
-    (folder / ".git").mkdir()
-    (folder / ".git" / "config").write_text("x")
+    strangers = [".env", ".git/config", "id_rsa", "notes/todo.txt", "run.py", "state.sqlite", "training_args.bin"]
+    for name in strangers:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("HF_TOKEN=hf_secretsecretsecret")
     publish(folder, REPO)
-    assert hub.files(REPO) == expected
-    assert "not uploaded, because the name starts with a dot: .env, .git/config" in caplog.text
+    assert hub.files(REPO) == {name: data for name, data in contents(folder).items() if name not in strangers}
+    assert f"not uploaded, because no run wrote them: {', '.join(strangers)}; name what" in caplog.text
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_the_user_names_is_uploaded_too(hub: HubDouble, folder: Path, listed: bool) -> None:
+    if listed:  # as a run does, at its end
+        list_files(folder)
+    for name in ("examples/one.json", "examples/two.json", "other.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    publish(folder, REPO, include=["examples/*"])
+    assert hub.files(REPO) == {name: data for name, data in contents(folder).items() if name != "other.json"}
+    assert "no file is called exampel/*" in refused(folder, include=["exampel/*"])
+
+
+def test_the_card_is_one_for_its_target(hub: HubDouble, folder: Path) -> None:
+    before = write_card(folder, name="merged").read_text()
+    (folder / "README.md").write_text(before.replace("## Limits", "A line of mine.\n\n## Limits"))
+    publish(folder, "lady/soup", token=hub.add_user("lady"))
+    card = hub.files("lady/soup")["README.md"].decode()
+    assert 'model="lady/soup"' in card and "\n# soup\n" in card and "A line of mine." in card
+    assert 'model="merged"' not in card and "\n# merged\n" not in card
+    publish(folder, REPO)
+    again = hub.files(REPO)["README.md"].decode()
+    assert 'model="me/merged"' in again and "A line of mine." in again
+
+
+def test_a_run_s_own_list_says_what_is_pushed(hub: HubDouble, folder: Path) -> None:
+    list_files(folder)
+    (folder / "vocab.txt").write_text("x")  # a name that runs write, and this one did not
+    publish(folder, REPO)
+    assert "vocab.txt" not in hub.files(REPO)
 
 
 def test_an_existing_repository_of_ones_own_is_used(hub: HubDouble, folder: Path) -> None:
@@ -217,7 +250,7 @@ def unlist(folder: Path) -> None:
         (unlist, "lacks absent.weight"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is not an index of shards"),
         (lambda f: (f / "model.safetensors.index.json").unlink(), "there are no weights"),
-        (lambda f: (f / "more.json").symlink_to("/etc/hostname"), "more.json is a link"),
+        (lambda f: (f / "generation_config.json").symlink_to("/etc/hostname"), "generation_config.json is a link"),
         (lambda f: (f / "llfc" / "recipe.yaml").write_text("models: 3"), "recipe.yaml: the recipe cannot be run"),
     ],
 )
