@@ -198,9 +198,10 @@ class OutputFolder:
                 self._make_parents()
                 self._partial.mkdir(exist_ok=True)
                 lock.acquire(timeout=max(0.0, end - time.monotonic()))
-            except FileNotFoundError:
+            except FileNotFoundError as error:  # removed by another run, who tidies up
                 if time.monotonic() > end:
-                    raise self._in_use() from None
+                    raise CheckpointError(f"{self._named}: the output cannot be written ({error.strerror})") from error
+                time.sleep(0.01)
                 continue
             except Timeout:
                 raise self._in_use() from None

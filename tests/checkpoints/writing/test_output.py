@@ -1,13 +1,17 @@
 """The output folder: complete or not there at all, and nobody else's files are touched."""
 
+import ast
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.checkpoints.writing.output import WEIGHTS_STAGE
 from hf_llfc.errors import CheckpointError, StorageError
 
 
@@ -368,3 +372,80 @@ def test_an_earlier_output_comes_back_when_its_replacement_is_discarded(tmp_path
     with pytest.raises(CheckpointError, match="something else"):
         taken_up(target, {}, overwrite=True)
     assert (target / "config.json").read_text() == "old"
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.errors import CheckpointError
+
+print("ready", flush=True)
+sys.stdin.readline()
+said = set()
+for turn in range(30):
+    try:
+        with OutputFolder(Path(sys.argv[1]) / "new" / "out", overwrite=True) as folder:
+            (folder / "config.json").write_text(sys.argv[2])
+    except CheckpointError as error:
+        said.add(str(error).partition(": ")[2].partition(";")[0])
+print(sorted(said))
+"""
+
+
+def test_runs_that_race_for_one_folder_wait_or_say_that_another_is_at_work(tmp_path):
+    command = [sys.executable, "-c", RACER, str(tmp_path)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    racers = [subprocess.Popen([*command, name], text=True, **pipes) for name in "abc"]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    ended = [racer.communicate(timeout=120) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0, 0], [errors for _, errors in ended]
+    for said, _ in ended:
+        assert set(ast.literal_eval(said)) <= {"another run is writing this output"}
+    assert (tmp_path / "new" / "out" / "config.json").read_text() in "abc"
+    assert names(tmp_path / "new") == ["out"]
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "ü" * 127, "n" * 255], ids=["250", "127 of two bytes", "255"])
+def test_an_output_may_have_any_name_that_a_file_system_takes(tmp_path, name):
+    earlier(tmp_path / name)
+    with pytest.raises(KeyboardInterrupt), OutputFolder(tmp_path / name, overwrite=True) as folder:
+        fill(folder)
+        raise KeyboardInterrupt
+    with OutputFolder(tmp_path / name, overwrite=True) as folder:
+        fill(folder)
+    assert names(tmp_path) == [name] and (tmp_path / name / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("n" * 256, "the name is too long for a file system, which takes 255 bytes a name"),
+        ("/".join(["d" * 200] * 25), "and 4000 a path"),
+        ("ü" * 128, "the name is too long"),
+    ],
+    ids=["256", "deep", "256 bytes"],
+)
+def test_a_name_that_no_file_system_takes_is_one_error(tmp_path, path, expected):
+    with pytest.raises(CheckpointError) as caught, OutputFolder(tmp_path / path):
+        pytest.fail("work began")
+    assert expected in str(caught.value) and not names(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/x", "a\0b"])
+def test_a_path_that_is_none_is_one_error(path):
+    with pytest.raises(CheckpointError, match="the output cannot be called that"):
+        OutputFolder(path)
+
+
+def test_an_error_of_the_input_after_the_weights_keeps_them(tmp_path):
+    output = OutputFolder(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no more data\nThe weights are complete, and kept in"), output as folder:
+        fill(folder)
+        output.journal.finish(WEIGHTS_STAGE)
+        raise CheckpointError("no more data")
+    assert (tmp_path / ".out.partial" / "output" / "config.json").read_text() == "new"
