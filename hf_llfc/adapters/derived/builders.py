@@ -365,9 +365,13 @@ def _channels(request: Request) -> int:
 
 
 def _image_size(request: Request) -> tuple[int, int]:
-    return _pair(
+    height, width = _pair(
         request.vision.get("image_size") or request.vision.get("input_size") or request.size("image_size", default=64)
     )
+    if request.vision.get("model_type") == "pixtral":  # takes any size up to that, at which attention fills memory
+        largest = 8 * request.vision["patch_size"]
+        return min(height, largest), min(width, largest)
+    return height, width
 
 
 def pixel_values(request: Request) -> Tensor | None:
