@@ -100,7 +100,9 @@ def main() -> None:
         print(json.dumps(bare(*options.bare)))
         return
     from benchmarks.llama_pair import make_models
+    from benchmarks.results import require_sections
 
+    require_sections(section_of(options))
     models = make_models(options.folder, options.size, 2, options.layers)
     trials = [
         trial
@@ -198,7 +200,7 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(trials: list[Trial], rounds: dict[str, list[dict[str, Any]]]) -> str:
-    """A row a method, with ratios to mergekit where it ran too."""
+    """A row a method, with ratios to mergekit where it ran too, and how many processes wanted to run meanwhile."""
     from benchmarks.results import markdown
 
     rows = []
@@ -219,6 +221,7 @@ def table(trials: list[Trial], rounds: dict[str, list[dict[str, Any]]]) -> str:
                 "ours ÷ mergekit: wall": f"{ours['wall'] / theirs['wall']:.2f}",
                 "CPU": f"{ours['cpu'] / theirs['cpu']:.2f}",
                 "memory": f"{ours['memory'] / theirs['memory']:.3f}",
+                "load": f"{ours['load']:.0f} / {theirs['load']:.0f}",
             }
         rows.append(row)
     return markdown(rows)
@@ -304,15 +307,23 @@ def write(options: argparse.Namespace, text: str) -> None:
     """Puts the table into its section."""
     from benchmarks.results import replace_section
 
-    name = "merge_methods_spectral" if options.spectral else "merge_methods"
+    name = section_of(options)
     words = f"--spectral --size {options.size}" if options.spectral else f"--mergekit … --size {options.size}"
     layers = "" if options.layers is None else f" --layers {options.layers}"
+    layers += "" if options.methods is None else f" --methods {' '.join(options.methods)}"
     command = f"python benchmarks/merge_methods.py FOLDER {words}{layers} --repeats {options.repeats} --write"
+    runs = "each once" if options.repeats == 1 else f"in turns, medians of {options.repeats}"
     replace_section(
         name,
-        f"`{command}`: a Llama-shaped base and two models moved from it, bfloat16; in turns, medians of "
-        f"{options.repeats}; {os.cpu_count()} cores, files in the page cache.\n\n{text}",
+        f"`{command}`: a Llama-shaped base and two models moved from it, bfloat16; {runs}; {os.cpu_count()} cores, "
+        "files in the page cache. Where there is a load, the mean number of processes that wanted to run as ours and "
+        f"mergekit began, it is CPU that compares, not wall.\n\n{text}",
     )
+
+
+def section_of(options: argparse.Namespace) -> str:
+    """The section that takes the table."""
+    return "merge_methods_spectral" if options.spectral else "merge_methods"
 
 
 if __name__ == "__main__":
