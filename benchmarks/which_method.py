@@ -1,6 +1,6 @@
 """Which merge method for which job: all methods on distinct and redundant fine-tunes, and what tells the cases apart.
 
-    python benchmarks/which_method.py --out DIR [--only distinct redundant llama gpt2 rule] [--seeds 1 2 3]
+    python benchmarks/which_method.py --out DIR [--only distinct redundant llama gpt2 rule] [--seeds 1 2 3] [--known]
 
 Trains what benchmarks/train_tasks.py describes, merges the models of every seed by every data-free method that merges
 more than two, and measures each merge on held-out data under each model's own head. What was measured is kept in
@@ -12,8 +12,8 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -94,9 +94,6 @@ CHOICES = {
     "ram": Choice("ram"),
     "ramplus_tl": Choice("ramplus_tl"),
 }
-
-FIRST = ("linear", "task_arithmetic, λ = 0.3", "ties", "tsv_m", "iso_c", "wudi", CONTROL)
-"""Methods that are measured for every seed; of all others, `--rest` says for how many."""
 
 PLAIN, SPECTRAL = "linear", "tsv_m"
 """What the rule decides between: the methods that every case of it is merged by."""
@@ -200,10 +197,15 @@ class Family:
         return right / len(by_length)
 
 
+class NotMeasuredError(Exception):
+    """A number is not known, and nothing is to be measured."""
+
+
 class Measured:
     """What was measured, kept in a file that several runs may add to."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, known: bool) -> None:
+        self._is_finished = known
         self._path = out / "tasks" / "measured.json"
         self._known = self._read()
 
@@ -214,6 +216,8 @@ class Measured:
         """What is known, or is measured now."""
         if key not in self._known:
             self._known = self._read()
+        if key not in self._known and self._is_finished:
+            raise NotMeasuredError(key)
         if key not in self._known:
             found = measure()
             print(f"{key}: {found}", flush=True)
@@ -227,15 +231,18 @@ class Measured:
 class Benchmark:
     """Cases, merged and measured."""
 
-    def __init__(self, out: Path, lm_seeds: Sequence[int], rest: int) -> None:
+    def __init__(self, out: Path, lm_seeds: Sequence[int], *, known: bool) -> None:
         self.lm_seeds = lm_seeds
-        self.rest = rest
-        self.measured = Measured(out)
+        self.measured = Measured(out, known=known)
         self.family = cache(lambda group: Family(out, group))
 
     def of_merges(self, cases: Sequence[Case], label: str) -> list[list[float]]:
-        """Scores of one method's merges, for all cases or for the first ones."""
-        return [self.of_merge(case, label) for case in (cases if label in FIRST else cases[: self.rest])]
+        """Scores of one method's merges, one list a case; of the first cases alone where later ones are not known."""
+        found = []
+        with suppress(NotMeasuredError):
+            for case in cases:
+                found.append(self.of_merge(case, label))
+        return found
 
     def of_merge(self, case: Case, label: str) -> list[float]:
         """Scores of a merge, one a model."""
@@ -323,6 +330,11 @@ def with_error(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return shown if len(values) < 2 else f"{shown} ± {error(values):.{digits}f}"
 
 
+def above(control: Sequence[float], of_seeds: Sequence[Sequence[float]]) -> float:
+    """How far a method is above the control, the mean over the seeds that it was measured for."""
+    return statistics.mean(statistics.mean(scores) - other for scores, other in zip(of_seeds, control, strict=False))
+
+
 def classifier_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
     """Normalised accuracy by method, one column a task."""
     tasks = [task for task, _ in cases[0].members]
@@ -331,14 +343,15 @@ def classifier_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
             benchmark.relative(case, scores)
             for case, scores in zip(cases, benchmark.of_merges(cases, label), strict=False)
         ]
-        for label in in_order(benchmark.rest)
+        for label in (*CHOICES, CONTROL)
     }
     relative["base"] = [
         benchmark.relative(case, [benchmark.of_base(case.group, member) for member in case.members]) for case in cases
     ]
+    relative = {label: of_seeds for label, of_seeds in relative.items() if of_seeds}
     control = [statistics.mean(scores) for scores in relative[CONTROL]]
     rows = []
-    for label, of_seeds in sorted(relative.items(), key=lambda item: -statistics.mean(map(statistics.mean, item[1]))):
+    for label, of_seeds in sorted(relative.items(), key=lambda item: -above(control, item[1])):
         means = [statistics.mean(scores) for scores in of_seeds]
         rows.append(
             {
@@ -366,17 +379,12 @@ def classifier_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
         }
         for place, task in enumerate(tasks)
     ]
-    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases)
+    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases[: len(control)])
     return (
-        f"{markdown(rows)}\n\nAccuracy of the merge over that of the single model, {len(cases)} seeds; ± is the "
+        f"{markdown(rows)}\n\nAccuracy of the merge over that of the single model; ± is the "
         f"standard error over the seeds. λ of the tuned task arithmetic, by seed: {tuned}.\n\n"
         f"Accuracy of the single models:\n\n{markdown(singles)}"
     )
-
-
-def in_order(rest: int) -> list[str]:
-    """All methods that are measured, those for every seed first."""
-    return [*FIRST, *(label for label in CHOICES if label not in FIRST and rest)]
 
 
 def parameters_of(label: str) -> str:
@@ -389,14 +397,15 @@ def parameters_of(label: str) -> str:
 def language_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
     """Bits per byte by method, one column a domain."""
     domains = [domain for domain, _ in cases[0].members]
-    scores = {label: benchmark.of_merges(cases, label) for label in in_order(benchmark.rest)}
+    found = {label: benchmark.of_merges(cases, label) for label in (*CHOICES, CONTROL)}
+    scores = {label: of_seeds for label, of_seeds in found.items() if of_seeds}
     scores["base"] = [[benchmark.of_base(case.group, member) for member in case.members] for case in cases]
     scores["each single model on its own domain"] = [
         [benchmark.of_single(case.group, member) for member in case.members] for case in cases
     ]
     control = [statistics.mean(each) for each in scores[CONTROL]]
     rows = []
-    for label, of_seeds in sorted(scores.items(), key=lambda item: statistics.mean(map(statistics.mean, item[1]))):
+    for label, of_seeds in sorted(scores.items(), key=lambda item: above(control, item[1])):
         means = [statistics.mean(each) for each in of_seeds]
         kept = [statistics.mean(benchmark.relative(case, each)) for case, each in zip(cases, of_seeds, strict=False)]
         rows.append(
@@ -417,9 +426,9 @@ def language_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
                 },
             }
         )
-    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases)
+    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases[: len(control)])
     return (
-        f"{markdown(rows)}\n\nBits per byte of held-out text, mean of the domains, {len(cases)} seeds of one base; ± "
+        f"{markdown(rows)}\n\nBits per byte of held-out text, mean of the domains, seeds of one base; ± "
         "is the standard error over the seeds. *Gain kept* is what the merge gains over the base, as a share of what "
         f"the single model of that domain gains. λ of the tuned task arithmetic, by seed: {tuned}."
     )
@@ -467,10 +476,14 @@ def rule_table(benchmark: Benchmark, seeds: Sequence[int]) -> str:
     """Indicators and outcome of every case, and how well one limit on each indicator tells the outcome."""
     rows, outcomes = [], []
     for case, is_held_out in rule_cases(seeds, benchmark.lm_seeds):
-        numbers = benchmark.task_vectors(case)
-        plain, spectral = (
-            statistics.mean(benchmark.relative(case, benchmark.of_merge(case, label))) for label in (PLAIN, SPECTRAL)
-        )
+        try:
+            numbers = benchmark.task_vectors(case)
+            plain, spectral = (
+                statistics.mean(benchmark.relative(case, benchmark.of_merge(case, label)))
+                for label in (PLAIN, SPECTRAL)
+            )
+        except NotMeasuredError:
+            continue
         kept_back = f"MiniLM, seed {seeds[-1]}" if case.group == "minilm" else case.group
         outcomes.append(Outcome(kept_back if is_held_out else "fit", numbers, spectral - plain))
         rows.append(
@@ -530,35 +543,29 @@ def main() -> None:
     parser.add_argument(
         "--lm-seeds", nargs="+", type=int, choices=train_tasks.LM_SEEDS, default=list(train_tasks.LM_SEEDS)
     )
-    parser.add_argument(
-        "--rest", type=int, default=99, metavar="N", help="seeds for methods that are not the usual ones (default: all)"
-    )
-    parser.add_argument("--measure-only", action="store_true", help="write no section")
+    parser.add_argument("--known", action="store_true", help="measure nothing: write what an interrupted run found")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
-    if not arguments.measure_only:
-        require_sections(*(f"which_method_{name}" for name in arguments.only))
-    for group in train_tasks.GROUPS:
+    require_sections(*(f"which_method_{name}" for name in arguments.only))
+    for group in () if arguments.known else train_tasks.GROUPS:
         if (
             group in arguments.only
             or "rule" in arguments.only
             or (group == "minilm" and {"distinct", "redundant"} & set(arguments.only))
         ):
             train_tasks.train(group, arguments.out, arguments.seeds if group == "minilm" else arguments.lm_seeds)
-    benchmark = Benchmark(arguments.out, arguments.lm_seeds, arguments.rest)
+    benchmark = Benchmark(arguments.out, arguments.lm_seeds, known=arguments.known)
     for name in arguments.only:
         text = SECTIONS[name](benchmark, arguments.seeds)
-        if arguments.measure_only:
-            print(text)
-            continue
-        words = [*sys.argv[1:]]
-        words[words.index("--out") + 1] = "DIR"
-        replace_section(
-            f"which_method_{name}", f"`python benchmarks/which_method.py --out DIR --only {name}`\n\n{text}"
-        )
+        command = f"python benchmarks/which_method.py --out DIR --only {name}"
+        if name in ("distinct", "redundant", "rule"):
+            command += f" --seeds {' '.join(map(str, arguments.seeds))}"
+        if name not in ("distinct", "redundant"):
+            command += f" --lm-seeds {' '.join(map(str, arguments.lm_seeds))}"
+        replace_section(f"which_method_{name}", f"`{command}`\n\n{text}")
 
 
 if __name__ == "__main__":
