@@ -26,7 +26,7 @@ from hf_llfc.foundation.progress import Progress, silent
 CHUNK = 2**18
 """Elements of a tensor that are converted to float64 at a time."""
 
-SAMPLE_BYTES = 2**28
+SAMPLE_BYTES = 2**29
 """Of all models together, that are read of a sample."""
 
 DIRECTIONS = 16
