@@ -162,7 +162,7 @@ class Family:
             recipe["base_model"] = str(self.base)
         loaded = load_recipe(recipe)
         opened = open_recipe(loaded)
-        merge = plan_merge(*opened.moved([None] * len(members)), loaded)
+        merge = plan_merge(opened.moved([None] * len(members)), loaded)
         return replace(merge, infos={name: info for name, info in merge.infos.items() if name != FROZEN})
 
     def state(self, members: Sequence[tuple[str, int]], choice: Choice) -> dict[str, Tensor]:

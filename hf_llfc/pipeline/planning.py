@@ -71,8 +71,7 @@ def plan_one(
     opened = open_recipe(recipe, made=made)
     refuse_replacing_inputs(output, opened.everything)
     first = opened.parents[0]
-    moved, base = opened.moved([None] * len(opened.parents))
-    merge = plan_merge(moved, base, recipe, sections=opened.sections)
+    merge = plan_merge(opened.moved([None] * len(opened.parents)), recipe, sections=opened.sections)
     infos = merge.infos
     written = sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)

@@ -93,7 +93,7 @@ def write_merge(run: RunContext, broken: Broken | None = None) -> None:
     """
     if run.on_main(lambda run: run.output.journal.is_complete):
         return
-    merge = plan_merge(run.parents, run.base, run.recipe, broken, measure_importances(run), run.models.sections)
+    merge = plan_merge((run.parents, run.base), run.recipe, broken, measure_importances(run), run.models.sections)
     write_shared(run, merge, partial(with_batch_norm, run, merge) if run.calibration is not None else None)
     run.on_main(finish_weights)
 

@@ -12,7 +12,7 @@ from hf_llfc.checkpoints import Checkpoint, TensorInfo
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.errors import RecipeError
 from hf_llfc.merging import Merge, Merges, Rule, RuleUse, WeightSchedule, merged_infos, resolve_weights
-from hf_llfc.merging.methods import REQUIRED, MergeMethod, Parameter, Settings
+from hf_llfc.merging.methods import REQUIRED, Parameter, Settings
 from hf_llfc.merging.schedule import resolve_values
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.stacking import Section
@@ -39,8 +39,7 @@ def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
 
 
 def plan_merge(
-    parents: Sequence[Parent],
-    base: Parent | None,
+    models: tuple[Sequence[Parent], Parent | None],
     recipe: Recipe,
     broken: Broken | None = None,
     importances: Sequence[Source] = (),
@@ -49,8 +48,7 @@ def plan_merge(
     """What becomes of every tensor; weights that do not fit are refused before anything is read.
 
     Args:
-        parents: The models.
-        base: The base model.
+        models: The parents, and the base model.
         recipe: How they are merged.
         broken: What is kept as it is in one model.
         importances: The importance of every parent's weights, where the method asks for it.
@@ -59,11 +57,12 @@ def plan_merge(
     Raises:
         RecipeError: Weights that sum to zero, or rules that do not fit the tensors.
     """
+    parents, base = models
     infos = merge_infos(parents[0].checkpoint, recipe)
     if sections:
         return _plan_sections(sections, parents, base, infos)
     if recipe.method is not None:
-        merge = _plan_method(recipe.method, recipe, parents, base, infos)
+        merge = _plan_method(recipe, parents, base, infos)
         return replace(merge, importances=importances) if importances else merge
     keeper = recipe.keep_where_broken.model if recipe.keep_where_broken is not None else 0
     return Merge.plan(
@@ -90,7 +89,7 @@ def _plan_sections(
         of_section = {name: infos[name] for name in section.names}
         try:
             if recipe.method is not None:
-                part = _plan_method(recipe.method, recipe, own, own_base, of_section, section, uses)
+                part = _plan_method(recipe, own, own_base, of_section, (section, uses))
             else:
                 schedules = [
                     schedule(entry, recipe, parent, own_names)
@@ -117,16 +116,16 @@ def _plan_sections(
 
 
 def _plan_method(
-    method: MergeMethod,
     recipe: Recipe,
     parents: Sequence[Parent],
     base: Parent | None,
     infos: Mapping[str, TensorInfo],
-    section: Section | None = None,
-    uses: RuleUse | None = None,
+    within: tuple[Section, RuleUse] | None = None,
 ) -> Merge:
     """What becomes of every tensor by a method that is no sum."""
-    settings = method_settings(method, parents, recipe, list(infos), section, uses)
+    method = recipe.method
+    assert method is not None
+    settings = method_settings(parents, recipe, list(infos), within)
     sources = [parent.source for parent in parents]
     if method.name == "passthrough":  # a sum of one
         return Merge(sources, infos, {name: each.numbers("scale") for name, each in settings.items()})
@@ -169,26 +168,24 @@ def _rules(weight: Weight | tuple[WeightRule | float, ...]) -> tuple[Rule, ...]:
 
 
 def method_settings(
-    method: MergeMethod,
     parents: Sequence[Parent],
     recipe: Recipe,
     names: Sequence[str],
-    section: Section | None = None,
-    uses: RuleUse | None = None,
+    within: tuple[Section, RuleUse] | None = None,
 ) -> dict[str, Settings]:
-    """The values of a method's parameters for every tensor.
+    """The values of the method's parameters for every tensor.
 
     Args:
-        method: The method.
         parents: The models.
         recipe: Gives each parameter a value, a gradient over the layers or rules, one a model or one for all.
         names: The tensors.
-        section: The slice or module that they are of, if it is one.
-        uses: Where the rules are those of several sections: which decide something.
+        within: The slice or module that they are of, if it is one, and which rules of all of these decide something.
 
     Raises:
         RecipeError: A tensor that no rule matches, or a rule that decides nothing.
     """
+    method, (section, uses) = recipe.method, within or (None, None)
+    assert method is not None
     given_to_all = recipe.parameters.settings
     values: dict[str, dict[str, tuple[float, ...]]] = {}
     for parameter in method.parameters:

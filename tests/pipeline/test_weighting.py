@@ -63,7 +63,7 @@ def test_merge_diagnosis_and_card_have_the_same_weights(shelf, tmp_path, method,
     content = recipe_of(shelf, method, normalize, scale, shape, output_dir=str(tmp_path / "out"))
     recipe = load_recipe(content)
     opened = open_recipe(recipe)
-    written = plan_merge(*opened.moved([None, None]), recipe).weights
+    written = plan_merge(opened.moved([None, None]), recipe).weights
     weights = expected(method, normalize, scale)
     on_card = [parent.weight for parent in models_of(recipe, None) if not parent.is_base]
     if shape in ("one number", "a rule for all"):

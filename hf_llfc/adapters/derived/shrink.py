@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["MAX_PARAMETERS", "build_on_meta", "model_class_for", "parameter_count", "shrunken"]
-
 MAX_PARAMETERS = 5_000_000
 
 # The kind of a field is that of the first pattern that its whole name matches; a field of no kind keeps its value.
