@@ -323,8 +323,9 @@ def test_whole_slices_are_one_merge_of_models(shelf, tmp_path):
     for name, given in (("slices", slices), ("models", models)):
         hf_llfc.run({name: given, "merge_method": "linear", "align": align, "output_dir": str(tmp_path / name)})
     files = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("models", "slices")]
-    recipes = [load_recipe(tmp_path / each / "llfc" / "recipe.yaml").to_dict() for each in ("models", "slices")]
-    assert files[0] == files[1] and {**recipes[0], "output_dir": ""} == {**recipes[1], "output_dir": ""}
+    texts = [(tmp_path / each / "llfc" / "recipe.yaml").read_text() for each in ("models", "slices")]
+    recipes = [{**yaml.safe_load(text), "output_dir": ""} for text in texts]
+    assert files[0] == files[1] and recipes[0] == recipes[1]
 
 
 def test_what_is_stacked_can_be_aligned_and_diagnosed(shelf, tmp_path):
