@@ -62,7 +62,7 @@ def test_planted_transforms_come_back_whatever_way(together, planted, tmp_path):
     files = {path.name for path in (tmp_path / "out" / "llfc").glob("*.safetensors")}
     assert files == {f"alignment-{place}.safetensors" for place in (1, 2, 3)}
     stored = Alignment.load(tmp_path / "out" / "llfc" / "alignment-2.safetensors")
-    assert stored.metadata["model"]["id"] == str(planted[2])
+    assert stored.metadata["model"]["id"] == f"./{planted[2].name}"
     assert stored.metadata.get("universe", {}).get("models") == (4 if together == "universe" else None)
 
 
@@ -71,7 +71,7 @@ def test_a_star_has_the_model_in_the_middle_as_its_centre(around_one):
     star = aligned(around_one, together="star")
     assert star[0] is None
     for alignment in star[1:]:
-        assert alignment.metadata["star"]["centre"] == str(around_one[2])
+        assert alignment.metadata["star"]["centre"] == f"./{around_one[2].name}"
         assert alignment.metadata["star"]["models"] == 4
     # Each goes onto the centre, and then with it onto the first.
     onto = [align_checkpoints(opened[2], opened[place], AlignSection()) for place in (0, 1, 3)]
@@ -100,7 +100,7 @@ def test_a_star_of_another_method_has_the_same_centre(around_one, tmp_path):
     data = EvaluationConfig("text-generation", str(text_data(tmp_path)), tokenizer="bytes", max_length=32, labels=False)
     star = aligned(around_one, together="star", method="activation_matching", calibration=data)
     assert {each.metadata["method"] for each in star[1:]} == {"activation_matching"}
-    assert {each.metadata["star"]["centre"] for each in star[1:]} == {str(around_one[2])}
+    assert {each.metadata["star"]["centre"] for each in star[1:]} == {f"./{around_one[2].name}"}
     onto = align_checkpoints(
         *(open_checkpoint(around_one[place]) for place in (2, 0)),
         AlignSection("activation_matching", calibration=data),
@@ -241,8 +241,8 @@ def test_python_gives_one_alignment_a_model(planted):
 def test_what_is_said_of_it(around_one, tmp_path):
     by = {together: aligned(around_one, together=together)[1] for together in ("star", "universe")}
     summaries = {together: alignment_summary(alignment) for together, alignment in by.items()}
-    assert summaries["star"]["centre"] == str(around_one[2])
-    assert f", in a star of 4 models around {around_one[2]}; cosine" in summaries["star"]["sentence"]
+    assert summaries["star"]["centre"] == f"./{around_one[2].name}"
+    assert f", in a star of 4 models around ./{around_one[2].name}; cosine" in summaries["star"]["sentence"]
     assert ", in a universe of 4 models; cosine" in summaries["universe"]["sentence"]
     assert "mean over all pairs" in summaries["universe"]["sentence"]
     told = alignment_sentence(AlignmentSummary.from_dict(summaries["star"]))

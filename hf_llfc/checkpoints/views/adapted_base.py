@@ -60,9 +60,9 @@ def as_adapted(
     Raises:
         CheckpointError: The adapter brings a part of what its model needs and the base lacks.
     """
+    base = _with_head_of(where, base, config, _in_base(state))
     state = _without_copies(base, _under_names_of(base, config, state))
-    own = {_name_in_base(name): tensor for name, tensor in state.items()}
-    return _with_rows_of(where, _with_head_of(where, base, config, own), config, own), state
+    return _with_rows_of(where, base, config, _in_base(state)), state
 
 
 def _under_names_of(base: Checkpoint, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,8 +109,9 @@ def _without_copies(base: Checkpoint, state: Mapping[str, torch.Tensor]) -> dict
     return kept
 
 
-def _name_in_base(name: str) -> str:
-    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+def _in_base(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter by the names that they would have in the base."""
+    return {name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in state.items()}
 
 
 def _with_head_of(where: str, base: Checkpoint, config: PeftConfig, own: Mapping[str, torch.Tensor]) -> Checkpoint:

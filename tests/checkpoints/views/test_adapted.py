@@ -17,6 +17,7 @@ from hf_llfc.checkpoints import Checkpoint, compare, load_model, open_checkpoint
 from hf_llfc.checkpoints.views import folding as folding_module
 from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.model_names import split_adapter
+from hf_llfc.recipe import load_recipe
 from tests.checkpoints.conftest import save_tokenizer
 from tests.parents.test_what_fits import QWEN_VL, model
 from tests.runs import byte_llama
@@ -174,8 +175,9 @@ def test_a_merge_rounds_once(base, tmp_path):
         parents = [each[name].to(torch.bfloat16).double() for each in (one, two)]
         rounded_twice += int((hf_llfc_rounded(0.3 * parents[0] + 0.7 * parents[1]) != tensor).sum())
     assert tensor.dtype == torch.bfloat16 and rounded_twice > 0
-    recipe = (tmp_path / "merged" / "llfc" / "recipe.yaml").read_text()
-    assert all(f"{base}+{each}" in recipe for each in adapters)
+    recipe = load_recipe(tmp_path / "merged" / "llfc" / "recipe.yaml")
+    named = [[Path(part).resolve() for part in entry.model.split("+")] for entry in recipe.models]
+    assert named == [[Path(base).resolve(), Path(each).resolve()] for each in adapters]
 
 
 def hf_llfc_rounded(exact: Tensor) -> Tensor:
