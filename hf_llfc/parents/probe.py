@@ -93,6 +93,7 @@ def probe(alignment: Alignment, model: Checkpoint) -> dict[str, Any]:
         run = _Run(model)
         change = run.change(alignment, dtype)
     except Exception as error:  # whatever the code of a model, or what is not known of it, may raise
+        _raise_if_unread(error)
         logger.debug("probing %s", model.label, exc_info=True)
         reason = str(error).splitlines()[0] if isinstance(error, LLFCError) else f"{type(error).__name__}: {error}"
         logger.warning("%s: that it answers the same after the alignment was not probed: %s", model.label, reason)
@@ -105,6 +106,12 @@ def probe(alignment: Alignment, model: Checkpoint) -> dict[str, Any]:
         raise AlignmentError(_accusation(run, alignment, change, dtype, noise))
     # One digit: how many threads computed it is of no account.
     return {"change": float(f"{change:.0e}"), "precision": str(dtype).removeprefix("torch.")}
+
+
+def _raise_if_unread(error: Exception) -> None:
+    """A file that cannot be read ends the run, whoever reads it."""
+    if isinstance(error, LLFCError) and isinstance(error.__cause__, OSError):
+        raise error
 
 
 def is_in_memory(model: Checkpoint, dtype: torch.dtype = torch.float32) -> bool:
@@ -158,7 +165,8 @@ class _Run:
         """The change in float64, its dtype and the bound; as it was where the model does not run in that."""
         try:
             return self.change(alignment, torch.float64), torch.float64, NOISE[torch.float64]
-        except Exception:  # whatever the code of a model may raise
+        except Exception as error:  # whatever the code of a model may raise
+            _raise_if_unread(error)
             logger.debug("running %s in float64", self.model.label, exc_info=True)
             return change, torch.float32, UNCONFIRMED
 

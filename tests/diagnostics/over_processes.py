@@ -27,7 +27,7 @@ ALPHAS = (0.25, 0.5)
 def diagnose(processes: Processes | None) -> dict:
     """The report and one model's scores, as JSON values."""
     models = [tiny_model("bert", "sequence-classification", seed) for seed in (0, 1)]
-    config = EvaluationConfig(task="text-classification", dataset=text_rows(11), batch_size=3, metric="f1")
+    config = EvaluationConfig(task="text-classification", dataset=text_rows(11), batch_size=3, metric="macro_f1")
     data = load_evaluation_data(config, word_tokenizer(), models[0].config)
     report = diagnose_models(models, data, region=line(ALPHAS), execution=Execution(processes))
     scores = evaluate_model(models[0], data, processes=processes)

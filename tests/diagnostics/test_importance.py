@@ -216,7 +216,6 @@ def test_the_plan_says_what_is_measured(shelf, capsys):
         ({"merge_method": "linear"}, "importance: has no meaning for linear; fisher and feedback measure importance"),
         ({"importance": {"task": "text-generation", "datasett": "x"}}, "importance.datasett: unknown key"),
         ({"importance": {**DATA, "batch_size": 0}}, "importance.batch_size"),
-        ({"base_model": "a"}, "base_model: has no meaning for fisher"),
     ],
 )
 def test_wrong_recipes_are_one_error(changes, message, shelf):
