@@ -47,14 +47,19 @@ def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None =
     if section is not None and str(measured.get("dataset")).startswith(f"{section.data.dataset}@"):
         data = replace(section.data, dataset=measured["dataset"], split=measured.get("split"))
         section = replace(section, data=data)
-    earlier = tuple(map(_as_run, recipe.earlier))
+    folders = {each.document: each.output_dir for each in recipe.earlier}
+    earlier = tuple(_as_run(each, folders) for each in recipe.earlier)
     return replace(recipe, align=align, tokenizer_source=source, diagnose=section, earlier=earlier)
 
 
-def _as_run(document: Recipe) -> Recipe:
-    """A document whose result is there, with its revisions as commits."""
+def _as_run(document: Recipe, folders: Mapping[str | None, str]) -> Recipe:
+    """A document whose result is there, with its revisions as commits; others by the folders that they have here."""
     path = Path(document.output_dir) / LLFC_FOLDER / RECIPE_FILE
-    return replace(load_recipe(path), earlier=()) if path.is_file() else document
+    if not path.is_file():
+        return document
+    recipe = load_recipe(path)
+    recipe = renamed(recipe, {each.output_dir: folders.get(each.document, each.output_dir) for each in recipe.earlier})
+    return replace(recipe, earlier=(), output_dir=document.output_dir, document=document.document)
 
 
 def _pinned(name: str, checkpoint: Checkpoint) -> str:

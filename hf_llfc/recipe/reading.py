@@ -136,8 +136,29 @@ def dump_recipe(recipe: Recipe, names: Mapping[str, str] | None = None) -> str:
         recipe: The recipe.
         names: Names of models, data or folders → what stands in their place.
     """
-    plain = [without_paths(each, names or {}) for each in plain_documents(recipe)]
+    plain = [_with_shown_names(each, names or {}) for each in plain_documents(recipe)]
     return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True) if len(plain) > 1 else _dumped(plain[0])
+
+
+_NAMING_MODELS = ("model", "base_model", "tokenizer_source", "reference", "source", "path", "lora")
+_NAMING = frozenset([*_NAMING_MODELS, "dataset", "tokenizer", "output_dir", "logging_dir"])
+
+
+def _with_shown_names(value: Any, names: Mapping[str, str], key: str = "") -> Any:
+    """Plain data in which names stand in place of others, where a recipe names a model, data or a folder.
+
+    Elsewhere a word may be the same as a name: that of a merge method, say, for a folder that is called like it.
+    """
+    if isinstance(value, Mapping):
+        return {
+            (names.get(name, name) if key == "override_architecture" else name): _with_shown_names(each, names, name)
+            for name, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_with_shown_names(each, names, key) for each in value]
+    if isinstance(value, str) and value in names and key not in _NAMING and not Path(value).is_absolute():
+        return value
+    return without_paths(value, names)
 
 
 def plain_documents(recipe: Recipe) -> list[dict[str, Any]]:
@@ -364,7 +385,8 @@ class _Reader:
             return None
         if self.method is not None:
             of_model = [parameter for parameter in self.method.parameters if parameter.per_model]
-            return ModelParameters(settings=self._settings(value, path, of_model))
+            settings = self._settings(value, path, of_model)
+            return ModelParameters(settings=settings) if settings else None
         value = self._without_effect(value, path, ["weight"])
         if "weight" not in value and self.has_weight_for_all:
             return None

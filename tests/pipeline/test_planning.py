@@ -44,7 +44,7 @@ def steps_of(answer):
 
 def test_a_plain_merge_reads_every_parent_once(shelf):
     answer = planned(shelf)
-    assert list(steps_of(answer)) == ["read", "merge", "write"]
+    assert list(steps_of(answer)) == ["read", "merge", "carry over", "write"]
     assert steps_of(answer)["merge"] == "linear of 2 models, 21 tensors"
     assert answer["cost"] == {
         "bytes_read": 2 * BYTES,
