@@ -251,7 +251,9 @@ def _norm(name: str) -> list[str]:
 def _heads(config: PreTrainedConfig, layout: Layout, values: dict[str, Any], index: int) -> Heads:
     # A config may leave head_dim out or set it to None; both mean an even split of the residual stream.
     head_dim = values.get("head_dim") or config.hidden_size // config.num_attention_heads
-    heads = partial(heads_of, config.num_attention_heads, values.get("num_key_value_heads"), head_dim=head_dim)
+    # Where queries, keys and values of a head lie together, every head has its own.
+    kv_heads = None if layout.by_head else values.get("num_key_value_heads")
+    heads = partial(heads_of, config.num_attention_heads, kv_heads, head_dim=head_dim)
     if _has_qk_norms(layout, values) and layout.qk_gain == "names" and "q" in heads().sizes:
         # The name of a query head's norm counts through all groups: an index along two axes.
         return replace(heads(), symmetric=("value_dim",))
