@@ -26,7 +26,19 @@ from hf_llfc.symmetry import Binding, PermutationSpec, TensorSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-SAVED_IN_OTHER_ORDER = frozenset({"aria_text", "gpt_neox", "granitemoe", "granitemoeshared"})
+SAVED_IN_OTHER_ORDER = frozenset(
+    [
+        "aria_text",
+        "deit",
+        "dinov2",
+        "dinov2_with_registers",
+        "gpt_neox",
+        "granitemoe",
+        "granitemoeshared",
+        "ijepa",
+        "vit",
+    ]
+)
 """Model types with a hand-written spec whose tensors `save_pretrained` does not sort by the names that it writes."""
 
 _OF_BERT = frozenset(

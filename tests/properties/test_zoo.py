@@ -137,7 +137,7 @@ def test_configs_of_other_sizes_can_be_shrunk(model_type: str):
             continue
         small = shrunken(config)
         assert parameter_count(build_on_meta(small)) < MAX_PARAMETERS, variant
-        assert small.model_type == model_type
+        assert small.model_type == config.model_type
 
 
 @pytest.mark.slow
