@@ -72,7 +72,6 @@ class MergeCallback(TrainerCallback):
         every: int | None = None,
         last: int | None = None,
         weights: Sequence[float] | None = None,
-        diagnose: Mapping[str, Any] | None = None,
         merge: bool = True,
         keep: bool = False,
         base: str | Path | None = None,
@@ -87,24 +86,26 @@ class MergeCallback(TrainerCallback):
                 every one that it saves by itself.
             last: How many of them count, from the end; all where None.
             weights: One a checkpoint, the oldest first; equal weights where None.
-            diagnose: The section `diagnose` of a recipe: task and data to measure on.
             merge: Whether they are merged; otherwise each is diagnosed against the final model.
             keep: Whether what was collected stays after the end.
             base: What adapters are folded into, a Hub id or a folder; where None, what their config names.
-            settings: Any other key of a recipe (`dtype`, `overwrite`, `publish`, …).
+            settings: Any other key of a recipe: `diagnose`, which says on what to measure, `dtype`, `overwrite`,
+                `publish`, and so on.
 
         Raises:
             RecipeError: Something of this is not valid, or does not go together.
         """
+        settings = {key: value for key, value in settings.items() if value is not None}
+        of_a_merge = sorted(set(settings) - {"overwrite", "diagnose"})
         for name, value, least in (("every", every, 1), ("last", last, 2 if merge else 1)):
             if value is not None and value < least:
                 raise RecipeError(f"MergeCallback: {name}={value}; at least {least} is expected")
         if weights is not None and last is not None and len(weights) != last:
             raise RecipeError(f"MergeCallback: {len(weights)} weights for the last {last} checkpoints; give one each")
-        if not merge and diagnose is None:
+        if not merge and "diagnose" not in settings:
             raise RecipeError("MergeCallback: without a merge, `diagnose` must say on what to measure")
-        if not merge and (weights is not None or set(settings) - {"overwrite"}):
-            given = ", ".join(["weights"] * (weights is not None) + sorted(set(settings) - {"overwrite"}))
+        if not merge and (weights is not None or of_a_merge):
+            given = ", ".join(["weights"] * (weights is not None) + of_a_merge)
             raise RecipeError(f"MergeCallback: {given}: has no meaning without a merge")
         self.out = Path(out)
         self.every = every
@@ -113,7 +114,7 @@ class MergeCallback(TrainerCallback):
         self.merge = merge
         self.keep = keep
         self.base = base
-        self.settings = dict(settings) | ({"diagnose": dict(diagnose)} if diagnose is not None else {})
+        self.settings = settings
         self.result: Result | None = None
         self.reports: dict[int, ConnectivityReport] = {}
         self.problem: LLFCError | None = None
