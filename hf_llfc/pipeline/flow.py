@@ -120,12 +120,13 @@ def _run_document(recipe: Recipe, last: Recipe, processes: Processes, restart: b
     if recipe.output_dir == folder_of(last.output_dir, recipe.document):
         recipe = replace(recipe, overwrite=True)  # nobody else's place
     output = OutputFolder(recipe.output_dir, recipe.overwrite, restart)
+    made = None
     if not restart and processes.on_main(lambda: (output.path / LLFC_FOLDER / MADE_FROM_FILE).is_file()):
         made = open_run(recipe, output, processes, progress)
         if made.on_main(is_made):
             return
     processes.on_main(lambda: refuse_early(recipe, output))
-    _run(open_run(recipe, output, processes, progress))
+    _run(made or open_run(recipe, output, processes, progress))
 
 
 def _run(run: RunContext) -> Result:

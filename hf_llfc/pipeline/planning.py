@@ -17,7 +17,6 @@ from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
 from hf_llfc.pipeline.which_method import SEVERAL_DOCUMENTS, compared
 from hf_llfc.recipe import Recipe
-from hf_llfc.recipe.data import EvaluationConfig
 
 
 def plan(recipe: Recipe, *, compare: str = "sample") -> dict[str, Any]:
@@ -100,7 +99,7 @@ def plan_one(
             what = f"{', '.join(each.id for each in moving)} on random inputs before and after, each {held_how}"
             steps.append({"step": "probe", "what": what})
     if recipe.method is not None and recipe.measures_importance:
-        on = ", ".join(sorted({str(each.dataset) for each in _importance_data(recipe)}))
+        on = ", ".join(sorted({str(each.dataset) for each in recipe.importance_data if each is not None}))
         steps.append({"step": "importance", "what": f"{recipe.method.importance} on {on}"})
     steps.append(
         {
@@ -135,11 +134,6 @@ def plan_one(
         "warnings": warnings_of(opened, beside),
         "task_vectors": compared(recipe, opened, merge, compare),
     }
-
-
-def _importance_data(recipe: Recipe) -> list[EvaluationConfig]:
-    each = [entry.importance or recipe.importance for entry in recipe.models]
-    return [data for data in each if data is not None]
 
 
 def _methods(recipe: Recipe) -> str:

@@ -133,8 +133,7 @@ def _write_importances(run: RunContext, kind: str, folder: Path) -> None:
     from hf_llfc.diagnostics.importance import measure_importance
 
     count = len(run.parents)
-    for index, (entry, parent) in enumerate(zip(run.recipe.models, run.parents, strict=True)):
-        config = entry.importance or run.recipe.importance
+    for index, (config, parent) in enumerate(zip(run.recipe.importance_data, run.parents, strict=True)):
         assert config is not None, "the reader of recipes asks for it"
         data = open_data(config, parent.checkpoint)
         on_batch = partial(run.progress, f"measuring importance in model {index + 1} of {count}")

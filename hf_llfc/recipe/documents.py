@@ -14,7 +14,7 @@ from typing import Any
 
 from hf_llfc.errors import suggest
 
-_OF_MODELS = frozenset({"model", "base_model", "tokenizer_source", "reference", "source", "path"})
+OF_MODELS = frozenset({"model", "base_model", "tokenizer_source", "reference", "source", "path"})
 """Keys behind which a model is named."""
 
 INHERITED = ("allow_pickle", "device", "max_memory")
@@ -116,7 +116,7 @@ def with_names(content: Any, names: Mapping[str, str]) -> Any:
 
     if isinstance(content, Mapping):
         return {
-            key: renamed(value) if key in _OF_MODELS and isinstance(value, str) else with_names(value, names)
+            key: renamed(value) if key in OF_MODELS and isinstance(value, str) else with_names(value, names)
             for key, value in content.items()
         }
     return [with_names(value, names) for value in content] if isinstance(content, list | tuple) else content
@@ -126,7 +126,7 @@ def _references(content: Any) -> Iterator[str]:
     """Every name of a model."""
     if isinstance(content, Mapping):
         for key, value in content.items():
-            if key in _OF_MODELS and isinstance(value, str):
+            if key in OF_MODELS and isinstance(value, str):
                 yield from dict.fromkeys([value, *value.split("+")])
             else:
                 yield from _references(value)

@@ -17,7 +17,7 @@ from hf_llfc.foundation.model_names import existing, without_paths
 from hf_llfc.merging.methods import MERGE_METHODS, MergeMethod, Parameter
 from hf_llfc.recipe.base import settle_base
 from hf_llfc.recipe.data import EvaluationConfig
-from hf_llfc.recipe.documents import INHERITED, documents_of, folder_of, with_names
+from hf_llfc.recipe.documents import INHERITED, OF_MODELS, documents_of, folder_of, with_names
 from hf_llfc.recipe.fitting import as_weight, gradient_problem, is_weight, setting_problem
 from hf_llfc.recipe.options import Option, build, fitted_values, join, made, options_of, refuse_unknown
 from hf_llfc.recipe.overrides import apply_override
@@ -140,8 +140,7 @@ def dump_recipe(recipe: Recipe, names: Mapping[str, str] | None = None) -> str:
     return yaml.safe_dump_all(plain, sort_keys=False, allow_unicode=True) if len(plain) > 1 else _dumped(plain[0])
 
 
-_NAMING_MODELS = ("model", "base_model", "tokenizer_source", "reference", "source", "path", "lora")
-_NAMING = frozenset([*_NAMING_MODELS, "dataset", "tokenizer", "output_dir", "logging_dir"])
+_NAMING = OF_MODELS | {"dataset", "tokenizer", "output_dir", "logging_dir"}
 
 
 def _with_shown_names(value: Any, names: Mapping[str, str], key: str = "") -> Any:

@@ -452,6 +452,11 @@ class Recipe:
         return self.method is not None and bool(self.method.importance)
 
     @property
+    def importance_data(self) -> tuple[EvaluationConfig | None, ...]:
+        """The data that the importance of each model is measured on: its own, else those of the recipe."""
+        return tuple(entry.importance or self.importance for entry in self.models)
+
+    @property
     def base(self) -> str | None:
         """The base model beside the models; to a method without one it is among them, and first."""
         is_among = not self.parts and MERGE_METHODS[self.merge_method].base is Base.NONE
@@ -523,8 +528,6 @@ def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         if isinstance(value, Path):
             return str(value)
-        if isinstance(value, Mapping):
-            return {key: _plain(each) for key, each in value.items()}
         return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
     if isinstance(value, ModelParameters | MergeParameters) and value.settings:
         return copied(value.settings)

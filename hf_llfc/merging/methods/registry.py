@@ -5,6 +5,8 @@ Parameters that mergekit has are called as there, and have its defaults.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hf_llfc.errors import RecipeError, suggest
 from hf_llfc.merging.methods.declarations import (
     REQUIRED,
@@ -61,6 +63,21 @@ _DRAWN_BY_RANK = (
 )
 _SMALLEST_CHANGE = Parameter("epsilon", float, 1e-5, "Smaller changes of the base count as none.", 0)
 
+_FISHER = MergeMethod(
+    "fisher",
+    "Fisher-Weighted Averaging",
+    "Matena and Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, arXiv:2111.09832",
+    "Weighted average in which every element counts by how much its model's predictions depend on it, as the "
+    "squared gradient on samples says.",
+    Base.NONE,
+    (2, None),
+    Need.PASSES,
+    "linear",
+    parameters=(_COUNTS, _FLOOR),
+    reduces="mean importance",
+    importance="fisher",
+)
+
 _ALL = (
     MergeMethod(
         "linear",
@@ -73,32 +90,14 @@ _ALL = (
         "linear",
         parameters=(_WEIGHT, _NORMALIZE),
     ),
-    MergeMethod(
-        "fisher",
-        "Fisher-Weighted Averaging",
-        "Matena and Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, arXiv:2111.09832",
-        "Weighted average in which every element counts by how much its model's predictions depend on it, as the "
-        "squared gradient on samples says.",
-        Base.NONE,
-        (2, None),
-        Need.PASSES,
-        "linear",
-        parameters=(_COUNTS, _FLOOR),
-        reduces="mean importance",
-        importance="fisher",
-    ),
-    MergeMethod(
-        "feedback",
-        "Layer-wise Feedback Averaging",
-        "Weber et al., Layer-wise Feedback Propagation, 2023, arXiv:2308.12053",
-        "As `fisher`, but an element counts by its share in the reward that is sent back from the answer, gradient "
-        "times weight.",
-        Base.NONE,
-        (2, None),
-        Need.PASSES,
-        "linear",
-        parameters=(_COUNTS, _FLOOR),
-        reduces="mean importance",
+    _FISHER,
+    replace(
+        _FISHER,
+        name="feedback",
+        title="Layer-wise Feedback Averaging",
+        paper="Weber et al., Layer-wise Feedback Propagation, 2023, arXiv:2308.12053",
+        help="As `fisher`, but an element counts by its share in the reward that is sent back from the answer, "
+        "gradient times weight.",
         importance="feedback",
     ),
     MergeMethod(
