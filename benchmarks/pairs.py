@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, concatenate_datasets, disable_progress_bars
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -43,7 +42,9 @@ from benchmarks.train_parents import (
     fashion_processor,
     fit,
     load,
+    settle,
     text_blocks,
+    train_each,
 )
 from hf_llfc.adapters import spec_for
 from tests import real_data
@@ -509,14 +510,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", choices=list(groups), help="train some groups; all of them by default")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     arguments = parser.parse_args(words)
-    torch.set_num_threads(arguments.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
-    for name in groups if arguments.only is None else arguments.only:
-        start = time.perf_counter()
-        groups[name](arguments.out)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    settle(arguments.threads)
+    chosen = groups if arguments.only is None else arguments.only
+    train_each({name: partial(groups[name], arguments.out) for name in chosen})
     pairs = related(arguments.parents.resolve(), arguments.out.resolve())
     pairs += variants(pairs, arguments.out.resolve())
     listed = json.dumps([asdict(pair) for pair in pairs], indent=1)

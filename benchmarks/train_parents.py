@@ -438,6 +438,22 @@ GROUPS: dict[str, Callable[[Path], None]] = {
 }
 
 
+def settle(threads: int) -> None:
+    """Takes some threads, and silences the libraries' own messages."""
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def train_each(groups: Mapping[str, Callable[[], object]]) -> None:
+    """Trains groups one after the other, and says how long each took."""
+    for name, train in groups.items():
+        start = time.perf_counter()
+        train()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
 def main(words: list[str] | None = None) -> None:
     """Trains what is missing and says what each parent reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -445,14 +461,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="some groups; all of them by default")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     arguments = parser.parse_args(words)
-    torch.set_num_threads(arguments.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
-    for name in arguments.only or GROUPS:
-        start = time.perf_counter()
-        GROUPS[name](arguments.out)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    settle(arguments.threads)
+    train_each({name: partial(GROUPS[name], arguments.out) for name in arguments.only or GROUPS})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import train_parents as parents
 import transformers
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from tests import real_data
@@ -163,10 +163,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="some of the six")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
+    parents.settle(arguments.threads)
     for name in arguments.only or FAMILIES:
         FAMILIES[name](arguments.out, arguments.seeds)
 

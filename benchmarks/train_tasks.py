@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import train_parents as parents
 import transformers
-from datasets import disable_progress_bars
 from safetensors.torch import save_file
 from train_seeds import language_config
 from transformers import PreTrainedModel
@@ -287,14 +286,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, choices=MINILM_SEEDS, help="some seeds")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     arguments = parser.parse_args(words)
-    torch.set_num_threads(arguments.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
-    for name in arguments.only or GROUPS:
-        start = time.perf_counter()
-        train(name, arguments.out, arguments.seeds)
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    parents.settle(arguments.threads)
+    groups = arguments.only or GROUPS
+    parents.train_each({name: partial(train, name, arguments.out, arguments.seeds) for name in groups})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ from typing import Any
 import torch
 import train_parents as parents
 import train_tasks
-import transformers
-from datasets import disable_progress_bars
 from results import markdown, replace_section, require_sections
 from safetensors.torch import load_file
 from thresholds import Outcome, Threshold, fitted, ranked
@@ -335,6 +333,47 @@ def above(control: Sequence[float], of_seeds: Sequence[Sequence[float]]) -> floa
     return statistics.mean(statistics.mean(scores) - other for scores, other in zip(of_seeds, control, strict=False))
 
 
+def method_rows(
+    scores: Mapping[str, Sequence[Sequence[float]]],
+    columns: Sequence[str],
+    mean: str,
+    *,
+    highest_first: bool,
+    more: Callable[[Sequence[Sequence[float]]], dict[str, str]] = lambda of_seeds: {},
+) -> list[dict[str, Any]]:
+    """One row a method, the best first.
+
+    Args:
+        scores: Method → for each seed the scores of its columns; the control among them.
+        columns: What is scored.
+        mean: What the mean over the columns is called.
+        highest_first: Whether a higher score is a better one.
+        more: Cells in front of the columns, from a method's scores.
+    """
+    control = [statistics.mean(each) for each in scores[CONTROL]]
+    rows = []
+    for label, of_seeds in sorted(
+        scores.items(), key=lambda item: (-1 if highest_first else 1) * above(control, item[1])
+    ):
+        means = [statistics.mean(each) for each in of_seeds]
+        less = [mean - other for mean, other in zip(means, control, strict=False)]
+        rows.append(
+            {
+                "method": label,
+                "parameters": parameters_of(label),
+                "seeds": len(of_seeds),
+                mean: with_error(means),
+                "less tuned task arithmetic": with_error(less, sign="+") if label != CONTROL else "–",
+                **more(of_seeds),
+                **{
+                    name: f"{statistics.mean(column):.3f}"
+                    for name, column in zip(columns, zip(*of_seeds, strict=True), strict=True)
+                },
+            }
+        )
+    return rows
+
+
 def classifier_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
     """Normalised accuracy by method, one column a task."""
     tasks = [task for task, _ in cases[0].members]
@@ -349,27 +388,7 @@ def classifier_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
         benchmark.relative(case, [benchmark.of_base(case.group, member) for member in case.members]) for case in cases
     ]
     relative = {label: of_seeds for label, of_seeds in relative.items() if of_seeds}
-    control = [statistics.mean(scores) for scores in relative[CONTROL]]
-    rows = []
-    for label, of_seeds in sorted(relative.items(), key=lambda item: -above(control, item[1])):
-        means = [statistics.mean(scores) for scores in of_seeds]
-        rows.append(
-            {
-                "method": label,
-                "parameters": parameters_of(label),
-                "seeds": len(of_seeds),
-                "mean of tasks": with_error(means),
-                "less tuned task arithmetic": with_error(
-                    [mean - other for mean, other in zip(means, control, strict=False)], sign="+"
-                )
-                if label != CONTROL
-                else "–",
-                **{
-                    task: f"{statistics.mean(column):.3f}"
-                    for task, column in zip(tasks, zip(*of_seeds, strict=True), strict=True)
-                },
-            }
-        )
+    rows = method_rows(relative, tasks, "mean of tasks", highest_first=True)
     singles = [
         {
             "task": task,
@@ -379,7 +398,7 @@ def classifier_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
         }
         for place, task in enumerate(tasks)
     ]
-    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases[: len(control)])
+    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases[: len(relative[CONTROL])])
     return (
         f"{markdown(rows)}\n\nAccuracy of the merge over that of the single model; ± is the "
         f"standard error over the seeds. λ of the tuned task arithmetic, by seed: {tuned}.\n\n"
@@ -403,30 +422,13 @@ def language_table(benchmark: Benchmark, cases: Sequence[Case]) -> str:
     scores["each single model on its own domain"] = [
         [benchmark.of_single(case.group, member) for member in case.members] for case in cases
     ]
-    control = [statistics.mean(each) for each in scores[CONTROL]]
-    rows = []
-    for label, of_seeds in sorted(scores.items(), key=lambda item: above(control, item[1])):
-        means = [statistics.mean(each) for each in of_seeds]
-        kept = [statistics.mean(benchmark.relative(case, each)) for case, each in zip(cases, of_seeds, strict=False)]
-        rows.append(
-            {
-                "method": label,
-                "parameters": parameters_of(label),
-                "seeds": len(of_seeds),
-                "bits per byte": with_error(means),
-                "less tuned task arithmetic": with_error(
-                    [mean - other for mean, other in zip(means, control, strict=False)], sign="+"
-                )
-                if label != CONTROL
-                else "–",
-                "gain kept": with_error(kept, 2),
-                **{
-                    domain: f"{statistics.mean(column):.3f}"
-                    for domain, column in zip(domains, zip(*of_seeds, strict=True), strict=True)
-                },
-            }
-        )
-    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases[: len(control)])
+
+    def kept(of_seeds: Sequence[Sequence[float]]) -> dict[str, str]:
+        gains = [statistics.mean(benchmark.relative(case, each)) for case, each in zip(cases, of_seeds, strict=False)]
+        return {"gain kept": with_error(gains, 2)}
+
+    rows = method_rows(scores, domains, "bits per byte", highest_first=False, more=kept)
+    tuned = ", ".join(str(benchmark.tuned(case)) for case in cases[: len(scores[CONTROL])])
     return (
         f"{markdown(rows)}\n\nBits per byte of held-out text, mean of the domains, seeds of one base; ± "
         "is the standard error over the seeds. *Gain kept* is what the merge gains over the base, as a share of what "
@@ -545,10 +547,7 @@ def main() -> None:
     )
     parser.add_argument("--known", action="store_true", help="measure nothing: write what an interrupted run found")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    disable_progress_bars()
+    parents.settle(arguments.threads)
     require_sections(*(f"which_method_{name}" for name in arguments.only))
     for group in () if arguments.known else train_tasks.GROUPS:
         if (
