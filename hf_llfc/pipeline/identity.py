@@ -63,7 +63,7 @@ def identity_of(
         **settings,
         "versions": {"hf-llfc": __version__, **{name: version(name) for name in LIBRARIES}},
         "inputs": [each.identity() for each in checkpoints],
-        "data": {name: content for each in told for name, content in _data(each.dataset).items()},
+        "data": _data([each.dataset for each in told]),
         "tokenizers": {name: _content(existing(name), _is_of_tokenizer) or _commit_of(name) for name in tokenizers},
     }
 
@@ -73,12 +73,13 @@ def as_settings(section: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(section).items() if value not in (None, ())}
 
 
-def _data(dataset: Any) -> dict[str, Any]:
-    """What tells data from others: the content of files, the fingerprint of what is in memory."""
-    if isinstance(dataset, str | Path):
-        path = existing(dataset)
-        return {} if path is None else {str(dataset): _content(path)}
-    return {"in memory": repr(vars(dataset).get("_fingerprint"))}
+def _data(datasets: Sequence[Any]) -> dict[str, Any]:
+    """What tells data from others: the content of files, each read once, and fingerprints of what is in memory."""
+    names = dict.fromkeys(str(each) for each in datasets if isinstance(each, str | Path))
+    paths = {name: existing(name) for name in names}
+    found: dict[str, Any] = {name: _content(path) for name, path in paths.items() if path is not None}
+    in_memory = [repr(vars(each).get("_fingerprint")) for each in datasets if not isinstance(each, str | Path)]
+    return found | {f"in memory {place}".removesuffix(" 0"): each for place, each in enumerate(in_memory)}
 
 
 def _content(path: Path | None, is_read: Callable[[str], bool] = lambda _: True) -> dict[str, str]:

@@ -214,8 +214,10 @@ def closeness(opened: Models, recipe: Recipe) -> list[Closeness]:
     """How near every model is to the one that it is merged with; nothing where an alignment is asked for."""
     if recipe.align.method != "none" or opened.sections:
         return []
+    from hf_llfc.parents.parent import Parent
+
     first, *others = ([opened.base] if opened.base is not None else []) + list(opened.parents)
-    sources = [Source(each.label, each.read_unrounded, each.span) for each in (first, *others)]
+    sources = [Parent(each).source for each in (first, *others)]
     return [sampled_closeness(sources[0], each, first.tensors) for each in sources[1:]]
 
 
@@ -413,9 +415,9 @@ def check_checkpoints(
         raise EvaluationError("level 2 runs both models: give task and dataset (labels are not needed), or ask level 1")
     if highest < 2 and data is not None:
         raise EvaluationError(f"data have no meaning at level {highest}, which runs no model; leave them out")
-    pair = (*in_one_class(pair),)  # type: ignore[assignment]
-    found = _checked(pair, highest, data, seed, progress)
-    return replace(found, differences=preparation_differences(pair))
+    first, second = in_one_class(pair)
+    found = _checked((first, second), highest, data, seed, progress)
+    return replace(found, differences=preparation_differences([first, second]))
 
 
 def _checked(
@@ -424,7 +426,8 @@ def _checked(
     problems = problems_of(pair)
     if problems:
         return CheckResult("do not merge", f"the checkpoints do not fit each other: {problems[0]}", 0, problems)
-    pair = (*sharing(pair),)  # type: ignore[assignment]
+    first, second = sharing(pair)
+    pair = first, second
     if highest == 0:
         return CheckResult(UNDECIDED, "configs, tokenizers and headers fit; weights have not been looked at", 0)
     from hf_llfc.diagnostics.verdict import judge_weights, judged_by_weights
