@@ -192,22 +192,8 @@ def renamed(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
             override_architecture={names.get(name, name): each for name, each in recipe.override_architecture.items()},
         )
 
-    def other(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {
-                key: names.get(entry, entry)
-                if key in ("model", "base_model") and isinstance(entry, str)
-                else entry
-                if key == "parameters"
-                else other(entry)
-                for key, entry in value.items()
-            }
-        return [other(entry) for entry in value] if isinstance(value, list) else value
-
     plain = recipe.to_dict()
-    moved: dict[str, Any] = {key: other(plain[key]) for key in ("slices", "modules") if key in plain}
-    if "base_model" in plain:
-        moved["base_model"] = names.get(plain["base_model"], plain["base_model"])
+    moved = with_names({key: plain[key] for key in ("slices", "modules", "base_model") if key in plain}, names)
     return replace(load_recipe({**plain, **moved}), earlier=recipe.earlier)
 
 
