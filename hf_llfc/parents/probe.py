@@ -96,7 +96,7 @@ def probe(alignment: Alignment, model: Checkpoint) -> dict[str, Any]:
         _raise_if_unread(error)
         logger.debug("probing %s", model.label, exc_info=True)
         reason = str(error).splitlines()[0] if isinstance(error, LLFCError) else f"{type(error).__name__}: {error}"
-        logger.warning("%s: that it answers the same after the alignment was not probed: %s", model.label, reason)
+        logger.warning("%s: the moved model was not probed: %s", model.label, reason)
         return {"left_out": reason}
     noise = NOISE[dtype]
     if change > noise:

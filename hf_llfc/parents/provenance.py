@@ -102,7 +102,7 @@ def alignment_summary(alignment: Alignment) -> dict[str, Any]:
     if "probe_change" in summary:
         sentence += f"; random inputs give the same answers to {summary['probe_change']:.0e} of the largest"
     elif "probe_left_out" in summary:
-        sentence += f"; that the moved model answers the same was not probed: {summary['probe_left_out']}"
+        sentence += f"; the moved model was not probed: {summary['probe_left_out']}"
     return {**summary, "sentence": sentence}
 
 

@@ -117,7 +117,7 @@ def alignment_sentence(alignment: AlignmentSummary) -> str:
 def _probe(alignment: AlignmentSummary) -> list[str]:
     """Whether the moved model answered as before."""
     if alignment.probe_left_out is not None:
-        return [f"that it answers as before was not probed ({alignment.probe_left_out})"]
+        return [f"whether it answers as before was not probed ({alignment.probe_left_out})"]
     if alignment.probe_change is None:
         return []
     same = "the same answers" if alignment.probe_change == 0 else f"the same answers to {alignment.probe_change:.0e}"

@@ -59,8 +59,8 @@ def _problems_of_adding(values: dict[str, Any]) -> list[str]:
     needs_weight = any(each.name == "weight" for each in MERGE_METHODS[method].parameters)
     if needs_weight and of_all.weight is None and "weight" not in of_all.settings:
         return [
-            f"base_model: to {method} it is a model like the others, and it has no weight; list it under `models` with "
-            "one, or remove it"
+            f"base_model: {method} has no base and merges it as one more model, which has no weight; list it under "
+            "`models` with one, or remove it"
         ]
     return []
 

@@ -198,7 +198,7 @@ def test_the_probe_can_be_switched_off_and_says_so(pair, false_symmetry, tmp_pat
     recipe = (tmp_path / "out" / "llfc" / "recipe.yaml").read_text()
     assert "probe: false" in recipe
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "that it answers as before was not probed (not asked for)" in card
+    assert "whether it answers as before was not probed (not asked for)" in card
 
 
 def test_what_was_found_is_told_everywhere(pair, tmp_path):

@@ -419,7 +419,7 @@ class TestProblems:
             (changed(align={"start": "activation_matching"}), "align.calibration: activation matching needs"),
             (
                 changed(base_model="org/base"),
-                "base_model: to linear it is a model like the others, and it has no weight",
+                "base_model: linear has no base and merges it as one more model, which has no weight",
             ),
             (changed(parameters={"lambda": 0.5}), "parameters.lambda: has no meaning for a linear merge"),
             (changed(merge_method="task_arithmetic"), "base_model: task_arithmetic needs one"),
