@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Renamed:
     source: Weights
     stored: Mapping[str, str]
 
-    @property
+    @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
         """Dtype and shape of every tensor."""
         return {name: self.source.infos[stored] for name, stored in self.stored.items()}
