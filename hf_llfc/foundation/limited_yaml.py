@@ -1,8 +1,13 @@
-"""YAML that strangers wrote, read within limits: plain values, no aliases, no key twice, bounded size and depth."""
+"""YAML that strangers wrote, read within limits: plain values, no key twice, bounded size and depth.
+
+Aliases (`*name`) and merge keys (`<<: *name`) are replaced by what they stand for, each time by a copy of its own. The
+limits hold for the text and for what it becomes.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +16,50 @@ import yaml
 from hf_llfc.errors import LLFCError
 
 LARGEST_FILE = 1_000_000
-"""In bytes."""
+"""In bytes, and of what it says, aliases replaced, in characters."""
 
 DEEPEST = 20
 """Levels of mappings and lists."""
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice."""
+    """Refuses a key that comes twice, and makes a value of its own for every alias."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        made = super().construct_object(node, deep=True)
+        self.constructed_objects.pop(node, None)
+        return made
 
 
-def _mapping_once(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
+def _mapping_once(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    content: dict[Any, Any] = {}
+    merged: list[dict[Any, Any]] = []
+    for key_node, value in node.value:
+        is_merge = key_node.tag == _MERGE
+        key = "<<" if is_merge else loader.construct_object(key_node)
         if isinstance(key, list | dict):
             raise LLFCError(f"line {node.start_mark.line + 1}: a key must be a word, not {key!r}")
-        if keys.count(key) > 1:
+        if merged if is_merge else key in content:
             raise LLFCError(f"line {node.start_mark.line + 1}: the key {key!r} comes twice")
-    return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
+        if is_merge:
+            merged.append(_merged(loader, value))
+        else:
+            content[key] = loader.construct_object(value)
+    return {**merged[0], **content} if merged else content
+
+
+def _merged(loader: _StrictLoader, node: yaml.Node) -> dict[Any, Any]:
+    """What a merge key takes over: a mapping, or several, of which the first that has a key counts."""
+    sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(source, yaml.MappingNode) for source in sources):
+        raise LLFCError(f"line {node.start_mark.line + 1}: `<<` takes over a mapping (`<<: *name`), or a list of them")
+    merged: dict[Any, Any] = {}
+    for source in reversed(sources):
+        merged |= loader.construct_object(source)
+    return merged
 
 
 # YAML 1.1 takes 1e-3 for text because it has no dot; nobody who writes it means that.
@@ -67,12 +98,10 @@ def parse_documents(text: str, where: str, kind: type[LLFCError]) -> list[Any]:
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise kind(f"{where}: aliases (`*name`) are not supported in a recipe")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise kind(f"{where}: nested deeper than {DEEPEST} levels")
-        return list(yaml.load_all(text, Loader=_StrictLoader))
+        return list(_documents(text))
     except yaml.MarkedYAMLError as error:
         mark, said = error.problem_mark or error.context_mark, error.problem or error.context
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -83,6 +112,47 @@ def parse_documents(text: str, where: str, kind: type[LLFCError]) -> list[Any]:
         raise kind(f"{where}: {str(error).removeprefix(where + ': ')}") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise kind(f"{where}: a value cannot be read: {error}") from None
+
+
+def _documents(text: str) -> Iterator[Any]:
+    """What each document says, looked at before it is made."""
+    loader = _StrictLoader(text)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            _refuse_too_large(node)
+            yield loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_too_large(document: yaml.Node) -> None:
+    """Refuses a document that its aliases make too large or too deep, or that holds itself.
+
+    A node is looked at once, however many aliases lead to it.
+    """
+    measured: dict[yaml.Node, tuple[int, int]] = {}
+    within: set[yaml.Node] = set()
+
+    def measure(node: yaml.Node) -> tuple[int, int]:
+        if node in measured:
+            return measured[node]
+        if isinstance(node, yaml.ScalarNode):
+            return len(node.value) + 1, 0
+        if node in within:
+            raise LLFCError(f"line {node.start_mark.line + 1}: an alias stands within what it stands for")
+        within.add(node)
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(child,) for child in node.value]
+        sizes, depths = zip((1, 0), *(measure(child) for pair in pairs for child in pair), strict=True)
+        within.discard(node)
+        measured[node] = sum(sizes), max(depths) + 1
+        if measured[node][0] > LARGEST_FILE:
+            raise LLFCError(f"larger than {LARGEST_FILE} characters with its aliases (`*name`) replaced")
+        if measured[node][1] > DEEPEST:
+            raise LLFCError(f"nested deeper than {DEEPEST} levels with its aliases (`*name`) replaced")
+        return measured[node]
+
+    measure(document)
 
 
 def read_documents(path: Path, kind: type[LLFCError]) -> list[Any]:

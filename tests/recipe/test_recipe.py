@@ -1,6 +1,7 @@
 """Recipes: strict, typed, every problem at once, and the same again when written and read."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import yaml
 
 from hf_llfc.errors import RecipeError
 from hf_llfc.evaluation import EvaluationConfig
+from hf_llfc.foundation.limited_yaml import parse_yaml
 from hf_llfc.recipe import (
     AlignSection,
     BatchNormSection,
@@ -472,7 +474,23 @@ class TestFiles:
             ("- a\n- b\n", "a recipe is a mapping of keys that begins with `models:`, found a list"),
             ("", "a recipe is a mapping of keys that begins with `models:`, found an empty file"),
             ("just words", "found 'just words'"),
-            ("a: &x [1]\nb: *x\n", "aliases (`*name`) are not supported"),
+            ("a: &x [*x]\n", "line 1: an alias stands within what it stands for"),
+            ("a: &x {b: 1}\nc: {<<: *x, <<: *x}\n", "line 2: the key '<<' comes twice"),
+            ("a: &x {b: 1, b: 2}\nc: {<<: *x}\n", "line 1: the key 'b' comes twice"),
+            ("a: {<<: 3}", "line 1: `<<` takes over a mapping (`<<: *name`), or a list of them"),
+            ("a: *x", "not valid YAML at line 1, column 4: found undefined alias 'x'"),
+            (
+                "a0: &a0 [laugh]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(15)),
+                "larger than 1000000 characters with its aliases (`*name`) replaced",
+            ),
+            (
+                f"a: &a {'x' * 1000}\nb: &b [{'*a, ' * 100}]\nc: [{'*b, ' * 100}]",
+                "larger than 1000000 characters with its aliases",
+            ),
+            (
+                "a0: &a0 [deep]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}]\n" for i in range(30)),
+                "nested deeper than 20 levels with its aliases (`*name`) replaced",
+            ),
             ("a: " + "[" * 50 + "]" * 50, "nested deeper than 20 levels"),
             ("a: !!python/object/apply:os.system [ls]", "not valid YAML at line 1, column 4"),
             ("a: \x01", "not valid YAML: "),
@@ -491,6 +509,26 @@ class TestFiles:
             load_recipe(tmp_path / "none.yaml")
         with pytest.raises(RecipeError, match="Is a directory"):
             load_recipe(tmp_path)
+
+
+def test_aliases_and_merge_keys_stand_for_what_they_name(tmp_path):
+    """As `yaml.safe_load` reads them, which is what mergekit does."""
+    texts = (
+        "models:\n"
+        "- {model: a, parameters: &shared {weight: [{filter: mlp, value: 0.3}, {value: 0.5}], density: 0.5}}\n"
+        "- {model: b, parameters: *shared}\n"
+        "- {model: c, parameters: {<<: *shared, density: 0.2}}\n"
+        "merge_method: ties\nbase_model: d\noutput_dir: out\n",
+        "- &a {x: 1, z: 0}\n- &b {x: 2, y: 3}\n- {<<: [*a, *b], z: 4}\n- {<<: *a, '<<': 5}\n- {<<: [*b, *a]}\n",
+    )
+    for text in texts:
+        assert parse_yaml(text, "text", RecipeError) == yaml.safe_load(text)
+    spelled_out = tmp_path / "spelled_out.yaml"
+    spelled_out.write_text(json.dumps(yaml.safe_load(texts[0])))
+    (tmp_path / "recipe.yaml").write_text(texts[0])
+    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(spelled_out)
+    first, second, _ = (entry["parameters"] for entry in parse_yaml(texts[0], "text", RecipeError)["models"])
+    assert first == second and first is not second and first["weight"] is not second["weight"]
 
 
 def test_every_field_says_what_it_is():
