@@ -112,3 +112,18 @@ def answer(run: subprocess.CompletedProcess[str]) -> dict:
     """The JSON on stdout."""
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+def trained_llama(seed: int, start: LlamaForCausalLM | None = None, steps: int = 40) -> LlamaForCausalLM:
+    """A Llama over bytes that knows the text of `text_data`; from a start of its own, or onward from another one."""
+    model = byte_llama(seed)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    ids = torch.tensor(list(TEXT.encode()))
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2 if start is None else 1e-3)
+    for _ in range(steps):
+        places = torch.randint(len(ids) - 32, (8, 1)) + torch.arange(32)
+        model(input_ids=ids[places], labels=ids[places]).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval()

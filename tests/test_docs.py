@@ -135,7 +135,7 @@ def test_code_of_a_page_runs(page, inputs, tmp_path, monkeypatch):
 def check_outcome(page: str, names: Mapping[str, Any]) -> None:
     """What the page promises of what its code made."""
     if page == "first_merge.md":
-        assert names["result"].report.verdict.answer in ("merge", "align", "do not merge")
+        assert names["result"].report.verdict.answer == "undecided"  # the models of the tests know nothing
         assert Path("report/llfc/report.html").is_file() and Path("merged_and_measured/README.md").is_file()
         assert len(names["result"].table) == 3
     if page == "weights.md":

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import hf_llfc
 from hf_llfc.errors import CheckpointError, LLFCError, RecipeError
 from hf_llfc.trainer import COLLECTION
-from tests.runs import byte_llama, text_data
+from tests.runs import byte_llama, text_data, trained_llama
 from tests.trainer_script import keep_all, trainer
 
 DATA = {"task": "text-generation", "tokenizer": "bytes", "max_length": 32, "batch_size": 4, "alphas": 3}
@@ -168,7 +168,7 @@ def test_the_best_model_is_what_checkpoints_are_diagnosed_against(tmp_path: Path
 def test_a_merge_is_diagnosed_where_data_are_given(tmp_path: Path) -> None:
     data = {**DATA, "dataset": str(text_data(tmp_path))}
     callback = hf_llfc.MergeCallback(tmp_path / "soup", last=2, diagnose=data)
-    trainer(tmp_path / "run", callback, save_steps=2).train()
+    trainer(tmp_path / "run", callback, model=trained_llama(0), save_steps=2, learning_rate=1e-5).train()
     assert callback.result is not None and callback.result.report is not None
     assert callback.result.report.verdict.answer == "merge"
     assert (tmp_path / "soup" / "llfc" / "layers.png").is_file()

@@ -42,7 +42,7 @@ def execute(options: argparse.Namespace) -> int:
             print("inputs are not prepared alike, and a merge prepares them as the first model does:")
         for difference in result.differences:
             print(f"  - {difference}")
-    return 0 if result.answer in ("merge", "undecided") else 1
+    return 0 if result.answer == "merge" or (result.answer == "undecided" and result.level == 0) else 1
 
 
 def _means(row: LayerRow) -> dict[str, float | None]:

@@ -96,7 +96,9 @@ def diagnose_checkpoints(
         outputs = compare_outputs(
             models[0], models[1], data, alpha=judged_point(region).alpha, batch_norm_data=calibration
         )
-        verdict = judge(report.barrier, report.layers, aligned=origin.is_aligned, outputs=outputs)
+        verdict = judge(
+            report.barrier, report.layers, aligned=origin.is_aligned, outputs=outputs, at_chance=report.at_chance
+        )
         report = replace(report, verdict=verdict)
     measured: dict[str, Any] = run_measures(
         section.measures,

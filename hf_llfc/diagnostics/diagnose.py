@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.batch_norm import batch_norm_state, has_batch_norm, recompute_batch_norm
+from hf_llfc.diagnostics.chance import at_chance
 from hf_llfc.diagnostics.combination import CombinedModel, MovingModel
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, select_layers
 from hf_llfc.diagnostics.lockstep import Lockstep, PathSums
@@ -31,6 +32,7 @@ from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import evaluation_mode
 from hf_llfc.evaluation.scoring import ScoreSums
 from hf_llfc.foundation.choices import UNITS
+from hf_llfc.recipe.data import CLASSIFICATION_TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +195,12 @@ def _report(
         if point in wanted
     )
     merge = judged_point(region)
+    models = origin.models or (ModelReference(),) * region.models
+    language = data.task not in CLASSIFICATION_TASKS
+    ours = slice(-1) if region.kind == "arithmetic" else slice(None)  # the base need not know the task
+    lost = at_chance(sums.predictions[ours], models, language=language)
     return ConnectivityReport(
-        models=origin.models or (ModelReference(),) * region.models,
+        models=models,
         path=path,
         barrier=barrier,
         layers=rows,
@@ -204,8 +210,10 @@ def _report(
             [row for row in rows if row.weights == merge.weights],
             aligned=origin.is_aligned,
             convex=merge.convex,
+            at_chance=lost,
         ),
         region=region.kind,
+        at_chance=lost,
         data=summary,
         alignment=dict(origin.alignment),
         versions=_versions(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from hf_llfc.diagnostics.chance import Predictions
 from hf_llfc.diagnostics.combination import MovingModel
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, handing_over, sample_vectors
 from hf_llfc.diagnostics.points import Region
@@ -26,8 +27,8 @@ from hf_llfc.diagnostics.statistics import (
 from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_finite
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
-from hf_llfc.evaluation.models import forward_logits
-from hf_llfc.evaluation.scoring import ScoreSums, score_samples
+from hf_llfc.evaluation.models import forward_logits, predictions_in
+from hf_llfc.evaluation.scoring import SampleScores, ScoreSums, predicted_labels, score_samples
 
 MOST_TOKENS = 2**24
 """Above any sequence length, so that a token has a number of its own."""
@@ -42,12 +43,14 @@ class PathSums:
         llfc: 1 − cos(merged, blend), (p, l).
         coefficient: Of merged on blend, (p, l).
         baseline: 1 − cos between the models, the mean over their pairs, (l,).
+        predictions: What each model predicts.
     """
 
     scores: list[ScoreSums]
     llfc: Distribution
     coefficient: Distribution
     baseline: Distribution
+    predictions: list[Predictions]
 
     def merge(self, other: PathSums) -> None:
         """Adds what another process has gathered."""
@@ -56,10 +59,13 @@ class PathSums:
         self.llfc.merge(other.llfc)
         self.coefficient.merge(other.coefficient)
         self.baseline.merge(other.baseline)
+        for own_predictions, others_predictions in zip(self.predictions, other.predictions, strict=True):
+            own_predictions.merge(others_predictions)
 
     def cpu(self) -> PathSums:
         """A copy in main memory, for other processes."""
-        return PathSums(self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu())
+        predictions = [each.cpu() for each in self.predictions]
+        return PathSums(self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu(), predictions)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,7 @@ class Lockstep:
             Distribution.empty(*shape, device=device),
             Distribution.empty(*shape, device=device),
             Distribution.empty(len(layers), device=device),
+            [Predictions() for _ in models],
         )
         names = (
             ("the first model", "the second model")
@@ -121,15 +128,16 @@ class Lockstep:
         runs = [self._parent(model, batch, units) for model in self.models]
         logits = [run.logits for run in runs]
         between = torch.stack([gram([run.features[place] for run in runs]) for place in range(len(self.layers))])
-        own = between.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
-        self._check_finite(own, units, self.names)
+        squares = between.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
+        self._check_finite(squares, units, self.names)
         self.sums.baseline.add(units.numbers, units.only_present(self._baseline(between), self.layers))
 
         blend = blend_norms(between, [point.weights for point in self.region.points])
         norms, difference = blend.clone(), torch.zeros_like(blend)
         for place, point in enumerate(self.region.points):
             if point.vertex is not None:
-                self._score(place, logits[point.vertex], batch)
+                own = logits[point.vertex]
+                self._look_at(self.sums.predictions[point.vertex], own, batch, self._score(place, own, batch))
             else:
                 norms[place], difference[place] = self._merged(place, batch, units, [run.features for run in runs])
         self._check_finite(norms, units, [f"the merged model at {point.name}" for point in self.region.points])
@@ -160,11 +168,26 @@ class Lockstep:
             mask = batch["attention_mask"].to(device)
         return Units(n, mask, sample_ids.to(device), self.unit == "token")
 
-    def _score(self, place: int, logits: torch.Tensor | None, batch: Mapping[str, torch.Tensor]) -> None:
-        if self.data.labelled:
-            assert logits is not None
-            labels = batch["labels"].to(logits.device)
-            self.sums.scores[place].add(score_samples(self.data.task, logits, labels))
+    def _score(self, place: int, logits: torch.Tensor | None, batch: Mapping[str, torch.Tensor]) -> SampleScores | None:
+        if not self.data.labelled:
+            return None
+        assert logits is not None
+        scores = score_samples(self.data.task, logits, batch["labels"].to(logits.device))
+        self.sums.scores[place].add(scores)
+        return scores
+
+    def _look_at(
+        self,
+        predictions: Predictions,
+        logits: torch.Tensor | None,
+        batch: Mapping[str, torch.Tensor],
+        scores: SampleScores | None,
+    ) -> None:
+        """Adds what a model predicts."""
+        if logits is not None:
+            predictions.add(predictions_in(logits, batch))
+        if scores is not None:
+            predictions.add_scores(scores, predicted_labels(self.data.task, batch["labels"]))
 
     def _parent(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor], units: Units) -> ParentRun:
         """Features of every layer, (u, f) each, kept until the batch is done."""

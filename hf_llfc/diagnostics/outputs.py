@@ -20,7 +20,7 @@ from hf_llfc.diagnostics.batch_norm import recompute_batch_norm
 from hf_llfc.diagnostics.combination import CombinedModel
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
-from hf_llfc.evaluation.models import evaluation_mode, forward_logits
+from hf_llfc.evaluation.models import evaluation_mode, forward_logits, predictions_in
 
 ELEMENTS_AT_ONCE = 2**22
 """Logits converted to float64 at a time; bounds the memory that a large vocabulary takes."""
@@ -154,10 +154,7 @@ def _predictions(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> t
     logits = forward_logits(model, batch)
     if logits is None:
         raise EvaluationError(f"{type(model).__name__} has no logits; a model with a task head is needed")
-    mask = batch.get("attention_mask")
-    if mask is not None and logits.shape[:-1] == mask.shape:
-        return logits[mask.to(logits.device).bool()]
-    return logits.reshape(-1, logits.shape[-1])
+    return predictions_in(logits, batch)
 
 
 def _compare(

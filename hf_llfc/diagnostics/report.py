@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 
 from hf_llfc.diagnostics.rows import (
     AdditivityRow,
+    AtChance,
     Barrier,
     CommutativityRow,
     GeometryRow,
@@ -36,7 +37,7 @@ PARTS = ("path", "layers", "additivity", "commutativity", "stitching", "geometry
 
 _LARGEST = sys.float_info.max
 
-OPTIONAL = {*PARTS[2:], "suggestion", "quantiles", "interval", "weights", "layer_weights", "name", "gated"}
+OPTIONAL = {*PARTS[2:], "at_chance", "suggestion", "quantiles", "interval", "weights", "layer_weights", "name", "gated"}
 """Fields that are left out of the JSON where they are empty and their class has a default for them."""
 
 SCHEMA_FILE = "report.schema.json"
@@ -61,6 +62,7 @@ class ConnectivityReport:
         verdict: Advice, with the numbers behind it.
         region: Where merged models were measured: ``line`` between two models, ``simplex`` of more (edges and
             centre), or ``arithmetic``, sums of task vectors over a base model, which comes last.
+        at_chance: Models that do no better than chance on the data, for whom there is no verdict.
         additivity: Additivity of every activation function, where asked for.
         commutativity: Commutativity of every linear map, where asked for.
         stitching: At every layer boundary, where asked for.
@@ -77,6 +79,7 @@ class ConnectivityReport:
     layers: tuple[LayerRow, ...]
     verdict: Verdict
     region: str = "line"
+    at_chance: tuple[AtChance, ...] = ()
     additivity: tuple[AdditivityRow, ...] = ()
     commutativity: tuple[CommutativityRow, ...] = ()
     stitching: tuple[StitchingPoint, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ANSWERS = ("merge", "align", "do not merge")
+ANSWERS = ("merge", "align", "do not merge", "undecided")
 
 
 @dataclass(frozen=True)
@@ -210,4 +210,17 @@ class Verdict:
     """
 
     answer: str
+    because: str
+
+
+@dataclass(frozen=True)
+class AtChance:
+    """A model that does no better on the data than one that knows nothing.
+
+    Args:
+        model: Its place among the models, from 0.
+        because: One sentence that names it, with the numbers.
+    """
+
+    model: int
     because: str

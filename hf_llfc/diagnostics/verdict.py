@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_llfc.diagnostics.rows import Barrier, LayerRow, Verdict
+from hf_llfc.diagnostics.rows import AtChance, Barrier, LayerRow, Verdict
 from hf_llfc.foundation.numbers import rounded
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def judge(
     aligned: bool,
     outputs: OutputAgreement | None = None,
     convex: bool = True,
+    at_chance: Sequence[AtChance] = (),
 ) -> Verdict:
     """Judges a pair: what to do with it, and the numbers that say so.
 
@@ -100,10 +101,13 @@ def judge(
         aligned: Whether the second model was aligned before, so that aligning cannot be the advice again.
         outputs: How predictions agree at the midpoint; counts only where there are no labels.
         convex: Whether the merge lies between the models; a sum of task vectors need not, and has then no barrier.
+        at_chance: Models that do no better than chance: nothing follows from how they merge.
 
     Returns:
-        ``merge``, ``align`` or ``do not merge`` with its reason.
+        ``merge``, ``align`` or ``do not merge`` with its reason; ``undecided`` where a model is at chance.
     """
+    if at_chance:
+        return Verdict("undecided", no_verdict(at_chance))
     rows = middle_rows(layers)
     criteria = judged_by(layers, outputs)
     features_agree = all(criterion.holds for criterion in criteria)
@@ -133,6 +137,14 @@ def judge(
     if not aligned:
         return Verdict("align", f"{evidence}; the models have not been aligned")
     return Verdict("do not merge", f"{evidence}, although the models have been aligned")
+
+
+def no_verdict(at_chance: Sequence[AtChance]) -> str:
+    """Why nothing follows from how models merge of which some are at chance."""
+    return (
+        f"{'; '.join(each.because for each in at_chance)}; how models merge that know nothing of the data says nothing"
+        " of a merge: measure on data that they were trained for"
+    )
 
 
 def judge_weights(*, cosine: float, gain: float, moved: int, units: int) -> Verdict:

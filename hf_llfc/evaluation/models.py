@@ -93,6 +93,19 @@ def forward_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
     return output if isinstance(output, torch.Tensor) else None
 
 
+def predictions_in(logits: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of everything that a batch predicts, in rows: of samples, or of tokens that are no padding.
+
+    Args:
+        logits: Of the batch, classes last.
+        batch: As `EvaluationData.batches` yields it.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None and logits.shape[:-1] == mask.shape:
+        return logits[mask.to(logits.device).bool()]
+    return logits.reshape(-1, logits.shape[-1])
+
+
 @contextmanager
 def evaluation_mode(*models: PreTrainedModel) -> Iterator[None]:
     """Dropout off and no gradients inside; every module as it was afterwards."""

@@ -85,6 +85,17 @@ def score_samples(task: str, logits: torch.Tensor, labels: torch.Tensor) -> Samp
     return SampleScores(loss_sums, counts, correct, torch.cat(predicted), labels[:, 0])
 
 
+def predicted_labels(task: str, labels: torch.Tensor) -> torch.Tensor:
+    """The labels of a batch that are to be predicted, in one row.
+
+    Args:
+        task: A value of `TASKS`.
+        labels: As for `score_samples`.
+    """
+    labels = labels[:, 1:] if task == "text-generation" else labels
+    return labels[labels != IGNORED_LABEL]
+
+
 def task_loss(task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The mean loss of a batch with its gradient, for what is learned; `score_samples` is what is reported.
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # level 0 needs neither weights nor data: what reads them is 
     from transformers import PreTrainedModel
 
     from hf_llfc.diagnostics.outputs import OutputAgreement
-    from hf_llfc.diagnostics.rows import LayerRow
+    from hf_llfc.diagnostics.rows import AtChance, LayerRow
     from hf_llfc.diagnostics.verdict import Criterion
     from hf_llfc.evaluation import EvaluationData
     from hf_llfc.parents.carrying import Carried
@@ -155,10 +155,12 @@ class FeatureEvidence:
     Attributes:
         layers: LLFC, baseline and coefficient of each layer, the logits last.
         outputs: How predictions agree; None of a bare encoder, which makes none.
+        at_chance: Models whose predictions say nothing of the data.
     """
 
     layers: tuple[LayerRow, ...]
     outputs: OutputAgreement | None
+    at_chance: tuple[AtChance, ...] = ()
 
 
 def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent) -> tuple[TensorDistance, ...]:
@@ -311,7 +313,9 @@ def compare_weights(a: Checkpoint, b: Checkpoint, *, seed: int = 0, progress: Pr
     )
 
 
-def compare_features(model_a: PreTrainedModel, model_b: PreTrainedModel, data: EvaluationData) -> FeatureEvidence:
+def compare_features(
+    model_a: PreTrainedModel, model_b: PreTrainedModel, data: EvaluationData, labels: Sequence[str] = ()
+) -> FeatureEvidence:
     """Level 2: features and predictions of the midpoint against those of its parents.
 
     Batch normalization of the midpoint is recomputed from the same samples, as a merge would do.
@@ -320,20 +324,24 @@ def compare_features(model_a: PreTrainedModel, model_b: PreTrainedModel, data: E
         model_a: The first model.
         model_b: The second, moved where it should be.
         data: Samples; labels are not looked at.
+        labels: What the models are called.
 
     Raises:
         EvaluationError: The models cannot be run on the data.
     """
-    from hf_llfc.diagnostics import diagnose_models, has_batch_norm
+    from hf_llfc.diagnostics import ModelReference, diagnose_models, has_batch_norm
+    from hf_llfc.diagnostics.diagnose import Origin
     from hf_llfc.diagnostics.features.trial import LOGITS
     from hf_llfc.diagnostics.outputs import compare_outputs
     from hf_llfc.diagnostics.points import line
 
     again = data if has_batch_norm(model_a) else None
-    report = diagnose_models([model_a, model_b], data, region=line([0.5]), batch_norm_data=again)
+    origin = Origin(tuple(map(ModelReference, labels)))
+    report = diagnose_models([model_a, model_b], data, region=line([0.5]), batch_norm_data=again, origin=origin)
     if report.layers[-1].layer != LOGITS:
         return FeatureEvidence(report.layers, None)
-    return FeatureEvidence(report.layers, compare_outputs(model_a, model_b, data, batch_norm_data=again))
+    outputs = compare_outputs(model_a, model_b, data, batch_norm_data=again)
+    return FeatureEvidence(report.layers, outputs, report.at_chance)
 
 
 @dataclass(frozen=True)
@@ -341,7 +349,8 @@ class CheckResult:
     """Whether two models may be merged.
 
     Attributes:
-        answer: `merge`, `align` or `do not merge`; `undecided` at level 0 where nothing forbids a merge.
+        answer: `merge`, `align` or `do not merge`; `undecided` at level 0 where nothing forbids a merge, at level 1
+            where weights are far apart and matching finds nothing, at level 2 where a model does no better than chance.
         because: One sentence with the evidence.
         level: The level that gave the answer; lower than the one asked for where that settled it.
         problems: What forbids a merge (level 0).
@@ -359,6 +368,7 @@ class CheckResult:
         layers: LLFC, baseline and coefficient of each layer at the midpoint (level 2).
         outputs: How predictions agree at the midpoint (level 2).
         differences: How the two differ in what they do to an input; no reason not to merge, but a merge has one way.
+        at_chance: Models whose predictions say nothing of the data (level 2).
     """
 
     answer: str
@@ -378,6 +388,7 @@ class CheckResult:
     layers: Sequence[LayerRow] = ()
     outputs: OutputAgreement | None = None
     differences: Sequence[str] = ()
+    at_chance: Sequence[AtChance] = ()
 
     def __bool__(self) -> bool:
         """Whether the answer is yes, merge them as they are; also of `undecided` it is no."""
@@ -435,13 +446,19 @@ def _checked(
     weights = compare_weights(*pair, seed=seed, progress=progress)
     cosine = weights.alignment.metadata["cosine_before"]
     verdict = judge_weights(cosine=cosine, gain=weights.gain, moved=weights.moved, units=weights.units)
-    because = verdict.because
+    answer, because = verdict.answer, verdict.because
     if weights.swept == "once":
         because += (
             f"; one pass was made, since the matrices' median cosine of {weights.cosine:.4f} tells of an ancestor"
         )
+    if answer == "merge" and weights.cosine < FAR_APART:  # as of models that were never trained, or have one unit
+        answer = UNDECIDED
+        because = (
+            f"the weights are far apart, the median cosine of the matrices is {weights.cosine:.3f}, and weight matching"
+            f" takes {weights.gain:.1%} off their squared distance: whether they merge shows on data alone (level 2)"
+        )
     found = CheckResult(
-        verdict.answer,
+        answer,
         because,
         1,
         criteria=judged_by_weights(gain=weights.gain),
@@ -475,24 +492,27 @@ def _check_features(
     runs = "running both models and their midpoint"
     model_a, b = Parent(pair[0]).load(), pair[1]
     progress(runs, 0, 2)
-    features = compare_features(model_a, Parent(b).load(), data)
-    verdict = judge(Barrier(None, None), features.layers, aligned=True, outputs=features.outputs)
+    labels = [checkpoint.label for checkpoint in pair]
+    features = compare_features(model_a, Parent(b).load(), data, labels)
+    verdict = judge(
+        Barrier(None, None), features.layers, aligned=True, outputs=features.outputs, at_chance=features.at_chance
+    )
     answer, because, aligned = verdict.answer, verdict.because, False
-    if answer != "merge" and not weights.moved:
+    if answer not in ("merge", UNDECIDED) and not weights.moved:
         because += "; weight matching finds nothing to move"
-    elif answer != "merge":
+    elif answer not in ("merge", UNDECIDED):
         progress(runs, 1, 2)
         failed = [
             f"{each.quantity}: {'undefined' if each.value is None else format(each.value, '.2g')} ({each.limit})"
             for each in judged_by(features.layers, features.outputs)
             if not each.holds
         ]
-        features = compare_features(model_a, Parent(b, weights.alignment).load(), data)
+        features = compare_features(model_a, Parent(b, weights.alignment).load(), data, labels)
         verdict = judge(Barrier(None, None), features.layers, aligned=True, outputs=features.outputs)
         answer, aligned = "align" if verdict.answer == "merge" else "do not merge", True
         because = f"not as they are ({'; '.join(failed)}); after weight matching, {verdict.because}"
     progress(runs, 2, 2)
-    criteria = judged_by(features.layers, features.outputs)
+    criteria = judged_by(features.layers, features.outputs) if answer != UNDECIDED else ()
     return replace(
         found,
         answer=answer,
@@ -502,6 +522,7 @@ def _check_features(
         aligned=aligned,
         layers=features.layers,
         outputs=features.outputs,
+        at_chance=features.at_chance,
     )
 
 

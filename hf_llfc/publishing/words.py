@@ -23,6 +23,7 @@ _LEADS = {
     "merge": "Verdict: merge.",
     "align": "Warning. Verdict: align first.",
     "do not merge": "Warning. Verdict: do not merge.",
+    "undecided": "Warning. No verdict.",
 }
 
 

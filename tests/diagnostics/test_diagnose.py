@@ -175,7 +175,6 @@ def test_a_model_with_itself_is_connected():
         assert row.coefficient.mean == pytest.approx(1, abs=1e-6)
     assert report.barrier.loss == pytest.approx(0, abs=1e-9)
     assert report.barrier.error == 0
-    assert report.verdict.answer == "merge"
 
 
 def test_a_coefficient_keeps_its_sign():
@@ -221,6 +220,9 @@ def test_batch_normalization_is_recomputed_per_alpha():
 
 def test_without_labels_features_are_compared_alone():
     models = [tiny_model("bert", "sequence-classification", seed) for seed in (0, 1)]
+    with torch.no_grad():
+        for model in models:
+            model.classifier.weight.mul_(30)  # so that they answer each input otherwise
     labelled = diagnose_models(models, data_for("text-classification", models[0].config))
     report = diagnose_models(models, data_for("text-classification", models[0].config, labels=False))
     assert report.layers == labelled.layers

@@ -25,6 +25,7 @@ from tests.runs import (
     small_resnet,
     text_data,
     text_recipe,
+    trained_llama,
     written,
 )
 from tests.tiny_models import tiny_model
@@ -33,7 +34,7 @@ from tests.tiny_models import tiny_model
 @pytest.fixture
 def planted(tmp_path: Path) -> tuple[Path, Path]:
     """A model, and the same function in other coordinates."""
-    return saved(byte_llama(0), tmp_path / "a"), saved(moved(byte_llama(0), 1), tmp_path / "b")
+    return saved(trained_llama(0), tmp_path / "a"), saved(moved(trained_llama(0), 1), tmp_path / "b")
 
 
 @pytest.fixture
@@ -323,7 +324,8 @@ def test_three_models_are_measured_over_their_simplex(independent, tmp_path):
         hf_llfc.diagnose(*independent, data, more=[third], weights=[0.5, 0.5])
 
 
-def test_task_vectors_are_added_and_taken_away(independent, tmp_path):
+def test_task_vectors_are_added_and_taken_away(tmp_path):
+    independent = [saved(trained_llama(seed), tmp_path / name) for seed, name in enumerate("ab")]
     data = {"task": "text-generation", "dataset": str(text_data(tmp_path)), "tokenizer": "bytes", "max_length": 32}
     base = saved(byte_llama(2), tmp_path / "base")
     result = hf_llfc.merge(
@@ -422,6 +424,9 @@ def saved_with_tokenizer(model, path: Path) -> Path:
 
 def test_without_labels_a_diagnosis_judges_as_check_does(tmp_path):
     models = [small_resnet(seed) for seed in (0, 1)]
+    with torch.no_grad():
+        for model in models:
+            model.classifier[1].weight.mul_(30)  # so that they answer each input otherwise
     pair = [saved(model, tmp_path / f"resnet-{seed}") for seed, model in enumerate(models)]
     config = EvaluationConfig(task="image-classification", dataset=str(image_data(tmp_path)), labels=False)
     report = hf_llfc.diagnose(*pair, config, alphas=[0.5])

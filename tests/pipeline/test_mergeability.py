@@ -24,7 +24,7 @@ from hf_llfc.pipeline.mergeability import (
     open_calibration,
 )
 from tests.mlp_model import MLPConfig, MLPForImageClassification
-from tests.runs import byte_llama, moved, saved, text_data
+from tests.runs import byte_llama, moved, saved, text_data, trained_llama
 
 SIDE, CLASSES = 6, 4
 
@@ -137,6 +137,18 @@ def test_a_model_whose_hidden_layer_has_been_turned_round_is_not_merged(trunk, d
     assert found.tensors[0].cosine < -0.9 < 0.9 < found.median_cosine
 
 
+def test_weights_that_share_nothing_and_that_matching_does_not_bring_closer_give_no_yes():
+    """Two perceptrons of one unit a layer: there is nothing to move, and no common ancestor either."""
+    config = MLPConfig(image_size=SIDE, hidden_sizes=(1, 1), num_labels=CLASSES)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(MLPForImageClassification(config).eval())
+    found = hf_llfc.check(*models)
+    assert (found.answer, found.level) == ("undecided", 1) and not found and found.median_cosine < 0.5
+    assert "far apart" in found.because
+
+
 def test_equal_weights_and_planted_moves_are_settled_without_running_a_model(trunk, data, monkeypatch):
     monkeypatch.setattr("hf_llfc.pipeline.mergeability.compare_features", lambda *arguments: pytest.fail("a model ran"))
     same = hf_llfc.check(trunk, trunk, data=data)
@@ -210,9 +222,9 @@ def test_small_and_large_data_are_taken_as_they_come(tmp_path):
 
 
 def test_the_command_prints_evidence_and_ends_as_it_answers(tmp_path, capsys):
-    a = str(saved(byte_llama(0), tmp_path / "a"))
-    b = str(saved(moved(byte_llama(0), 1), tmp_path / "b"))
-    c = str(saved(byte_llama(2), tmp_path / "c"))
+    a = str(saved(trained_llama(0), tmp_path / "a"))
+    b = str(saved(moved(trained_llama(0), 1), tmp_path / "b"))
+    c = str(saved(trained_llama(2), tmp_path / "c"))
     data = ["--task", "text-generation", "--dataset", str(text_data(tmp_path)), "--tokenizer", "bytes"]
     data += ["--max-length", "16"]
     assert main(["check", a, c, "--level", "0", "--format", "json"]) == 0

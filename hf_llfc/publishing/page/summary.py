@@ -35,6 +35,7 @@ _MEANINGS = {
     "merge": "No measurement speaks against this merge.",
     "align": "The parents lie in different coordinates. Align them, then merge and measure again.",
     "do not merge": "On this data, the merged model loses abilities of its parents.",
+    "undecided": "On this data, a parent does no better than chance, so that nothing follows for the merge.",
 }
 
 
