@@ -1,0 +1,219 @@
+"""Calibration against plain least squares over whole forward passes, and what it must never do."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from hf_llfc.calibration import Settings, Source, calibrate_model, engine
+from hf_llfc.calibration.maps import plan_maps
+from hf_llfc.calibration.replay import Replay, chains_that_hold
+from hf_llfc.diagnostics.features.layers import LOGITS, Layer
+from hf_llfc.errors import EvaluationError
+from tests.tiny_models import tiny_inputs, tiny_model
+
+# Family, and the name of its head in `tiny_model`.
+MODELS = [
+    ("bert", "sequence-classification"),
+    ("distilbert", "sequence-classification"),
+    ("gpt2", "causal-lm"),
+    ("llama", "causal-lm"),
+    ("qwen3", "causal-lm"),
+    ("mixtral", "causal-lm"),
+    ("vit", "image-classification"),
+    ("resnet-basic", "image-classification"),
+    ("resnet-bottleneck", "image-classification"),
+]
+
+
+def batches(model, count=3, seed=0):
+    inputs = [tiny_inputs(model, seed=seed + number, batch_size=4) for number in range(count)]
+    return [(batch, torch.arange(4) + 4 * number) for number, batch in enumerate(inputs)]
+
+
+def merged(models):
+    merge = copy.deepcopy(models[0])
+    others = [model.state_dict() for model in models]
+    merge.load_state_dict(
+        {
+            name: sum(state[name] for state in others) / len(others) if value.is_floating_point() else value
+            for name, value in merge.state_dict().items()
+        }
+    )
+    return merge.eval()
+
+
+def pair(family, head, dtype=torch.float64):
+    return [tiny_model(family, head, seed=seed, dtype=dtype).eval() for seed in (1, 2)]
+
+
+def outputs(model, inputs, name):
+    """What a module takes and gives, as rows."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append((args[0].detach(), output.detach()))
+    )
+    with torch.no_grad():
+        for batch, _ in inputs:
+            model(**batch)
+    handle.remove()
+    return (torch.cat([pair[side].flatten(0, -2) for pair in seen]) for side in (0, 1))
+
+
+def test_a_map_gets_the_least_squares_solution():
+    models = pair("vit", "image-classification")
+    inputs = batches(models[0])
+    merge = merged(models)
+    name = "vit.encoder.layer.1.intermediate.dense"
+    name = next(
+        each
+        for each in dict(merge.named_modules())
+        if each.endswith("1.intermediate.dense") or each.endswith("1.mlp.fc1")
+    )
+    ridge = 0.05
+    x, y = outputs(merge, inputs, name)
+    target = sum(list(outputs(model, inputs, name))[1] for model in models) / 2
+    centred, wanted = x - x.mean(0), (target - y) - (target - y).mean(0)
+    penalty = ridge * centred.square().sum(0).mean()
+    rows = torch.cat([centred, penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
+    expected = torch.linalg.lstsq(
+        rows, torch.cat([wanted, torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)])
+    ).solution
+    before = copy.deepcopy(merge)
+    result = calibrate_model(
+        merge, models, [Source(inputs, (0.5, 0.5))], Settings(ridge=ridge, layers=(name,), stream=False)
+    )
+    change = merge.get_submodule(name).weight - before.get_submodule(name).weight
+    torch.testing.assert_close(change, expected.T, rtol=1e-6, atol=1e-9)
+    fitted = list(outputs(merge, inputs, name))[1]
+    torch.testing.assert_close(fitted.mean(0), target.mean(0))
+    (row,) = result.changes
+    spread = (target - target.mean(0)).square().sum()
+    assert row.before == pytest.approx(float((target - y).square().sum() / spread))
+    assert row.after == pytest.approx(float((target - fitted).square().sum() / spread))
+    # Nothing else moved.
+    changed = [key for key, value in merge.state_dict().items() if not torch.equal(value, before.state_dict()[key])]
+    assert sorted(changed) == [f"{name}.bias", f"{name}.weight"]
+
+
+@pytest.mark.parametrize(("family", "head"), MODELS)
+def test_blocks_that_are_not_run_again_change_nothing(family, head, monkeypatch):
+    models = pair(family, head)
+    inputs = batches(models[0])
+    plan = plan_maps(models[0], inputs[0][0])
+    assert chains_that_hold(models[0], plan.chains, inputs[0][0]) == plan.chains != ()
+    made = []
+    for chains_hold in (chains_that_hold, lambda *_: ()):
+        monkeypatch.setattr(engine, "chains_that_hold", chains_hold)
+        for memory in (1 << 30, 0):
+            merge = merged(models)
+            calibrate_model(merge, models, [Source(inputs, (0.5, 0.5))], Settings(memory=memory))
+            made.append(merge.state_dict())
+    for other in made[1:]:
+        for name, value in made[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["calibrate", "repair"])
+@pytest.mark.parametrize(("family", "head"), MODELS)
+def test_equal_parents_stay_as_they_are(family, head, method):
+    model = pair(family, head)[0]
+    merge = copy.deepcopy(model)
+    calibrate_model(merge, [model, model], [Source(batches(model), (0.5, 0.5))], Settings(method))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(merge.state_dict()[name], value, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "head"), MODELS)
+def test_features_come_nearer_to_the_blend(family, head):
+    models = pair(family, head)
+    inputs = batches(models[0], count=40)
+    merge = merged(models)
+    result = calibrate_model(merge, models, [Source(inputs, (0.5, 0.5))])
+    assert all(row.after <= row.before + 1e-12 for row in result.changes)
+    assert sum(row.after for row in result.changes) < 0.9 * sum(row.before for row in result.changes)
+
+
+def test_a_map_of_a_residual_stream_is_fitted_to_the_stream():
+    models = pair("llama", "causal-lm")
+    plan = plan_maps(models[0], batches(models[0])[0][0])
+    compared = {each.name: each.sites[0].answers.label for each in plan.maps}
+    assert compared["model.layers.0.self_attn.o_proj"] == "model.layers.0.post_attention_layernorm:input"
+    assert compared["model.layers.0.mlp.down_proj"] == "model.layers.0"
+    assert compared["model.layers.0.mlp.up_proj"] == "model.layers.0.mlp.up_proj"
+    stages = {each.name: each.stage for each in plan.maps}
+    names = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    assert len({stages[name] for name in names}) == 1
+    assert stages["model.layers.0.mlp.gate_proj"] == stages["model.layers.0.mlp.up_proj"]
+
+
+def test_sums_in_place_are_found():
+    model = pair("resnet-basic", "image-classification")[0]
+    plan = plan_maps(model, batches(model)[0][0])
+    assert any(each.sites[0].answers.label.endswith("activation:input") for each in plan.maps)
+
+
+def test_what_stays_is_named():
+    models = pair("mixtral", "causal-lm")
+    left = plan_maps(models[0], batches(models[0])[0][0]).left
+    gpt2 = pair("gpt2", "causal-lm")[0]
+    assert "shared" in plan_maps(gpt2, batches(gpt2)[0][0]).left["lm_head"]
+    assert all("router" in reason or "divide" in reason for reason in left.values())
+
+
+def test_padded_tokens_do_not_count():
+    models = pair("llama", "causal-lm")
+    batch = tiny_inputs(models[0], batch_size=4)
+    length = batch["input_ids"].shape[1]
+    mask = torch.ones(4, length, dtype=torch.long)
+    mask[1, length // 2 :] = 0
+    made = []
+    for filler in (1, 3):
+        ids = torch.where(mask == 1, batch["input_ids"], filler)
+        merge = merged(models)
+        data = [({"input_ids": ids, "attention_mask": mask}, torch.arange(4))]
+        calibrate_model(merge, models, [Source(data, (0.5, 0.5))])
+        made.append(merge.state_dict())
+    for name, value in made[0].items():
+        torch.testing.assert_close(made[1][name], value, rtol=1e-8, atol=1e-10)
+
+
+def test_more_ridge_moves_less():
+    models = pair("vit", "image-classification")
+    moved = []
+    for ridge in (1e-3, 1e-1, 1e9):
+        result = calibrate_model(
+            merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], Settings(ridge=ridge, norms=False)
+        )
+        moved.append(np.mean([row.moved for row in result.changes if row.moved]))
+    assert moved[0] > moved[1] > moved[2]
+
+
+def test_features_that_are_not_finite_are_named():
+    models = pair("llama", "causal-lm")
+    with torch.no_grad():
+        models[1].model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(EvaluationError, match="of parent 2 are not finite"):
+        calibrate_model(merged([models[0]]), models, [Source(batches(models[0]), (0.5, 0.5))])
+
+
+def test_nothing_to_calibrate():
+    models = pair("llama", "causal-lm")
+    with pytest.raises(EvaluationError, match="no affine map"):
+        calibrate_model(merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], Settings(layers=("no",)))
+    with pytest.raises(EvaluationError, match="needs samples"):
+        calibrate_model(merged(models), models, [])
+
+
+def test_a_run_ends_where_all_was_seen():
+    model = pair("llama", "causal-lm")[0]
+    (batch, _), *_ = batches(model)
+    seen = []
+    late = model.model.layers[1].register_forward_hook(lambda *_: seen.append("late"))
+    layer = Layer("", "model.layers.0", 0, "output", (), False)
+    Replay(model, ()).run(0, batch, [layer], lambda *_: seen.append("layer"), set())
+    late.remove()
+    assert seen == ["layer"]
+    Replay(model, ()).run(0, batch, [Layer(LOGITS, "", 0, LOGITS, (), False)], lambda *_: seen.append("logits"), set())
+    assert seen == ["layer", "logits"]
