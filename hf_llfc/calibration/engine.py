@@ -13,8 +13,9 @@ Shape legend: s rows (samples, or samples × tokens or positions), g groups of c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import combinations
 from math import prod
 from typing import Any
@@ -30,7 +31,7 @@ from hf_llfc.calibration.replay import Replay, chains_that_hold
 from hf_llfc.diagnostics.features.trial import Layer
 from hf_llfc.diagnostics.measures.linear_maps import CONVOLUTIONS
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution, attention_mask
-from hf_llfc.errors import EvaluationError
+from hf_llfc.errors import EvaluationError, raise_all, suggest
 
 Batch = Mapping[str, Tensor]
 
@@ -77,7 +78,8 @@ class MapChange:
         name: Of the module.
         rows: Rows that its change was found from.
         inputs: Inputs of its matrix.
-        moved: Norm of the change over the mean distance of the parents' weights; None where these are equal.
+        change: Norm of the change.
+        apart: Mean distance of the parents' weights.
         before: Mean squared distance from the target over the target's variance, as the map was.
         after: The same with the change, on the same samples.
     """
@@ -85,9 +87,15 @@ class MapChange:
     name: str
     rows: int
     inputs: int
-    moved: float | None
+    change: float
+    apart: float
     before: float
     after: float
+
+    @property
+    def moved(self) -> float | None:
+        """Norm of the change over the mean distance of the parents' weights; None where these are equal."""
+        return self.change / self.apart if self.apart else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,19 @@ class Calibration:
     left: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A part of a calibration that is done: the maps of a block, or of some of its stages.
+
+    Attributes:
+        changes: One a map.
+        tensors: The new weights and biases by their names in memory.
+    """
+
+    changes: tuple[MapChange, ...]
+    tensors: Mapping[str, Tensor]
+
+
 def calibrate_model(
     model: PreTrainedModel,
     parents: Sequence[PreTrainedModel],
@@ -110,6 +131,8 @@ def calibrate_model(
     settings: Settings = Settings(),
     *,
     execution: Execution = IN_ONE_PROCESS,
+    finished: Sequence[Finished] = (),
+    on_finished: Callable[[Finished], None] | None = None,
 ) -> Calibration:
     """Changes the affine maps of a merge, one after the other.
 
@@ -119,16 +142,19 @@ def calibrate_model(
         sources: Samples of this process.
         settings: How.
         execution: Processes and progress.
+        finished: What an earlier calibration from the same had done when it was interrupted, in its order.
+        on_finished: Called on every process with each part that is done, those of `finished` not among them.
 
     Returns:
         What was changed.
 
     Raises:
-        EvaluationError: There is nothing to calibrate, or a feature is not finite.
+        EvaluationError: There is nothing to calibrate, a pattern matches nothing, or a feature is not finite.
     """
     items = [(batch, ids, source.weights) for source in sources for batch, ids in source.batches]
     if not items:
         raise EvaluationError("calibration needs samples, and there are none")
+    _refuse_unmatched(model, settings.layers)
     by_channel = settings.method == "repair"
     plan = plan_maps(
         model,
@@ -141,8 +167,30 @@ def calibrate_model(
         raise EvaluationError(f"{type(model).__name__} has no affine map that could be calibrated")
     chains = chains_that_hold(model, plan.chains, items[0][0])
     work = _Work(model, parents, items, settings, plan, chains, execution)
-    changes = [row for stages in work.groups() for row in work.calibrated(stages)]
+    changes: list[MapChange] = []
+    before = list(finished)
+    for stages in work.groups():
+        execution.progress("calibrating", work.done, len(plan.stages))
+        if before:
+            part = work.taken_over(stages, before.pop(0))
+        else:
+            part = work.calibrated(stages)
+            if on_finished is not None:
+                on_finished(part)
+        changes += part.changes
+    execution.progress("calibrating", work.done, len(plan.stages))
     return Calibration(tuple(changes), plan.left)
+
+
+def _refuse_unmatched(model: PreTrainedModel, layers: Sequence[str]) -> None:
+    """Raises `EvaluationError` for patterns that no module matches."""
+    names = [name for name, module in model.named_modules() if name and module._parameters]
+    unmatched = [each for each in layers if not any(fnmatchcase(name, each) for name in names)]
+    raise_all(
+        [f"no module with weights is called {each!r}{suggest(each, names)}" for each in unmatched],
+        EvaluationError,
+        "layers",
+    )
 
 
 @dataclass(frozen=True)
@@ -193,16 +241,36 @@ class _Work:
         channels = sum(prod(groups_of(self._module(each))[::2]) for stage in stages for each in stage)
         return channels * tokens * 4
 
-    def calibrated(self, stages: Sequence[Sequence[AffineMap]]) -> Iterator[MapChange]:
+    def calibrated(self, stages: Sequence[Sequence[AffineMap]]) -> Finished:
         """Changes the maps of some stages."""
-        targets = [self._targets(number, stages) for number in range(len(self.items))]
+        changes: list[MapChange] = []
+        targets: list[dict[str, Tensor]] = []
         for stage in stages:
-            bundles = self._bundles(stage)
-            for number, of_item in enumerate(targets):
-                self._gather(number, bundles, of_item)
-            for bundle in self._over_processes(bundles):
-                yield from self._change(bundle)
+            bundles, problem = self._bundles(stage), None
+            try:
+                targets = targets or [self._targets(number, stages) for number in range(len(self.items))]
+                for number, of_item in enumerate(targets):
+                    self._gather(number, bundles, of_item)
+            except EvaluationError as error:
+                problem = str(error)
+            for bundle in self._over_processes(bundles, problem):
+                changes += self._change(bundle)
             self.done += 1
+        tensors = {
+            f"{each.name}.{key}": value
+            for each in changes
+            for key, value in parameters_of(self.model, each.name).items()
+        }
+        return Finished(tuple(changes), tensors)
+
+    @torch.no_grad()
+    def taken_over(self, stages: Sequence[Sequence[AffineMap]], part: Finished) -> Finished:
+        """Gives the maps of some stages what was found for them before."""
+        parameters = dict(self.model.named_parameters())
+        for name, value in part.tensors.items():
+            parameters[name].copy_(value)
+        self.done += len(stages)
+        return part
 
     def _module(self, of_map: AffineMap) -> Any:
         return self.model.get_submodule(of_map.name)
@@ -280,16 +348,21 @@ class _Work:
                 groups = (x_sgi.shape[1], -1)
                 bundle.sums.add(x_sgi, (t_sc - y_sc).unflatten(1, groups), t_sc.unflatten(1, groups))
 
-    def _over_processes(self, bundles: Sequence[_Bundle]) -> Sequence[_Bundle]:
-        """The sums over the samples of all processes."""
+    def _over_processes(self, bundles: Sequence[_Bundle], problem: str | None) -> Sequence[_Bundle]:
+        """The sums over the samples of all processes; raises what went wrong on any of them."""
         processes = self.execution.processes
-        if processes is None:
-            return bundles
-        first, *others = processes.gather([bundle.sums.cpu() for bundle in bundles])
+        own = [bundle.sums for bundle in bundles]
+        gathered = [(own, problem)]
+        if processes is not None:
+            gathered = processes.gather(([sums.cpu() for sums in own], problem))
+        problems = dict.fromkeys(each for _, each in gathered if each is not None)
+        raise_all(list(problems), EvaluationError, "the merge cannot be calibrated")
+        first, *others = (sums for sums, _ in gathered)
         for part in others:
-            for own, other in zip(first, part, strict=True):
-                own.merge(other)
-        return [_Bundle(bundle.maps, sums) for bundle, sums in zip(bundles, first, strict=True)]
+            for sums, other in zip(first, part, strict=True):
+                sums.merge(other)
+        device = self.model.device
+        return [_Bundle(bundle.maps, sums.to(device)) for bundle, sums in zip(bundles, first, strict=True)]
 
     def _change(self, bundle: _Bundle) -> Iterator[MapChange]:
         """Changes the weights of maps by what was gathered."""
@@ -312,7 +385,7 @@ class _Work:
             start = stop
             apart = _mean_distance([parameters_of(parent, each.name) for parent in self.parents])
             moved = _distance(before, parameters_of(self.model, each.name))
-            yield MapChange(each.name, int(bundle.sums.count), inputs, moved / apart if apart else None, *errors)
+            yield MapChange(each.name, int(bundle.sums.count), inputs, moved, apart, *errors)
 
 
 def check_rows(rows_sc: Tensor, label: str, model: str) -> None:

@@ -69,7 +69,11 @@ class Moments:
 
     def cpu(self) -> Moments:
         """A copy in main memory, for other processes."""
-        return _on_cpu(self)
+        return self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Moments:
+        """A copy on a device."""
+        return _on(self, device)
 
     def of_outputs(self, start: int, stop: int) -> Moments:
         """The sums of some of the outputs."""
@@ -165,7 +169,11 @@ class ChannelMoments:
 
     def cpu(self) -> ChannelMoments:
         """A copy in main memory, for other processes."""
-        return _on_cpu(self)
+        return self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> ChannelMoments:
+        """A copy on a device."""
+        return _on(self, device)
 
     def of_channels(self, start: int, stop: int) -> ChannelMoments:
         """The sums of some of the channels."""
@@ -227,5 +235,7 @@ def _add(sums: Moments | ChannelMoments, others: Moments | ChannelMoments) -> No
 S = TypeVar("S", "Moments", "ChannelMoments")
 
 
-def _on_cpu(sums: S) -> S:
-    return replace(sums, **{each.name: getattr(sums, each.name).cpu() for each in fields(sums) if each.name != "count"})
+def _on(sums: S, device: torch.device) -> S:
+    return replace(
+        sums, **{each.name: getattr(sums, each.name).to(device) for each in fields(sums) if each.name != "count"}
+    )

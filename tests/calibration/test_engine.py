@@ -201,9 +201,35 @@ def test_features_that_are_not_finite_are_named():
 def test_nothing_to_calibrate():
     models = pair("llama", "causal-lm")
     with pytest.raises(EvaluationError, match="no affine map"):
-        calibrate_model(merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], Settings(layers=("no",)))
+        embedding = Settings(layers=("model.embed_tokens",))
+        calibrate_model(merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], embedding)
     with pytest.raises(EvaluationError, match="needs samples"):
         calibrate_model(merged(models), models, [])
+
+
+def test_a_pattern_without_a_module_is_refused():
+    models = pair("llama", "causal-lm")
+    with pytest.raises(EvaluationError, match=r"did you mean 'model\.layers\.0\.mlp\.up_proj'"):
+        wrong = Settings(layers=("*.down_proj", "model.layers.0.mlp.up_prj"))
+        calibrate_model(merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], wrong)
+
+
+@pytest.mark.parametrize("method", ["calibrate", "repair"])
+@pytest.mark.parametrize(("family", "head"), [MODELS[0], MODELS[3], MODELS[7]])
+def test_a_calibration_goes_on_where_it_stopped(family, head, method):
+    models = pair(family, head, torch.float32)
+    sources, parts = [Source(batches(models[0]), (0.5, 0.5))], []
+    whole = merged(models)
+    expected = calibrate_model(whole, models, sources, Settings(method), on_finished=parts.append)
+    assert len(parts) > 1 and [row for part in parts for row in part.changes] == list(expected.changes)
+    for done in range(1, len(parts) + 1):
+        merge, later = merged(models), []
+        result = calibrate_model(
+            merge, models, sources, Settings(method), finished=parts[:done], on_finished=later.append
+        )
+        assert result == expected and [part.changes for part in later] == [part.changes for part in parts[done:]]
+        for name, value in whole.state_dict().items():
+            assert torch.equal(merge.state_dict()[name], value), name
 
 
 def test_a_run_ends_where_all_was_seen():
