@@ -135,18 +135,24 @@ class _Parser(argparse.ArgumentParser):
         if wrong is not None and wrong[3]:
             from hf_llfc.cli.mergekit_options import explained
 
-            hint = explained(wrong[3]) or suggest(wrong[3], self._options())
+            owners = [command for command, options in self._options().items() if wrong[3] in options]
+            known = [option for options in self._options().values() for option in options]
+            elsewhere = f"; it is an option of {', '.join(owners)}" if owners else ""
+            hint = explained(wrong[3]) or elsewhere or suggest(wrong[3], known)
         elif wrong is not None:
             hint = suggest(wrong[2], [name for action in self._actions for name in action.choices or ()])
         self.exit(2, f"hf-llfc: error: {message}{hint} (`{self.prog} --help` lists what there is)\n")
 
-    def _options(self) -> list[str]:
-        """All options, also those of the commands."""
+    def _options(self) -> dict[str, list[str]]:
+        """All options by command."""
         commands = [action.choices for action in self._actions if isinstance(action.choices, dict)]
-        parsers = [self, *(parser for choices in commands for parser in choices.values())]
-        for parser in parsers:
+        parsers = {"hf-llfc": self, **{name: parser for choices in commands for name, parser in choices.items()}}
+        for parser in parsers.values():
             parser.add_options()
-        return [option for parser in parsers for action in parser._actions for option in action.option_strings]
+        return {
+            name: [option for action in parser._actions for option in action.option_strings]
+            for name, parser in parsers.items()
+        }
 
 
 def _parser() -> _Parser:

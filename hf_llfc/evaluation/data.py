@@ -208,7 +208,7 @@ def _read_texts(rows: datasets.Dataset, columns: Sequence[str], indices: np.ndar
     for column in columns:
         for index, text in zip(indices, chosen[column], strict=True):
             if not isinstance(text, str):
-                raise EvaluationError(f"row {index} of column {column!r} holds {text!r} instead of text")
+                raise EvaluationError(f"row {index} of column {column!r} holds {text!r} instead of text; leave it out")
     return [chosen[column] for column in columns]
 
 

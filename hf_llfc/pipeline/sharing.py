@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_llfc.checkpoints import ShardFiles, write_checkpoint, write_share
 from hf_llfc.checkpoints.chat_templates import set_template
 from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.shards import ShardLayout
+from hf_llfc.foundation.tensor_files import save_tensors
 from hf_llfc.merging import Merge, Merges, merge_streamed
 from hf_llfc.pipeline.run_context import RunContext
 
@@ -75,7 +75,7 @@ def write_modules(run: RunContext) -> None:
     with storing(run.staging):
         for name, tensors in run.carried.weights.items():
             (run.staging / name).parent.mkdir(exist_ok=True)
-            save_file(dict(tensors), run.staging / name, metadata={"format": "pt"})
+            save_tensors(tensors, run.staging / name, {"format": "pt"})
 
 
 def note_shards(run: RunContext, layout: ShardLayout) -> None:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_llfc.alignment.together import align_all
@@ -17,6 +16,7 @@ from hf_llfc.checkpoints.files import LocalFiles, open_weights
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.output import WEIGHTS_STAGE
+from hf_llfc.foundation.tensor_files import save_tensors
 from hf_llfc.merging import Merge, Merges
 from hf_llfc.parents.data import evaluate_parents, open_data
 from hf_llfc.parents.fitting import refuse_changed
@@ -140,7 +140,7 @@ def _write_importances(run: RunContext, kind: str, folder: Path) -> None:
         importance = measure_importance(parent.load(), data, kind, on_batch=on_batch)
         with storing(folder):
             (folder / str(index)).mkdir(parents=True, exist_ok=True)
-            save_file(importance, folder / str(index) / "model.safetensors")
+            save_tensors(importance, folder / str(index) / "model.safetensors")
 
 
 def with_batch_norm(run: RunContext, merge: Merge | Merges) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +205,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
         found = "a list" if contents and isinstance(contents[0], list) else repr(contents[0])[:80] if contents else None
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys that begins with `models:`, found {found or 'an empty file'}"
+        )
+    try:
+        os.fsencode(repr(contents))
+    except UnicodeEncodeError:
+        logger.warning(
+            "%s: has letters that the locale (%s) does not know; files of such names are not found: set PYTHONUTF8=1",
+            path,
+            sys.getfilesystemencoding(),
         )
     return contents
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.errors import AlignmentError, SpecError, raise_all, suggest
+from hf_llfc.foundation.tensor_files import save_tensors
 from hf_llfc.symmetry.binding import Binding, bind
 from hf_llfc.symmetry.declarations import (
     PERMUTATION,
@@ -474,8 +475,6 @@ class Alignment:
         Args:
             path: The file to write.
         """
-        from safetensors.torch import save_file
-
         tensors = {
             f"{axis}:{part}": tensor.contiguous()
             for axis, transform in self.transforms.items()
@@ -488,7 +487,7 @@ class Alignment:
             "kinds": {axis: transform.kind for axis, transform in self.transforms.items()},
             "metadata": dict(self.metadata),
         }
-        save_file(tensors, str(path), metadata={"hf_llfc": json.dumps(header, sort_keys=True)})
+        save_tensors(tensors, Path(path), {"hf_llfc": json.dumps(header, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path, spec: PermutationSpec | None = None) -> Alignment:

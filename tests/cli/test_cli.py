@@ -456,6 +456,10 @@ def test_errors_as_json(shelf, tmp_path, capsys):
 WRONG_WORDS = {
     "a command": (["mrege", "a", "b"], "did you mean 'merge'"),
     "an option": (["run", "x.yaml", "--dryrun"], "did you mean '--dry-run'"),
+    "an option of others": (
+        ["align", "b", "--to", "a", "--out", "o", "--weights", "1"],
+        "it is an option of merge, diagnose",
+    ),
     "a choice": (["merge", "a", "--out", "o", "--align", "weight_machting"], "did you mean 'weight_matching'"),
     "a number": (["merge", "a", "--out", "o", "--weights", "half"], "invalid float value: 'half' ("),
     "nothing": (["run"], "required: RECIPE ("),
