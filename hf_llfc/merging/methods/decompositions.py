@@ -1,17 +1,17 @@
-"""Singular vectors, polar factors and ridge regression, all in float64 and by way of products of a matrix with itself.
+"""Singular vectors and polar factors, all in float64 and by way of products of a matrix with itself.
 
 Eigenvectors of the smaller product take a fraction of the time of a singular value decomposition in float32, and in
 float64 they tell singular values apart down to about 1e-8 of the largest, further than float32 does. A matrix is read
-in blocks of rows, its longer side, so that nothing is in memory but matrices of its shorter side.
+in blocks of rows, its longer side, so that nothing is in memory but matrices of its shorter side. Of symmetric matrices
+one triangle is computed, by BLAS's syrk.
 
-Shape suffixes: `ls` the longer and the shorter side of a matrix, `rs` some of its rows, `k` singular values, `a` rows
-of a stack, `oi` outputs and inputs.
+Shape suffixes: `ls` the longer and the shorter side of a matrix, `rs` some of its rows, `k` singular values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
+from scipy.linalg import blas, lapack
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
@@ -34,8 +35,14 @@ ITERATIONS = 6
 WORTHWHILE = 0.4
 """A randomised search is used only for a smaller share of all singular values; for more, the exact one is as quick."""
 
+FEW = 0.6
+"""Share of all eigenvectors up to which fewer of them take less time."""
+
 ROWS = 1 << 19
 """Elements of the rows that are worked on at a time: enough for products of matrices, few beside a matrix."""
+
+FEWEST = 1 << 15
+"""Elements of the rows of the smallest matrices that are worked on at a time."""
 
 Blocks = Callable[[], Iterator[Tensor]]
 """Gives a matrix from the first row on, some rows at a time, in float64; as often as asked."""
@@ -99,9 +106,10 @@ def singular(blocks: Blocks, side: int, count: int, *, exact_size: int, seed: in
 def gram(blocks: Blocks, side: int) -> Tensor:
     """AᵀA of a matrix, whose rows have that length."""
     gram_ss = torch.zeros(side, side, dtype=torch.float64)
-    for block_rs in blocks():
-        gram_ss.addmm_(block_rs.T, block_rs)
-    return gram_ss
+    with _threads_of_torch():
+        for block_rs in blocks():
+            _add_square(gram_ss, block_rs)
+    return _mirrored(gram_ss)
 
 
 def inverse_root(gram_kk: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,80 +125,71 @@ def inverse_root(gram_kk: Tensor) -> tuple[Tensor, Tensor]:
     """
     values_k, vectors_ks = _eigen(gram_kk)
     vectors_ks.mul_(values_k.rsqrt()[:, None])
-    return torch.mm(vectors_ks.T, vectors_ks, out=gram_kk), values_k
+    with _threads_of_torch():
+        _add_square(gram_kk.zero_(), vectors_ks)
+    return _mirrored(gram_kk), values_k
 
 
-class Ridge:
-    """M = AᵀA + εI, with A the matrices Aᵢ one below the other: products with it, and right division by it.
+def between_polar_factors(left: Blocks, values_k: Tensor, right_ks: Tensor) -> Tensor:
+    """(LᵀL)^(−½) S (RRᵀ)^(−½) R: times L on its left it is L⊥ S R⊥, with the polar factors of L and R.
 
-    If A has fewer rows than columns, the smaller AAᵀ + εI is factorised instead: XM⁻¹ = (X − XAᵀ(AAᵀ + εI)⁻¹A)/ε,
-    which loses as many digits as the square of A's norm has more than ε.
+    The two roots share the memory of one matrix, a triangle each.
+
+    Args:
+        left: L in blocks of rows, with as many columns as R has rows.
+        values_k: The diagonal of S.
+        right_ks: R, which is not changed.
+
+    Returns:
+        A new matrix of the shape of R.
     """
+    count = len(right_ks)
+    # Column by column, as LAPACK sees them: `of_left` has its upper triangle here, `of_right` its lower one.
+    room = np.zeros((count, count + 1), order="F")
+    of_right, of_left = room[:, :count], room[:, 1:]
+    with _threads_of_torch():
+        for block_rk in left():
+            blas.dsyrk(1.0, block_rk.numpy().T, beta=1.0, c=of_right, lower=1, overwrite_c=1)
+        _root_into(of_left, of_right, lower=0)
+        blas.dsyrk(1.0, right_ks.numpy().T, trans=1, c=of_right, lower=1, overwrite_c=1)
+        _root_into(of_right, of_right, lower=1)
+        core_sk = blas.dsymm(1.0, of_right, right_ks.numpy().T, side=1, lower=1)
+        core_sk *= values_k.numpy()
+        for rows in _spans(len(core_sk), count):
+            core_sk[rows] = blas.dsymm(1.0, of_left, np.asfortranarray(core_sk[rows]), side=1, lower=0)
+    return torch.from_numpy(core_sk.T)
 
-    def __init__(self, rows: int, columns: int, epsilon: float) -> None:
-        """Begins without a matrix.
 
-        Args:
-            rows: How many rows the Aᵢ will have in all.
-            columns: How many columns they have.
-            epsilon: ε > 0.
-        """
-        self._epsilon = epsilon
-        self._is_dual = rows < columns
-        shape = (rows if self._is_dual else columns, columns)
-        self._matrix_ai = torch.zeros(shape, dtype=torch.float64)  # A, or AᵀA and later its factor
-        self._filled = 0
-        self._factor: Tensor | None = None
+def _root_into(root: np.ndarray, gram_kk: np.ndarray, *, lower: int) -> None:
+    """Puts G^(−½), see `inverse_root`, into one triangle; G is the lower triangle of a matrix, and is spoilt."""
+    values_k, vectors_ks = _eigen(torch.from_numpy(gram_kk.T))
+    vectors_ks.mul_(values_k.rsqrt()[:, None])
+    blas.dsyrk(1.0, vectors_ks.numpy().T, c=root, lower=lower, overwrite_c=1)
 
-    def add(self, rows: Blocks, summed_oi: Tensor, factor: float = 1.0) -> None:
-        """Adds √c Aᵢ, and to a sum of matrices cAᵢAᵢᵀAᵢ, with which it has a product in common.
 
-        Args:
-            rows: Aᵢ.
-            summed_oi: The sum.
-            factor: c.
-        """
-        assert self._factor is None, "a matrix was added after a division"
-        if self._is_dual:
-            first = self._filled
-            for rows_ri in rows():
-                begin, self._filled = self._filled, self._filled + len(rows_ri)
-                torch.mul(rows_ri, math.sqrt(factor), out=self._matrix_ai[begin : self._filled])
-            added_oi = self._matrix_ai[first : self._filled]
-            summed_oi.addmm_(added_oi @ added_oi.T, added_oi, alpha=1 / math.sqrt(factor))
-            return
-        gram_ii = gram(rows, len(self._matrix_ai))
-        begin = 0
-        for rows_ri in rows():
-            summed_oi[begin : begin + len(rows_ri)].addmm_(rows_ri, gram_ii, alpha=factor)
-            begin += len(rows_ri)
-        self._matrix_ai.add_(gram_ii, alpha=factor)
+def _add_square(summed_ss: Tensor, rows_rs: Tensor) -> None:
+    """Adds RᵀR to the upper triangle of a sum, which is the lower one to BLAS, column by column."""
+    blas.dsyrk(1.0, rows_rs.numpy().T, beta=1.0, c=summed_ss.numpy().T, lower=1, overwrite_c=1)
 
-    def multiply(self, rows_oi: Tensor) -> Tensor:
-        """XM for X of any number of rows."""
-        factor = self._factorised()
-        if not self._is_dual:
-            return (rows_oi @ factor) @ factor.T
-        return ((rows_oi @ self._matrix_ai.T) @ self._matrix_ai).add_(rows_oi, alpha=self._epsilon)
 
-    def divide_(self, rows_oi: Tensor) -> Tensor:
-        """XM⁻¹ for X of any number of rows, in its memory."""
-        factor = self._factorised()
-        for block_oi in rows_oi.split(max(1, ROWS // max(1, rows_oi.shape[1]))):
-            if not self._is_dual:
-                block_oi.copy_(torch.cholesky_solve(block_oi.T, factor).T)
-                continue
-            inner_oa = torch.cholesky_solve(self._matrix_ai @ block_oi.T, factor).T
-            block_oi.addmm_(inner_oa, self._matrix_ai, alpha=-1).div_(self._epsilon)
-        return rows_oi
+def _mirrored(upper_ss: Tensor) -> Tensor:
+    """A symmetric matrix of which the upper triangle is filled, completed in its memory."""
+    for rows in _spans(len(upper_ss), len(upper_ss)):
+        corner = upper_ss[rows, rows]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        upper_ss[rows.stop :, rows] = upper_ss[rows, rows.stop :].T
+    return upper_ss
 
-    def _factorised(self) -> Tensor:
-        """The factor of AAᵀ + εI or of AᵀA + εI."""
-        if self._factor is None:
-            product = self._matrix_ai @ self._matrix_ai.T if self._is_dual else self._matrix_ai
-            product.diagonal().add_(self._epsilon)
-            self._factor = cholesky(product)
-        return self._factor
+
+def _spans(rows: int, columns: int) -> Iterator[slice]:
+    """Rows that are worked on at a time, see `rows_at_a_time`."""
+    step = max(1, rows_at_a_time((rows, columns)) // max(1, columns))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
+def rows_at_a_time(shape: Sequence[int]) -> int:
+    """Elements of the rows of a matrix that are worked on at a time: `ROWS`, of a small one a small part."""
+    return min(ROWS, max(FEWEST, math.prod(shape) // 32))
 
 
 def cholesky(gram_ss: Tensor) -> Tensor:
@@ -201,16 +200,31 @@ def cholesky(gram_ss: Tensor) -> Tensor:
     return torch.from_numpy(factor.T)
 
 
-def _eigen(gram_ss: Tensor) -> tuple[Tensor, Tensor]:
+def divide_(rows_rs: Tensor, factor_ss: Tensor) -> Tensor:
+    """XM⁻¹ for X of any number of rows, in its memory, with the lower Cholesky factor of M."""
+    with _threads_of_torch():
+        lapack.dpotrs(factor_ss.numpy().T, rows_rs.numpy().T, lower=0, overwrite_b=1)
+    return rows_rs
+
+
+def _eigen(gram_ss: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Square roots of the eigenvalues that are not negligible, ascending, and their vectors as rows.
 
-    By LAPACK's syevr, which takes a matrix beside the result where torch's syevd takes three. The matrix is spoilt.
+    By LAPACK's syevr, which takes the vectors beside the matrix where torch's syevd takes three matrices.
+
+    Args:
+        gram_ss: The matrix; its upper triangle is read and spoilt.
+        count: How many are wanted, the largest; all where None.
     """
+    side = len(gram_ss)
+    few = (side - count, side - 1) if count is not None and 0 < count < FEW * side else None
     with _threads_of_torch():
-        squares, vectors = scipy.linalg.eigh(gram_ss.numpy().T, overwrite_a=True, check_finite=False)
+        squares, vectors = scipy.linalg.eigh(
+            gram_ss.numpy().T, overwrite_a=True, check_finite=False, subset_by_index=few
+        )
     values = np.sqrt(squares.clip(min=0))
     rank = int((values > NEGLIGIBLE * values[-1]).sum()) if len(values) else 0
-    first = len(values) - rank
+    first = len(values) - (rank if count is None else min(rank, count))
     return torch.from_numpy(values[first:]), torch.from_numpy(vectors.T[first:])
 
 
@@ -226,8 +240,8 @@ def _controller() -> ThreadpoolController:
 
 def _top(gram_ss: Tensor, count: int) -> Singular:
     """The largest singular values of a matrix by its product with itself, which is spoilt."""
-    values_k, vectors_ks = _eigen(gram_ss)
-    order_k = torch.arange(len(values_k) - 1, max(0, len(values_k) - count) - 1, -1)
+    values_k, vectors_ks = _eigen(gram_ss, count)
+    order_k = torch.arange(len(values_k) - 1, -1, -1)
     is_large = 2 * len(order_k) > len(gram_ss)
     room_ks = gram_ss[: len(order_k)] if is_large else torch.empty(len(order_k), len(gram_ss), dtype=torch.float64)
     return Singular(values_k[order_k], torch.index_select(vectors_ks, 0, order_k, out=room_ks))

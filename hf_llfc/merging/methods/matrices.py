@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.decompositions import ROWS, Blocks
+from hf_llfc.merging.methods.decompositions import Blocks, rows_at_a_time
 from hf_llfc.merging.methods.parts import Prepared, Stream, around_base, each_output
 from hf_llfc.merging.methods.settings import Settings
 
-SLICES = 4
+SLICES = 8
 """In how many slices of columns a wide matrix is read, each in a pass of its own."""
 
 
@@ -35,34 +35,25 @@ class Tasks:
         self.shape = (stream.shape[0], each_output(stream.shape))
         self.is_tall = self.shape[0] >= self.shape[1]
         self.side = min(self.shape)
+        self.dtype = stream.dtype
+        self.step = max(1, rows_at_a_time(self.shape) // self.shape[1])
 
     def __len__(self) -> int:
         return self._stream.models
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yields τᵢ, outputs × inputs, new tensors, one after the other."""
-        for index in range(len(self)):
-            yield self.matrix(index)
-
-    def matrix(self, index: int) -> Tensor:
-        """τᵢ, outputs × inputs, a new tensor."""
-        return self._together(self.rows_of(index))
-
-    def sum(self) -> Tensor:
-        """Σ τᵢ, outputs × inputs, a new tensor."""
-        return self._together(map(total_of, self._rows()))
-
-    def energies(self) -> list[float]:
-        """‖τᵢ‖²_F of every task."""
+    def moments(self) -> tuple[list[float], list[Tensor]]:
+        """Of every task ‖τᵢ‖²_F, and the mean of the rows of τᵢ, with the shape of one row."""
         energies = [0.0] * len(self)
-        for of_tasks in self._rows():
+        means = [torch.zeros(1, self.shape[1], dtype=torch.float64) for _ in range(len(self))]
+        for of_tasks in self.rows():
             for index, rows_ri in enumerate(of_tasks):
+                means[index].add_(rows_ri.sum(dim=0, keepdim=True), alpha=1 / self.shape[0])
                 energies[index] += float(rows_ri.square_().sum())
-        return energies
+        return energies, means
 
     def blocks(self) -> Iterator[list[Tensor]]:
         """Gives out a block of every τᵢ at a time, new tensors."""
-        return self._rows() if self.is_tall else self._columns(self._rows)
+        return self.rows() if self.is_tall else self._columns(self.rows)
 
     def blocks_of(self, index: int) -> Blocks:
         """τᵢ alone in blocks."""
@@ -73,25 +64,26 @@ class Tasks:
     def blocks_of_sum(self) -> Iterator[Tensor]:
         """Σ τᵢ in blocks."""
         if self.is_tall:
-            return map(total_of, self._rows())
-        return (block_rs for (block_rs,) in self._columns(lambda: ([total_of(each)] for each in self._rows())))
+            return map(total_of, self.rows())
+        return (block_rs for (block_rs,) in self._columns(lambda: ([total_of(each)] for each in self.rows())))
 
-    def _rows(self) -> Iterator[list[Tensor]]:
-        for models_c, base_c in self._stream.parts(self.shape[1], size=ROWS):
+    def rows(self) -> Iterator[list[Tensor]]:
+        """Gives out some outputs of every τᵢ at a time, whether that side is the longer one or not; new tensors."""
+        for models_c, base_c in self._stream.parts(self.shape[1], size=rows_at_a_time(self.shape)):
             assert base_c is not None
             wide_c = base_c.double()
             yield [(model_c.double() - wide_c).view(-1, self.shape[1]) for model_c in models_c]
 
     def rows_of(self, index: int) -> Iterator[Tensor]:
         """Gives out some outputs of τᵢ after the other, whether that side is the longer one or not; new tensors."""
-        for (model_c,), base_c in self._stream.parts(self.shape[1], size=ROWS, only=index):
+        for (model_c,), base_c in self._stream.parts(self.shape[1], size=rows_at_a_time(self.shape), only=index):
             assert base_c is not None
             yield (model_c.double() - base_c.double()).view(-1, self.shape[1])
 
     def _columns(self, rows: Callable[[], Iterator[list[Tensor]]]) -> Iterator[list[Tensor]]:
         """Slices of columns, transposed, of matrices that can only be read by rows: each takes a pass."""
         outputs, inputs = self.shape
-        width = -(-inputs // max(1, min(SLICES, inputs * outputs // ROWS)))
+        width = -(-inputs // max(1, min(SLICES, inputs * outputs // rows_at_a_time(self.shape))))
         for first in range(0, inputs, width):
             slices: list[Tensor] = []
             begin = 0
@@ -102,14 +94,6 @@ class Tasks:
                     slice_rs[:, begin : begin + len(rows_ri)] = rows_ri[:, first : first + width].T
                 begin += len(of_tasks[0])
             yield slices
-
-    def _together(self, rows: Iterator[Tensor]) -> Tensor:
-        matrix_oi = torch.empty(self.shape, dtype=torch.float64)
-        begin = 0
-        for rows_ri in rows:
-            matrix_oi[begin : begin + len(rows_ri)] = rows_ri
-            begin += len(rows_ri)
-        return matrix_oi
 
 
 def total_of(blocks: Sequence[Tensor]) -> Tensor:
@@ -135,11 +119,21 @@ def merged_change(
         settings: `lambda`.
         prepare: From the task vectors to what makes a block of Δ of a block of every task vector, see `Tasks.blocks`.
     """
-    scale = settings.number("lambda")
     if not is_matrix(stream.shape):
         return mean_change(stream, settings)
     tasks = Tasks(stream)
-    change_of = prepare(tasks)
+    return change_by_blocks(tasks, settings, prepare(tasks))
+
+
+def change_by_blocks(tasks: Tasks, settings: Settings, change_of: Callable[[list[Tensor]], Tensor]) -> Prepared:
+    """θ₀ + λΔ.
+
+    Args:
+        tasks: The task vectors.
+        settings: `lambda`.
+        change_of: Makes a block of Δ of a block of every task vector, see `Tasks.blocks`.
+    """
+    scale = settings.number("lambda")
     if not tasks.is_tall:
         change_oi = torch.empty(tasks.shape, dtype=torch.float64)
         begin = 0
@@ -154,7 +148,7 @@ def merged_change(
         blocks = [(model_c.double() - wide_c).view(-1, tasks.side) for model_c in models_c]
         return change_of(blocks).mul_(scale).view(-1).add_(base_c)
 
-    return Prepared(combine, tasks.side, ROWS)
+    return Prepared(combine, tasks.side, rows_at_a_time(tasks.shape))
 
 
 def mean_change(stream: Stream, settings: Settings) -> Prepared:
@@ -167,7 +161,7 @@ def whole_change(change_oi: Tensor, settings: Settings) -> Prepared:
     """θ₀ + λΔ with Δ in memory.
 
     Args:
-        change_oi: Δ, outputs × inputs, in float64.
+        change_oi: Δ, outputs × inputs.
         settings: `lambda`.
     """
     scale = settings.number("lambda")
@@ -178,6 +172,6 @@ def whole_change(change_oi: Tensor, settings: Settings) -> Prepared:
         nonlocal begin
         assert base_c is not None
         first, begin = begin, begin + base_c.numel()
-        return change_n[first:begin].mul(scale).add_(base_c)
+        return change_n[first:begin].to(torch.float64, copy=True).mul_(scale).add_(base_c)
 
     return Prepared(combine)

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_llfc.merging.methods.decompositions import Singular, gram, inverse_root, singular
+from hf_llfc.merging.methods.decompositions import Singular, between_polar_factors, gram, inverse_root, singular
 from hf_llfc.merging.methods.matrices import Tasks, merged_change, total_of
 from hf_llfc.merging.methods.parts import Prepared, Stream
 from hf_llfc.merging.methods.settings import Settings
@@ -42,19 +42,16 @@ def tsv_m(stream: Stream, settings: Settings) -> Prepared:
 
     def prepare(tasks: Tasks) -> FromBlocks:
         count = max(1, tasks.side // len(tasks))
-        found = [
-            singular(
-                tasks.blocks_of(index),
-                tasks.side,
-                count,
-                exact_size=settings.count("exact_size"),
-                seed=settings.seed_of(index),
-            )
-            for index in range(len(tasks))
-        ]
+        exact_size = settings.count("exact_size")
+        found = _Triples(count * len(tasks), tasks.side)
+        for index in range(len(tasks)):
+            seed = settings.seed_of(index)
+            found.add(singular(tasks.blocks_of(index), tasks.side, count, exact_size=exact_size, seed=seed))
 
         def left(blocks: list[Tensor]) -> Tensor:
-            return torch.cat([triples.left(block_rs) for triples, block_rs in zip(found, blocks, strict=True)], dim=1)
+            return torch.cat(
+                [triples.left(block_rs) for triples, block_rs in zip(found.of_task, blocks, strict=True)], dim=1
+            )
 
         return _orthogonal(tasks, found, left)
 
@@ -104,21 +101,19 @@ def iso_cts(stream: Stream, settings: Settings) -> Prepared:
     def prepare(tasks: Tasks) -> FromBlocks:
         side = tasks.side
         per_task = round((side - int(side * settings.number("common_space_fraction"))) / len(tasks))
-        common = singular(tasks.blocks_of_sum, side, side - per_task * len(tasks), exact_size=side, seed=0)
-        if not per_task:
-            return _orthogonal(tasks, [common], lambda blocks: common.left(total_of(blocks)), equal=True)
-        rest = _Rest(tasks, common)
-        found = [common]
-        for index in range(len(tasks)):
-            exact_size, seed = settings.count("exact_size"), settings.seed_of(index)
-            found.append(singular(rest.blocks_of(index), side, per_task, exact_size=exact_size, seed=seed))
+        per_task = min(per_task, side // len(tasks))
+        exact_size = settings.count("exact_size")
+        found = _Triples(side, side)
+        common = found.add(singular(tasks.blocks_of_sum, side, side - per_task * len(tasks), exact_size=side, seed=0))
+        rests = [_Rest(tasks, index, common) for index in range(len(tasks)) if per_task]
+        for index, rest in enumerate(rests):
+            seed = settings.seed_of(index)
+            triples = singular(rest.blocks(), side, per_task, exact_size=exact_size, seed=seed)
+            rest.keep(found.add(triples))
 
         def left(blocks: list[Tensor]) -> Tensor:
-            common_rk = rest.common(blocks)
-            of_tasks = [
-                triples.left(rest.of_task(index, block_rs, common_rk))
-                for index, (triples, block_rs) in enumerate(zip(found[1:], blocks, strict=True))
-            ]
+            common_rk = _common(common, blocks)
+            of_tasks = [rest.left(block_rs, common_rk) for rest, block_rs in zip(rests, blocks, strict=False)]
             return torch.cat([common_rk, *of_tasks], dim=1)
 
         return _orthogonal(tasks, found, left, equal=True)
@@ -126,61 +121,108 @@ def iso_cts(stream: Stream, settings: Settings) -> Prepared:
     return merged_change(stream, settings, prepare)
 
 
-class _Rest:
-    """What every task vector has beside the common directions: τᵢ − U_cU_cᵀτᵢ, with U_c as many outputs long as τᵢ.
+class _Triples:
+    """Singular triples whose right vectors are the rows of one matrix."""
 
-    Blocks have the shorter side in their rows. If that side is the inputs, U_cᵀτᵢ is found in a pass; if it is the
-    outputs, the blocks are those of τᵢᵀ, whose rows are multiplied by I − U_cU_cᵀ.
+    def __init__(self, count: int, side: int) -> None:
+        """Begins without any.
+
+        Args:
+            count: How many there will be at most.
+            side: Length of the right vectors.
+        """
+        self._room_ks = torch.empty(count, side, dtype=torch.float64)
+        self.of_task: list[Singular] = []
+
+    def add(self, found: Singular) -> Singular:
+        """Takes triples in; returns them with their right vectors where they now are."""
+        first = len(self.values_k)
+        rows_ks = self._room_ks[first : first + len(found.values_k)].copy_(found.right_ks)
+        self.of_task.append(replace(found, right_ks=rows_ks))
+        return self.of_task[-1]
+
+    @property
+    def values_k(self) -> Tensor:
+        """All singular values, a new tensor."""
+        return torch.cat([self._room_ks.new_empty(0), *(triples.values_k for triples in self.of_task)])
+
+    @property
+    def right_ks(self) -> Tensor:
+        """All right vectors."""
+        return self._room_ks[: len(self.values_k)]
+
+
+class _Rest:
+    """What a task vector has beside the common directions: τ − U_cU_cᵀτ, with U_c as many outputs long as τ.
+
+    Blocks have the shorter side in their rows. If that side is the inputs, U_cᵀτ is found in a pass; if it is the
+    outputs, the blocks are those of τᵀ, whose rows are multiplied by I − U_cU_cᵀ.
     """
 
-    def __init__(self, tasks: Tasks, common: Singular) -> None:
+    def __init__(self, tasks: Tasks, index: int, common: Singular) -> None:
+        """Reads nothing yet.
+
+        Args:
+            tasks: The task vectors.
+            index: Which of them.
+            common: The triples of the common directions.
+        """
         self._tasks = tasks
+        self._index = index
         self._common = common
-        self._shares_ks: list[Tensor] = []
-        if tasks.is_tall:
-            self._shares_ks = [torch.zeros_like(common.right_ks) for _ in range(len(tasks))]
-            for blocks in tasks.blocks():
-                common_rk = self.common(blocks)
-                for share_ks, block_rs in zip(self._shares_ks, blocks, strict=True):
-                    share_ks.addmm_(common_rk.T, block_rs)
+        self._share_ks: Tensor | None = None
+        self._share_kk: Tensor | None = None
+        self._triples: Singular | None = None
 
-    def common(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Rows of the common vectors of the longer side; the first block keeps its values."""
-        return self._common.left(total_of([blocks[0].clone(), *blocks[1:]]))
-
-    def of_task(self, index: int, block_rs: Tensor, common_rk: Tensor | None) -> Tensor:
-        """A block of the rest, a new tensor, with the rows of the common vectors beside it."""
-        if common_rk is not None and self._tasks.is_tall:
-            return block_rs - common_rk @ self._shares_ks[index]
-        return block_rs - (block_rs @ self._common.right_ks.T) @ self._common.right_ks
-
-    def blocks_of(self, index: int) -> Callable[[], Iterator[Tensor]]:
-        """The rest of one task vector in blocks."""
+    def blocks(self) -> Callable[[], Iterator[Tensor]]:
+        """The rest in blocks."""
         if not self._tasks.is_tall:
-            of_task = self._tasks.blocks_of(index)
-            return lambda: (self.of_task(index, block_rs, None) for block_rs in of_task())
-        return lambda: (self.of_task(index, blocks[index], self.common(blocks)) for blocks in self._tasks.blocks())
+            of_task = self._tasks.blocks_of(self._index)
+            return lambda: (
+                block_rs.sub_((block_rs @ self._common.right_ks.T) @ self._common.right_ks) for block_rs in of_task()
+            )
+        share_ks = self._share_ks = torch.zeros_like(self._common.right_ks)
+        for blocks in self._tasks.blocks():
+            share_ks.addmm_(_common(self._common, blocks).T, blocks[self._index])
+        return lambda: (
+            blocks[self._index].addmm_(_common(self._common, blocks), share_ks, alpha=-1)
+            for blocks in self._tasks.blocks()
+        )
+
+    def keep(self, triples: Singular) -> None:
+        """Keeps the rest's triples, and of U_cᵀτ its products with their right vectors."""
+        self._triples = triples
+        if self._share_ks is not None:
+            self._share_kk, self._share_ks = self._share_ks @ triples.right_ks.T, None
+
+    def left(self, block_rs: Tensor, common_rk: Tensor) -> Tensor:
+        """Rows of the left vectors, from a block of the task vector and the rows of U_c, or of V_c, beside it."""
+        assert self._triples is not None, "left vectors follow the right ones"
+        if self._share_kk is None:
+            common_ks = self._common.right_ks
+            return self._triples.left(block_rs - (block_rs @ common_ks.T) @ common_ks)
+        left_rk = block_rs @ self._triples.right_ks.T
+        return left_rk.addmm_(common_rk, self._share_kk, alpha=-1).div_(self._triples.values_k)
 
 
-def _orthogonal(tasks: Tasks, found: list[Singular], left: FromBlocks, *, equal: bool = False) -> FromBlocks:
+def _common(common: Singular, blocks: Sequence[Tensor]) -> Tensor:
+    """Rows of the common vectors of the longer side; the blocks keep their values."""
+    return common.left(total_of([blocks[0].clone(), *blocks[1:]]))
+
+
+def _orthogonal(tasks: Tasks, found: _Triples, left: FromBlocks, *, equal: bool = False) -> FromBlocks:
     """U⊥ S V⊥ᵀ of all triples together, block by block.
 
     Args:
         tasks: The task vectors.
-        found: The triples; their vectors come to lie in one matrix.
+        found: The triples.
         left: From a block of every task vector to the same rows of all left vectors.
         equal: Whether all singular values are replaced by their mean.
     """
-    values_k = torch.cat([triples.values_k for triples in found])
+    values_k = found.values_k
     if not values_k.numel():
         return lambda blocks: torch.zeros_like(blocks[0])
     if equal:
         values_k.fill_(float(values_k.mean()))
-    right_ks = torch.cat([triples.right_ks for triples in found])
-    rows = right_ks.split([len(triples.values_k) for triples in found])
-    found[:] = [replace(triples, right_ks=rows_ks) for triples, rows_ks in zip(found, rows, strict=True)]
-    core_ks = inverse_root(right_ks @ right_ks.T)[0] @ right_ks
-    core_ks.mul_(values_k[:, None])
-    root_kk, _ = inverse_root(gram(lambda: map(left, tasks.blocks()), len(values_k)))
-    core_ks = root_kk @ core_ks
+    core_ks = between_polar_factors(lambda: map(left, tasks.blocks()), values_k, found.right_ks)
     return lambda blocks: left(blocks) @ core_ks
