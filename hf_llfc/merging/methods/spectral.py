@@ -181,9 +181,12 @@ class _Rest:
             return lambda: (
                 block_rs.sub_((block_rs @ self._common.right_ks.T) @ self._common.right_ks) for block_rs in of_task()
             )
-        share_ks = self._share_ks = torch.zeros_like(self._common.right_ks)
+        crossed_ss = torch.zeros(self._tasks.side, self._tasks.side, dtype=torch.float64)
         for blocks in self._tasks.blocks():
-            share_ks.addmm_(_common(self._common, blocks).T, blocks[self._index])
+            own_rs = blocks[self._index].clone()
+            crossed_ss.addmm_(total_of(blocks).T, own_rs)
+        share_ks = self._share_ks = (self._common.right_ks @ crossed_ss).div_(self._common.values_k[:, None])
+        del crossed_ss
         return lambda: (
             blocks[self._index].addmm_(_common(self._common, blocks), share_ks, alpha=-1)
             for blocks in self._tasks.blocks()

@@ -9,6 +9,7 @@ from hf_llfc.merging.methods import find_method
 from hf_llfc.merging.methods.decompositions import (
     OVERSAMPLING,
     WORTHWHILE,
+    between_polar_factors,
     gram,
     inverse_root,
     singular,
@@ -158,3 +159,19 @@ def test_randomised_and_exact_searches_agree_where_singular_values_fall(method, 
     randomised, exactly = (find_method(method).merge(models, base, each) for each in settings)
     assert not torch.equal(randomised, exactly)
     torch.testing.assert_close(randomised, exactly, rtol=0, atol=1e-4 * exactly.abs().max().item())
+
+
+@pytest.mark.parametrize("count", [6, 20])
+def test_what_is_between_polar_factors_is_theirs(count, generator):
+    left = torch.randn(40, count, generator=generator, dtype=torch.float64)
+    right = torch.randn(count, 30, generator=generator, dtype=torch.float64)
+    values = torch.rand(count, generator=generator, dtype=torch.float64)
+    before = right.clone()
+    found = left @ between_polar_factors(lambda: iter(left.split(7)), values, right)
+    torch.testing.assert_close(found, polar(left) * values @ polar(right), rtol=0, atol=1e-10)
+    assert torch.equal(right, before)
+
+
+def polar(matrix):
+    first, _, second = torch.linalg.svd(matrix, full_matrices=False)
+    return first @ second
