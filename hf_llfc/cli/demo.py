@@ -32,6 +32,9 @@ from transformers import (
 )
 
 from hf_llfc import __version__
+from hf_llfc.checkpoints.files import CONFIG_FILE, SINGLE_FILE
+from hf_llfc.checkpoints.writing.listing import Listing, files_in, list_files, read_listing
+from hf_llfc.checkpoints.writing.output import refuse_losses
 from hf_llfc.cli.console import print_json, print_table, progress_bars
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import CheckpointError
@@ -45,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 TEST_IMAGES = 360
 METHODS = {"independent": ("none", "weight_matching", "activation_matching"), "spawned": ("none", "weight_matching")}
+PARENTS = ("a", "b", "branch-a", "branch-b")
 SUMMARY = "demo.json"
 UNFINISHED = "unfinished.json"
 """Beside the summary's place while the demo runs: the seed and the versions, on which all results depend."""
@@ -137,6 +141,7 @@ def run_demo(out: str | Path, *, seed: int = 0, overwrite: bool = False, progres
     }
     (folder / SUMMARY).write_text(json.dumps(result, indent=2))
     (folder / UNFINISHED).unlink()
+    list_files(folder, of_run=_own_names())
     return result
 
 
@@ -179,6 +184,7 @@ def _begin(out: Path, seed: int, overwrite: bool) -> Path:
         if not overwrite:
             found = "an interrupted demo of another seed or version" if (folder / UNFINISHED).is_file() else "a demo"
             raise CheckpointError(f"{out}: the folder is not empty, it holds {found}; --overwrite replaces it")
+        _refuse_losses(folder, out)
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,6 +192,31 @@ def _begin(out: Path, seed: int, overwrite: bool) -> Path:
         raise CheckpointError(f"{out}: the folder cannot be made ({error.strerror})") from None
     (folder / UNFINISHED).write_text(json.dumps(identity))
     return folder
+
+
+def _refuse_losses(folder: Path, out: Path) -> None:
+    """Refuses to replace a demo in which there is more than a demo wrote."""
+    listing = read_listing(folder) or Listing(frozenset())
+    of_runs = {}
+    for merged in sorted((folder / "merged").glob("*")):
+        inner = read_listing(merged)
+        if inner is not None:
+            refuse_losses(merged, inner, str(out / "merged" / merged.name))
+            of_runs |= dict.fromkeys(f"merged/{merged.name}/{name}" for name in files_in(merged))
+    for partial in (folder / "merged").glob(".*.partial"):
+        of_runs |= dict.fromkeys(f"merged/{partial.name}/{name}" for name in files_in(partial))
+    refuse_losses(folder, replace(listing, names=listing.names | _own_names() | of_runs.keys()), str(out))
+
+
+def _own_names() -> set[str]:
+    """The files that a demo itself writes; those in `merged` are written by its runs."""
+    titles = [each.title for each in ARCHITECTURES]
+    models = ["draft", *(f"parents/{title}-{name}" for title in titles for name in PARENTS)]
+    names = {SUMMARY, UNFINISHED, *(f"{model}/{name}" for model in models for name in (CONFIG_FILE, SINGLE_FILE))}
+    for title in titles:
+        names |= {f"data/{title}-{part}.{ending}" for part in ("train", "test") for ending in ("parquet", "draft")}
+        names |= {f"recipes/{title}-{pair}-{method}.yaml" for pair in METHODS for method in METHODS[pair]}
+    return names
 
 
 def _read(path: Path) -> Any:
@@ -224,7 +255,7 @@ def _train_parents(
     folder: Path, architecture: Architecture, train: Digits, seed: int, progress: Progress
 ) -> dict[str, tuple[Path, Path]]:
     """Two independent runs, and two branches of the first half of a third; those that are there stay."""
-    paths = {name: folder / "parents" / f"{architecture.title}-{name}" for name in ("a", "b", "branch-a", "branch-b")}
+    paths = {name: folder / "parents" / f"{architecture.title}-{name}" for name in PARENTS}
     missing = [name for name, path in paths.items() if not path.exists()]
     branches = [name for name in missing if name.startswith("branch")]
     epochs = architecture.epochs

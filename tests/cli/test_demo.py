@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,3 +137,36 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match="choose another with --out"):
         demo.run_demo(tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("notes.txt", "would delete them: notes.txt"),
+        ("data/mine.parquet", "would delete them: data/mine.parquet"),
+        ("parents/resnet-a/optimizer.pt", "would delete them: parents/resnet-a/optimizer.pt"),
+        ("merged/mine/config.json", "would delete them: merged/mine/config.json"),
+        ("merged/resnet-spawned-none/notes.txt", "would delete them: notes.txt"),
+        ("recipes/resnet-spawned-none.yaml", "would be lost: recipes/resnet-spawned-none.yaml"),
+        ("parents/resnet-a/model.safetensors", "would be lost: parents/resnet-a/model.safetensors"),
+        ("merged/resnet-spawned-none/README.md", "would be lost: README.md"),
+    ],
+)
+def test_overwriting_a_demo_never_loses_what_is_not_a_demo_s(whole, tmp_path, name, said):
+    folder = tmp_path / "demo"
+    shutil.copytree(whole, folder)
+
+    def begin(description: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        demo.run_demo(folder, overwrite=True, progress=begin)
+    assert said in str(caught.value) and str(caught.value).startswith(str(folder))
+    assert before == {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / name).unlink()
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(folder, overwrite=True, progress=begin)
+    assert not folder.exists(), "replaced"

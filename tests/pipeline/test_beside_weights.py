@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, GenerationConfig, MixtralForCaus
 import hf_llfc
 from hf_llfc.errors import CheckpointError, EvaluationError
 from hf_llfc.pipeline.planning import plan
+from hf_llfc.publishing.card.card import rename_card
 from hf_llfc.recipe import load_recipe
 from tests.checkpoints.conftest import WORDS, save_tokenizer
 from tests.runs import byte_llama, moved, saved, text_data
@@ -410,3 +411,17 @@ def test_a_card_of_temporary_models_says_so(pair, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "It cannot be repeated: a, b were in memory or in files that are gone" in card
     assert "hf-llfc run" not in card and "- model:" not in card
+
+
+def test_a_card_written_again_is_a_run_s_and_what_a_user_wrote_in_it_is_not(pair, tmp_path):
+    out = tmp_path / "out"
+    hf_llfc.merge(pair, out=out)
+    hf_llfc.publishing.write_card(out)
+    assert rename_card(out, "ada/soup")
+    hf_llfc.merge(pair, out=out, overwrite=True)
+    card = out / "README.md"
+    card.write_text(card.read_text() + "\nTrained for fun.\n")
+    assert rename_card(out, "ada/stew") and "Trained for fun." in card.read_text()
+    with pytest.raises(CheckpointError, match=r"the changes would be lost: README\.md; move them elsewhere"):
+        hf_llfc.merge(pair, out=out, overwrite=True)
+    assert "Trained for fun." in card.read_text()

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_llfc.checkpoints.writing.journal import Journal, flush, flush_all, listed, storing
+from hf_llfc.checkpoints.writing.listing import Listing, list_files, read_listing
 from hf_llfc.errors import CheckpointError, LLFCError, ProcessError, StorageError
-from hf_llfc.foundation.layout import CARD_FILE, FILES_FILE, LLFC_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,6 @@ LONGEST_NAME = 255
 """Bytes of a name that file systems take."""
 LONGEST_PATH = 4000
 """Bytes of a path that systems take, with room for the files in an output."""
-FILES_FORMAT = "hf_llfc.files/1"
-_LARGEST_LIST = 100_000_000
 _NAMED = 5
 
 # The lock dies with its process, but a worker that the process forked may live on for a moment.
@@ -155,18 +153,13 @@ class OutputFolder:
                 f"{self._named}: the output folder is not empty (it holds {_few(held)}); choose another one, or "
                 "overwrite it (`--overwrite`, in a recipe `overwrite: true`)"
             )
-        ours = written_files(self.path)
-        if ours is None:
+        listing = read_listing(self.path)
+        if listing is None:
             raise CheckpointError(
                 f"{self._named}: the output folder was not written by hf-llfc, so it is not overwritten (it holds "
                 f"{_few(held)}); choose another one"
             )
-        strangers = list(islice((name for name in _files_in(self.path) if not is_ours(name, ours)), _NAMED + 1))
-        if strangers:
-            raise CheckpointError(
-                f"{self._named}: the output folder holds files that no run of hf-llfc wrote, and overwriting would"
-                f" delete them: {_few(strangers)}; move them elsewhere, or choose another folder"
-            )
+        refuse_losses(self.path, listing, self._named)
 
     def _is_moved(self) -> bool:
         """Whether a run was stopped in the moment between moving its output into place and tidying up."""
@@ -340,7 +333,7 @@ class OutputFolder:
         staging = self.journal.folder
         if staging != self.path:
             with storing(staging):
-                list_files(staging)
+                list_files(staging, self.journal.shards)
                 flush_all(staging)
             self.journal.complete()
             try:
@@ -429,44 +422,26 @@ def _partial_name(name: str) -> str:
     return f".{os.fsdecode(os.fsencode(name)[:200]).encode(errors='ignore').decode(errors='ignore')}.{digest}.partial"
 
 
-def _files_in(folder: Path) -> Iterator[str]:
-    """The paths of all files below a folder, with `/`."""
-    for path, folders, names in os.walk(folder):
-        links = [name for name in folders if (Path(path) / name).is_symlink()]
-        for name in sorted([*names, *links]):
-            yield (Path(path) / name).relative_to(folder).as_posix()
-
-
-def list_files(folder: Path) -> None:
-    """Writes the list of the files in an output folder into it."""
-    (folder / LLFC_FOLDER).mkdir(exist_ok=True)
-    path = folder / LLFC_FOLDER / FILES_FILE
-    files = sorted({*_files_in(folder), path.relative_to(folder).as_posix()})
-    path.write_text(json.dumps({"format": FILES_FORMAT, "files": files}, indent=1) + "\n", encoding="utf-8")
-
-
-def written_files(folder: Path) -> set[str] | None:
-    """The files that a run has written into a folder, by its own list; None if there is no such list."""
-    path = folder / LLFC_FOLDER / FILES_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_LIST else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict) or content.get("format") != FILES_FORMAT:
-        return None
-    files = content.get("files")
-    return {str(name) for name in files} if isinstance(files, list) else None
-
-
-def is_ours(name: str, listed: set[str]) -> bool:
-    """Whether a file is on the list of a run, or is one of a card, which may be written later.
+def refuse_losses(folder: Path, listing: Listing, named: str) -> None:
+    """Refuses to replace a folder with files that no run wrote, or that were changed since.
 
     Args:
-        name: Its path below the output folder, with `/`.
-        listed: What `written_files` gave.
+        folder: The folder.
+        listing: What a run wrote into it.
+        named: What messages call the folder.
+
+    Raises:
+        CheckpointError: There are such files.
     """
-    of_card = name.startswith(f"{LLFC_FOLDER}/") and name.endswith((".png", ".html", ".json"))
-    return name in listed or name == CARD_FILE or of_card
+    for names, what in (
+        (listing.strangers(folder), "files that no run of hf-llfc wrote, and overwriting would delete them"),
+        (listing.edited(folder), "files that were changed since hf-llfc wrote them, and the changes would be lost"),
+    ):
+        found = list(islice(names, _NAMED + 1))
+        if found:
+            raise CheckpointError(
+                f"{named}: the output folder holds {what}: {_few(found)}; move them elsewhere, or choose another folder"
+            )
 
 
 def _few(names: list[str]) -> str:

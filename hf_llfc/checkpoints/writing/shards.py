@@ -25,7 +25,7 @@ import xxhash
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from hf_llfc.checkpoints.files import SINGLE_FILE
-from hf_llfc.checkpoints.header import TensorInfo, build_header
+from hf_llfc.checkpoints.header import TensorInfo, build_header, read_header
 from hf_llfc.checkpoints.positioned import open_direct, read_at, write_at
 from hf_llfc.errors import StorageError
 
@@ -84,6 +84,20 @@ class Shard:
     header: bytes
     places: Mapping[str, int]
     size: int
+
+    @classmethod
+    def of_file(cls, path: Path) -> Shard:
+        """The shard that lies in a file.
+
+        Raises:
+            CheckpointError: It is no safetensors file.
+        """
+        found = read_header(path, str(path))
+        in_order = sorted(found.spans, key=lambda name: (found.spans[name].begin, found.spans[name].end))
+        with path.open("rb") as file:
+            header = file.read(found.nbytes)
+        places = {name: found.nbytes + found.spans[name].begin for name in in_order}
+        return cls(header, places, path.stat().st_size)
 
     @cached_property
     def ends(self) -> Mapping[str, int]:

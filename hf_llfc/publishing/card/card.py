@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_llfc.checkpoints.companions import MODULES_FILE
+from hf_llfc.checkpoints.writing.listing import rewriting
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.choices import UNION
@@ -131,12 +132,13 @@ def write_card(
     ours = folder / LLFC_FOLDER
     read_json(folder / "config.json")
     evidence = Evidence.read(folder) if evidence is None else evidence
-    for earlier in (*PLOT_FILES.values(), PAGE_FILE):
-        (ours / earlier).unlink(missing_ok=True)
-    if evidence.report is not None:
-        save_plots(evidence.report, ours)
-        _write_page(folder, evidence, name)
-    return write_whole(folder / CARD_FILE, render_card(folder, evidence, name=name, license=license))
+    with rewriting(folder):
+        for earlier in (*PLOT_FILES.values(), PAGE_FILE):
+            (ours / earlier).unlink(missing_ok=True)
+        if evidence.report is not None:
+            save_plots(evidence.report, ours)
+            _write_page(folder, evidence, name)
+        return write_whole(folder / CARD_FILE, render_card(folder, evidence, name=name, license=license))
 
 
 def _write_page(folder: Path, evidence: Evidence, name: str | None) -> None:
@@ -177,10 +179,11 @@ def rename_card(folder: Path, name: str) -> bool:
     pairs = zip(*(card.splitlines() for card in cards), strict=False)  # a name changes words, not lines
     changed = {before: after for before, after in pairs if before != after}
     lines = path.read_text(encoding="utf-8").split("\n")
-    write_whole(path, "\n".join(changed.get(line, line) for line in lines))
-    if evidence.report is not None and (folder / LLFC_FOLDER / PAGE_FILE).is_file():
-        _write_page(folder, evidence, name)
-    replace(evidence.record, name=name).save(folder)
+    with rewriting(folder):
+        write_whole(path, "\n".join(changed.get(line, line) for line in lines))
+        if evidence.report is not None and (folder / LLFC_FOLDER / PAGE_FILE).is_file():
+            _write_page(folder, evidence, name)
+        replace(evidence.record, name=name).save(folder)
     return True
 
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints.companions import companion_names
-from hf_llfc.checkpoints.writing.output import is_ours, written_files
+from hf_llfc.checkpoints.writing.listing import is_of_card, read_listing
 from hf_llfc.errors import CheckpointError, PublishingError, raise_all, suggest
 from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
 from hf_llfc.foundation.model_names import existing
@@ -100,11 +100,12 @@ def check_folder(folder: Path, include: Sequence[str] = ()) -> list[LocalFile]:
     problems: list[str] = []
     files: list[LocalFile] = []
     left: list[str] = []
-    written = written_files(folder)
+    listing = read_listing(folder)
     found = {source.relative_to(folder).as_posix(): source for source in sorted(folder.rglob("*"))}
     for path, source in found.items():
         is_wanted = any(fnmatchcase(path, pattern) for pattern in include)
-        if not is_wanted and not (is_ours(path, written) if written is not None else _is_of_checkpoint(path)):
+        is_ours = _is_of_checkpoint(path) if listing is None else path in listing.names or is_of_card(path)
+        if not is_wanted and not is_ours:
             left += [path] if source.is_file() else []
         elif source.is_symlink():
             problems.append(f"{path} is a link; only what lies in the folder itself is uploaded: copy the file")

@@ -3,15 +3,21 @@
 import ast
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hf_llfc.checkpoints import OutputFolder
+from hf_llfc.checkpoints.writing.listing import list_files, read_listing
 from hf_llfc.checkpoints.writing.output import WEIGHTS_STAGE
+from hf_llfc.checkpoints.writing.shards import Shard
 from hf_llfc.errors import CheckpointError, StorageError
 
 
@@ -129,6 +135,54 @@ def test_overwriting_never_removes_files_beside_those_of_a_run(tmp_path, strange
     with OutputFolder(target, overwrite=True) as folder:
         fill(folder)
     assert (target / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "llfc/recipe.yaml", "model.safetensors", "tokenizer/x"])
+@pytest.mark.parametrize("same_size", [True, False])
+def test_overwriting_never_loses_what_a_user_changed(tmp_path, name, same_size):
+    target = tmp_path / "out"
+    with OutputFolder(target) as folder:
+        for each in ("README.md", "config.json", "llfc/recipe.yaml", "tokenizer/x"):
+            (folder / each).parent.mkdir(exist_ok=True)
+            (folder / each).write_text("written by a run")
+        save_file({"a": torch.zeros(8), "b": torch.zeros(3, dtype=torch.int8)}, folder / "model.safetensors")
+    written = (target / name).read_bytes()
+    own = written[:-1] + b"!" if same_size else written + b", and by me"
+    time.sleep(0.02)  # beyond the clock of the file system
+    (target / name).write_bytes(own)
+    expected = f"were changed since hf-llfc wrote them, and the changes would be lost: {name}; move them elsewhere"
+    refused(target, expected, overwrite=True)
+    assert (target / name).read_bytes() == own
+    (target / name).write_bytes(written)  # as it was, at another time
+    OutputFolder(target, overwrite=True).check()
+    (target / name).unlink()
+    with OutputFolder(target, overwrite=True) as folder:
+        fill(folder)
+    assert (target / "config.json").read_text() == "new"
+
+
+def test_a_copy_of_an_output_is_an_output(tmp_path):
+    with OutputFolder(tmp_path / "out") as folder:
+        fill(folder)
+        save_file({"a": torch.zeros(8)}, folder / "model.safetensors")
+    shutil.copytree(tmp_path / "out", tmp_path / "copy", copy_function=shutil.copyfile)
+    OutputFolder(tmp_path / "copy", overwrite=True).check()
+    (tmp_path / "copy" / "config.json").write_text("abc")
+    refused(tmp_path / "copy", "would be lost: config.json", overwrite=True)
+
+
+def test_weights_are_not_read_again_to_be_listed(tmp_path):
+    with OutputFolder(tmp_path / "out") as folder:
+        fill(folder)
+        save_file({"b": torch.ones(700_000), "a": torch.zeros(8)}, folder / "model.safetensors")
+        digest = Shard.of_file(folder / "model.safetensors").checksum(folder / "model.safetensors")
+    listing = read_listing(tmp_path / "out")
+    assert listing is not None and listing.states["model.safetensors"]["size"] > 2_800_000
+    list_files(tmp_path / "out", {"model.safetensors": digest})
+    listing = read_listing(tmp_path / "out")
+    assert listing.states["model.safetensors"]["pieces"] == digest
+    os.utime(tmp_path / "out" / "model.safetensors")
+    assert not list(listing.edited(tmp_path / "out")) and not list(listing.strangers(tmp_path / "out"))
 
 
 def test_files_that_appear_in_an_earlier_output_meanwhile_are_kept(tmp_path):
