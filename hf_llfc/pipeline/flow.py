@@ -215,7 +215,12 @@ def warn(run: RunContext) -> list[str]:
 
 def identify(run: RunContext) -> None:
     """Tells the output folder what it is made from, so that only the same run goes on there."""
-    run.output.made_from(identity_of_run(run.recipe, run.models.everything, [run.data, run.calibration]))
+    everything, recipe = run.models.everything, run.recipe
+    identity = identity_of_run(recipe, everything, [run.data, run.calibration])
+    if recipe.keep_where_broken is not None or run.calibration is not None:
+        run.output.made_from(identity)  # the weights depend on what is measured
+    else:
+        run.output.made_from(identity, identity_of_run(replace(recipe, diagnose=None, publish=None), everything))
 
 
 def refuse_too_large(run: RunContext) -> None:

@@ -16,7 +16,7 @@ from hf_llfc.pipeline.planning import plan
 from hf_llfc.publishing.card.card import rename_card
 from hf_llfc.recipe import load_recipe
 from tests.checkpoints.conftest import WORDS, save_tokenizer
-from tests.runs import byte_llama, moved, saved, text_data
+from tests.runs import byte_llama, moved, saved, text_data, text_recipe
 from tests.tiny_models import tiny_config
 
 # As an older transformers wrote it: names of its time, and values of generation that a strict check dislikes.
@@ -300,6 +300,48 @@ def test_an_error_after_the_weights_keeps_them_and_says_where(pair, tmp_path, mo
     hf_llfc.merge(pair, out=tmp_path / "out", diagnose=data)
     assert (tmp_path / "out" / "model.safetensors").stat().st_ino == weights, "they were not made again"
     assert (tmp_path / "out" / "README.md").is_file() and not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("align", ["none", "weight_matching"])
+def test_what_follows_the_weights_may_be_set_right(pair, tmp_path, monkeypatch, caplog, align):
+    (tmp_path / "short.txt").write_text("a line of text that is too short for what was asked of it, or not")
+    wrong = {**DATA, "dataset": str(tmp_path / "short.txt"), "alphas": 3, "samples": 1}
+
+    def fail(*_, **__):
+        raise EvaluationError("the data end here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_llfc.pipeline.stages.evaluate_parents", fail)
+        with pytest.raises(EvaluationError, match="also with other data or another target"):
+            hf_llfc.merge(pair, out=tmp_path / "out", align=align, diagnose=wrong)
+    kept = tmp_path / ".out.partial" / "output"
+    weights = (kept / "model.safetensors").stat()
+    right = {**DATA, "dataset": str(text_data(tmp_path)), "alphas": 5}
+    for changed in ({"out_dtype": "bfloat16"}, {"weights": [0.3, 0.7]}):
+        with pytest.raises(CheckpointError, match="holds an interrupted run of something else"):
+            hf_llfc.merge(pair, out=tmp_path / "out", **{"align": align, "diagnose": right, **changed})
+    result = hf_llfc.merge(pair, out=tmp_path / "out", align=align, diagnose=right)
+    assert "the weights are those of a run that differs in what follows them" in caplog.text
+    found = (tmp_path / "out" / "model.safetensors").stat()
+    assert (found.st_ino, found.st_mtime_ns) == (weights.st_ino, weights.st_mtime_ns), "they were not made again"
+    assert len(result.report.path) == 5 and result.report.data["dataset"].endswith("text.txt")
+    hf_llfc.merge(pair, out=tmp_path / "anew", align=align, diagnose=right)
+    names = {path.relative_to(tmp_path / "anew") for path in (tmp_path / "anew").rglob("*") if path.is_file()}
+    assert names == {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for name in ("model.safetensors", "config.json", "llfc/llfc_report.json"):
+        assert (tmp_path / "anew" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_weights_that_depend_on_what_is_measured_are_not_taken_for_others(pair, tmp_path, monkeypatch):
+    data = {**DATA, "dataset": str(text_data(tmp_path)), "alphas": 3}
+    recipe = text_recipe(*pair, Path(data["dataset"]), tmp_path / "out", keep_where_broken={"model": 0, "ratio": 0.1})
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_llfc.pipeline.stages.evaluate_parents", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            hf_llfc.run(recipe)
+    recipe["diagnose"]["max_length"] = 16
+    with pytest.raises(CheckpointError, match="holds an interrupted run of something else"):
+        hf_llfc.run(recipe)
 
 
 # -- how inputs are prepared

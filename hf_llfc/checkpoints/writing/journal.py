@@ -26,6 +26,8 @@ from hf_llfc.errors import CheckpointError, StorageError
 logger = logging.getLogger(__name__)
 
 FORMAT = "hf_llfc.journal/1"
+WEIGHTS_STAGE = "weights"
+"""The stage after which the output is a checkpoint, whatever is measured and told of it afterwards."""
 LARGEST_JOURNAL = 100_000_000
 _SHOWN_DIFFERENCES = 5
 
@@ -44,6 +46,7 @@ class Journal:
             checksum.
         shards: Finished weight file → its checksum, as `write_checkpoint` tells it.
         is_complete: Whether everything is finished, and the output only has to be moved into place.
+        of_weights: What the weights are made from, whatever is measured afterwards; None where that is not told apart.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Journal:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
     is_complete: bool = False
+    of_weights: str | None = None
     _writing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -71,6 +75,7 @@ class Journal:
             "stages": self.stages,
             "shards": self.shards,
             "complete": self.is_complete,
+            "of_weights": self.of_weights,
         }
         draft = self.path.with_suffix(".draft")
         with storing(self.path.parent):
@@ -109,7 +114,8 @@ class Journal:
         for stage, entry in stages.items():
             if not isinstance(entry, dict) or "value" not in entry or not _are_checksums(entry.get("files")):
                 raise ValueError(f"the stage {stage!r} is not complete")
-        return cls(path, folder, identity, stages, shards, content.get("complete") is True)
+        of_weights = content.get("of_weights")
+        return cls(path, folder, identity, stages, shards, content.get("complete") is True, of_weights)
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
         """Lists how the inputs of the journal's output differ from others; none if the two are the same."""
@@ -117,6 +123,17 @@ class Journal:
             f"{name} was {_short(before)} and is {_short(now)}"
             for name, before, now in _differing(self.identity, identity)
         ]
+
+    def keep_weights(self, identity: Mapping[str, Any]) -> None:
+        """Forgets all that came after the weights, for an output that differs in that alone.
+
+        Args:
+            identity: What that output is made from.
+        """
+        kept = list(self.stages)[: list(self.stages).index(WEIGHTS_STAGE) + 1]
+        self.stages = {name: self.stages[name] for name in kept}
+        self.identity, self.is_complete = identity, False
+        self.save()
 
     def check_files(self) -> None:
         """Forgets every stage whose files are not as they were written, and all stages after it."""

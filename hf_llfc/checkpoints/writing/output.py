@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_llfc.checkpoints.writing.journal import Journal, flush, flush_all, listed, storing
+from hf_llfc.checkpoints.writing.journal import WEIGHTS_STAGE, Journal, flush, flush_all, listed, storing
 from hf_llfc.checkpoints.writing.listing import Listing, list_files, read_listing
 from hf_llfc.errors import CheckpointError, LLFCError, ProcessError, StorageError
 
@@ -31,8 +31,6 @@ EARLIER = "earlier"
 WORK = "work"
 JOURNAL = "journal.json"
 LOCK = "lock"
-WEIGHTS_STAGE = "weights"
-"""The stage after which the output is a checkpoint, whatever is measured and told of it afterwards."""
 _KNOWN = {OUTPUT, EARLIER, WORK, JOURNAL, "journal.draft", LOCK}
 
 LONGEST_NAME = 255
@@ -76,6 +74,7 @@ class OutputFolder:
         self.restart = restart
         self._partial = self.path.parent / _partial_name(self.path.name)
         self._identity: Mapping[str, Any] = {}
+        self._of_weights: str | None = None
         self._journal: Journal | None = None
         self._lock: FileLock | None = None
         self._made_parents: list[Path] = []
@@ -91,13 +90,17 @@ class OutputFolder:
         """A folder on the same disk for what is needed on the way; whoever makes it need not remove it."""
         return self._partial / WORK
 
-    def made_from(self, identity: Mapping[str, Any]) -> None:
+    def made_from(self, identity: Mapping[str, Any], of_weights: Mapping[str, Any] | None = None) -> None:
         """Says what the output is made from, before it is entered: what of it another run had finished is taken up.
 
         Args:
             identity: Everything that determines the output, as JSON values.
+            of_weights: What of it determines the weights: those that another run had finished are taken up where all
+                else differs.
         """
         self._identity = json.loads(json.dumps(identity))
+        if of_weights is not None:
+            self._of_weights = hashlib.sha256(json.dumps(of_weights, sort_keys=True).encode()).hexdigest()
 
     def free_bytes(self) -> int:
         """Bytes on the disk of the target that are free, or taken by what an interrupted run left there."""
@@ -233,6 +236,11 @@ class OutputFolder:
         journal = None if self.restart else Journal.load(self._partial / JOURNAL, folder)
         if journal is not None and not journal.is_empty:
             differences = journal.differences(self._identity)
+            is_of_weights = self._of_weights is not None and journal.of_weights == self._of_weights
+            if differences and is_of_weights and WEIGHTS_STAGE in journal.stages and not is_moved:
+                logger.warning("%s: the weights are those of a run that differs in what follows them", self._named)
+                journal.keep_weights(self._identity)
+                differences = []
             is_same = bool(self._identity) and not differences
             if is_same:
                 journal.check_files()
@@ -292,7 +300,7 @@ class OutputFolder:
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir()
-        journal = Journal(self._partial / JOURNAL, folder, self._identity)
+        journal = Journal(self._partial / JOURNAL, folder, self._identity, of_weights=self._of_weights)
         journal.save()
         return journal
 
@@ -317,9 +325,10 @@ class OutputFolder:
             return
         if isinstance(error, LLFCError) and at_fault and has_weights:
             raise type(error)(
-                f"{error}\nThe weights are complete, and kept in {self.journal.folder}: run the same again to go on, or"
-                f" move that folder to {self.path} to take it as it is, without its card, or begin anew with --restart"
-                " (in Python restart=True)"
+                f"{error}\nThe weights are complete, and kept in {self.journal.folder}: run the same"
+                " again to go on, also with other data or another target of `publish`, or move that folder to"
+                f" {self.path} to take it as it is, without its card, or begin anew with --restart (in Python"
+                " restart=True)"
             ) from error
         logger.warning(
             "%s: stopped before the end; %s is kept (%s): run the same again to go on, or with --restart to begin anew",
