@@ -215,6 +215,40 @@ ROWS: dict[str, Row] = {
     "no class and no head": Row(
         "LlamaForCausalLM", LLAMA, (), (config(architectures=...), lacking("lm_head")), error="lm_head.weight of"
     ),
+    "no class in any config": Row(
+        "LlamaForCausalLM", LLAMA, (config(architectures=...),), (config(architectures=...),), present="lm_head"
+    ),
+    "no class in any config, a tied head": Row(
+        "LlamaForCausalLM",
+        {**LLAMA, "tie_word_embeddings": True},
+        (config(architectures=...),),
+        (config(architectures=...),),
+        absent="lm_head",
+    ),
+    "no class in any config, a base model": Row(
+        "BertModel", BERT, (config(architectures=...),), (config(architectures=...),), present="pooler"
+    ),
+    "no class in any config and no head": Row(
+        "LlamaForCausalLM",
+        LLAMA,
+        (config(architectures=...), lacking("lm_head")),
+        (config(architectures=...), lacking("lm_head")),
+        error="the nearest, LlamaForCausalLM, needs tensor lm_head.weight",
+    ),
+    "no class in any config and half of a head": Row(
+        "BertForSequenceClassification",
+        BERT,
+        (config(architectures=...), lacking("classifier.bias")),
+        (config(architectures=...), lacking("classifier.bias")),
+        error="needs tensor classifier.bias",
+    ),
+    "no class in any config and no head in one": Row(
+        "MistralForCausalLM",
+        LLAMA,
+        (config(architectures=...),),
+        (config(architectures=...), lacking("lm_head")),
+        error="lm_head.weight",
+    ),
     # what it does not use
     "no counts of batches": Row(
         "ResNetForImageClassification", RESNET, b=(lacking("num_batches"),), said="lends", present="num_batches"
