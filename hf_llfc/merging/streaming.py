@@ -262,6 +262,9 @@ class _Merging(threading.local):
         stream = _Columns(read, self._rooms, part, info, has_base=merge.base is not None)
         try:
             prepared = method.prepared(stream, settings)
+            if prepared.weights is not None:
+                yield from self._weighted(part, stream, prepared.weights)
+                return
             start, filled = part.start, 0
             for merged_c in merged_parts(prepared, stream):
                 merged_c = merged_c.reshape(-1)
@@ -276,6 +279,19 @@ class _Merging(threading.local):
         except _NotFiniteError:
             merge.tensor(part.name)
             raise AssertionError(f"{part.name}: the whole tensor is finite, a part of it is not") from None
+
+    def _weighted(self, part: Part, stream: _Columns, weights: tuple[float, ...]) -> Iterator[Written]:
+        """Sums and rounds in one step what a method found to be a weighted sum."""
+        info, start = self._merge.infos[part.name], part.start
+        for models_p, base_p in stream.parts(size=PART):
+            result_p = self._rooms[-1].of(info.dtype, models_p[0].numel())
+            columns = models_p if base_p is None else [base_p, *models_p]
+            if not self._rounding.combine(Combination(weights), columns, result_p):
+                method = self._merge.method
+                assert method is not None
+                raise beyond_range(method, self._merge.settings[part.name], info.dtype)
+            yield self._sink.put(part.name, start * info.dtype.itemsize, tensor_bytes(result_p))
+            start += result_p.numel()
 
 
 class _NotFiniteError(Exception):
@@ -302,14 +318,14 @@ class _Columns:
         self._read = read
         self._rooms = rooms
         self._part = part
-        self._has_base = has_base
+        self.has_base = has_base
         self._is_checked = False
 
     def parts(self, width: int = 1, *, size: int = METHOD_PART, only: int | None = None) -> Parts:
         """See `hf_llfc.merging.methods.parts.Stream`."""
         chosen = list(range(len(self._read)))
         if only is not None:
-            chosen = [0, 1 + only] if self._has_base else [only]
+            chosen = [0, 1 + only] if self.has_base else [only]
         step = max(1, size // width) * width
         at_once = max(1, PART // step) * step
         for begin in range(self._part.start, self._part.stop, at_once):
@@ -320,7 +336,7 @@ class _Columns:
                 if not self._is_checked and not all(map(is_finite, columns_c)):
                     raise _NotFiniteError
                 columns_c = [column_c.to(self.dtype) for column_c in columns_c]
-                yield (columns_c[1:], columns_c[0]) if self._has_base else (columns_c, None)
+                yield (columns_c[1:], columns_c[0]) if self.has_base else (columns_c, None)
         self._is_checked |= only is None
 
     def _filled(self, index: int, begin: int, end: int) -> Tensor:

@@ -238,10 +238,10 @@ def read_parent_card(model: str, revision: str | None = None) -> dict[str, Any]:
     names = parts_of(model)
     if len(names) > 1:
         return {PARTS: [read_parent_card(*split_revision(name)) for name in names]}
-    from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
-
     path = Path(model) / CARD_FILE
     if revision is not None or is_hub_id(model):
+        from huggingface_hub import HfApi, try_to_load_from_cache
+
         cached = try_to_load_from_cache(model, CARD_FILE, revision=revision)
         if not isinstance(cached, str):
             # A missing licence is a line in the card: one question without retries, whatever goes wrong with it.
@@ -254,6 +254,8 @@ def read_parent_card(model: str, revision: str | None = None) -> dict[str, Any]:
         path = Path(cached)
     if not path.is_file() or path.stat().st_size > LARGEST_CARD:
         return {}
+    from huggingface_hub import ModelCard
+
     try:
         return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # a stranger's card may hold anything

@@ -11,7 +11,7 @@ Shape suffixes: `oi` outputs and inputs, `ri` some outputs, `ii` inputs and inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -177,7 +177,7 @@ def _numerator(problem: _Problem) -> tuple[Tensor, Tensor]:
         gram_ii = gram(partial(problem.rows_of, index), problem.tasks.shape[1])
         total_1i.addmm_(problem.means[index], gram_ii, alpha=share)
         gram_ii.mul_(share).diagonal().add_(problem.own_ridges[index])
-        for summed_ri, rows_ri in zip(summed_oi.split(problem.tasks.step), problem.rows_of(index), strict=True):
+        for summed_ri, (rows_ri,) in _beside(summed_oi, ([rows_ri] for rows_ri in problem.rows_of(index))):
             summed_ri.addmm_(rows_ri, gram_ii)
         del gram_ii
     return summed_oi, total_1i
@@ -203,12 +203,20 @@ def _distances(problem: _Problem, merged_oi: Tensor, matrix_ii: Tensor, total_1i
     rest_oi = merged_oi.clone()
     if problem.center:
         rest_oi.add_(total_1i)
-    for rest_ri, of_tasks in zip(rest_oi.split(problem.tasks.step), problem.tasks.rows(), strict=True):
+    for rest_ri, of_tasks in _beside(rest_oi, problem.tasks.rows()):
         for index, rows_ri in enumerate(of_tasks):
             centred_ri = rows_ri - problem.means[index] if problem.center else rows_ri
             rest_ri.sub_(centred_ri, alpha=problem.own_ridges[index])
         rest_ri.addmm_(total_of(of_tasks), matrix_ii, alpha=-1 / len(problem.tasks))
     return rest_oi
+
+
+def _beside(matrix_oi: Tensor, blocks: Iterable[list[Tensor]]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The same rows of a matrix, in its memory, beside blocks of rows that come in order."""
+    begin = 0
+    for of_tasks in blocks:
+        yield matrix_oi[begin : begin + len(of_tasks[0])], of_tasks
+        begin += len(of_tasks[0])
 
 
 def _by_outputs(problem: _Problem, settings: Settings) -> Prepared:

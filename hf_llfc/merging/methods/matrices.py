@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_llfc.merging.methods.decompositions import Blocks, rows_at_a_time
-from hf_llfc.merging.methods.parts import Prepared, Stream, around_base, each_output
+from hf_llfc.merging.methods.parts import Prepared, Stream, each_output, weighted
 from hf_llfc.merging.methods.settings import Settings
 
 SLICES = 8
@@ -36,7 +36,6 @@ class Tasks:
         self.is_tall = self.shape[0] >= self.shape[1]
         self.side = min(self.shape)
         self.dtype = stream.dtype
-        self.step = max(1, rows_at_a_time(self.shape) // self.shape[1])
 
     def __len__(self) -> int:
         return self._stream.models
@@ -154,7 +153,7 @@ def change_by_blocks(tasks: Tasks, settings: Settings, change_of: Callable[[list
 def mean_change(stream: Stream, settings: Settings) -> Prepared:
     """θ₀ + λ times the mean of the task vectors."""
     shares = [settings.number("lambda") / stream.models] * stream.models
-    return Prepared(lambda models_c, base_c: around_base(models_c, base_c, shares))
+    return weighted(stream, shares)
 
 
 def whole_change(change_oi: Tensor, settings: Settings) -> Prepared:

@@ -43,6 +43,11 @@ class Stream(Protocol):
         ...
 
     @property
+    def has_base(self) -> bool:
+        """Whether there is a base."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the parts, the same in all."""
         ...
@@ -69,11 +74,14 @@ class Prepared:
         combine: Merges a part, in float64; called for every part of the tensor once, in order.
         width: Elements that belong together in a part.
         size: Elements of a part, about.
+        weights: Where all that `combine` does is a weighted sum, its weights: one a model, and before them that of the
+            base, if there is one. Who rounds sums himself needs no `combine` then.
     """
 
     combine: Function
     width: int = 1
     size: int = PART
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,11 @@ class InMemory:
     def models(self) -> int:
         """How many models there are, the base not counted."""
         return len(self.tensors)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a base."""
+        return self.base is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -183,11 +196,10 @@ def products(columns: Sequence[Tensor]) -> Tensor:
         N·N numbers, row by row.
     """
     wide = [column_c.double() for column_c in columns]
-    gram = torch.empty(len(wide), len(wide), dtype=torch.float64)
-    for i, first in enumerate(wide):
-        for j, second in enumerate(wide[: i + 1]):
-            gram[i, j] = gram[j, i] = torch.dot(first, second)
-    return gram.view(-1)
+    lower = {(i, j): torch.dot(wide[i], wide[j]).item() for i in range(len(wide)) for j in range(i + 1)}
+    return torch.tensor(
+        [lower[max(i, j), min(i, j)] for i in range(len(wide)) for j in range(len(wide))], dtype=torch.float64
+    )
 
 
 def combination(columns: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
@@ -197,6 +209,23 @@ def combination(columns: Sequence[Tensor], coefficients: Sequence[float]) -> Ten
         # Not in one step, which would fuse product and sum on some processors and not on others.
         total_c.add_(column_c.to(torch.float64, copy=True).mul_(coefficient))
     return total_c
+
+
+def weighted(stream: Stream, coefficients: Sequence[float]) -> Prepared:
+    """θ₀ + Σ coefficients[i]·(θᵢ − θ₀), or without a base Σ coefficients[i]·θᵢ."""
+    return _sum_of([1 - sum(coefficients), *coefficients] if stream.has_base else coefficients)
+
+
+def weighted_with_base(base: float, coefficients: Sequence[float]) -> Prepared:
+    """base·θ₀ + Σ coefficients[i]·θᵢ."""
+    return _sum_of([base, *coefficients])
+
+
+def _sum_of(weights: Sequence[float]) -> Prepared:
+    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+        return combination(models_c if base_c is None else [base_c, *models_c], weights)
+
+    return Prepared(combine, weights=tuple(weights))
 
 
 def around_base(models: Sequence[Tensor], base: Tensor | None, coefficients: Sequence[float]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,13 @@ from hf_llfc.errors import RecipeError
 from hf_llfc.merging.methods.parts import (
     Prepared,
     Stream,
-    around_base,
-    combination,
     differences,
     each_output,
     last_dimension,
     products,
     sum_over_parts,
+    weighted,
+    weighted_with_base,
 )
 from hf_llfc.merging.methods.settings import Settings
 from hf_llfc.merging.methods.signs import total
@@ -40,6 +41,9 @@ SMALLEST_NORM_OF_NUSLERP = 1e-7
 
 COLLINEAR_IN_NUSLERP = 1e-14
 """`nuslerp` interpolates linearly where the squared sine is at most this, which float64 can tell from zero."""
+
+_PRODUCTS = ((0, 0), (1, 1), (0, 1))
+"""The inner products of two vectors that tell their interpolation."""
 
 SMALLEST_PRODUCT = 1e-6
 """`model_stock` divides by no smaller product of two norms, and by no smaller denominator."""
@@ -68,12 +72,7 @@ def slerp(stream: Stream, settings: Settings) -> Prepared:
     else:
         angle = math.acos(cosine)
         shares = [math.sin(part * angle) / math.sin(angle) for part in (1 - t, t)]
-
-    def combine(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
-        assert base_c is not None
-        return combination([base_c, models_c[0]], shares)
-
-    return Prepared(combine)
+    return weighted_with_base(shares[0], shares[1:])
 
 
 def nuslerp(stream: Stream, settings: Settings) -> Prepared:
@@ -96,28 +95,27 @@ def nuslerp(stream: Stream, settings: Settings) -> Prepared:
         gram_nn = _gram(stream, of_changes=True)
         norms = [max(math.sqrt(gram_nn[i][i]), SMALLEST_NORM_OF_NUSLERP) for i in range(2)]
         shares = _nuslerp_shares(_clamped(gram_nn[0][1] / norms[0] / norms[1]), t)
-        return Prepared(lambda models_c, base_c: around_base(models_c, base_c, shares))
+        return weighted(stream, shares)
     if not settings.switch("nuslerp_row_wise") or len(stream.shape) < 2:
         columns = last_dimension(stream.shape)
 
         def along_rows(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
             changes = [change.view(-1, columns) for change in _from_base(models_c, base_c)]
-            squares = [(change * change).sum(dim=1, keepdim=True) for change in changes]
-            return _interpolated(changes, squares, (changes[0] * changes[1]).sum(dim=1, keepdim=True), t, base_c)
+            products_r = [torch.linalg.vecdot(changes[i], changes[j]) for i, j in _PRODUCTS]
+            return _interpolated(changes, [share_r[:, None] for share_r in _shares_of_many(products_r, t)], base_c)
 
         return Prepared(along_rows, columns)
     columns = each_output(stream.shape)
     sums_c = torch.zeros(3, columns, dtype=torch.float64)
     for models_c, base_c in stream.parts(columns):
-        first_rc, second_rc = (change.view(-1, columns) for change in _from_base(models_c, base_c))
-        for sum_c, product_rc in zip(
-            sums_c, (first_rc * first_rc, second_rc * second_rc, first_rc * second_rc), strict=True
-        ):
-            sum_c.add_(product_rc.sum(dim=0))
+        changes = [change.view(-1, columns) for change in _from_base(models_c, base_c)]
+        for sum_c, (i, j) in zip(sums_c, _PRODUCTS, strict=True):
+            sum_c.add_((changes[i] * changes[j]).sum(dim=0))
+    shares = _shares_of_many(sums_c, t)
 
     def along_columns(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         changes = [change.view(-1, columns) for change in _from_base(models_c, base_c)]
-        return _interpolated(changes, [sums_c[0], sums_c[1]], sums_c[2], t, base_c)
+        return _interpolated(changes, shares, base_c)
 
     return Prepared(along_columns, columns)
 
@@ -158,7 +156,7 @@ def multislerp(stream: Stream, settings: Settings) -> Prepared:
     else:
         radius = sum(weight * norm for weight, norm in zip(weights, norms, strict=True)) * math.cos(eps) / length
     shares = [radius * part for part in pull]
-    return Prepared(lambda models_c, base_c: around_base(models_c, base_c, shares))
+    return weighted(stream, shares)
 
 
 def karcher(stream: Stream, settings: Settings) -> Prepared:
@@ -186,8 +184,10 @@ def karcher(stream: Stream, settings: Settings) -> Prepared:
     units_nn = [[_clamped(gram_nn[i][j] / norms[i] / norms[j]) if i != j else 1.0 for j in valid] for i in valid]
     mean = _karcher_mean(units_nn, settings.count("max_iter"), settings.number("tol"))
     radius = sum(norms) / len(norms)
-    coefficients = [radius * part / norms[i] for part, i in zip(mean, valid, strict=True)]
-    return Prepared(lambda models_c, base_c: combination([models_c[i] for i in valid], coefficients))
+    coefficients = [0.0] * stream.models
+    for part, i in zip(mean, valid, strict=True):
+        coefficients[i] = radius * part / norms[i]
+    return weighted(stream, coefficients)
 
 
 def model_stock(stream: Stream, settings: Settings) -> Prepared:
@@ -214,7 +214,7 @@ def model_stock(stream: Stream, settings: Settings) -> Prepared:
     cosine = sum(cosines) / len(cosines)
     denominator = 1 + (count - 1) * cosine
     share = cosine / denominator if abs(denominator) >= SMALLEST_PRODUCT else 0.0
-    return Prepared(lambda models_c, base_c: around_base(models_c, base_c, [share] * count))
+    return weighted(stream, [share] * count)
 
 
 def _filter_wise(pairs: Sequence[tuple[int, int]], count: int, columns: int) -> Prepared:
@@ -294,15 +294,19 @@ def _nuslerp_shares(cosine: float, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def _interpolated(
-    changes: Sequence[Tensor], squares: Sequence[Tensor], dot: Tensor, t: float, base_c: Tensor | None
-) -> Tensor:
-    """`nuslerp` of many vectors, in the memory of the changes, from their squared norms and inner products."""
-    norms = [square.sqrt().clamp(min=SMALLEST_NORM_OF_NUSLERP) for square in squares]
-    cosine = (dot / norms[0] / norms[1]).clamp(-1, 1)
-    collinear = 1 - cosine.square() <= COLLINEAR_IN_NUSLERP
-    angle = torch.acos(torch.where(collinear, 0, cosine))
-    shares = [torch.where(collinear, part, torch.sin(part * angle) / torch.sin(angle)) for part in (1 - t, t)]
+def _shares_of_many(products: Sequence[Tensor], t: float) -> list[Tensor]:
+    """Coefficients of many pairs of vectors, from their inner products as in `_PRODUCTS`."""
+    first, second, dot = (product.numpy() for product in products)
+    norms = [np.maximum(np.sqrt(square), SMALLEST_NORM_OF_NUSLERP) for square in (first, second)]
+    cosine = np.clip(dot / norms[0] / norms[1], -1, 1)
+    collinear = 1 - cosine * cosine <= COLLINEAR_IN_NUSLERP
+    angle = np.arccos(np.where(collinear, 0, cosine))
+    sine = np.where(collinear, 1, np.sin(angle))
+    return [torch.from_numpy(np.where(collinear, part, np.sin(part * angle) / sine)) for part in (1 - t, t)]
+
+
+def _interpolated(changes: Sequence[Tensor], shares: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
+    """`nuslerp` of many vectors, in the memory of the changes."""
     merged_c = changes[0].mul_(shares[0]).add_(changes[1].mul_(shares[1])).view(-1)
     return merged_c if base_c is None else merged_c.add_(base_c)
 

@@ -58,6 +58,10 @@ class Watched:
         return self.stream.models
 
     @property
+    def has_base(self):
+        return self.stream.has_base
+
+    @property
     def dtype(self):
         return self.stream.dtype
 
