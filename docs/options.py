@@ -25,6 +25,7 @@ VALUES = {
     "dataset": "text",
     "weight": "a number, a gradient, or rules of filter and value",
     "tokens": "a mapping of tokens to keys",
+    "ridge": "a number above 0, or `auto`",
 }
 """Options whose type says too little of what may be written."""
 
@@ -57,7 +58,8 @@ def written(page: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         kind = {**vars(slices), **vars(sections)}[match[2]]
-        spread = {"DiagnoseSection": ("data",), "BatchNormSection": ("data",), "MergeParameters": ("settings",)}
+        spread = dict.fromkeys(("DiagnoseSection", "BatchNormSection", "CalibrateSection"), ("data",))
+        spread["MergeParameters"] = ("settings",)
         options = [each for name, each in options_of(kind).items() if name not in spread.get(match[2], ())]
         return f"{match[1]}{table(options)}\n{match[3]}"
 

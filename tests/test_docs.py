@@ -31,7 +31,7 @@ PAGES = {
 }
 # Diagrams, tables as printed, patches, and what Sphinx reads.
 SHOWN = {"text", "diff", "{toctree}", "{eval-rst}", "{include}"}
-RECIPES_RUN = ("first_merge.md", "weights.md", "independent.md")
+RECIPES_RUN = ("first_merge.md", "weights.md", "independent.md", "calibration.md")
 # Pages whose commands take more than some seconds: every measure of a diagnosis, each with its pictures.
 SLOW = ("report.md",)
 

@@ -30,6 +30,7 @@ LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
         "models": "stand without an option",
         "parameters": "have options of their own: --weights, --normalize, --parameter",
         "align": "has options of its own",
+        "calibrate": "has options of its own",
         "importance": "has options of its own",
         **dict.fromkeys(
             ("diagnose", "keep_where_broken", "publish", "layer_range", "slices", "modules", "document", "tokenizer"),
@@ -37,6 +38,10 @@ LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
         ),
     },
     ("merge", "AlignSection"): {"calibration": "has options of its own"},
+    ("merge", "CalibrateSection"): {
+        "data": "have options of their own",
+        "targets": "needs data of every model, which a recipe has; see `run`",
+    },
     ("align", "AlignSection"): {
         "calibration": "has options of its own",
         "reference": "is named by --to",
@@ -370,6 +375,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_of_recipe(output, "log_with", "logging_dir")
     _add_matching(parser, "merge", "--align", default="none")
     _add_data(parser, "merge", CALIBRATION_OR_IMPORTANCE, without=("trust_remote_code",))
+    _add_calibration(parser)
 
 
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
@@ -455,6 +461,30 @@ def _add_data(parser: argparse.ArgumentParser, command: str, purpose: str, witho
     for name in ("task", "dataset"):
         add_option(group, options_of(EvaluationConfig)[name])
     _add_section(group, command, "EvaluationConfig", without=("task", "dataset", *without))
+
+
+def calibration_options() -> dict[str, tuple[str, Option]]:
+    """Options of `merge` for the section `calibrate` and its data: where the value lies → its key, and the option."""
+    from dataclasses import replace
+
+    from hf_llfc.recipe.calibration import OF_LABELS
+    from hf_llfc.recipe.options import options_of
+    from hf_llfc.recipe.sections import CalibrateSection, EvaluationConfig
+
+    left_out = {*LEFT_OUT["merge", "CalibrateSection"], *OF_LABELS, "labels", "seed", "trust_remote_code"}
+    options = {**options_of(CalibrateSection), **options_of(EvaluationConfig)}
+    shown = {
+        name: each if each.choices else replace(each, metavar=each.metavar or name.upper())
+        for name, each in options.items()
+    }
+    return {f"calibrate_{name}": (each.key, each) for name, each in shown.items() if name not in left_out}
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration", "the merge fitted to its parents' features on unlabelled samples")
+    group.add_argument("--calibrate", action="store_true", default=None, help="Calibrate the merge.")
+    for dest, (_, each) in calibration_options().items():
+        add_option(group, each, f"--{dest.replace('_', '-')}", dest=dest)
 
 
 CALIBRATION = "calibration data for activation, commutativity and learned matching"

@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from hf_llfc.cli.run import run_recipe
-from hf_llfc.cli.settings import data_settings, given, matching_names, refuse_given, refuse_unused_data
+from hf_llfc.cli.settings import (
+    calibration_settings,
+    data_settings,
+    given,
+    matching_names,
+    refuse_given,
+    refuse_unused_data,
+)
 from hf_llfc.errors import RecipeError, refuse_other_count
 from hf_llfc.merging.methods import find_method
 from hf_llfc.recipe import AlignSection, Recipe, load_recipe
@@ -17,7 +24,8 @@ def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
     align = given(options, AlignSection)
     if options.method == "none":
-        refuse_given(options, (*matching_names(), "seed"), "without --align")
+        unused = matching_names() if options.calibrate else [*matching_names(), "seed"]
+        refuse_given(options, unused, "without --align")
     measures = options.merge_method is not None and bool(find_method(options.merge_method).importance)
     if not measures:
         refuse_unused_data(options)
@@ -35,6 +43,8 @@ def execute(options: argparse.Namespace) -> int:
     }
     if measures:
         recipe["importance"] = data
+    if (calibrate := calibration_settings(options)) is not None:
+        recipe["calibrate"] = calibrate
     if options.normalize is not None:
         recipe["parameters"] = {"normalize": options.normalize}
     return run_recipe(load_recipe(recipe, [f"parameters.{each}" for each in options.parameters]), options)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from hf_llfc.cli.arguments import LEFT_OUT, NAMES
+from hf_llfc.cli.arguments import LEFT_OUT, NAMES, calibration_options
 from hf_llfc.errors import EvaluationError, RecipeError
 from hf_llfc.recipe.options import options_of
 from hf_llfc.recipe.sections import AlignSection, EvaluationConfig, uses_data
@@ -62,6 +62,19 @@ def refuse_unused_data(options: argparse.Namespace) -> None:
     if not uses_data(options.method, options.start or ""):
         names = [name for name in options_of(EvaluationConfig) if name not in ("seed", "trust_remote_code")]
         refuse_given(options, names, "without activation, commutativity or learned matching, which alone look at data")
+
+
+def calibration_settings(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The section `calibrate` as it was given; None without `--calibrate`.
+
+    Raises:
+        RecipeError: Something is said of a calibration that is not asked for.
+    """
+    if not options.calibrate:
+        refuse_given(options, calibration_options(), "without --calibrate")
+        return None
+    named = {key: vars(options)[dest] for dest, (key, _) in calibration_options().items()}
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def matching_names() -> list[str]:

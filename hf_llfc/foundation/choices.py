@@ -36,6 +36,12 @@ MEASURES = ("additivity", "commutativity", "stitching", "geometry")
 SUGGESTIONS = ("weights", "layers")
 """What a diagnosis may suggest: one weight a model, or one a model and layer."""
 
+CALIBRATION_METHODS = ("calibrate", "repair")
+"""What of a merge is fitted to the blend of its parents' features: affine maps, or means and sizes of channels."""
+
+TARGETS = ("blend", "own")
+"""What a calibration imitates: the blend of all parents on the same samples, or each parent on samples of its own."""
+
 HEADS = ("own", "first")
 """Under which head models are compared: each its own, or all that of the first, for models of different tasks."""
 
@@ -52,4 +58,4 @@ CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 """Values of `chat_template` that name a template of ours; see `hf_llfc.checkpoints.chat_templates`."""
 
 AUTO = "auto"
-"""Value of `chat_template` for the most frequent one of the models."""
+"""Value of `chat_template` for the most frequent one of the models, and of `ridge` for one that is looked for."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import Checkpoint
+from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.opening import Models
@@ -34,11 +35,16 @@ def open_data(
     )
 
 
+def has_statistics(checkpoint: Checkpoint) -> bool:
+    """Whether a model has running statistics of BatchNorm."""
+    return any(name.endswith("running_mean") for name in checkpoint.tensors)
+
+
 def batch_norm_data(
     checkpoint: Checkpoint, section: DiagnoseSection, *, tokenizer_source: Checkpoint | None = None
 ) -> EvaluationData | None:
     """The samples from which BatchNorm is recomputed: those of the diagnosis, unlabelled, where none are named."""
-    if not section.batch_norm.recompute or not any(name.endswith("running_mean") for name in checkpoint.tensors):
+    if not section.batch_norm.recompute or not has_statistics(checkpoint):
         return None
     config: EvaluationConfig = section.batch_norm.data or replace(section.data, labels=False)
     return open_data(config, checkpoint, tokenizer_source=tokenizer_source)
@@ -51,6 +57,27 @@ def open_recipe_data(recipe: Recipe, opened: Models) -> tuple[EvaluationData | N
     first, source = opened.parents[0], opened.tokenizer_source
     data = open_data(recipe.diagnose.data, first, tokenizer_source=source)
     return data, batch_norm_data(first, recipe.diagnose, tokenizer_source=source)
+
+
+def open_calibration_data(recipe: Recipe, opened: Models) -> list[EvaluationData]:
+    """The samples that the merge is calibrated on: of all models, or one set a model; none where it is not.
+
+    Raises:
+        CheckpointError: The models cannot be run.
+        EvaluationError: The data do not fit them.
+    """
+    if recipe.calibrate is not None and (reference := opened.parents[0]).model_class is None:
+        raise CheckpointError(
+            f"{reference.label}: calibration runs the models, and the model class {reference.architecture} is not "
+            "known to transformers; register it with AutoModel.register, or allow trust_remote_code"
+        )
+    source = opened.tokenizer_source
+    first = opened.parents[:1] if recipe.calibrate is not None and recipe.calibrate.targets == "blend" else None
+    models = first or opened.parents[: len(recipe.calibration_data)]
+    return [
+        open_data(config, model, tokenizer_source=source)
+        for config, model in zip(recipe.calibration_data, models, strict=True)
+    ]
 
 
 @one_thread_if_small(lambda parents, *_, **__: parents[0].checkpoint.nbytes)

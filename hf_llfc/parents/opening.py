@@ -377,7 +377,12 @@ def chat_template(recipe: Recipe, opened: Models) -> str | None:
 
 def runs_models(recipe: Recipe) -> bool:
     """Whether a recipe needs more than the weights of its models."""
-    return recipe.diagnose is not None or recipe.align.uses_data or recipe.measures_importance
+    return (
+        recipe.diagnose is not None
+        or recipe.calibrate is not None
+        or recipe.align.uses_data
+        or recipe.measures_importance
+    )
 
 
 def refuse_replacing_inputs(output: OutputFolder, checkpoints: Sequence[Checkpoint]) -> None:

@@ -19,6 +19,7 @@ from hf_llfc.symmetry import Alignment, Binding
 
 # What opens data and runs models is imported where it is called: a merge alone does not wait for it to load.
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -137,8 +138,11 @@ class Parent:
     def _unmoved(self) -> Binding:
         return bind(spec_of(self.checkpoint), self.checkpoint)
 
-    def load(self) -> PreTrainedModel:
+    def load(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model, moved, in evaluation mode.
+
+        Args:
+            dtype: Of the model; None keeps the one in which most weights are stored.
 
         Raises:
             CheckpointError: A tensor is not finite.
@@ -148,4 +152,4 @@ class Parent:
         refuse_not_finite(self.checkpoint)
         as_stored = self.alignment is None and self.head_of is None and not self.lenders
         state = None if as_stored else self.state_dict()
-        return load_model(self.head_of or self.checkpoint, state_dict=state).eval()
+        return load_model(self.head_of or self.checkpoint, state_dict=state, dtype=dtype).eval()

@@ -160,6 +160,7 @@ def shown_names(recipe: Recipe, opened: Models, beside: Path | None = None) -> d
     named: list[Any] = []
     for document in (*recipe.earlier, recipe):
         data = [document.align.calibration, document.importance, *(entry.importance for entry in document.models)]
+        data += document.calibration_data
         if document.diagnose is not None:
             data += [document.diagnose.data, document.diagnose.batch_norm.data]
         named += [*(entry.model for entry in document.models), document.base_model, document.tokenizer_source]

@@ -21,6 +21,7 @@ from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.opening import open_recipe, stand_ins
 from hf_llfc.parents.provenance import alignment_summary
+from hf_llfc.pipeline.calibrating import release
 from hf_llfc.pipeline.evidence import write_evidence
 from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.pipeline.mergeability import closeness, warnings_of
@@ -144,6 +145,7 @@ def _run(run: RunContext) -> Result:
         table = score(run)
         trackers.table(table)
         run.on_main(lambda run: write_evidence(run, report, table))
+        run.on_main(release)
         if recipe.document is not None:
             run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
@@ -215,12 +217,13 @@ def warn(run: RunContext) -> list[str]:
 
 def identify(run: RunContext) -> None:
     """Tells the output folder what it is made from, so that only the same run goes on there."""
-    everything, recipe = run.models.everything, run.recipe
-    identity = identity_of_run(recipe, everything, [run.data, run.calibration])
-    if recipe.keep_where_broken is not None or run.calibration is not None:
+    everything, recipe, fitted_on = run.models.everything, run.recipe, run.fitted_on
+    identity = identity_of_run(recipe, everything, [run.data, run.calibration, *fitted_on])
+    if recipe.keep_where_broken is not None or run.for_batch_norm is not None:
         run.output.made_from(identity)  # the weights depend on what is measured
     else:
-        run.output.made_from(identity, identity_of_run(replace(recipe, diagnose=None, publish=None), everything))
+        of_weights = identity_of_run(replace(recipe, diagnose=None, publish=None), everything, [None, None, *fitted_on])
+        run.output.made_from(identity, of_weights)
 
 
 def refuse_too_large(run: RunContext) -> None:

@@ -42,6 +42,7 @@ def identity_of_run(
     settings = {key: value for key, value in recipe.to_dict().items() if key not in IRRELEVANT}
     data = [recipe.align.calibration, measured, calibration, recipe.importance]
     data += [entry.importance for entry in recipe.models]
+    data += recipe.calibration_data
     commits = {f"data {index}": str(each.config.dataset) for index, each in enumerate(opened) if each is not None}
     told = {"recipe": settings, "commits": {name: each for name, each in commits.items() if "@" in each}}
     return identity_of(told, checkpoints, data)

@@ -14,7 +14,7 @@ from hf_llfc.checkpoints.writing.journal import Journal
 from hf_llfc.foundation.progress import Progress
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.carrying import Carried, carried
-from hf_llfc.parents.data import open_recipe_data
+from hf_llfc.parents.data import has_statistics, open_calibration_data, open_recipe_data
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs
 from hf_llfc.parents.parent import Parent
 from hf_llfc.recipe import Recipe
@@ -39,6 +39,7 @@ class RunContext:
         models: The opened models.
         data: What to measure on; None where nothing is measured.
         calibration: The samples from which BatchNorm is recomputed; None where it is not.
+        fitted_on: The samples that the merge is calibrated on, all or one set a model; none where it is not.
         alignments: One a parent; None where it stays as it is.
         folder: The staging folder of the output, once there is one.
         carried: Which files beside config and weights go with the result.
@@ -53,6 +54,7 @@ class RunContext:
     models: Models
     data: EvaluationData | None = None
     calibration: EvaluationData | None = None
+    fitted_on: Sequence[EvaluationData] = ()
     alignments: Sequence[Alignment | None] = ()
     folder: Path | None = None
     carried: Carried = field(default_factory=Carried)
@@ -72,6 +74,13 @@ class RunContext:
     def base(self) -> Parent | None:
         """The base of task arithmetic."""
         return self._moved[1]
+
+    @property
+    def for_batch_norm(self) -> EvaluationData | None:
+        """The samples from which BatchNorm is recomputed: those of the calibration, where nothing is measured."""
+        if self.recipe.diagnose is not None or not self.fitted_on:
+            return self.calibration
+        return self.fitted_on[0] if has_statistics(self.models.parents[0]) else None
 
     @property
     def staging(self) -> Path:
@@ -144,5 +153,6 @@ def open_run(
     models = processes.main_first(lambda: open_recipe(recipe, given))
     refuse_replacing_inputs(output, models.everything)
     data, calibration = open_recipe_data(recipe, models)
-    run = RunContext(recipe, processes, output, progress, models, data, calibration)
+    fitted_on = open_calibration_data(recipe, models)
+    run = RunContext(recipe, processes, output, progress, models, data, calibration, fitted_on)
     return replace(run, carried=carried(models, recipe))

@@ -22,6 +22,7 @@ from hf_llfc.parents.data import evaluate_parents, open_data
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import alignment_spec
+from hf_llfc.pipeline.calibrating import calibrated
 from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report, shown_names
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.sharing import write_shared
@@ -94,7 +95,9 @@ def write_merge(run: RunContext, broken: Broken | None = None) -> None:
     if run.on_main(lambda run: run.output.journal.is_complete):
         return
     merge = plan_merge((run.parents, run.base), run.recipe, broken, measure_importances(run), run.models.sections)
-    write_shared(run, merge, partial(with_batch_norm, run, merge) if run.calibration is not None else None)
+    merge = calibrated(run, merge)
+    whole = run.calibration is not None and run.recipe.calibrate is None
+    write_shared(run, merge, partial(with_batch_norm, run, merge) if whole else None)
     run.on_main(finish_weights)
 
 

@@ -204,6 +204,67 @@ class MeasuredData:
 
 
 @dataclass(frozen=True)
+class MapRecord:
+    """What a calibration did to one affine map.
+
+    Attributes:
+        name: Of the module.
+        rows: Samples, or tokens or positions of all samples, that its change was found from.
+        inputs: Inputs of its matrix, which is how many parameters each of its outputs has.
+        moved: Size of the change over the distance of the parents; None where these are equal.
+        before: Mean squared distance from the target over the target's variance, before.
+        after: The same afterwards, on the same samples.
+    """
+
+    name: str
+    rows: int
+    inputs: int
+    moved: float | None
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """How a merge was fitted to its parents' features.
+
+    Attributes:
+        method: `calibrate` or `repair`.
+        targets: `blend` or `own`.
+        samples: How many, over all processes and data.
+        ridge: What held it at the merge; None of repair.
+        data: A summary of every set of samples.
+        blend: The share of every parent in the target; none where each is its own.
+        moved: Size of the change of all maps over the distance of the parents there; None where these are equal.
+        maps: In the order in which they run.
+        left: Maps that stayed → why.
+    """
+
+    method: str
+    targets: str
+    samples: int
+    ridge: float | None = None
+    data: tuple[Mapping[str, Any], ...] = ()
+    blend: tuple[float, ...] = ()
+    moved: float | None = None
+    maps: tuple[MapRecord, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CalibrationRecord:
+        """Reads the record from JSON values.
+
+        Raises:
+            PublishingError: A value is not what is expected there.
+        """
+        return _read(cls, values, "calibration")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run did.
 

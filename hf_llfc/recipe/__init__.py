@@ -1,8 +1,8 @@
 """A recipe: the YAML of a run as typed, strict data.
 
 A superset of what the merging community writes (`models`, `merge_method`, `base_model`, `parameters`, `dtype`,
-`out_dtype`, `tokenizer_source`), plus `align`, `diagnose`, `publish` and `output_dir`. Everything that is wrong is
-collected and raised once; an unknown key names its path and the nearest key.
+`out_dtype`, `tokenizer_source`), plus `align`, `calibrate`, `diagnose`, `publish` and `output_dir`. Everything that is
+wrong is collected and raised once; an unknown key names its path and the nearest key.
 
 A relative path of a model, tokenizer or dataset is looked up beside the recipe file first, then in the working
 directory; what is in neither place is a Hub id. `output_dir` is relative to the working directory.
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DTYPES,
         AlignSection,
         BatchNormSection,
+        CalibrateSection,
         DiagnoseSection,
         KeepSection,
         MergeParameters,
@@ -32,6 +33,7 @@ __all__ = [
     "DTYPES",
     "AlignSection",
     "BatchNormSection",
+    "CalibrateSection",
     "DiagnoseSection",
     "KeepSection",
     "MergeParameters",

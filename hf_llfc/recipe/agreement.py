@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hf_llfc.errors import RecipeError, suggest
 from hf_llfc.foundation.choices import AUTO, CHAT_TEMPLATES, UNION
 from hf_llfc.merging.methods import REQUIRED, Base, MergeMethod
+from hf_llfc.recipe.calibration import label_problems
 
 if TYPE_CHECKING:
     from hf_llfc.recipe.sections import Recipe
@@ -26,6 +27,7 @@ def disagreements(recipe: Recipe) -> list[str]:
     if recipe.method is not None:
         problems += _disagreements_with_method(recipe, recipe.method)
     problems += _disagreements_on_importance(recipe)
+    problems += _disagreements_on_calibration(recipe)
     is_beside = recipe.base is not None or recipe.base_model in (None, *(each.model for each in recipe.models[:1]))
     if not is_beside:
         problems.append(f"base_model: {recipe.merge_method} has none beside its models; list it as the first of them")
@@ -105,6 +107,52 @@ def _disagreements_on_importance(recipe: Recipe) -> list[str]:
     ]
 
 
+def _disagreements_on_calibration(recipe: Recipe) -> list[str]:
+    section = recipe.calibrate
+    given = {f"models.{index}.calibrate_on": entry.calibrate_on for index, entry in enumerate(recipe.models)}
+    if section is None or section.targets != "own":
+        return [
+            f"{path}: has no meaning without `calibrate` and its `targets: own`; remove it, or write both"
+            for path, data in given.items()
+            if data is not None
+        ] + (_disagreements_of_blend(recipe) if section is not None else [])
+    problems = [
+        f"{path}: missing; with the targets own every model needs unlabelled samples of its own task"
+        for path, data in given.items()
+        if data is None
+    ]
+    problems += [
+        f"{path}.{problem}" for path, data in given.items() if data is not None for problem in label_problems(data)
+    ]
+    return problems + _disagreements_of_any_target(recipe)
+
+
+def _disagreements_of_blend(recipe: Recipe) -> list[str]:
+    problems = _disagreements_of_any_target(recipe)
+    try:
+        weights = recipe.weights if recipe.merge_method == "linear" else None
+    except RecipeError:
+        return problems  # which is said elsewhere
+    if weights is not None and min(weights, default=0.0) < 0:
+        problems.append(
+            "calibrate: the weights of the models are those of the blend that is imitated, and one is below 0; give "
+            "none below 0, or leave calibrate out"
+        )
+    return problems
+
+
+def _disagreements_of_any_target(recipe: Recipe) -> list[str]:
+    problems = []
+    if len(recipe.models) < 2:
+        problems.append("calibrate: brings a merge to the blend of two models or more, and there is one; remove it")
+    if recipe.diagnose is not None and recipe.diagnose.offload:
+        problems.append(
+            "calibrate: holds the merge and all models in memory, which `offload` in `diagnose` is there to avoid; "
+            "leave one of them out"
+        )
+    return problems
+
+
 def _disagreements_about_data(recipe: Recipe) -> list[str]:
     if recipe.align.calibration is not None and not recipe.align.uses_data:
         return [
@@ -134,6 +182,11 @@ def _disagreements_with_parts(recipe: Recipe) -> list[str]:
         problems.append("importance: is measured on whole models; merge them under `models`")
     if recipe.keep_where_broken is not None:
         problems.append("keep_where_broken: has a meaning for a linear merge of whole models only")
+    if recipe.calibrate is not None:
+        problems.append(
+            "calibrate: layers from several places have no parents of the same layers, whose features could be "
+            "blended; merge whole models under `models`"
+        )
     if recipe.tokenizer_source == UNION:
         problems.append(
             "tokenizer_source: a union of vocabularies is made of whole models; merge them first, or name the model "

@@ -193,6 +193,7 @@ def settle(section: object, error: type[LLFCError], disagreements: Callable[[], 
 
 _WORDS = {
     "AlignSection": "the alignment",
+    "CalibrateSection": "the calibration",
     "DiagnoseSection": "the diagnosis",
     "EvaluationConfig": "the evaluation",
 }

@@ -28,6 +28,7 @@ from hf_llfc.recipe.sections import (
     SUMS,
     AlignSection,
     BatchNormSection,
+    CalibrateSection,
     DiagnoseSection,
     MergeParameters,
     ModelEntry,
@@ -275,7 +276,8 @@ class _Reader:
             if isinstance(shared, Mapping):
                 content["parameters"] = self._merge_parameters(shared, "parameters")
             content["models"] = self._models(content.get("models"))
-        for key, read in (("align", self.align), ("diagnose", self._diagnose), ("tokenizer", self._tokenizer)):
+        readers = {"align": self.align, "calibrate": self._calibrate, "diagnose": self._diagnose}
+        for key, read in {**readers, "tokenizer": self._tokenizer}.items():
             if isinstance(content.get(key), Mapping):
                 content[key] = read(content[key], key)
         if isinstance(content.get("importance"), Mapping):
@@ -368,6 +370,8 @@ class _Reader:
                     continue
             if isinstance(entry.get("importance"), Mapping):
                 entry["importance"] = self._data(entry["importance"], f"{path}.importance")
+            if isinstance(entry.get("calibrate_on"), Mapping):
+                entry["calibrate_on"] = self._unlabelled(entry["calibrate_on"], f"{path}.calibrate_on")
             read = build(ModelEntry, entry, path, self.problems)
             entries += [read] if read is not None else []
         return tuple(entries)
@@ -504,6 +508,22 @@ class _Reader:
         settings["reference"] = self._reference(settings.get("reference"), f"{path}.reference")
         fitted = fitted_values(AlignSection, settings, path, self.problems)
         return made(AlignSection, fitted, path, self.problems) if len(self.problems) == before else None
+
+    def _calibrate(self, value: Mapping[str, Any], path: str) -> CalibrateSection | None:
+        before = len(self.problems)
+        own = [key for key in options_of(CalibrateSection) if key != "data"]
+        given = {key: each for key, each in value.items() if key not in own}
+        data = self._unlabelled(given, path, more=own) if given else None
+        settings = {key: each for key, each in value.items() if key in own}
+        fitted = fitted_values(CalibrateSection, settings, path, self.problems, without=("data",))
+        fitted["data"] = data
+        return made(CalibrateSection, fitted, path, self.problems) if len(self.problems) == before else None
+
+    def _unlabelled(self, value: Mapping[str, Any], path: str, more: Sequence[str] = ()) -> EvaluationConfig | None:
+        """Data whose labels are not looked at."""
+        if value.get("labels") not in (None, False):
+            self.problems.append(f"{path}.labels: a calibration looks at no labels; remove it")
+        return self._data({**value, "labels": False}, path, more)
 
     def _diagnose(self, value: Mapping[str, Any], path: str) -> DiagnoseSection | None:
         before = len(self.problems)

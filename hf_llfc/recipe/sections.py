@@ -28,6 +28,7 @@ from hf_llfc.foundation.choices import (
 from hf_llfc.merging.methods import MERGE_METHODS, Base, MergeMethod
 from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.recipe.agreement import disagreements
+from hf_llfc.recipe.calibration import CalibrateSection
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.fitting import as_switch, is_number
 from hf_llfc.recipe.options import derived, documented, option, settle
@@ -86,6 +87,11 @@ class ModelEntry:
     trust_remote_code: bool = option("Run code that comes with this checkpoint.", False)
     importance: EvaluationConfig | None = option(
         "Data that the importance of this model's weights is measured on.", None, shown="those of the recipe"
+    )
+    calibrate_on: EvaluationConfig | None = option(
+        "Unlabelled samples of this model's task, on which a calibration with the targets own imitates it.",
+        None,
+        shown="none",
     )
 
     def __post_init__(self) -> None:
@@ -378,6 +384,9 @@ class Recipe:
         "Run code that comes with any of the checkpoints; on the command line also that of a metric.", False
     )
     align: AlignSection = option("How the models are aligned.", _no_alignment, shown="not aligned")
+    calibrate: CalibrateSection | None = option(
+        "How the merge is fitted to its parents' features before it is written.", None, shown="not fitted"
+    )
     diagnose: DiagnoseSection | None = option("What is measured.", None, shown="nothing")
     importance: EvaluationConfig | None = option(
         "Data that `fisher` and `feedback` measure the importance of weights on; without labels, labels are drawn from "
@@ -455,6 +464,14 @@ class Recipe:
     def importance_data(self) -> tuple[EvaluationConfig | None, ...]:
         """The data that the importance of each model is measured on: its own, else those of the recipe."""
         return tuple(entry.importance or self.importance for entry in self.models)
+
+    @property
+    def calibration_data(self) -> tuple[EvaluationConfig, ...]:
+        """The data that the merge is calibrated on: those of the section, or one a model; none where it is not."""
+        if self.calibrate is None:
+            return ()
+        given = [self.calibrate.data, *(entry.calibrate_on for entry in self.models)]
+        return tuple(each for each in given if each is not None)
 
     @property
     def base(self) -> str | None:
@@ -550,7 +567,7 @@ def _plain(value: Any) -> Any:
             continue
         described = each.metadata.get("option")
         key = described.key if described is not None and described.key else each.name
-        if each.name == "data" and isinstance(value, DiagnoseSection | BatchNormSection):
+        if each.name == "data" and isinstance(value, DiagnoseSection | BatchNormSection | CalibrateSection):
             plain |= {
                 name: part
                 for name, part in _plain(entry).items()

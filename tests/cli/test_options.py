@@ -25,6 +25,7 @@ SECTIONS = (
     sections.ModelEntry,
     sections.MergeParameters,
     sections.AlignSection,
+    sections.CalibrateSection,
     sections.DiagnoseSection,
     sections.BatchNormSection,
     sections.KeepSection,
@@ -101,8 +102,9 @@ def test_the_command_line_has_every_option(command, kind, capsys):
         flag = f"--{NAMES.get(name, name).replace('_', '-')}"
         flag = "--align" if kind is sections.AlignSection and name == "method" and command != "align" else flag
         is_shown = f" {flag} " in text or f" {flag}\n" in text or f" {flag}, " in text
-        # `--align` of a command is the method of the section that is left out, `--tokenizer` that of the data.
-        is_other = kind is sections.Recipe and flag in ("--align", "--tokenizer")
+        # `--align` of a command is the method of the section that is left out, `--calibrate` asks for one,
+        # `--tokenizer` is that of the data.
+        is_other = kind is sections.Recipe and flag in ("--align", "--calibrate", "--tokenizer")
         assert is_shown != (name in left_out) or is_other, (flag, each.help)
 
 

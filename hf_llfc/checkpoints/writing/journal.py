@@ -196,6 +196,32 @@ class Journal:
         self.stages[name] = {"value": value, "files": checksums}
         self.save()
 
+    def drop(self, names: Iterable[str]) -> None:
+        """Forgets stages and removes their files, which nobody needs any more.
+
+        Raises:
+            StorageError: The disk is full or cannot be written.
+        """
+        entries = [self.stages.pop(name) for name in names]
+        if entries:
+            self.save()
+        with storing(self.folder):
+            for file in (file for entry in entries for file in entry["files"]):
+                (self.folder / file).unlink(missing_ok=True)
+
+    def release(self, name: str) -> None:
+        """Removes the files of a stage whose value alone is needed from now on.
+
+        Raises:
+            StorageError: The disk is full or cannot be written.
+        """
+        files = self.stages[name]["files"]
+        self.stages[name]["files"] = {}
+        self.save()
+        with storing(self.folder):
+            for file in files:
+                (self.folder / file).unlink(missing_ok=True)
+
     def finish_shard(self, filename: str, digest: str) -> None:
         """Notes that a weight file is written, after it is on the disk; `write_checkpoint` calls this."""
         with storing(self.folder):

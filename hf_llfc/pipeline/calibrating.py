@@ -1,0 +1,274 @@
+"""The stage in which a merge is fitted to the blend of its parents' features, before its weights are written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_llfc.checkpoints import TensorInfo, load_model, state_dict_on_disk
+from hf_llfc.checkpoints.files import LocalFiles, open_safetensors
+from hf_llfc.checkpoints.settings import most_common_dtype
+from hf_llfc.checkpoints.source import Source
+from hf_llfc.checkpoints.writing.journal import Journal, storing
+from hf_llfc.errors import EvaluationError
+from hf_llfc.foundation.layout import LLFC_FOLDER
+from hf_llfc.merging import Merge, Merges, merged_infos
+from hf_llfc.parallel.threads import one_thread_if_small
+from hf_llfc.pipeline.run_context import RunContext
+from hf_llfc.publishing.record import CalibrationRecord, MapRecord
+from hf_llfc.recipe import CalibrateSection, Recipe
+
+# What runs models is imported where it is called: a merge alone does not wait for it to load.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_llfc.calibration import Calibration, Finished
+    from hf_llfc.calibration import Source as Samples
+
+logger = logging.getLogger(__name__)
+
+STAGE = "calibrate"
+CALIBRATED_FILE = "calibrated.safetensors"
+"""The tensors that calibration changed, in the precision in which it computes, by their names on disk."""
+MERGED_FILE = "merged.safetensors"
+"""The same tensors as the merge has them, in the dtype of the result."""
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What a calibration made.
+
+    Attributes:
+        tensors: What differs from the merge as it is summed, by names on disk.
+        merged: What calibration itself changed, as it was before.
+        record: What there is to tell.
+    """
+
+    tensors: Mapping[str, Tensor]
+    merged: Mapping[str, Tensor]
+    record: CalibrationRecord
+
+
+def calibrated(run: RunContext, merge: Merge | Merges) -> Merge | Merges:
+    """The merge with tensors fitted by all processes in the place of its own, where the recipe asks for it."""
+    if run.recipe.calibrate is None:
+        return merge
+    found = run.stage(STAGE, lambda: fit(run, merge), save=_save, load=lambda journal, value: value)
+    if run.on_main(_is_released):
+        return merge  # the weights are written
+    run.on_main(_drop_parts)
+    changed = set(found["tensors"])
+    weights = open_safetensors(LocalFiles("the calibrated merge", run.staging / LLFC_FOLDER), CALIBRATED_FILE)
+    source = Source("the calibrated merge", weights.read, weights.span)
+    parts = [
+        replace(part, infos={name: info for name, info in part.infos.items() if name not in changed})
+        for part in merge.parts
+    ]
+    own = Merge.copy(source, {name: info for name, info in merge.infos.items() if name in changed})
+    return Merges(merge.infos, tuple(part for part in (*parts, own) if part.infos))
+
+
+def release(run: RunContext) -> None:
+    """Removes the tensors of a calibration, which are written and measured."""
+    if STAGE in run.output.journal.stages and not run.output.journal.is_complete:
+        run.output.journal.release(STAGE)
+
+
+def _is_released(run: RunContext) -> bool:
+    return not run.output.journal.stages[STAGE]["files"]
+
+
+def calibration_record(run: RunContext) -> CalibrationRecord | None:
+    """What a finished calibration has to tell; None where there was none."""
+    entry = run.output.journal.stages.get(STAGE)
+    return CalibrationRecord.from_dict(entry["value"]["record"]) if entry is not None else None
+
+
+def blend_of(recipe: Recipe) -> tuple[float, ...]:
+    """The share of every parent in the blend of features: its weight in a linear merge, where it has one for all."""
+    weights = recipe.weights if recipe.method is None and recipe.merge_method == "linear" else None
+    shares = weights if weights is not None else (1.0,) * len(recipe.models)
+    return tuple(share / sum(shares) for share in shares)
+
+
+def working_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The dtype in which models run that are calibrated."""
+    return torch.promote_types(most_common_dtype(infos) or torch.float32, torch.float32)
+
+
+@one_thread_if_small(lambda run, *_: run.models.parents[0].nbytes)
+def fit(run: RunContext, merge: Merge | Merges) -> _Fitted:
+    """Fits the merge; the processes share the samples.
+
+    Raises:
+        EvaluationError: There are fewer samples than processes, nothing to calibrate, or a feature is not finite.
+    """
+    from hf_llfc.calibration import Settings, calibrate_model
+    from hf_llfc.diagnostics.streaming import Execution
+
+    recipe, processes = run.recipe, run.processes
+    section = recipe.calibrate
+    assert section is not None
+    most = max(len(data) for data in run.fitted_on)
+    if most < processes.count:
+        raise EvaluationError(f"calibration shares {most} samples among {processes.count} processes; give more samples")
+    path = run.output.work / MERGED_FILE
+    recomputed = run.on_main(lambda run: _write_merged(run, merge, path))
+    dtype = working_dtype(merge.infos)
+    model = load_model(run.models.parents[0], state_dict=load_file(path), dtype=dtype).eval()
+    parents = [parent.load(dtype) for parent in run.parents]
+    for each in (model, *parents):
+        each.to(processes.device)  # type: ignore[arg-type]  # the signature is hidden
+    done = _finished(run)
+    numbers = iter(range(len(done) + 1, 1 << 30))
+    calibration = calibrate_model(
+        model,
+        parents,
+        _samples(run, section),
+        Settings(section.method, float(section.ridge), section.layers, section.norms),
+        execution=Execution(processes, run.progress),
+        finished=done,
+        on_finished=lambda part: run.on_main(lambda run: _keep(run.output.journal, next(numbers), part)),
+    )
+    record = _record(run, section, calibration)
+    if processes.is_main and (sentence := few_rows(record)) is not None:
+        logger.warning("%s", sentence)
+    tensors, merged = _changed(merge, model.cpu(), path, recomputed) if processes.is_main else ({}, {})
+    return _Fitted(tensors, merged, record)
+
+
+def few_rows(record: CalibrationRecord) -> str | None:
+    """Says where there were fewer samples than parameters of an output; None where there were enough."""
+    few = [row for row in record.maps if row.rows < row.inputs]
+    if record.method == "repair" or not few:
+        return None
+    worst = min(few, key=lambda row: row.rows / row.inputs)
+    return (
+        f"{len(few)} of {len(record.maps)} maps were calibrated from fewer rows than they have inputs ({worst.name}: "
+        f"{worst.rows} for {worst.inputs}); where they say nothing the ridge keeps the merge, and more samples say more"
+    )
+
+
+def _write_merged(run: RunContext, merge: Merge | Merges, path: Path) -> list[str]:
+    """Writes the merge as calibration begins with it, with statistics of BatchNorm that belong to it.
+
+    Returns:
+        The names of these statistics; none where the model has none, or they are averaged.
+    """
+    from hf_llfc.diagnostics import recompute_batch_norm
+
+    dtype = working_dtype(merge.infos)
+    state = {name: tensor for part in merge.parts for name, tensor in _unrounded(part, dtype).tensors()}
+    recomputed: list[str] = []
+    if (data := run.for_batch_norm) is not None:
+        model = load_model(run.models.parents[0], state_dict=state, dtype=dtype)
+        recompute_batch_norm(model, data.batches())
+        anew = state_dict_on_disk(model)
+        recomputed = [name for name, tensor in state.items() if not torch.equal(anew[name], tensor)]
+        state |= {name: anew[name].clone() for name in recomputed}
+    with storing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return recomputed
+
+
+def _unrounded(merge: Merge, dtype: torch.dtype) -> Merge:
+    """The merge, rounded to the precision of the calibration only."""
+    return replace(merge, infos=merged_infos(merge.infos, dtype))
+
+
+def _samples(run: RunContext, section: CalibrateSection) -> list[Samples]:
+    """The batches of this process, and the blend that is the target on them."""
+    from hf_llfc.calibration import Source as Samples
+
+    count, processes = len(run.parents), run.processes
+    blends = [blend_of(run.recipe)]
+    if section.targets == "own":
+        blends = [tuple(float(own == index) for own in range(count)) for index in range(count)]
+    return [
+        Samples(list(data.batches(processes.rank, processes.count)), blend)
+        for data, blend in zip(run.fitted_on, blends, strict=True)
+    ]
+
+
+def _record(run: RunContext, section: CalibrateSection, calibration: Calibration) -> CalibrationRecord:
+    changes = calibration.changes
+    apart = sum(row.apart**2 for row in changes) ** 0.5
+    own = section.targets == "own"
+    return CalibrationRecord(
+        method=section.method,
+        targets=section.targets,
+        ridge=float(section.ridge) if section.method == "calibrate" else None,
+        data=tuple(dict(data.summary) for data in run.fitted_on),
+        samples=sum(len(data) for data in run.fitted_on),
+        blend=() if own else blend_of(run.recipe),
+        moved=sum(row.change**2 for row in changes) ** 0.5 / apart if apart else None,
+        maps=tuple(MapRecord(row.name, row.rows, row.inputs, row.moved, row.before, row.after) for row in changes),
+        left=dict(calibration.left),
+    )
+
+
+def _changed(
+    merge: Merge | Merges, model: PreTrainedModel, path: Path, recomputed: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors on disk that differ from the merge, and what of them the merge has where calibration changed it."""
+    state = state_dict_on_disk(model)
+    tensors = {name: state[name] for name in recomputed}
+    merged = {}
+    with safe_open(path, "pt") as before:
+        for name, info in merge.infos.items():
+            if name in state and not torch.equal(state[name], tensor := before.get_tensor(name)):
+                tensors[name], merged[name] = state[name], tensor.to(info.dtype)
+    return tensors, merged
+
+
+def _save(journal: Journal, fitted: _Fitted) -> tuple[dict[str, Any], Iterable[Path]]:
+    folder = journal.folder / LLFC_FOLDER
+    folder.mkdir(exist_ok=True)
+    files = {CALIBRATED_FILE: fitted.tensors, MERGED_FILE: fitted.merged}
+    for name, tensors in files.items():
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
+    return {"tensors": list(fitted.tensors), "record": fitted.record.to_dict()}, [folder / name for name in files]
+
+
+def _keep(journal: Journal, number: int, part: Finished) -> None:
+    """Notes a part of the calibration, so that an interrupted run goes on after it."""
+    path = journal.folder / LLFC_FOLDER / f"calibration-{number:04}.safetensors"
+    with storing(journal.folder):
+        path.parent.mkdir(exist_ok=True)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in part.tensors.items()}, path)
+    journal.finish(f"{STAGE} {number}", [asdict(row) for row in part.changes], [path])
+
+
+def _finished(run: RunContext) -> list[Finished]:
+    """The parts that an interrupted run had finished."""
+    from hf_llfc.calibration import Finished, MapChange
+
+    parts = run.on_main(lambda run: list(_parts(run.output.journal)))
+    return [
+        Finished(tuple(MapChange(**row) for row in rows), load_file(run.staging / file, str(run.processes.device)))
+        for rows, file in parts
+    ]
+
+
+def _parts(journal: Journal) -> Iterator[tuple[list[dict[str, Any]], str]]:
+    """The maps of every finished part, in order, and its file."""
+    number = 1
+    while (entry := journal.stages.get(f"{STAGE} {number}")) is not None:
+        yield entry["value"], next(iter(entry["files"]))
+        number += 1
+
+
+def _drop_parts(run: RunContext) -> None:
+    """Forgets the parts of a calibration that is finished."""
+    journal = run.output.journal
+    journal.drop([name for name in journal.stages if name.startswith(f"{STAGE} ")])
+    (run.output.work / MERGED_FILE).unlink(missing_ok=True)
