@@ -1,5 +1,17 @@
 """Features of a merge brought to the blend of its parents', in closed form, in the order of execution."""
 
 from hf_llfc.calibration.engine import Calibration, Finished, MapChange, Settings, Source, calibrate_model
+from hf_llfc.calibration.ridge import RIDGES, RidgeTrial, calibrate_by_best_ridge, choose_ridge
 
-__all__ = ["Calibration", "Finished", "MapChange", "Settings", "Source", "calibrate_model"]
+__all__ = [
+    "RIDGES",
+    "Calibration",
+    "Finished",
+    "MapChange",
+    "RidgeTrial",
+    "Settings",
+    "Source",
+    "calibrate_by_best_ridge",
+    "calibrate_model",
+    "choose_ridge",
+]

@@ -46,6 +46,9 @@ class Settings:
         layers: Shell patterns of modules that may change; all where empty.
         norms: Whether scales and shifts after normalizations change too.
         stream: Whether what is added to a residual stream is compared as the stream.
+        own: Share of a parent's own input in what its map is given to make the target, from 0 to 1: 1 takes what the
+            parent gives out on its own run, 0 what its map makes of the merge's input (RegMean++), .3 the mix of both
+            that FeatCal (arXiv:2605.13030) uses.
         memory: Bytes for targets of a block; where they do not fit, parents run once for every stage.
     """
 
@@ -54,7 +57,11 @@ class Settings:
     layers: tuple[str, ...] = ()
     norms: bool = True
     stream: bool = True
+    own: float = 1.0
     memory: int = 1 << 30
+
+
+DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def calibrate_model(
     model: PreTrainedModel,
     parents: Sequence[PreTrainedModel],
     sources: Sequence[Source],
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     *,
     execution: Execution = IN_ONE_PROCESS,
     finished: Sequence[Finished] = (),
@@ -321,7 +328,7 @@ class _Work:
 
     def _gather(self, number: int, bundles: Sequence[_Bundle], targets: Mapping[str, Tensor]) -> None:
         """Runs the merge on a batch, and adds what its maps read and give."""
-        batch, ids, _ = self.items[number]
+        batch, ids, weights = self.items[number]
         sites = [site for bundle in bundles for each in bundle.maps for site in each.sites]
         layers = list(dict.fromkeys(layer for site in sites for layer in (site.reads, site.answers)))
         mask = attention_mask(batch, ids, layers, self.model.device)
@@ -345,8 +352,26 @@ class _Work:
                     continue
                 reads = of_call[0].reads
                 x_sgi = inputs_of(self._module(bundle.maps[0]), seen[reads], reads, len(ids), mask)
+                r_sc = t_sc - y_sc
+                if self.settings.own < 1:
+                    apart = [
+                        outputs_of(
+                            self._module(each), self._apart(each, seen[reads], weights), site.answers, len(ids), mask
+                        )
+                        for each, site in zip(bundle.maps, of_call, strict=True)
+                    ]
+                    r_sc = torch.lerp(torch.cat(apart, 1).double(), r_sc, self.settings.own)
                 groups = (x_sgi.shape[1], -1)
-                bundle.sums.add(x_sgi, (t_sc - y_sc).unflatten(1, groups), t_sc.unflatten(1, groups))
+                bundle.sums.add(x_sgi, r_sc.unflatten(1, groups), t_sc.unflatten(1, groups))
+
+    @torch.no_grad()
+    def _apart(self, of_map: AffineMap, features: Tensor, weights: Sequence[float]) -> Tensor:
+        """What the blend of the parents' maps makes of the merge's input, less what its own map makes of it."""
+        total = -self._module(of_map)(features)
+        for parent, weight in zip(self.parents, weights, strict=True):
+            if weight:
+                total.add_(parent.get_submodule(of_map.name)(features), alpha=weight)
+        return total
 
     def _over_processes(self, bundles: Sequence[_Bundle], problem: str | None) -> Sequence[_Bundle]:
         """The sums over the samples of all processes; raises what went wrong on any of them."""
@@ -360,7 +385,7 @@ class _Work:
         first, *others = (sums for sums, _ in gathered)
         for part in others:
             for sums, other in zip(first, part, strict=True):
-                sums.merge(other)
+                sums.merge(other)  # type: ignore[arg-type]  # those of one bundle are of one kind
         device = self.model.device
         return [_Bundle(bundle.maps, sums.to(device)) for bundle, sums in zip(bundles, first, strict=True)]
 

@@ -61,16 +61,16 @@ def outputs(model, inputs, name):
     return (torch.cat([pair[side].flatten(0, -2) for pair in seen]) for side in (0, 1))
 
 
+def fc1_of(model):
+    """A map in the second block."""
+    return next(name for name, _ in model.named_modules() if name.endswith((".1.intermediate.dense", ".1.mlp.fc1")))
+
+
 def test_a_map_gets_the_least_squares_solution():
     models = pair("vit", "image-classification")
     inputs = batches(models[0])
     merge = merged(models)
-    name = "vit.encoder.layer.1.intermediate.dense"
-    name = next(
-        each
-        for each in dict(merge.named_modules())
-        if each.endswith("1.intermediate.dense") or each.endswith("1.mlp.fc1")
-    )
+    name = fc1_of(merge)
     ridge = 0.05
     x, y = outputs(merge, inputs, name)
     target = sum(list(outputs(model, inputs, name))[1] for model in models) / 2
@@ -128,7 +128,7 @@ def test_equal_parents_stay_as_they_are(family, head, method):
 @pytest.mark.parametrize(("family", "head"), MODELS)
 def test_features_come_nearer_to_the_blend(family, head):
     models = pair(family, head)
-    inputs = batches(models[0], count=40)
+    inputs = batches(models[0], count=16)
     merge = merged(models)
     result = calibrate_model(merge, models, [Source(inputs, (0.5, 0.5))])
     assert all(row.after <= row.before + 1e-12 for row in result.changes)

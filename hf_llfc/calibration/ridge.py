@@ -1,0 +1,164 @@
+"""The ridge of a calibration, chosen on samples that were held out of it.
+
+Shape legend: n samples, c classes or vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_llfc.calibration.engine import DEFAULTS, Batch, Calibration, Finished, Settings, Source, calibrate_model
+from hf_llfc.diagnostics.features.trial import first_tensor
+from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
+from hf_llfc.errors import EvaluationError
+from hf_llfc.evaluation.models import forward_logits, model_inputs, predictions_in
+
+RIDGES = (0.001, 0.01, 0.1, 1.0)
+
+HELD_OUT = 4
+"""One of so many samples is held out."""
+
+
+@dataclass(frozen=True)
+class RidgeTrial:
+    """What one ridge came to.
+
+    Attributes:
+        ridge: See `Settings`.
+        divergence: KL(blend of the parents' logits ‖ merge) in nats, the mean over held-out samples; of a model without
+            logits the squared distance of its first output from the blend, over the square of that.
+        error: Standard error of its difference from the least of all ridges, over samples; 0 for that one.
+    """
+
+    ridge: float
+    divergence: float
+    error: float
+
+
+def choose_ridge(
+    model: PreTrainedModel,
+    parents: Sequence[PreTrainedModel],
+    sources: Sequence[Source],
+    settings: Settings = DEFAULTS,
+    *,
+    ridges: Sequence[float] = RIDGES,
+    execution: Execution = IN_ONE_PROCESS,
+) -> tuple[RidgeTrial, ...]:
+    """Tries ridges on three quarters of the samples, and measures each on the rest.
+
+    Args:
+        model: The merge; it is the same afterwards.
+        parents: As for `calibrate_model`.
+        sources: Samples of this process; of each source every fourth sample is held out.
+        settings: All but the ridge.
+        ridges: What to try.
+        execution: Processes and progress.
+
+    Returns:
+        One trial a ridge, the chosen one first: the largest whose divergence is not above the least by more than a
+        standard error.
+
+    Raises:
+        EvaluationError: There are too few samples.
+    """
+    fitted, held_out = zip(*(_split(source) for source in sources), strict=True)
+    if not any(source.batches for source in held_out):
+        raise EvaluationError(f"ridge: auto needs {HELD_OUT} samples or more; give more, or a number for the ridge")
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    blends = [_blended(parents, batch, source.weights) for source in held_out for batch, _ in source.batches]
+    values = []
+    for ridge in ridges:
+        calibrate_model(model, parents, fitted, replace(settings, ridge=ridge), execution=execution)
+        values.append(_distances(model, blends, held_out, execution))
+        model.load_state_dict(start)
+    means = [float(each.mean()) for each in values]
+    best = min(range(len(ridges)), key=means.__getitem__)
+    trials = []
+    for ridge, mean, each in zip(ridges, means, values, strict=True):
+        difference_n = each - values[best]
+        error = float(difference_n.std()) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+        trials.append(RidgeTrial(ridge, mean, error))
+    near = [trial for trial in trials if trial.divergence <= means[best] + trial.error]
+    chosen = max(near, key=lambda trial: trial.ridge)
+    return (chosen, *(trial for trial in trials if trial is not chosen))
+
+
+def _split(source: Source) -> tuple[Source, Source]:
+    """Samples to fit on, and every fourth to measure on."""
+    parts: tuple[list[tuple[Batch, Tensor]], list[tuple[Batch, Tensor]]] = ([], [])
+    seen = 0
+    for batch, ids in source.batches:
+        held = (torch.arange(len(ids)) + seen) % HELD_OUT == HELD_OUT - 1
+        seen += len(ids)
+        for part, chosen in zip(parts, (~held, held), strict=True):
+            if chosen.any():
+                part.append(({name: value[chosen] for name, value in batch.items()}, ids[chosen]))
+    return replace(source, batches=parts[0]), replace(source, batches=parts[1])
+
+
+def _blended(parents: Sequence[PreTrainedModel], batch: Batch, weights: Sequence[float]) -> Tensor:
+    """The blend of what the parents answer."""
+    answers = [_answer(parent, batch) * weight for parent, weight in zip(parents, weights, strict=True) if weight]
+    return torch.stack(answers).sum(0)
+
+
+@torch.no_grad()
+def _answer(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits, or the first output of a model that has none."""
+    logits = forward_logits(model, batch)
+    if logits is not None:
+        return logits
+    answer = first_tensor(model(**model_inputs(batch, model)))
+    assert answer is not None, "a model gives something"
+    return answer
+
+
+@torch.no_grad()
+def _distances(
+    model: PreTrainedModel, blends: Sequence[Tensor], held_out: Sequence[Source], execution: Execution
+) -> Tensor:
+    """Distance from the blend, (n,) over the samples of all processes; the mean over the tokens of each sample."""
+    batches = [batch for source in held_out for batch, _ in source.batches]
+    found = [_of_samples(blend, model, batch) for blend, batch in zip(blends, batches, strict=True)]
+    own = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+    return own if execution.processes is None else torch.cat(execution.processes.gather(own.cpu()))
+
+
+def _of_samples(blend: Tensor, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    logits = forward_logits(model, batch)
+    answer = _answer(model, batch) if logits is None else logits
+    values = []
+    for index in range(len(blend)):
+        sample = {name: value[index : index + 1] for name, value in batch.items()}
+        target_nc, own_nc = (predictions_in(each[index : index + 1], sample).double() for each in (blend, answer))
+        if logits is not None:
+            target_nc, own_nc = target_nc.log_softmax(-1), own_nc.log_softmax(-1)
+            values.append((target_nc.exp() * (target_nc - own_nc)).sum(-1).mean())
+        else:
+            values.append((target_nc - own_nc).square().sum() / target_nc.square().sum())
+    return torch.stack(values)
+
+
+def calibrate_by_best_ridge(
+    model: PreTrainedModel,
+    parents: Sequence[PreTrainedModel],
+    sources: Sequence[Source],
+    settings: Settings = DEFAULTS,
+    *,
+    execution: Execution = IN_ONE_PROCESS,
+    finished: Sequence[Finished] = (),
+    on_finished: Callable[[Finished], None] | None = None,
+) -> tuple[Calibration, tuple[RidgeTrial, ...]]:
+    """`choose_ridge`, then `calibrate_model` on all samples with the ridge that was chosen."""
+    trials = choose_ridge(model, parents, sources, settings, execution=execution)
+    settings = replace(settings, ridge=trials[0].ridge)
+    calibration = calibrate_model(
+        model, parents, sources, settings, execution=execution, finished=finished, on_finished=on_finished
+    )
+    return calibration, trials

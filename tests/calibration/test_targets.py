@@ -1,0 +1,101 @@
+"""Whose input makes the target, samples of a parent's own task, and the ridge that held-out samples choose."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_llfc.calibration import RIDGES, Settings, Source, calibrate_by_best_ridge, calibrate_model, choose_ridge
+from hf_llfc.calibration.ridge import _split
+from hf_llfc.errors import EvaluationError
+from tests.calibration.test_engine import batches, fc1_of, merged, outputs, pair
+
+
+def own_tasks(models, count=3):
+    """One source a parent, with samples of its own."""
+    return [
+        Source(
+            batches(models[0], count, seed=100 * index), tuple(float(index == other) for other in range(len(models)))
+        )
+        for index in range(len(models))
+    ]
+
+
+def test_targets_from_the_merges_input_alone_are_regmean_plus_plus():
+    """W = (Σ Wᵢ Cᵢ + λ W₀)(Σ Cᵢ + λ)⁻¹ with the covariances of the merge's inputs on the samples of each task."""
+    models = pair("llama", "causal-lm")
+    sources = own_tasks(models)
+    merge = merged(models)
+    name, ridge = "model.layers.0.mlp.gate_proj", 0.1
+    inputs = [next(outputs(merge, source.batches, name)) for source in sources]
+    masks = [torch.cat([batch["attention_mask"].flatten().bool() for batch, _ in each.batches]) for each in sources]
+    grams = [x[mask].T @ x[mask] for x, mask in zip(inputs, masks, strict=True)]
+    start = merge.get_submodule(name).weight.detach().clone()
+    penalty = ridge * sum(grams).diagonal().mean() * torch.eye(len(grams[0]), dtype=torch.float64)
+    weights = [model.get_submodule(name).weight for model in models]
+    total = sum(weight @ gram for weight, gram in zip(weights, grams, strict=True)) + start @ penalty
+    expected = total @ torch.linalg.inv(sum(grams) + penalty)
+    calibrate_model(merge, models, sources, Settings(ridge=ridge, layers=(name,), own=0.0))
+    torch.testing.assert_close(merge.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_one_blend_of_the_merges_own_input_changes_nothing():
+    models = pair("vit", "image-classification")
+    merge = merged(models)
+    before = copy.deepcopy(merge.state_dict())
+    calibrate_model(merge, models, [Source(batches(models[0]), (0.5, 0.5))], Settings(own=0.0))
+    for name, value in merge.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-7, atol=1e-9)
+
+
+def test_a_mix_lies_between():
+    models = pair("vit", "image-classification")
+    name = fc1_of(models[0])
+    found = []
+    for own in (0.0, 0.3, 1.0):
+        merge = merged(models)
+        calibrate_model(merge, models, own_tasks(models), Settings(own=own, layers=(name,), stream=False))
+        found.append(merge.get_submodule(name).weight)
+    torch.testing.assert_close(found[1], torch.lerp(found[0], found[2], 0.3), rtol=1e-6, atol=1e-8)
+
+
+def test_the_chosen_ridge_is_the_largest_that_is_as_good():
+    models = pair("vit", "image-classification")
+    source = Source(batches(models[0], count=8), (0.5, 0.5))
+    merge = merged(models)
+    before = copy.deepcopy(merge.state_dict())
+    trials = choose_ridge(merge, models, [source])
+    assert sorted(trial.ridge for trial in trials) == sorted(RIDGES)
+    assert all(torch.equal(value, before[name]) for name, value in merge.state_dict().items())
+    chosen, *others = trials
+    least = min(trial.divergence for trial in trials)
+    assert chosen.divergence <= least + chosen.error
+    assert all(trial.divergence > least + trial.error for trial in others if trial.ridge > chosen.ridge)
+
+    calibration, again = calibrate_by_best_ridge(merge, models, [source])
+    other = merged(models)
+    calibrate_model(other, models, [source], Settings(ridge=chosen.ridge))
+    assert again == trials
+    assert calibration.changes
+    for name, value in other.state_dict().items():
+        assert torch.equal(merge.state_dict()[name], value)
+
+
+def test_every_fourth_sample_is_held_out():
+    fitted, held_out = _split(Source(batches(pair("vit", "image-classification")[0]), (1.0,)))
+    assert torch.cat([ids for _, ids in held_out.batches]).tolist() == [3, 7, 11]
+    assert torch.cat([ids for _, ids in fitted.batches]).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+
+
+def test_a_ridge_needs_samples_that_are_held_out():
+    models = pair("vit", "image-classification")
+    batch, ids = batches(models[0])[0]
+    few = Source([({name: value[:3] for name, value in batch.items()}, ids[:3])], (0.5, 0.5))
+    with pytest.raises(EvaluationError, match="ridge: auto needs 4 samples or more"):
+        choose_ridge(merged(models), models, [few])
+
+
+def test_models_without_logits_are_judged_by_their_output():
+    models = pair("bert", "base")
+    trials = choose_ridge(merged(models), models, [Source(batches(models[0], 8), (0.5, 0.5))])
+    assert all(trial.divergence > 0 for trial in trials)
