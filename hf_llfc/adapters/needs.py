@@ -48,27 +48,21 @@ def is_whole(binding: Binding, architecture: str | None, values: Mapping[str, An
     return LABELS not in unknown or binding.sizes[LABELS] == _labels(values)
 
 
-def nearest_class(binding: Binding, values: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    """The class that a checkpoint's tensors lack least of, where its config names none.
+def is_whole_of_some_class(binding: Binding, values: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has all tensors that some class needs, where its config names none.
 
     Args:
         binding: Its tensors.
         values: The values in its config.json.
 
     Returns:
-        The name of the class and the tensors that are missing; None where only the classes can tell.
+        False also where only the classes can tell.
     """
     row = _table().get(binding.spec.model_type)
     if row is None or any(name != bound.spec.name_at(bound.index) for name, bound in binding.tensors.items()):
-        return None  # a base model, say, whose names have no prefix
-    needed = {name: needed_tensors(binding.spec, name, values) for name in row["classes"]}
-    lacking = {
-        name: sorted(tensors - binding.tensors.keys()) for name, tensors in needed.items() if tensors is not None
-    }
-    if len(lacking) < len(needed):
-        return None
-    nearest = min(lacking, key=lambda name: (len(lacking[name]), name))
-    return nearest, tuple(lacking[nearest])
+        return False
+    needed = (needed_tensors(binding.spec, name, values) for name in row["classes"])
+    return any(tensors is not None and tensors <= binding.tensors.keys() for tensors in needed)
 
 
 def needed_tensors(spec: PermutationSpec, architecture: str | None, values: Mapping[str, Any]) -> frozenset[str] | None:

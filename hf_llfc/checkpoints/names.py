@@ -13,6 +13,7 @@ one group of tensors at a time. A tensor that already has its name on disk is ta
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from inspect import signature
@@ -85,6 +86,17 @@ def find_model_class(
             if registered is not None and registered.__name__ == architecture:
                 return registered
     return find_class_in_transformers(architecture)
+
+
+def classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
+    """Every class that an auto class of transformers makes of a config."""
+    found: dict[str, type[PreTrainedModel]] = {}
+    for mapping in vars(modeling_auto).values():
+        if isinstance(mapping, _LazyAutoMapping) and type(config) in mapping:
+            with suppress(ValueError):  # the table names a class that is not exported
+                classes = mapping[type(config)]
+                found |= {each.__name__: each for each in (classes if isinstance(classes, tuple) else (classes,))}
+    return list(found.values())
 
 
 def disk_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -248,6 +260,11 @@ class Layout:
             if all((is_base or each.startswith(f"{prefix}.")) and not _is_of_pooler(each) for each in group.memory)
             for name in group.disk
         )
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the class has no head around a base model."""
+        return self._model.base_model is self._model
 
     def plan(
         self, infos: Mapping[str, TensorInfo], heading: str, *, may_lack: Callable[[str], bool] = lambda _: False

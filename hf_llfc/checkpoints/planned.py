@@ -95,6 +95,44 @@ def in_class_of(checkpoint: Checkpoint, model: Checkpoint, *, has_head: bool) ->
     return planned(opened, stored, heading, has_head=has_head)
 
 
+def refuse_without_class(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that has the tensors of no class that transformers makes of its config.
+
+    Args:
+        checkpoint: Its config names no class.
+
+    Raises:
+        CheckpointError: It lacks tensors of every class; of one without a head only if its names have no prefix.
+    """
+    from hf_llfc.checkpoints import names
+    from hf_llfc.checkpoints.configs import UnknownConfig
+
+    if isinstance(checkpoint.config, UnknownConfig):
+        return
+    problems = []
+    for model_class in names.classes_of(checkpoint.config):
+        prefix = model_class.base_model_prefix + "."
+        try:
+            is_bare = names.Layout(model_class, checkpoint.config).is_bare
+        except Exception:  # a model class may raise anything on values that it does not expect
+            continue
+        if is_bare and any(name.startswith(prefix) for name in checkpoint.tensors):
+            continue  # loaded it would do without the prefix, but what wrote it had a head
+        opened = replace(checkpoint, architecture=model_class.__name__, model_class=model_class)
+        try:
+            planned(opened, View(checkpoint.weights, opened.tensors, (), checkpoint.weights.read), model_class.__name__)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            return
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.label}: config.json names no class, and its tensors are those of none; the nearest is"
+            f" {min(problems, key=len)}\nFetch or save the checkpoint again, or name the class that is meant in"
+            " config.json (`architectures`)"
+        )
+
+
 def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None, has_head: bool) -> names.Plan | None:
     """Finds how the tensors on disk come from those in the files; None if the model class is not known here."""
     model_class, where = checkpoint.model_class, checkpoint.label

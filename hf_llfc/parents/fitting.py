@@ -20,7 +20,7 @@ from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.checkpoints.views.view import View
 from hf_llfc.errors import AlignmentError, CheckpointError, SpecError, raise_all, suggest
 from hf_llfc.foundation.choices import GROUPS, HEADS
-from hf_llfc.parents.specs import refuse_without_head, spec_of
+from hf_llfc.parents.specs import refuse_without_class, spec_of
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry.declarations import concrete_names
 
@@ -101,12 +101,8 @@ def in_one_class(checkpoints: Sequence[Checkpoint], *, base: int | None = None) 
     """
     named = next((each for each in checkpoints if each.architecture is not None), None)
     if named is None:
-        told = [refuse_without_head(each) for each in checkpoints]
-        if not all(told):
-            logger.warning(
-                "%s: config.json names no class, so it cannot be told whether a head is missing; add `architectures`",
-                checkpoints[told.index(False)].label,
-            )
+        for checkpoint in checkpoints:
+            refuse_without_class(checkpoint)
         return list(checkpoints)
     if all(each.architecture == named.architecture for each in checkpoints):
         return list(checkpoints)

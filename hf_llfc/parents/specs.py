@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hf_llfc.adapters import known_model_types, spec_for
-from hf_llfc.adapters.needs import is_whole, nearest_class
+from hf_llfc.adapters.needs import is_whole, is_whole_of_some_class
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
-from hf_llfc.checkpoints.comparison import listed
 from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.checkpoints.writing.shards import MAX_SHARD_SIZE
@@ -157,27 +156,21 @@ def open_weights(
     return opening()
 
 
-def refuse_without_head(checkpoint: Checkpoint) -> bool:
-    """Refuses a checkpoint whose config names no class, and whose tensors are those of no class.
-
-    Returns:
-        Whether it could be told.
+def refuse_without_class(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint whose config names no class, and that has the tensors of none: a head is missing, say.
 
     Raises:
-        CheckpointError: A head is missing.
+        CheckpointError: It lacks tensors of every class of its model type.
     """
-    if checkpoint.settings.model_type not in known_model_types():
-        return True  # there is no class, and it was said
-    said = checkpoint.settings.said()
-    values = said.to_dict() if said is not None else checkpoint.config.to_dict()
-    nearest = nearest_class(bind(spec_of(checkpoint), checkpoint), values)
-    if nearest is not None and nearest[1]:
-        raise CheckpointError(
-            f"{checkpoint.label}: config.json names no class, and its tensors are those of none: the nearest,"
-            f" {nearest[0]}, needs {listed(nearest[1])}; fetch or save the checkpoint again, or add the class that is"
-            " meant to config.json (`architectures`)"
-        )
-    return nearest is not None
+    if checkpoint.settings.model_type in known_model_types():
+        said = checkpoint.settings.said()
+        values = said.to_dict() if said is not None else checkpoint.config.to_dict()
+        with suppress(CheckpointError, SpecError):  # of other names, which its class knows
+            if is_whole_of_some_class(bind(spec_of(checkpoint), checkpoint), values):
+                return
+    from hf_llfc.checkpoints.planned import refuse_without_class as refuse_by_classes
+
+    refuse_by_classes(checkpoint)
 
 
 def is_sorted_as_saved(checkpoint: Checkpoint) -> bool:

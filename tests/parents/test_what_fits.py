@@ -233,14 +233,38 @@ ROWS: dict[str, Row] = {
         LLAMA,
         (config(architectures=...), lacking("lm_head")),
         (config(architectures=...), lacking("lm_head")),
-        error="the nearest, LlamaForCausalLM, needs tensor lm_head.weight",
+        error="its tensors are those of none; the nearest is LlamaForCausalLM: tensor lm_head.weight",
     ),
     "no class in any config and half of a head": Row(
         "BertForSequenceClassification",
         BERT,
         (config(architectures=...), lacking("classifier.bias")),
         (config(architectures=...), lacking("classifier.bias")),
-        error="needs tensor classifier.bias",
+        error="the nearest is BertFor",
+    ),
+    "no class in any config, T5": Row(
+        "T5ForConditionalGeneration",
+        {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
+        (config(architectures=...),),
+        (config(architectures=...),),
+        present="shared",
+    ),
+    "no class in any config, a head for pretraining": Row(
+        "ElectraForPreTraining", BERT, (config(architectures=...),), (config(architectures=...),), present="discrimin"
+    ),
+    "no class in any config, a derived type": Row(
+        "OPTForCausalLM",
+        {
+            "vocab_size": 40,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "ffn_dim": 24,
+            "word_embed_proj_dim": 16,
+        },
+        (config(architectures=...),),
+        (config(architectures=...),),
+        present="embed_tokens",
     ),
     "no class in any config and no head in one": Row(
         "MistralForCausalLM",
