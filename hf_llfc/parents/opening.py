@@ -186,9 +186,11 @@ def open_recipe(
             needs_rows, opened = True, open_all(by_class=True)
             source = tokenizer_source(recipe, opened, partial(opening, by_class=True))
         opened = replace(opened, tokenizer_source=source)
+    if needs_rows and recipe.parts:
+        opened = completed(recipe, united(recipe, opened))
     if not is_whole(recipe, opened.all):
         opened = of_layers(recipe, opened)
-    if needs_rows:
+    if needs_rows and not recipe.parts:
         opened = united(recipe, opened)
     before = opened.all
     opened = fitted(opened, recipe.align, heads)
@@ -309,15 +311,34 @@ def united(recipe: Recipe, opened: Models) -> Models:
     )
 
 
+def completed(recipe: Recipe, opened: Models) -> Models:
+    """Models over one vocabulary with rows for all of it, those that one lacks as they are in the others.
+
+    So layers of them can be put together: whose rows stand in does not depend on whose layers are merged with whose.
+
+    Raises:
+        CheckpointError: They are to be aligned, which would have to come before.
+    """
+    from hf_llfc.checkpoints.views.reindexed import completed as with_rows_of
+
+    if opened.union is None:
+        return opened
+    if recipe.align.method != "none":
+        raise CheckpointError(
+            "align: the models of these slices have different vocabularies, and the rows that one lacks come from the "
+            "others, which would have to be aligned before; bring the models to one vocabulary first, each in a "
+            "document of its own"
+        )
+    lenders = [*opened.all, *(checkpoint for _, checkpoint in opened.donors)]
+    everyone = [with_rows_of(checkpoint, lenders) for checkpoint in opened.all]
+    base = everyone[-1] if opened.base is not None else None
+    return replace(opened, parents=everyone[: len(opened.parents)], base=base, donors=())
+
+
 def _named(recipe: Recipe, opened: Models, name: str) -> int:
     """The place among all models of the one that a recipe calls so."""
     if name in ("base", recipe.base_model):
         return len(opened.parents) if opened.base is not None else 0
-    if recipe.parts:
-        raise CheckpointError(
-            f"tokenizer.tokens: {name} is a source of slices, and each slice takes rows from its own sources; rules "
-            "that name a model need `models`"
-        )
     return [entry.model for entry in recipe.models].index(name)
 
 

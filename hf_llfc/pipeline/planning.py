@@ -77,8 +77,9 @@ def plan_one(
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.named)}]
     steps += [{"step": section.where, "what": section.what} for section in opened.sections]
     if opened.union is not None:
-        lacking = [len(opened.union.lacking(place)) for place in range(len(opened.all))]
-        of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(opened.all, lacking, strict=True))
+        united = opened.named if opened.sections else opened.all
+        lacking = [len(opened.union.lacking(place)) for place in range(len(united))]
+        of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(united, lacking, strict=True))
         whose = "union" if opened.union.source is None else f"that of {opened.union.source.id}, which is"
         added = f"; {opened.union.added} rows added" if opened.union.added else ""
         steps.append({"step": "vocabulary", "what": f"{whose} of {len(opened.union.tokens)} tokens; {of_each}{added}"})

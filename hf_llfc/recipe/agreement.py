@@ -187,16 +187,11 @@ def _disagreements_with_parts(recipe: Recipe) -> list[str]:
             "calibrate: layers from several places have no parents of the same layers, whose features could be "
             "blended; merge whole models under `models`"
         )
-    if recipe.tokenizer_source == UNION:
-        problems.append(
-            "tokenizer_source: a union of vocabularies is made of whole models; merge them first, or name the model "
-            "whose tokenizer goes with the result"
-        )
-    elif recipe.tokenizer_source == "base" and recipe.base_model is None:
+    if recipe.tokenizer_source == "base" and recipe.base_model is None:
         problems.append("tokenizer_source: `base` needs a base_model")
     elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(recipe.models):
         problems.append(f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0")
-    return problems
+    return problems + _disagreements_of_tokenizer(recipe)
 
 
 def _disagreements_with_method(recipe: Recipe, method: MergeMethod) -> list[str]:

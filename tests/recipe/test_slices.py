@@ -94,7 +94,6 @@ TWO = [[source("a")], [source("b", 1, 3)]]
             stack([source("a"), source("b")], [source("c")], merge_method="linear", align={"reference": "a"}),
             "align.reference: of slices, the sources at one place are one model",
         ),
-        (stack(*TWO, tokenizer_source="union"), "tokenizer_source: a union of vocabularies is made of whole models"),
         (stack(*TWO, keep_where_broken={"model": 0}), "keep_where_broken: has a meaning for a linear merge of whole"),
     ],
 )  # fmt: skip

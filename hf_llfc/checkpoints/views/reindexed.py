@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -128,6 +129,28 @@ def reindexed(checkpoint: Checkpoint, union: Vocabulary, index: int) -> Checkpoi
         reindexing=Reindexing(union, index, dimensions),
         weights=View(checkpoint.weights, infos, dimensions if is_moved else (), make, {**own, "union": union.digest}),
     )
+
+
+def completed(checkpoint: Checkpoint, lenders: Sequence[Checkpoint]) -> Checkpoint:
+    """A reindexed model with rows of others in the place of those that it lacks.
+
+    Args:
+        checkpoint: The model, in the coordinates of the others.
+        lenders: The models of the vocabulary, and its donors.
+    """
+    reindexing = checkpoint.reindexing
+    assert reindexing is not None, "a reindexed model"
+    vocabulary = reindexing.union
+
+    def make(name: str) -> Tensor:
+        readers = [partial(lender.read_unrounded, name) for lender in lenders]
+        return lend_rows(checkpoint.read_unrounded(name), name, reindexing, readers)
+
+    is_lent = len(vocabulary.lacking(reindexing.index)) > 0 or vocabulary.added > 0
+    others = tuple(lender.weights for lender in lenders if lender is not checkpoint)
+    tag = {"rows": reindexing.index}
+    weights = View(checkpoint.weights, checkpoint.tensors, reindexing.dimensions if is_lent else (), make, tag, others)
+    return replace(checkpoint, reindexing=None, weights=weights)
 
 
 def lend_rows(tensor: Tensor, name: str, reindexing: Reindexing, others: Sequence[Callable[[], Tensor]]) -> Tensor:
