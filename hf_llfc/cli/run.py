@@ -65,6 +65,10 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         print_table("models on the same data", rows)
     for summary in result.alignments:
         print(summary["sentence"])
+    if result.calibration is not None:
+        from hf_llfc.publishing.words import calibration_sentence
+
+        print(calibration_sentence(result.calibration))
     if result.report is not None:
         show_report(result.report, options)
     print(f"merged checkpoint: {result.folder}")

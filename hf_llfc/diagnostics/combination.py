@@ -37,7 +37,7 @@ class CombinedModel:
     """
 
     def __init__(self, models: Sequence[PreTrainedModel]) -> None:
-        first, *others = [_tensors(model) for model in models]
+        first, *others = [tensors_by_name(model) for model in models]
         problems = []
         for number, other in enumerate(others, start=2):
             name = "the second model" if len(models) == 2 else f"model {number}"
@@ -47,7 +47,7 @@ class CombinedModel:
         self._targets: list[torch.Tensor] = []
         self._parts: list[list[torch.Tensor]] = [[] for _ in models]
         with torch.no_grad():
-            for name, target in _tensors(self.model).items():
+            for name, target in tensors_by_name(self.model).items():
                 parts = [first[name].detach(), *(other[name].detach() for other in others)]
                 if target.is_floating_point():
                     self._targets.append(target.detach())
@@ -80,7 +80,7 @@ class CombinedModel:
             self._buffers[name].copy_(value)
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def tensors_by_name(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """All parameters and buffers by name, each once however many names it has."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 

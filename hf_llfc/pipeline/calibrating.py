@@ -23,7 +23,7 @@ from hf_llfc.foundation.layout import LLFC_FOLDER
 from hf_llfc.merging import Merge, Merges, merged_infos
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.pipeline.run_context import RunContext
-from hf_llfc.publishing.record import CalibrationRecord, MapRecord
+from hf_llfc.publishing.record import CalibrationRecord, FittedMeasures, MapRecord
 from hf_llfc.recipe import CalibrateSection, Recipe
 
 # What runs models is imported where it is called: a merge alone does not wait for it to load.
@@ -86,10 +86,17 @@ def _is_released(run: RunContext) -> bool:
     return not run.output.journal.stages[STAGE]["files"]
 
 
-def calibration_record(run: RunContext) -> CalibrationRecord | None:
-    """What a finished calibration has to tell; None where there was none."""
-    entry = run.output.journal.stages.get(STAGE)
-    return CalibrationRecord.from_dict(entry["value"]["record"]) if entry is not None else None
+def calibration_record(run: RunContext, measured: FittedMeasures | None) -> CalibrationRecord | None:
+    """What a finished calibration has to tell; None where there was none.
+
+    Args:
+        run: The run.
+        measured: The merge before and after, if it was measured.
+    """
+    if run.recipe.calibrate is None:
+        return None
+    values = run.on_main(lambda run: run.output.journal.stages[STAGE]["value"]["record"])
+    return replace(CalibrationRecord.from_dict(values), measured=measured)
 
 
 def blend_of(recipe: Recipe) -> tuple[float, ...]:

@@ -15,12 +15,13 @@ from hf_llfc.foundation.model_names import as_text, portable, without_paths
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import Models
 from hf_llfc.parents.provenance import alignment_summary
+from hf_llfc.pipeline.calibrating import few_rows
 from hf_llfc.publishing import write_card
 from hf_llfc.publishing.card.card import Evidence
 from hf_llfc.publishing.files import read_recipe
 from hf_llfc.publishing.lineage import models_of, read_parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
-from hf_llfc.publishing.record import AlignmentSummary, Result, RunRecord
+from hf_llfc.publishing.record import AlignmentSummary, CalibrationRecord, Result, RunRecord
 from hf_llfc.recipe import Recipe, dump_recipe, load_recipe, renamed
 from hf_llfc.symmetry import Alignment, PermutationSpec
 
@@ -67,8 +68,20 @@ def _pinned(name: str, checkpoint: Checkpoint) -> str:
     return checkpoint.pinned if checkpoint.revision or checkpoint.adapter else name
 
 
-def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Sequence[Mapping[str, Any]]) -> None:
-    """Writes what is ours beside alignments and report: recipe as run, record of the run, plots and the card."""
+def write_evidence(
+    run: RunContext,
+    report: ConnectivityReport | None,
+    table: Sequence[Mapping[str, Any]],
+    calibration: CalibrationRecord | None = None,
+) -> None:
+    """Writes what is ours beside alignments and report: recipe as run, record of the run, plots and the card.
+
+    Args:
+        run: The run.
+        report: The diagnosis, if there is one.
+        table: Loss and metrics, a row a model.
+        calibration: How the merge was fitted to its parents' features; None where it was not.
+    """
     journal, recipe, opened = run.output.journal, run.recipe, run.models
     if journal.is_complete:
         return
@@ -85,6 +98,7 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
         replace(parent, card=read_parent_card(known.id, known.revision), is_gone=index in gone)
         for index, (parent, known) in enumerate(zip(models_of(shown, report), models_of(as_run, report), strict=True))
     ]
+    warnings = [*run.warnings, *([few_rows(calibration)] if calibration is not None else [])]
     name = recipe.document or (recipe.publish.repo_id if recipe.publish else as_text(Path(recipe.output_dir).name))
     record = RunRecord(
         alignments=tuple(AlignmentSummary.from_dict(alignment_summary(a)) for a in run.alignments if a is not None),
@@ -92,10 +106,11 @@ def write_evidence(run: RunContext, report: ConnectivityReport | None, table: Se
         versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.named) else [])),
         hardware=hardware_in_words(run.processes),
         cards=tuple(parent.metadata for parent in parents),
-        warnings=tuple(without_paths(run.warnings, names)),
+        warnings=tuple(without_paths([each for each in warnings if each is not None], names)),
         left=run.carried.left,
         gone=gone,
         name=name,
+        calibration=calibration and replace(calibration, data=tuple(without_paths(calibration.data, names))),
     )
     with storing(journal.folder):
         record.save(journal.folder)

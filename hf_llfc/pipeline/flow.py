@@ -21,8 +21,9 @@ from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.opening import open_recipe, stand_ins
 from hf_llfc.parents.provenance import alignment_summary
-from hf_llfc.pipeline.calibrating import release
+from hf_llfc.pipeline.calibrating import calibration_record, release
 from hf_llfc.pipeline.evidence import write_evidence
+from hf_llfc.pipeline.fitted import measure_fitted, with_merge_before
 from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.pipeline.mergeability import closeness, warnings_of
 from hf_llfc.pipeline.resources import importance_bytes, peak_memory, refuse_without_memory, refuse_without_room
@@ -33,6 +34,7 @@ from hf_llfc.pipeline.weighting import merge_infos
 from hf_llfc.publishing import check_access, publish
 from hf_llfc.publishing.hub.folder import refuse_too_large_for_the_hub
 from hf_llfc.publishing.hub.preflight import parents_in
+from hf_llfc.publishing.record import CalibrationRecord
 from hf_llfc.recipe import Recipe, load_recipe
 from hf_llfc.recipe.documents import folder_of
 
@@ -55,6 +57,7 @@ class Result:
         url: Where the merge lies on the Hub; None if it was not pushed.
         warnings: What to know before using the merge, a sentence each.
         is_main_process: Whether this process should report.
+        calibration: How the merge was fitted to its parents' features; None where it was not.
     """
 
     folder: Path
@@ -64,6 +67,7 @@ class Result:
     url: str | None
     is_main_process: bool
     warnings: Sequence[str] = ()
+    calibration: CalibrationRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -72,6 +76,7 @@ class Result:
             "models": list(self.table),
             "alignments": list(self.alignments),
             "report": self.report.to_dict() if self.report is not None else None,
+            "calibration": self.calibration.to_dict() if self.calibration is not None else None,
             "url": self.url,
             "warnings": list(self.warnings),
         }
@@ -142,15 +147,17 @@ def _run(run: RunContext) -> Result:
         write_merge(run, broken)
         report = measure(run, broken)
         trackers.report(report)
-        table = score(run)
+        measured = measure_fitted(run)
+        table = with_merge_before(score(run), measured)
         trackers.table(table)
-        run.on_main(lambda run: write_evidence(run, report, table))
+        calibration = calibration_record(run, measured)
+        run.on_main(lambda run: write_evidence(run, report, table, calibration))
         run.on_main(release)
         if recipe.document is not None:
             run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
     url = run.on_main(push) if recipe.publish is not None else None
-    return Result(output.path, report, summaries, table, url, processes.is_main, run.warnings)
+    return Result(output.path, report, summaries, table, url, processes.is_main, run.warnings, calibration)
 
 
 def refuse_early(recipe: Recipe, output: OutputFolder) -> None:

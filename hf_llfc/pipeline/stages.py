@@ -186,6 +186,8 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
             keeper = run.models.parents[recipe.keep_where_broken.model].id
             kept = {"model": keeper, "layers": list(broken.blocks), "ratio": recipe.keep_where_broken.ratio}
             report = replace(report, data={**report.data, "kept": kept})
+        if recipe.calibrate is not None:
+            report = replace(report, data={**report.data, "calibrated": recipe.calibrate.method})
         if sections := run.models.sections:
             report = replace(report, data={**report.data, "stack": [[each.where, each.what] for each in sections]})
         return report

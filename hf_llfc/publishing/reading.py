@@ -84,6 +84,8 @@ def model_points(report: ConnectivityReport) -> list[PathPoint | None]:
 
 def merge_point(report: ConnectivityReport) -> PathPoint | None:
     """The point of the merge that is published, if it lies on the path."""
+    if report.data.get("calibrated") is not None:
+        return None
     if report.region == "line":
         return point_at(report, merge_alpha(report))
     return report.path[-1] if report.path and not is_model(report.path[-1]) else None

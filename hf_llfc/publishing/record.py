@@ -39,12 +39,19 @@ class Result:
         loss: In nats; None where it was not measured.
         metrics: By name; None where a value is not finite.
         is_merge: Whether it is the merged model.
+        is_before: Whether it is the merged model before it was calibrated.
     """
 
     id: str
     loss: float | None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     is_merge: bool = False
+    is_before: bool = False
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether it is one of the models that were merged."""
+        return not (self.is_merge or self.is_before)
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,59 @@ class MapRecord:
 
 
 @dataclass(frozen=True)
+class FittedLayer:
+    """Features of a merge in one layer before and after it was calibrated.
+
+    Attributes:
+        layer: Its name.
+        before: 1 − cos(merge, blend of the parents), mean over samples.
+        after: The same of the calibrated merge.
+        baseline: 1 − cos between the parents.
+        coefficient_before: Size of the merge's features along the blend; 1 where it is as large.
+        coefficient_after: The same of the calibrated merge.
+    """
+
+    layer: str
+    before: float | None
+    after: float | None
+    baseline: float | None
+    coefficient_before: float | None
+    coefficient_after: float | None
+
+
+@dataclass(frozen=True)
+class FittedMeasures:
+    """A merge before and after calibration, measured on the data of the diagnosis.
+
+    Attributes:
+        layers: In the order in which they run.
+        loss_before: Loss of the merge before; None without labels.
+        metrics_before: Its metrics.
+        fold_loss: The barrier of the way from one parent straight to the calibrated merge, and from there to another.
+        fold_error: The same of the error rate.
+    """
+
+    layers: tuple[FittedLayer, ...]
+    loss_before: float | None = None
+    metrics_before: Mapping[str, float | None] = field(default_factory=dict)
+    fold_loss: float | None = None
+    fold_error: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FittedMeasures:
+        """Reads the measures from JSON values.
+
+        Raises:
+            PublishingError: A value is not what is expected there.
+        """
+        return _read(cls, values, "measures")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """How a merge was fitted to its parents' features.
 
@@ -238,6 +298,7 @@ class CalibrationRecord:
         moved: Size of the change of all maps over the distance of the parents there; None where these are equal.
         maps: In the order in which they run.
         left: Maps that stayed → why.
+        measured: The merge before and after; None where nothing was measured.
     """
 
     method: str
@@ -249,6 +310,7 @@ class CalibrationRecord:
     moved: float | None = None
     maps: tuple[MapRecord, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
+    measured: FittedMeasures | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CalibrationRecord:
@@ -278,6 +340,7 @@ class RunRecord:
         left: Files of the first parent that the merge has not.
         gone: Indices, in the same order, of the parents that were in memory, or whose files are gone.
         name: What the card calls the merge; None where that is the name of its folder.
+        calibration: How the merge was fitted to its parents' features; None where it was not.
     """
 
     alignments: tuple[AlignmentSummary, ...] = ()
@@ -289,6 +352,7 @@ class RunRecord:
     left: tuple[str, ...] = ()
     gone: tuple[int, ...] = ()
     name: str | None = None
+    calibration: CalibrationRecord | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes the record into an output folder, without the paths of a disk."""

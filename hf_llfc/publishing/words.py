@@ -8,7 +8,7 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.lineage import display_name
 from hf_llfc.publishing.numbers import ERROR, LOSS, capitalized, decimal_text, distance_text, height_text, weight_text
 from hf_llfc.publishing.reading import farthest_coefficient, largest_ratio, not_finite, point_name, shown_layers
-from hf_llfc.publishing.record import AlignmentSummary
+from hf_llfc.publishing.record import AlignmentSummary, CalibrationRecord, MeasuredData
 
 _AXES = {
     "head_dim": "channels of queries and keys",
@@ -113,6 +113,28 @@ def alignment_sentence(alignment: AlignmentSummary) -> str:
     changes = [*_changes(alignment), *_probe(alignment)]
     text += f"; {', '.join(changes)}" if changes else ""
     return text + ("; it had not converged." if alignment.converged is False else ".")
+
+
+def calibrated_on(record: CalibrationRecord) -> str:
+    """The samples of a calibration, in words."""
+    names = dict.fromkeys(MeasuredData(dataset=str(each.get("dataset"))).id for each in record.data)
+    return f"{record.samples} samples of {', '.join(names)}"
+
+
+def calibration_sentence(record: CalibrationRecord) -> str:
+    """What a calibration did, as a sentence."""
+    title = "Repair" if record.method == "repair" else "Calibration"
+    how_far = f" by {distance_text(record.moved)} times the distance of the parents" if record.moved is not None else ""
+    text = f"{title} on {calibrated_on(record)} moved {len(record.maps)} maps{how_far}"
+    if record.left:
+        text += f"; {len(record.left)} stayed"
+    if (
+        record.measured is not None
+        and record.measured.fold_loss is not None
+        and record.measured.loss_before is not None
+    ):
+        text += f"; barrier of the way over the merge {height_text(record.measured.fold_loss, LOSS)}"
+    return f"{text}."
 
 
 def _probe(alignment: AlignmentSummary) -> list[str]:

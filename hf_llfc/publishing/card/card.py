@@ -14,6 +14,7 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER, PAGE_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.publishing.card.calibration import calibration_words, limit_of_calibration
 from hf_llfc.publishing.card.metadata import SENTENCES, card_metadata, eval_results
 from hf_llfc.publishing.card.results import comparison, result_rows, result_table
 from hf_llfc.publishing.card.sections import (
@@ -36,7 +37,14 @@ from hf_llfc.publishing.page import write_page
 from hf_llfc.publishing.plots import PLOT_FILES, save_plots
 from hf_llfc.publishing.reading import is_far_above, merge_is_outside, read_report
 from hf_llfc.publishing.record import MeasuredData, RunRecord
-from hf_llfc.publishing.words import Headline, alignment_sentence, barrier_words, headline, layer_summary
+from hf_llfc.publishing.words import (
+    Headline,
+    alignment_sentence,
+    barrier_words,
+    calibrated_on,
+    headline,
+    layer_summary,
+)
 from hf_llfc.recipe import Recipe
 
 MORE_PLOTS = {
@@ -103,7 +111,8 @@ class Evidence:
     @property
     def is_average(self) -> bool:
         """Whether the merge is a weighted sum of its parents, or of their differences from the base."""
-        return self.recipe is None or self.recipe.method is None
+        is_sum = self.recipe is None or self.recipe.method is None
+        return is_sum and self.record.calibration is None
 
     @property
     def merged(self) -> list[ParentInfo]:
@@ -226,6 +235,8 @@ def render_card(folder: str | Path, evidence: Evidence, *, name: str | None = No
         **_of_merge(evidence),
         **_of_report(folder, evidence.report),
     }
+    if (limit := limit_of_calibration(evidence.record.calibration, data)) is not None:
+        context["limits"].insert(0, limit)
     body = environment().get_template(CARD_TEMPLATE).render(context)
     return f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n"
 
@@ -237,7 +248,8 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "headline": _headline(evidence),
         "parents": list(zip(letters_of(evidence.parents), evidence.parents, strict=True)),
         "count": number_word(len(evidence.merged)),
-        "method": method_words(recipe, evidence.parents),
+        "method": _method_words(evidence),
+        "calibration": calibration_words(record.calibration, report),
         "stack": stack_table(recipe),
         "has_base": any(parent.is_base for parent in evidence.parents),
         "is_average": evidence.is_average,
@@ -254,6 +266,15 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "versions": record.versions or (report.versions if report is not None else {}) or installed_versions(),
         "hardware": record.hardware,
     }
+
+
+def _method_words(evidence: Evidence) -> str:
+    """How the parents were combined, and what was done then."""
+    words, calibration = method_words(evidence.recipe, evidence.parents), evidence.record.calibration
+    if calibration is None:
+        return words
+    done = "repaired" if calibration.method == "repair" else "calibrated"
+    return f"{words}, then {done} on {calibrated_on(calibration)}, without labels"
 
 
 def _of_report(folder: Path, report: ConnectivityReport | None) -> dict[str, Any]:
@@ -280,7 +301,7 @@ def _of_report(folder: Path, report: ConnectivityReport | None) -> dict[str, Any
 def _headline(evidence: Evidence) -> Headline:
     """The verdict in one sentence; a merge that was evaluated and found broken is called that first."""
     own = next((result.loss for result in evidence.record.results if result.is_merge), None)
-    losses = [result.loss for result in evidence.record.results if not result.is_merge]
+    losses = [result.loss for result in evidence.record.results if result.is_parent]
     of_parents = [loss for loss in losses if is_number(loss)]
     if own is not None and not math.isfinite(own):
         return Headline("The merge is broken.", "Its loss is not finite.")
@@ -294,7 +315,9 @@ def _headline(evidence: Evidence) -> Headline:
     if is_far_above(own, of_parents):
         return Headline("Warning. The merge is far worse than its parents.", f"Its {values} {verdict.text}")
     if not evidence.is_average:
-        return replace(verdict, text=f"{verdict.text} This merge is not an average: its {values}")
+        fitted = evidence.record.calibration is not None
+        what = "was fitted to samples and is not an average" if fitted else "is not an average"
+        return replace(verdict, text=f"{verdict.text} This merge {what}: its {values}")
     return verdict
 
 

@@ -53,13 +53,14 @@ def result_table(rows: Sequence[Result]) -> ResultTable | None:
     for row in rows:
         values = [value_text(row.loss, LOSS)] if has_loss else []
         values += [value_text(row.metrics.get(metric), style) for metric, style in styles.items()]
-        cells.append((row.is_merge, "this merge" if row.is_merge else display_name(row.id), values))
+        name = "this merge" if row.is_merge else row.id if row.is_before else display_name(row.id)
+        cells.append((row.is_merge, name, values))
     return ResultTable(heads, cells)
 
 
 def comparison(rows: Sequence[Result]) -> str | None:
     """Whether a parent alone has the lower loss, in one sentence."""
-    parents = [(display_name(row.id), row.loss) for row in rows if not row.is_merge]
+    parents = [(display_name(row.id), row.loss) for row in rows if row.is_parent]
     losses = {name: loss for name, loss in parents if is_number(loss)}
     own = next((row.loss for row in rows if row.is_merge), None)
     if not is_number(own) or not losses:

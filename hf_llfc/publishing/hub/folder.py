@@ -232,13 +232,15 @@ def check_sanity(folder: Path) -> None:
         PublishingError: A number is not finite, the loss is far above the parents', or the verdict is not to merge.
     """
     path = folder / LLFC_FOLDER / REPORT_FILE
-    reasons = _diagnosed_reasons(path) if path.is_file() else _weight_reasons(folder)
+    own = [row.loss for row in RunRecord.load(folder).results if row.is_merge]
+    reasons = _diagnosed_reasons(path, own) if path.is_file() else _weight_reasons(folder)
     reasons = reasons or _evaluated_reasons(folder)
     if reasons:
         raise PublishingError(f"{folder} should not be published: {'; '.join(reasons)}. Force it to push it anyway")
 
 
-def _diagnosed_reasons(path: Path) -> list[str]:
+def _diagnosed_reasons(path: Path, own: Sequence[float | None]) -> list[str]:
+    """What a diagnosis says; of a calibrated merge whose own loss is known its verdict on the line does not count."""
     report, reasons = read_report(path), []
     if broken := not_finite(report):
         reasons.append("not every number is finite: " + ", ".join(broken[:3]))
@@ -246,7 +248,8 @@ def _diagnosed_reasons(path: Path) -> list[str]:
     losses = [point.loss for point in model_points(report) if point is not None and point.loss is not None]
     if merged is not None and merged.loss is not None and losses and is_far_above(merged.loss, losses):
         reasons.append(_far_above(merged.loss, losses))
-    if report.verdict.answer == "do not merge":
+    is_known = report.data.get("calibrated") is not None and any(loss is not None for loss in own)
+    if report.verdict.answer == "do not merge" and not is_known:
         reasons.append(f"the verdict is not to merge: {report.verdict.because}")
     return reasons
 
@@ -255,7 +258,7 @@ def _evaluated_reasons(folder: Path) -> list[str]:
     """What the evaluation of the merge itself says, which need not lie on the path that was diagnosed."""
     rows = RunRecord.load(folder).results
     own = [row.loss for row in rows if row.is_merge and row.loss is not None]
-    parents = [row.loss for row in rows if not row.is_merge and row.loss is not None and math.isfinite(row.loss)]
+    parents = [row.loss for row in rows if row.is_parent and row.loss is not None and math.isfinite(row.loss)]
     if not all(map(math.isfinite, own)):
         return ["the loss of the merge is not finite"]
     return [_far_above(loss, parents) for loss in own if parents and is_far_above(loss, parents)]

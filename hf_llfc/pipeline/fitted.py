@@ -1,0 +1,95 @@
+"""The stage that measures a calibrated merge beside the merge that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from hf_llfc.checkpoints import load_model, open_checkpoint
+from hf_llfc.foundation.layout import LLFC_FOLDER
+from hf_llfc.parallel.threads import one_thread_if_small
+from hf_llfc.pipeline.calibrating import MERGED_FILE, STAGE, blend_of
+from hf_llfc.pipeline.run_context import RunContext
+from hf_llfc.publishing.record import FittedLayer, FittedMeasures
+
+# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
+if TYPE_CHECKING:
+    from hf_llfc.diagnostics import ConnectivityReport
+
+
+def measure_fitted(run: RunContext) -> FittedMeasures | None:
+    """The merge before and after calibration, by all processes; None where nothing is calibrated or measured."""
+    recipe = run.recipe
+    if recipe.calibrate is None or run.data is None or max(blend_of(recipe)) == 1:
+        return None
+    if not run.on_main(lambda run: (run.staging / LLFC_FOLDER / MERGED_FILE).is_file()):
+        return None  # taken up from a run that had measured, and needed the merge no more
+    return run.stage(
+        f"measure {STAGE}",
+        lambda: _measure(run),
+        save=lambda journal, found: (found.to_dict(), ()),
+        load=lambda journal, value: FittedMeasures.from_dict(value),
+    )
+
+
+def with_merge_before(
+    table: Sequence[Mapping[str, Any]], measured: FittedMeasures | None
+) -> Sequence[Mapping[str, Any]]:
+    """The table of loss and metrics with a row for the merge before it was calibrated, above that of the result."""
+    if measured is None or measured.loss_before is None:
+        return table
+    row = {
+        "id": "the merge before calibration",
+        "loss": measured.loss_before,
+        "metrics": dict(measured.metrics_before),
+        "is_before": True,
+    }
+    return [*table[:-1], row, table[-1]]
+
+
+@one_thread_if_small(lambda run: run.models.parents[0].nbytes)
+def _measure(run: RunContext) -> FittedMeasures:
+    """Both merges as they are written, against the blend of the parents."""
+    from hf_llfc.diagnostics.diagnose import Features
+    from hf_llfc.diagnostics.fold import SHARES, Fold, measure_merge
+    from hf_llfc.diagnostics.streaming import Execution
+
+    section, data = run.recipe.diagnose, run.data
+    assert section is not None and data is not None
+    parents = [parent.load() for parent in run.parents]
+    for parent in parents:
+        parent.to(run.processes.device)  # type: ignore[arg-type]  # the signature is hidden
+    written = open_checkpoint(run.staging, trust_remote_code=run.recipe.models[0].trust_remote_code)
+    before = load_file(run.staging / LLFC_FOLDER / MERGED_FILE)
+
+    def measured(changes: Mapping[str, Any], shares: Sequence[float], doing: str) -> ConnectivityReport:
+        def progress(_: str, done: int, total: int) -> None:
+            run.progress(doing, done, total)
+
+        merge = load_model(written, state_dict={**dict(written.state_dict()), **changes}, dtype=parents[0].dtype)
+        return measure_merge(
+            merge,
+            parents,
+            data,
+            fold=Fold.of(blend_of(run.recipe), shares),
+            features=Features(section.layers or None, section.unit),
+            batch_norm_data=run.calibration,
+            execution=Execution(run.processes, progress),
+        )
+
+    merge = measured(before, (), "measuring the merge before calibration")
+    result = measured({}, SHARES if data.labelled else (), "measuring the calibrated merge")
+    return FittedMeasures(
+        layers=tuple(
+            FittedLayer(
+                old.layer, old.llfc.mean, new.llfc.mean, old.baseline.mean, old.coefficient.mean, new.coefficient.mean
+            )
+            for old, new in zip(merge.at(), result.at(), strict=True)
+        ),
+        loss_before=merge.path[-1].loss,
+        metrics_before=merge.path[-1].metrics,
+        fold_loss=result.barrier.loss,
+        fold_error=result.barrier.error,
+    )
