@@ -39,6 +39,9 @@ FROM_START = frozenset({"first_k_dense_replace", "num_dense_layers", "max_window
 FROM_END = frozenset({"num_kv_shared_layers"})
 """Keys that say how many layers, up to the last, are of another kind."""
 
+FURTHER = frozenset({"num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"})
+"""Keys that count layers behind the others, which predict further tokens from what the last one gives."""
+
 _DEPTH_WORDS = ("layer", "depth", "block")
 
 
@@ -110,6 +113,12 @@ def changes_for(key: Path, layers: Sequence[LayerOrigin]) -> dict[Path, Any]:
         elif other == "attention_types" and isinstance(own.get("attention_layers"), list):
             changes[place] = [[[_at(layer.values, section)["attention_layers"][layer.index]], 1] for layer in layers]
     return changes
+
+
+def without_further(key: Path, layers: Sequence[LayerOrigin]) -> dict[Path, Any]:
+    """What the config has to say where layers that predict further tokens are left out."""
+    own = _at(layers[0].values, key[:-1])
+    return {(*key[:-1], other): 0 for other in sorted(FURTHER & own.keys()) if own[other]}
 
 
 def kinds_of(key: Path, layers: Sequence[LayerOrigin]) -> dict[str, list[Any]]:

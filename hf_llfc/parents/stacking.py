@@ -7,20 +7,24 @@ what is merged. A slice with fewer sources than others lends its first one to th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hf_llfc.checkpoints import Checkpoint, compare
+from hf_llfc.checkpoints.comparison import listed
 from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.checkpoints.planned import planned
 from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.checkpoints.views.stacked import Origin, StackedWeights
 from hf_llfc.errors import CheckpointError, SpecError, raise_all
-from hf_llfc.parents.depth import LayerOrigin, Path, changed, changes_for, kinds_of, values_of
+from hf_llfc.parents.depth import LayerOrigin, Path, changed, changes_for, kinds_of, values_of, without_further
 from hf_llfc.parents.layers import Anatomy, Module, Place, Stack, anatomy_of, stacks_by_name
 from hf_llfc.parents.specs import bind, spec_of
 from hf_llfc.recipe import Recipe
 from hf_llfc.recipe.slices import RANGE, PartRecipe, Range
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ class _Stacking:
         settings = changed(self.first.settings, changes, self.first.label) if changes else self.first.settings
         parents = [self.checkpoint(column, settings) for column in self.columns]
         base = self.checkpoint(self.base, settings) if self.base is not None else None
+        self.say_what_is_left()
         return Stacked(parents, base, tuple(sections))
 
     def refuse_other_kinds(self) -> None:
@@ -163,6 +168,17 @@ class _Stacking:
                         f"{path}: {checkpoint.label} has the {what} {other}, {self.first.label} has {own}; layers are "
                         "taken from models of one architecture"
                     )
+
+    def say_what_is_left(self) -> None:
+        """Warns of tensors that models have beside those of their class, such as layers that predict further tokens."""
+        for checkpoint in {id(each): each for _, _, each in self.used()}.values():
+            if checkpoint.spare:
+                logger.warning(
+                    "%s: %s does not use %s: left out, since they were trained behind the last layer of this model",
+                    checkpoint.label,
+                    checkpoint.architecture,
+                    listed(list(checkpoint.spare)),
+                )
 
     def used(self) -> Iterator[tuple[str, Range | None, Checkpoint]]:
         """Every source and base: where the recipe names it, its layers and its model."""
@@ -354,8 +370,8 @@ class _Stacking:
         """What the config of the result says of its layers."""
         found: dict[Path, object] = {}
         for stack in self.columns[0].layers:
-            of_first = changes_for(stack.key, self.columns[0].layers[stack])
-            found |= of_first
+            layers = self.columns[0].layers[stack]
+            found |= changes_for(stack.key, layers) | without_further(stack.key, layers)
         return found
 
     def refuse_unlike(self, changes: Mapping[Path, object]) -> None:

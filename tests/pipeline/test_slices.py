@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -549,3 +549,55 @@ def test_slices_take_a_vocabulary_and_rules_of_tokens(tongues, tmp_path):
     with pytest.raises(CheckpointError, match="have different vocabularies, and the rows that one lacks come from"):
         run(aligned, tmp_path / "aligned")
     assert not (tmp_path / "aligned").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "layer"),
+    [
+        (transformers.Glm4MoeConfig(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
+         "num_nextn_predict_layers", "model.layers.3."),
+        (transformers.Qwen3Config(), "mtp_num_hidden_layers", "mtp.layers.0."),
+    ],
+    ids=["glm4_moe", "mtp"],
+)  # fmt: skip
+def test_layers_that_predict_further_tokens_are_left_out_and_told_of(config, key, layer, tmp_path, caplog):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "head_dim": 8, "num_hidden_layers": 3}
+    config.update({**sizes, "num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": None, key: 1})
+    for name in "ab":
+        saved(AutoModelForCausalLM.from_config(type(config)(**config.to_dict())), tmp_path / name)
+        whole = tensors(tmp_path / name)
+        last = {each: tensor for each, tensor in whole.items() if each.startswith("model.layers.2.")}
+        further = {each.replace("model.layers.2.", layer): tensor.clone() for each, tensor in last.items()}
+        further[f"{layer}eh_proj.weight"] = torch.zeros(16, 32)
+        save_file({**whole, **further}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    found = run(stacked(tmp_path, [source("a", 0, 2)], [source("b", 1, 3)]), out)
+    written = json.loads((out / "config.json").read_text())
+    assert (written["num_hidden_layers"], written[key]) == (4, 0)
+    assert {int(name.split(".")[2]) for name in found if "layers." in name} == {0, 1, 2, 3}
+    assert not any("eh_proj" in name for name in found)
+    assert sum("left out, since they were trained behind the last layer" in each for each in caplog.messages) == 2
+
+
+def test_encoder_and_decoder_of_bart_have_slices_of_their_own(tmp_path):
+    depths = {"encoder_layers": 3, "decoder_layers": 2, "max_position_embeddings": 32}
+    sizes = {key: 2 for key in ("encoder_attention_heads", "decoder_attention_heads", "encoder_ffn_dim")}
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        config = transformers.BartConfig(vocab_size=64, d_model=8, decoder_ffn_dim=12, **depths, **sizes)
+        saved(transformers.BartForConditionalGeneration(config), tmp_path / name)
+    a, b = (tensors(tmp_path / name) for name in "ab")
+    encoder = stacked(tmp_path, [source("a", 0, 2)], [source("b", 1, 3)])["slices"]
+    decoder = stacked(tmp_path, [source("a", 0, 2, weight=0.25), source("b", 0, 2, weight=0.75)])["slices"]
+    modules = {"encoder": {"slices": encoder}, "decoder": {"slices": decoder, "merge_method": "linear"}}
+    found = run({"modules": modules, "merge_method": "passthrough"}, tmp_path / "out")
+    for name, tensor in found.items():
+        place = {"encoder.layers.2": (b, "encoder.layers.1"), "encoder.layers.3": (b, "encoder.layers.2")}
+        key = name[len("model.") : len("model.encoder.layers.0")]
+        model, own = place.get(key, (a, key))
+        expected = model[name.replace(key, own)]
+        if ".decoder." in name:
+            expected = 0.25 * a[name] + 0.75 * b[name]
+        torch.testing.assert_close(tensor, expected)
+    config = transformers.BartForConditionalGeneration.from_pretrained(tmp_path / "out").config
+    assert (config.encoder_layers, config.decoder_layers) == (4, 2)
