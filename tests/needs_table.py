@@ -11,7 +11,9 @@ import copy
 import dataclasses
 import json
 import logging
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -23,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import hf_llfc.adapters
 from hf_llfc.adapters import spec_for
 from hf_llfc.adapters.derived.shrink import shrunken
-from hf_llfc.adapters.needs import ASK, LABELS, pattern_of
+from hf_llfc.adapters.needs import ASK, LABELS, pattern_after_first, pattern_of
 from hf_llfc.adapters.registry import FAMILIES
 from hf_llfc.checkpoints.names import Layout
 from hf_llfc.symmetry.declarations import concrete_names
@@ -31,6 +33,11 @@ from tests.properties.test_families import DEFAULTS
 from tests.zoo import default_config
 
 FILE = Path(hf_llfc.adapters.__file__).parent / "needs.json"
+
+Sizes = Mapping[str, Mapping[str, Any]]
+
+LONGER = 8
+"""By how much a value of a config is raised, to see which axis it lengthens."""
 
 OTHER_LABELS = 7
 """A number of labels that no default has."""
@@ -59,7 +66,9 @@ def classes_of(config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
     return found
 
 
-def patterns_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> frozenset[str] | None:
+def patterns_of(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, told: Sizes = MappingProxyType({})
+) -> frozenset[str] | None:
     """The optional tensors that a class needs, a star for every index; None where a pattern does not tell them."""
     config = copy.deepcopy(config)
     config.architectures = [model_class.__name__]
@@ -68,20 +77,62 @@ def patterns_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
     if any(name != bound.spec.name_at(bound.index) for name, bound in binding.tensors.items()):
         return None
     unknown = {axis for axis in binding.sizes if spec.axes[axis].size is None}
-    if unknown - {LABELS} or (LABELS in unknown and binding.sizes[LABELS] != config.num_labels):
+    if unknown - {LABELS} - told.keys() or (LABELS in unknown and binding.sizes[LABELS] != config.num_labels):
         return None
     held = {name for name, bound in binding.tensors.items() if bound.spec.optional}
-    patterns = frozenset(pattern_of(name) for name in held)
     optional = [dataclasses.replace(each, condition=None) for each in spec.declarations if each.optional]
-    names = concrete_names(optional, spec.axes, lambda _: True)
-    return patterns if held == {name for name in names if pattern_of(name) in patterns} else None
+    names = list(concrete_names(optional, spec.axes, lambda _: True))
+    patterns = frozenset(pattern_of(name) for name in held)
+    patterns = frozenset(_after_first(pattern, names, held) for pattern in patterns)
+    return (
+        patterns
+        if held == {name for name in names if patterns & {pattern_of(name), pattern_after_first(name)}}
+        else None
+    )
 
 
-def needs_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[list[str], dict[str, bool]] | None:
+def _after_first(pattern: str, names: Sequence[str], held: Collection[str]) -> str:
+    """A pattern of all indices, or of all but those of the first layer, if those are not held."""
+    others = {name for name in names if pattern_of(name) == pattern and pattern_after_first(name) is not None}
+    is_whole = all(name in held for name in names if pattern_of(name) == pattern)
+    return pattern if is_whole or not others or not others <= set(held) else pattern.replace(".*", ".+")
+
+
+def sizes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Sizes:
+    """The axes of unknown size that are one value of the config, or that many more."""
+    found: dict[str, list[tuple[str, int] | None]] = {}
+
+    def sizes(config: PreTrainedConfig) -> dict[str, int]:
+        config = copy.deepcopy(config)
+        config.architectures = [model_class.__name__]
+        spec = spec_for(config)
+        bound = spec.bind(Layout(model_class, config).shapes).sizes
+        return {axis: size for axis, size in bound.items() if spec.axes[axis].size is None and axis != LABELS}
+
+    before = sizes(config)
+    default = type(config)().to_dict()
+    for key, value in config.to_dict().items() if before else ():
+        if type(value) is not int or type(default.get(key)) is not int:
+            continue
+        try:
+            after = sizes(type(config).from_dict({**copy.deepcopy(config.to_dict()), key: value + LONGER}))
+        except Exception:  # no such model
+            continue
+        for axis, size in before.items():
+            if after.get(axis) != size:
+                exact = after.get(axis) == size + LONGER
+                found.setdefault(axis, []).append((key, size - value) if exact else None)
+    rules = {axis: keys[0] for axis, keys in found.items() if len(keys) == 1 and keys[0] is not None}
+    return {axis: {"key": key, "more": more, "default": default[key]} for axis, (key, more) in rules.items()}
+
+
+def needs_of(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, told: Sizes
+) -> tuple[list[str], dict[str, bool]] | None:
     """What a class needs, with the flags that change it and their values where a config leaves them out."""
     config = copy.deepcopy(config)
     config.num_labels = OTHER_LABELS
-    usual = patterns_of(model_class, config)
+    usual = patterns_of(model_class, config, told)
     if usual is None:
         return None
     default = type(config)().to_dict()
@@ -92,7 +143,7 @@ def needs_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tu
         try:
             # As from a file: some classes know better than what it says.
             turned = type(config).from_dict({**copy.deepcopy(config.to_dict()), key: not value})
-            other = patterns_of(model_class, turned)
+            other = patterns_of(model_class, turned, told)
         except Exception:  # no such model, which its class says when it is asked
             other = None
         if other == usual:
@@ -118,19 +169,24 @@ def needs_of_type(model_type: str) -> dict[str, Any] | None:
         return None
     classes: dict[str, list[str]] = {}
     defaults: dict[str, bool] = {}
+    sizes: dict[str, Any] = {}
     for name, model_class in sorted(classes_of(config).items()):
         try:
-            found = needs_of(model_class, config)
+            told = sizes_of(model_class, config)
+            if any(sizes.get(axis, rule) != rule for axis, rule in told.items()):
+                continue
+            found = needs_of(model_class, config, told)
         except Exception:
             continue
         if found is not None:
             classes[name] = found[0]
             defaults |= found[1]
+            sizes |= told
     if not classes:
         return None
     of_all = sorted(set.intersection(*(set(lines) for lines in classes.values())))
     own = {name: [line for line in lines if line not in of_all] for name, lines in classes.items()}
-    return {"all": of_all, "classes": own, "defaults": defaults}
+    return {"all": of_all, "classes": own, "defaults": defaults, **({"sizes": sizes} if sizes else {})}
 
 
 def main() -> None:

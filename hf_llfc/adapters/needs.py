@@ -20,7 +20,7 @@ from hf_llfc.symmetry.declarations import concrete_names
 from hf_llfc.symmetry.spec import PermutationSpec
 
 LABELS = "labels"
-"""The only axis whose size no spec knows and a config still says: the number of labels."""
+"""The axis whose size is the number of labels; `sizes` of a row says which value of a config is the size of others."""
 
 ASK = "?"
 """In place of a tensor where only the class can tell."""
@@ -42,10 +42,11 @@ def is_whole(binding: Binding, architecture: str | None, values: Mapping[str, An
     """
     needed = needed_tensors(binding.spec, architecture, values)
     held = {name for name, bound in binding.tensors.items() if bound.spec.optional}
-    unknown = {axis for axis, size in binding.sizes.items() if binding.spec.axes[axis].size is None}
-    if needed is None or held != needed or unknown - {LABELS}:
+    if needed is None or held != needed:
         return False
-    return LABELS not in unknown or binding.sizes[LABELS] == _labels(values)
+    unknown = {axis: size for axis, size in binding.sizes.items() if binding.spec.axes[axis].size is None}
+    sizes = _table()[binding.spec.model_type].get("sizes", {})
+    return all(size == _size(axis, sizes, values) for axis, size in unknown.items())
 
 
 def is_whole_of_some_class(binding: Binding, values: Mapping[str, Any]) -> bool:
@@ -94,10 +95,10 @@ def needed_tensors(spec: PermutationSpec, architecture: str | None, values: Mapp
         patterns.add(need["name"])
     optional = [replace(tensor, condition=None) for tensor in spec.declarations if tensor.optional]
     names = concrete_names(optional, spec.axes, lambda _: True)
-    found = {name: pattern_of(name) for name in names}
-    if not patterns <= set(found.values()):
+    found = {name: {pattern_of(name), pattern_after_first(name)} for name in names}
+    if not patterns <= set().union(*found.values()):
         return None
-    return frozenset(name for name, pattern in found.items() if pattern in patterns)
+    return frozenset(name for name, forms in found.items() if forms & patterns)
 
 
 def pattern_of(name: str) -> str:
@@ -105,12 +106,21 @@ def pattern_of(name: str) -> str:
     return _INDEX.sub(".*", name)
 
 
-def _labels(values: Mapping[str, Any]) -> int | None:
-    """The number of labels that a config.json says; None where its class has to be asked."""
-    if "num_labels" in values:
+def pattern_after_first(name: str) -> str | None:
+    """The name of a tensor with a plus for every index; None where one is zero, of the first layer."""
+    return None if any(int(index[1:]) == 0 for index in _INDEX.findall(name)) else _INDEX.sub(".+", name)
+
+
+def _size(axis: str, sizes: Mapping[str, Any], values: Mapping[str, Any]) -> int | None:
+    """The size of an axis that a config.json says and the spec does not; None where its class has to be asked."""
+    if axis == LABELS:
+        labels = values.get("id2label", (0, 1))
+        return len(labels) if isinstance(labels, Mapping | tuple) and "num_labels" not in values else None
+    if axis not in sizes:
         return None
-    labels = values.get("id2label", (0, 1))
-    return len(labels) if isinstance(labels, Mapping | tuple) else None
+    rule = sizes[axis]
+    value = values.get(rule["key"], rule["default"])
+    return value + rule["more"] if type(value) is int else None
 
 
 @cache

@@ -12,7 +12,7 @@ from hf_llfc.checkpoints.names import Layout
 from tests.needs_table import FILE, classes_of, needs_of_type, tiny_configs
 
 TABLE = json.loads(FILE.read_text())
-FAST = ("bert", "llama", "qwen2", "vit")
+FAST = ("bert", "llama", "qwen2", "vit", "modernbert", "bart")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,16 @@ def test_a_class_that_lacks_one_of_its_tensors_is_not_whole(model_type):
         labels = {str(index): f"class {index}" for index in range(9)}
         has_labels = "labels" in spec.bind(shapes).sizes
         assert is_whole(spec.bind(shapes), name, values | {"id2label": labels}) != has_labels
+
+
+def test_a_size_that_a_config_says_otherwise_is_not_whole():
+    config = tiny_configs("bart")
+    config.architectures = ["BartForConditionalGeneration"]
+    spec, values = spec_for(config), config.to_dict()
+    shapes = Layout(transformers.BartForConditionalGeneration, config).shapes
+    assert is_whole(spec.bind(shapes), "BartForConditionalGeneration", values)
+    longer = values | {"max_position_embeddings": values["max_position_embeddings"] + 1}
+    assert not is_whole(spec.bind(shapes), "BartForConditionalGeneration", longer)
 
 
 def test_only_the_class_can_tell_what_the_table_does_not_say():
