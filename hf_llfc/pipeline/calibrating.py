@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_llfc.checkpoints import TensorInfo, load_model, state_dict_on_disk
+from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.files import LocalFiles, open_safetensors
 from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.checkpoints.source import Source
@@ -119,6 +119,7 @@ def fit(run: RunContext, merge: Merge | Merges) -> _Fitted:
         EvaluationError: There are fewer samples than processes, nothing to calibrate, or a feature is not finite.
     """
     from hf_llfc.calibration import Settings, calibrate_model
+    from hf_llfc.checkpoints import load_model
     from hf_llfc.diagnostics.streaming import Execution
 
     recipe, processes = run.recipe, run.processes
@@ -170,6 +171,7 @@ def _write_merged(run: RunContext, merge: Merge | Merges, path: Path) -> list[st
     Returns:
         The names of these statistics; none where the model has none, or they are averaged.
     """
+    from hf_llfc.checkpoints import load_model, state_dict_on_disk
     from hf_llfc.diagnostics import recompute_batch_norm
 
     dtype = working_dtype(merge.infos)
@@ -227,6 +229,8 @@ def _changed(
     merge: Merge | Merges, model: PreTrainedModel, path: Path, recomputed: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors on disk that differ from the merge, and what of them the merge has where calibration changed it."""
+    from hf_llfc.checkpoints import state_dict_on_disk
+
     state = state_dict_on_disk(model)
     tensors = {name: state[name] for name in recomputed}
     merged = {}

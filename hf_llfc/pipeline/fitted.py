@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from hf_llfc.checkpoints import load_model, open_checkpoint
+from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.foundation.layout import LLFC_FOLDER
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.pipeline.calibrating import MERGED_FILE, STAGE, blend_of
@@ -65,6 +65,8 @@ def _measure(run: RunContext) -> FittedMeasures:
     before = load_file(run.staging / LLFC_FOLDER / MERGED_FILE)
 
     def measured(changes: Mapping[str, Any], shares: Sequence[float], doing: str) -> ConnectivityReport:
+        from hf_llfc.checkpoints import load_model
+
         def progress(_: str, done: int, total: int) -> None:
             run.progress(doing, done, total)
 
