@@ -99,9 +99,11 @@ def plan_one(
             held_how = "in memory" if is_in_memory(first) else "whose weights are read as its modules run"
             what = f"{', '.join(each.id for each in moving)} on random inputs before and after, each {held_how}"
             steps.append({"step": "probe", "what": what})
-    if recipe.method is not None and recipe.measures_importance:
+    if recipe.measures_importance:
+        methods = [each.method for each in ([part.recipe for part in recipe.parts] or [recipe])]
+        kinds = ", ".join(dict.fromkeys(each.importance for each in methods if each is not None and each.importance))
         on = ", ".join(sorted({str(each.dataset) for each in recipe.importance_data if each is not None}))
-        steps.append({"step": "importance", "what": f"{recipe.method.importance} on {on}"})
+        steps.append({"step": "importance", "what": f"{kinds} on {on}"})
     steps.append(
         {
             "step": "merge",

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hf_llfc.alignment.together import align_all
 from hf_llfc.checkpoints import open_checkpoint, state_dict_on_disk
-from hf_llfc.checkpoints.files import LocalFiles, open_weights
-from hf_llfc.checkpoints.source import Source
-from hf_llfc.checkpoints.writing.journal import storing
 from hf_llfc.checkpoints.writing.output import WEIGHTS_STAGE
-from hf_llfc.foundation.tensor_files import save_tensors
 from hf_llfc.merging import Merge, Merges
-from hf_llfc.parents.data import evaluate_parents, open_data
+from hf_llfc.parents.data import evaluate_parents
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import alignment_spec
 from hf_llfc.pipeline.calibrating import calibrated
 from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report, shown_names
+from hf_llfc.pipeline.importance import measure_importances
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.sharing import write_shared
 from hf_llfc.pipeline.weighting import Broken, plan_merge
@@ -110,40 +106,6 @@ def finish_weights(run: RunContext) -> None:
     refuse_changed(run.models.all)
     if WEIGHTS_STAGE not in run.output.journal.stages:
         run.output.journal.finish(WEIGHTS_STAGE)
-
-
-def measure_importances(run: RunContext) -> list[Source]:
-    """The importance of every parent's weights in files beside the output, where the method asks for it.
-
-    They are not kept: a run that goes on measures them again, and finds the same.
-    """
-    method = run.recipe.method
-    if method is None or not method.importance:
-        return []
-    folder = run.output.work / "importance"
-    run.on_main(lambda run: _write_importances(run, method.importance, folder))
-    weights = [
-        open_weights(LocalFiles(parent.checkpoint.label, folder / str(index)), None)
-        for index, parent in enumerate(run.parents)
-    ]
-    return [
-        Source(f"importance of {parent.checkpoint.label}", each.read, each.span)
-        for parent, each in zip(run.parents, weights, strict=True)
-    ]
-
-
-def _write_importances(run: RunContext, kind: str, folder: Path) -> None:
-    from hf_llfc.diagnostics.importance import measure_importance
-
-    count = len(run.parents)
-    for index, (config, parent) in enumerate(zip(run.recipe.importance_data, run.parents, strict=True)):
-        assert config is not None, "the reader of recipes asks for it"
-        data = open_data(config, parent.checkpoint)
-        on_batch = partial(run.progress, f"measuring importance in model {index + 1} of {count}")
-        importance = measure_importance(parent.load(), data, kind, on_batch=on_batch)
-        with storing(folder):
-            (folder / str(index)).mkdir(parents=True, exist_ok=True)
-            save_tensors(importance, folder / str(index) / "model.safetensors")
 
 
 def with_batch_norm(run: RunContext, merge: Merge | Merges) -> Iterator[tuple[str, Tensor]]:

@@ -33,6 +33,9 @@ class Broken:
     tensors: Sequence[str]
 
 
+NO_IMPORTANCES: Mapping[str, Sequence[Source]] = {}
+
+
 def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
     """Dtype and shape of every merged tensor."""
     return merged_infos(first.tensors, getattr(torch, recipe.result_dtype) if recipe.result_dtype else None)
@@ -42,7 +45,7 @@ def plan_merge(
     models: tuple[Sequence[Parent], Parent | None],
     recipe: Recipe,
     broken: Broken | None = None,
-    importances: Sequence[Source] = (),
+    importances: Mapping[str, Sequence[Source]] = NO_IMPORTANCES,
     sections: Sequence[Section] = (),
 ) -> Merge | Merges:
     """What becomes of every tensor; weights that do not fit are refused before anything is read.
@@ -51,7 +54,7 @@ def plan_merge(
         models: The parents, and the base model.
         recipe: How they are merged.
         broken: What is kept as it is in one model.
-        importances: The importance of every parent's weights, where the method asks for it.
+        importances: See `stages.measure_importances`.
         sections: What of them is merged how, where that is not one way.
 
     Raises:
@@ -60,10 +63,10 @@ def plan_merge(
     parents, base = models
     infos = merge_infos(parents[0].checkpoint, recipe)
     if sections:
-        return _plan_sections(sections, parents, base, infos)
+        return _plan_sections(sections, parents, base, infos, importances)
     if recipe.method is not None:
         merge = _plan_method(recipe, parents, base, infos)
-        return replace(merge, importances=importances) if importances else merge
+        return replace(merge, importances=importances.get("", ()))
     keeper = recipe.keep_where_broken.model if recipe.keep_where_broken is not None else 0
     return Merge.plan(
         [parent.source for parent in parents],
@@ -77,7 +80,11 @@ def plan_merge(
 
 
 def _plan_sections(
-    sections: Sequence[Section], parents: Sequence[Parent], base: Parent | None, infos: Mapping[str, TensorInfo]
+    sections: Sequence[Section],
+    parents: Sequence[Parent],
+    base: Parent | None,
+    infos: Mapping[str, TensorInfo],
+    importances: Mapping[str, Sequence[Source]],
 ) -> Merges:
     """What becomes of every tensor of slices and modules; what none of them names is that of the first parent."""
     uses = RuleUse()
@@ -106,7 +113,7 @@ def _plan_sections(
                 part = Merge([parent.source for parent in own], of_section, weights, source)
         except RecipeError as error:
             raise RecipeError(f"{section.path}: {error}") from None
-        parts.append(part)
+        parts.append(replace(part, importances=importances.get(section.path, ())))
     uses.refuse_unused()
     named = {name for section in sections for name in section.names}
     rest = {name: info for name, info in infos.items() if name not in named}

@@ -178,8 +178,13 @@ def _disagreements_with_parts(recipe: Recipe) -> list[str]:
                 f"align.reference: of slices, the sources at one place are one model of the alignment; name their "
                 f"place, from 0 to {recipe.columns - 1}, not {reference!r}"
             )
-    if recipe.importance is not None:
-        problems.append("importance: is measured on whole models; merge them under `models`")
+    if recipe.importance is not None and not recipe.measures_importance:
+        problems.append("importance: has no meaning here; no part is merged by fisher or feedback, which measure it")
+    if recipe.measures_importance and recipe.align.method != "none":
+        problems.append(
+            "align: importance is measured in the models of these slices as they are, not aligned; remove it, or merge "
+            "whole models under `models`"
+        )
     if recipe.keep_where_broken is not None:
         problems.append("keep_where_broken: has a meaning for a linear merge of whole models only")
     if recipe.calibrate is not None:

@@ -458,6 +458,8 @@ class Recipe:
     @property
     def measures_importance(self) -> bool:
         """Whether models are run on data to weigh their elements."""
+        if self.parts:
+            return any(part.recipe.measures_importance for part in self.parts)
         return self.method is not None and bool(self.method.importance)
 
     @property

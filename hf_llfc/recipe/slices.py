@@ -327,8 +327,8 @@ class SliceReader:
         method = MERGE_METHODS.get(str(name))
         if method is None:
             return None  # said of the whole recipe
-        if method.importance:
-            self.problems.append(f"{path}: {name} measures whole models; merge them under `models`")
+        if method.importance and self._content.get("importance") is None:
+            self.problems.append(f"importance: missing, and {name} needs it; give task and dataset of samples")
             return None
         own_base = said("base_model")
         base = own_base if own_base is not None else self._content.get("base_model")
@@ -365,6 +365,7 @@ class SliceReader:
             **({"base_model": base} if base is not None else {}),
             **({"parameters": shared} if shared else {}),
             **{key: self._content[key] for key in ("dtype", "out_dtype", "seed") if key in self._content},
+            **({"importance": self._content["importance"]} if method.importance else {}),
             "output_dir": ".",
         }
         recipe, problems = self._read(content)

@@ -15,6 +15,7 @@ from hf_llfc.cli import main
 from hf_llfc.diagnostics.importance import IMPORTANCES, measure_importance
 from hf_llfc.errors import EvaluationError, RecipeError
 from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
+from hf_llfc.pipeline.planning import plan
 from hf_llfc.recipe import load_recipe
 from tests.evaluation.tiny_data import perceptron, pixel_rows, text_rows, vector_rows, word_tokenizer
 from tests.runs import byte_llama, image_data, saved, small_resnet, text_data
@@ -168,6 +169,37 @@ def test_a_merge_counts_every_element_by_its_importance(kind, shelf):
     assert not (shelf / ".out.partial").exists()
     assert [path.name for path in shelf.glob("out/**/*importance*")] == []
     assert "importance:" in (shelf / "out" / "README.md").read_text()  # the recipe
+
+
+def test_slices_count_by_the_importance_of_the_models_that_layers_come_from(shelf):
+    """Layers of the result that are 1 of `a` with 0 of `b`, then 0 of `b` with 1 of `a`; the last is one of `b`."""
+    recipe = {
+        "slices": [
+            {"sources": [{"model": "a", "layer_range": [1, 2]}, {"model": "b", "layer_range": [0, 1]}]},
+            {"sources": [{"model": "b", "layer_range": [0, 1]}, {"model": "a", "layer_range": [1, 2]}]},
+            {"sources": [{"model": "b", "layer_range": [1, 2]}], "merge_method": "passthrough"},
+        ],
+        "merge_method": "fisher",
+        "importance": DATA,
+        "output_dir": "out",
+    }
+    planned = plan(load_recipe(recipe))["steps"]
+    assert {"step": "importance", "what": "fisher on text.txt"} in planned
+    hf_llfc.run(recipe)
+    merged = load_file("out/model.safetensors")
+    a, b = ((load_file(f"{each}/model.safetensors"), importance_of(each, "fisher")) for each in "ab")
+    for name, tensor in merged.items():
+        places = {"layers.0.": ("layers.1.", "layers.0."), "layers.1.": ("layers.1.", "layers.0.")}
+        layer = name[len("model.") : len("model.layers.0.")] if "layers." in name else ""
+        if layer == "layers.2." or name in ("model.norm.weight", "lm_head.weight"):
+            assert torch.equal(tensor, b[0][name.replace("layers.2.", "layers.1.")])
+            continue
+        of_a, of_b = (name.replace(layer, own) if layer else name for own in places.get(layer, ("", "")))
+        values, counts = [a[0][of_a].double(), b[0][of_b].double()], [a[1][of_a].double(), b[1][of_b].double()]
+        least = 1e-6 * torch.stack(counts).mean()
+        counts = [count.clamp(min=float(least)) for count in counts]
+        oracle = sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
+        torch.testing.assert_close(tensor.double(), oracle, rtol=0, atol=2e-7)
 
 
 def test_the_command_line_and_an_alignment(shelf):

@@ -86,7 +86,18 @@ TWO = [[source("a")], [source("b", 1, 3)]]
             ),
             "slices[0].base_model: c is not among the sources, whose layers differ; list it there",
         ),
-        (stack(*TWO, merge_method="fisher"), "slices[0]: fisher measures whole models; merge them under `models`"),
+        (stack(*TWO, merge_method="fisher"), "importance: missing, and fisher needs it; give task and dataset"),
+        (
+            stack(*TWO, importance={"task": "text-generation", "dataset": "texts"}),
+            "importance: has no meaning here; no part is merged by fisher or feedback, which measure it",
+        ),
+        (
+            stack(
+                [source("a"), source("b")], [source("b"), source("a")], merge_method="fisher",
+                importance={"task": "text-generation", "dataset": "texts"}, align={"method": "weight_matching"},
+            ),
+            "align: importance is measured in the models of these slices as they are, not aligned; remove it",
+        ),
         (stack([source("a", scale=[0.5])], [source("b")]), "slices[0].sources[0].parameters.scale: a gradient has two"),
         (stack(*TWO, parameters={"scale": {"filter": "mlp", "value": [1]}}), "parameters.scale: a gradient has two"),
         (stack(*TWO, align={"method": "weight_matching"}), "align: every slice has one source, so there is nothing"),
