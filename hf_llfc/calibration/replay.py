@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.features.layers import handing_over
 from hf_llfc.diagnostics.features.trial import LOGITS, Layer, first_tensor
-from hf_llfc.evaluation.models import evaluation_mode, forward_logits
+from hf_llfc.evaluation.models import evaluation_mode, forward_logits, model_inputs
 
 _PLACE = object()
 """Stands in an output for its first tensor."""
@@ -76,6 +76,12 @@ class Replay:
         for index in list(waiting):
             if layers[index].side == LOGITS and logits is not None:
                 receive(index, logits)
+
+    @torch.no_grad()
+    def answer(self, number: int, batch: Mapping[str, Tensor], finished: set[str]) -> Tensor:
+        """What the model answers to a batch; see `run` and `answer_of`."""
+        with self._resumed(number, finished):
+            return answer_of(self.model, batch)
 
     @contextmanager
     def _resumed(self, number: int, finished: set[str]) -> Iterator[None]:
@@ -155,8 +161,18 @@ def chains_that_hold(
     blocks = {block for chain in chains for block in chain}
     if not blocks:
         return ()
-    replay, seen = Replay(model, chains), []
-    last = Layer(LOGITS, "", 0, LOGITS, (), False)
-    for _ in range(2):
-        replay.run(0, batch, [last], lambda _, tensor: seen.append(tensor), blocks)
-    return chains if len(seen) == 2 and torch.equal(*seen) else ()
+    replay = Replay(model, chains)
+    with evaluation_mode(model):
+        once, again = (replay.answer(0, batch, blocks) for _ in range(2))
+    return chains if torch.equal(once, again) else ()
+
+
+@torch.no_grad()
+def answer_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits, or the first output of a model that has none."""
+    logits = forward_logits(model, batch)
+    if logits is not None:
+        return logits
+    answer = first_tensor(model(**model_inputs(batch, model)))
+    assert answer is not None, "a model gives something"
+    return answer

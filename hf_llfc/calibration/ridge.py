@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_llfc.calibration.engine import DEFAULTS, Batch, Calibration, Finished, Settings, Source, calibrate_model
-from hf_llfc.diagnostics.features.trial import first_tensor
+from hf_llfc.calibration.replay import answer_of
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.models import forward_logits, model_inputs, predictions_in
+from hf_llfc.evaluation.models import forward_logits, predictions_in
 
 RIDGES = (0.001, 0.01, 0.1, 1.0)
 
@@ -104,19 +104,8 @@ def _split(source: Source) -> tuple[Source, Source]:
 
 def _blended(parents: Sequence[PreTrainedModel], batch: Batch, weights: Sequence[float]) -> Tensor:
     """The blend of what the parents answer."""
-    answers = [_answer(parent, batch) * weight for parent, weight in zip(parents, weights, strict=True) if weight]
+    answers = [answer_of(parent, batch) * weight for parent, weight in zip(parents, weights, strict=True) if weight]
     return torch.stack(answers).sum(0)
-
-
-@torch.no_grad()
-def _answer(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits, or the first output of a model that has none."""
-    logits = forward_logits(model, batch)
-    if logits is not None:
-        return logits
-    answer = first_tensor(model(**model_inputs(batch, model)))
-    assert answer is not None, "a model gives something"
-    return answer
 
 
 @torch.no_grad()
@@ -132,7 +121,7 @@ def _distances(
 
 def _of_samples(blend: Tensor, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     logits = forward_logits(model, batch)
-    answer = _answer(model, batch) if logits is None else logits
+    answer = answer_of(model, batch) if logits is None else logits
     values = []
     for index in range(len(blend)):
         sample = {name: value[index : index + 1] for name, value in batch.items()}

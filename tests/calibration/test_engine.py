@@ -15,6 +15,7 @@ from tests.tiny_models import tiny_inputs, tiny_model
 
 # Family, and the name of its head in `tiny_model`.
 MODELS = [
+    ("bert", "base"),
     ("bert", "sequence-classification"),
     ("distilbert", "sequence-classification"),
     ("gpt2", "causal-lm"),
