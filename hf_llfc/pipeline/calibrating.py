@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +19,21 @@ from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.checkpoints.writing.journal import Journal, storing
 from hf_llfc.errors import EvaluationError
+from hf_llfc.foundation.choices import AUTO
 from hf_llfc.foundation.layout import LLFC_FOLDER
 from hf_llfc.merging import Merge, Merges, merged_infos
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.pipeline.run_context import RunContext
-from hf_llfc.publishing.record import CalibrationRecord, FittedMeasures, MapRecord
+from hf_llfc.publishing.record import CalibrationRecord, FittedMeasures, MapRecord, RidgeRecord
 from hf_llfc.recipe import CalibrateSection, Recipe
 
 # What runs models is imported where it is called: a merge alone does not wait for it to load.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_llfc.calibration import Calibration, Finished
+    from hf_llfc.calibration import Calibration, Finished, RidgeTrial
     from hf_llfc.calibration import Source as Samples
+    from hf_llfc.diagnostics.streaming import Execution
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def fit(run: RunContext, merge: Merge | Merges) -> _Fitted:
     Raises:
         EvaluationError: There are fewer samples than processes, nothing to calibrate, or a feature is not finite.
     """
-    from hf_llfc.calibration import Settings, calibrate_model
+    from hf_llfc.calibration import Settings, calibrate_model, choose_ridge
     from hf_llfc.checkpoints import load_model
     from hf_llfc.diagnostics.streaming import Execution
 
@@ -135,22 +137,45 @@ def fit(run: RunContext, merge: Merge | Merges) -> _Fitted:
     parents = [parent.load(dtype) for parent in run.parents]
     for each in (model, *parents):
         each.to(processes.device)  # type: ignore[arg-type]  # the signature is hidden
+    samples = _samples(run, section)
+    settings = Settings(section.method, layers=section.layers, norms=section.norms, own=section.own_input)
+    trials = _trials(run, lambda execution: choose_ridge(model, parents, samples, settings, execution=execution))
+    settings = replace(settings, ridge=trials[0].ridge if trials else float(section.ridge))
     done = _finished(run)
     numbers = iter(range(len(done) + 1, 1 << 30))
     calibration = calibrate_model(
         model,
         parents,
-        _samples(run, section),
-        Settings(section.method, float(section.ridge), section.layers, section.norms),
+        samples,
+        settings,
         execution=Execution(processes, run.progress),
         finished=done,
         on_finished=lambda part: run.on_main(lambda run: _keep(run.output.journal, next(numbers), part)),
     )
-    record = _record(run, section, calibration)
+    record = _record(run, calibration, settings.ridge, trials)
     if processes.is_main and (sentence := few_rows(record)) is not None:
         logger.warning("%s", sentence)
     tensors, merged = _changed(merge, model.cpu(), path, recomputed) if processes.is_main else ({}, {})
     return _Fitted(tensors, merged, record)
+
+
+def _trials(run: RunContext, choose: Callable[[Execution], Sequence[RidgeTrial]]) -> Sequence[RidgeRecord]:
+    """The ridges that were tried, the chosen one first; none where the recipe gives it."""
+    section = run.recipe.calibrate
+    if section is None or section.ridge != AUTO:
+        return ()
+
+    from hf_llfc.diagnostics.streaming import Execution
+
+    def progress(_: str, done: int, total: int) -> None:
+        run.progress("choosing the ridge", done, total)
+
+    return run.stage(
+        f"{STAGE} ridge",
+        lambda: choose(Execution(run.processes, progress)),
+        save=lambda journal, trials: ([asdict(trial) for trial in trials], ()),
+        load=lambda journal, values: [RidgeRecord(**each) for each in values],
+    )
 
 
 def few_rows(record: CalibrationRecord) -> str | None:
@@ -208,14 +233,19 @@ def _samples(run: RunContext, section: CalibrateSection) -> list[Samples]:
     ]
 
 
-def _record(run: RunContext, section: CalibrateSection, calibration: Calibration) -> CalibrationRecord:
-    changes = calibration.changes
+def _record(
+    run: RunContext, calibration: Calibration, ridge: float, trials: Sequence[RidgeRecord]
+) -> CalibrationRecord:
+    section, changes = run.recipe.calibrate, calibration.changes
+    assert section is not None
     apart = sum(row.apart**2 for row in changes) ** 0.5
     own = section.targets == "own"
     return CalibrationRecord(
         method=section.method,
         targets=section.targets,
-        ridge=float(section.ridge) if section.method == "calibrate" else None,
+        ridge=ridge if section.method == "calibrate" else None,
+        trials=tuple(trials),
+        own_input=section.own_input,
         data=tuple(dict(data.summary) for data in run.fitted_on),
         samples=sum(len(data) for data in run.fitted_on),
         blend=() if own else blend_of(run.recipe),

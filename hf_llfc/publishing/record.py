@@ -285,6 +285,21 @@ class FittedMeasures:
 
 
 @dataclass(frozen=True)
+class RidgeRecord:
+    """A ridge that was tried on samples that were held out.
+
+    Attributes:
+        ridge: What it was.
+        divergence: Of the result from the average of what the parents answer, in nats.
+        error: Standard error of its difference from the least of all.
+    """
+
+    ridge: float
+    divergence: float
+    error: float
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """How a merge was fitted to its parents' features.
 
@@ -293,6 +308,8 @@ class CalibrationRecord:
         targets: `blend` or `own`.
         samples: How many, over all processes and data.
         ridge: What held it at the merge; None of repair.
+        trials: The ridges that were tried, the chosen one first; none where the recipe gave it.
+        own_input: Share of a parent's own input in what its map was given to make the target.
         data: A summary of every set of samples.
         blend: The share of every parent in the target; none where each is its own.
         moved: Size of the change of all maps over the distance of the parents there; None where these are equal.
@@ -305,6 +322,8 @@ class CalibrationRecord:
     targets: str
     samples: int
     ridge: float | None = None
+    trials: tuple[RidgeRecord, ...] = ()
+    own_input: float = 1.0
     data: tuple[Mapping[str, Any], ...] = ()
     blend: tuple[float, ...] = ()
     moved: float | None = None

@@ -42,8 +42,8 @@ class CalibrateSection:
         "Fit whole affine maps, or only mean and size of their channels.", "calibrate", choices=CALIBRATION_METHODS
     )
     ridge: float | str = option(
-        "What holds calibration at the merge, in mean squares of the inputs of a map; auto chooses it on samples that "
-        "are held out.",
+        "What holds calibration at the merge, in mean squares of the inputs of a map; auto chooses it on a quarter of "
+        "the samples, which it holds out.",
         0.01,
         reads=_ridge,
         metavar="RIDGE",
@@ -56,6 +56,13 @@ class CalibrateSection:
         "What is imitated: the blend of all parents on the same samples, or each parent on its own `calibrate_on`.",
         "blend",
         choices=TARGETS,
+    )
+    own_input: float = option(
+        "Share of a parent's own input in what its map is given to make the target; 0 takes the input of the merge "
+        "(RegMean++), 0.3 the mix of FeatCal.",
+        1.0,
+        at_least=0,
+        at_most=1,
     )
 
     def __post_init__(self) -> None:
@@ -72,8 +79,6 @@ class CalibrateSection:
                 "dataset: has no meaning with the targets own, whose samples are those that each model names by its "
                 "`calibrate_on`; remove task and data here"
             )
-        if self.ridge == AUTO:
-            problems.append("ridge: auto is not there yet; give a number above 0, such as 0.01")
         if self.method == "repair":
             given = {"ridge": self.ridge != 0.01, "norms": not self.norms}
             problems += [f"{key}: has no meaning for repair; calibrate has one" for key, told in given.items() if told]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_llfc
+from hf_llfc import calibration
 from hf_llfc.calibration import Source, calibrate_model
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.cli import main
@@ -220,6 +221,7 @@ WRONG = {
     "unknown key": ({"rigde": 1}, {}, "calibrate.rigde: unknown key; did you mean 'ridge'"),
     "ridge": ({"ridge": 0}, {}, "calibrate.ridge: a number above 0, or auto is expected, found 0"),
     "ridge of repair": ({"method": "repair", "ridge": 0.5}, {}, "calibrate.ridge: has no meaning for repair"),
+    "own input": ({"own_input": 2}, {}, "calibrate.own_input: at least 0 and at most 1 is expected"),
     "own": ({"targets": "own"}, {}, "calibrate.dataset: has no meaning with the targets own"),
     "one model": ({}, {"models": [{"model": "a"}]}, "calibrate: brings a merge to the blend of two models or more"),
     "offload": ({}, {"diagnose": {"task": "causal-lm", "dataset": "d", "offload": True}}, "leave one of them out"),
@@ -252,6 +254,21 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(shelf, what):
     with pytest.raises(RecipeError) as error:
         load_recipe(content)
     assert expected in str(error.value) and len(error.value.problems) == 1
+
+
+def test_a_ridge_is_chosen_once(shelf, tmp_path, monkeypatch):
+    recipe = recipe_of(shelf, tmp_path / "out", {"ridge": "auto", "samples": 16})
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            hf_llfc.run(recipe)
+    monkeypatch.setattr(calibration, "choose_ridge", lambda *_, **__: pytest.fail("it is chosen again"))
+    record = hf_llfc.run(recipe).calibration
+    assert record.ridge == record.trials[0].ridge and len(record.trials) > 2
+    hf_llfc.run(recipe_of(shelf, tmp_path / "given", {"ridge": record.ridge, "samples": 16}))
+    for name, value in weights_of(tmp_path / "given").items():
+        assert torch.equal(weights_of(tmp_path / "out")[name], value)
+    assert f"(ridge {record.ridge:g}, chosen among " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_samples_of_a_model_need_targets_of_their_own(shelf):

@@ -70,7 +70,9 @@ def limit_of_calibration(record: CalibrationRecord | None, data: MeasuredData) -
 
 def _claim(record: CalibrationRecord) -> str:
     what = "The mean and size of its channels were" if record.method == "repair" else "Its weights were"
-    how = f" (ridge {record.ridge:g})" if record.ridge is not None else ""
+    tried = ", ".join(f"{each:g}" for each in sorted(trial.ridge for trial in record.trials))
+    chosen = f", chosen among {tried} on held-out samples" if tried else ""
+    how = f" (ridge {record.ridge:g}{chosen})" if record.ridge is not None else ""
     imitated = "those of each parent on its own samples" if record.targets == "own" else "the average of its parents'"
     return (
         f"This model is not the merge alone. {what} fitted to {calibrated_on(record)}, without labels, so that its "
