@@ -44,6 +44,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
                     "seconds": f"{matching['seconds']:.2g}",
                 }
                 print_table("one sweep of weight matching over one model", [row])
+            if calibration := planned["cost"].get("calibration"):
+                row = {
+                    "samples": calibration["samples"],
+                    "forward passes": f"{calibration['forward_passes']:.2g}",
+                    "operations": f"{calibration['operations']:.2g}",
+                    "seconds": f"{calibration['seconds']:.2g}",
+                }
+                print_table("calibration, about", [row])
             _show_task_vectors(planned["task_vectors"])
         return 0
     if options.compare is not None:

@@ -13,9 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.files import LocalFiles, open_safetensors
-from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.checkpoints.writing.journal import Journal, storing
 from hf_llfc.errors import EvaluationError
@@ -24,6 +22,7 @@ from hf_llfc.foundation.layout import LLFC_FOLDER
 from hf_llfc.merging import Merge, Merges, merged_infos
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.pipeline.run_context import RunContext
+from hf_llfc.pipeline.weighting import working_dtype
 from hf_llfc.publishing.record import CalibrationRecord, FittedMeasures, MapRecord, RidgeRecord
 from hf_llfc.recipe import CalibrateSection, Recipe
 
@@ -106,11 +105,6 @@ def blend_of(recipe: Recipe) -> tuple[float, ...]:
     weights = recipe.weights if recipe.method is None and recipe.merge_method == "linear" else None
     shares = weights if weights is not None else (1.0,) * len(recipe.models)
     return tuple(share / sum(shares) for share in shares)
-
-
-def working_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The dtype in which models run that are calibrated."""
-    return torch.promote_types(most_common_dtype(infos) or torch.float32, torch.float32)
 
 
 @one_thread_if_small(lambda run, *_: run.models.parents[0].nbytes)

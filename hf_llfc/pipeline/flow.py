@@ -26,7 +26,7 @@ from hf_llfc.pipeline.evidence import write_evidence
 from hf_llfc.pipeline.fitted import measure_fitted, with_merge_before
 from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.pipeline.mergeability import closeness, warnings_of
-from hf_llfc.pipeline.resources import importance_bytes, peak_memory, refuse_without_memory, refuse_without_room
+from hf_llfc.pipeline.resources import bytes_beside, peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.pipeline.run_context import RunContext, open_run
 from hf_llfc.pipeline.stages import align_parents, find_broken, measure, score, write_merge
 from hf_llfc.pipeline.trackers import refuse_missing_trackers, tracking
@@ -244,8 +244,7 @@ def refuse_too_large(run: RunContext) -> None:
     infos = merge_infos(opened.parents[0], recipe)
     if recipe.publish is not None:
         refuse_too_large_for_the_hub(infos, recipe.max_shard_size)
-    beside = len(recipe.models) * importance_bytes(infos) if recipe.measures_importance else 0
-    refuse_without_room(run.output, infos, beside)
+    refuse_without_room(run.output, infos, bytes_beside(recipe, infos))
     refuse_without_memory(peak_memory(recipe, opened.all, infos))
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hf_llfc.alignment.costs import matching_cost, probe_seconds
+import torch
+
+from hf_llfc.alignment.costs import machine_costs, matching_cost, probe_seconds
 from hf_llfc.checkpoints import Checkpoint, OutputFolder
+from hf_llfc.foundation.choices import AUTO
 from hf_llfc.parallel.devices import device_alone
 from hf_llfc.parents.carrying import carried
+from hf_llfc.parents.data import open_calibration_data
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs, stand_ins
 from hf_llfc.parents.probe import is_in_memory
 from hf_llfc.parents.specs import alignment_spec, bind
@@ -58,7 +62,9 @@ def plan_one(
         models take (Python, its libraries and activations come on top), as JSON values. Where weights are matched, if
         only for another method to start from, `matching` in `cost` holds what one sweep over one model takes:
         `operations`, `bytes`, and `seconds` as a short measurement on this machine predicts them; `probe` holds the
-        `seconds` of probing the moved models. `task_vectors` is what `which_method.compared` finds.
+        `seconds` of probing the moved models, and `calibration` about what a calibration takes: `samples`,
+        `forward_passes` over them, `operations`, `bytes` and `seconds`. `task_vectors` is what `which_method.compared`
+        finds.
 
     Raises:
         LLFCError: The recipe or its parents are at fault.
@@ -113,6 +119,10 @@ def plan_one(
             f"{len(infos)} tensors",
         }
     )
+    calibration: dict[str, Any] = {}
+    if recipe.calibrate is not None:
+        what, calibration = _calibration(recipe, opened, device, is_there=made is None)
+        steps.append({"step": "calibrate", "what": what})
     if recipe.diagnose is not None:
         data = recipe.diagnose.data
         steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
@@ -130,13 +140,48 @@ def plan_one(
     if recipe.align.method != "none" and recipe.align.probe:
         reads += 2 * sum(each.nbytes for each in moving)
         probing = {"probe": {"seconds": len(moving) * probe_seconds(first)}}
-    cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held, **matching, **probing}
+    if recipe.calibrate is not None:
+        reads += sum(each.nbytes for each in opened.parents)
+    cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held}
+    cost |= {**matching, **probing, **calibration}
     return {
         "steps": steps,
         "cost": cost,
         "warnings": warnings_of(opened, beside),
         "task_vectors": compared(recipe, opened, merge, compare),
     }
+
+
+def _calibration(
+    recipe: Recipe, opened: Models, device: torch.device | None, *, is_there: bool
+) -> tuple[str, dict[str, dict[str, float]]]:
+    """What a calibration does, and what it takes where the models are there to be asked."""
+    section, count = recipe.calibrate, len(opened.parents)
+    assert section is not None
+    names = ", ".join(dict.fromkeys(str(each.dataset) for each in recipe.calibration_data))
+    what = f"{section.method} towards {'the blend of' if section.targets == 'blend' else 'each of'} {count} models"
+    what += f", ridge {section.ridge}" if section.method == "calibrate" else ""
+    if not is_there:
+        return f"{what}, on {names}", {}
+    from hf_llfc.calibration.costs import calibration_cost
+
+    data = open_calibration_data(recipe, opened)
+    samples = sum(map(len, data))
+    batch, _ = next(data[0].batches())
+    chooses = section.ridge == AUTO
+    cost = calibration_cost(opened.parents[0], batch, samples, count, method=section.method, chooses=chooses)
+    per_operation, per_byte = machine_costs(device)
+    read = (count + 1) * opened.parents[0].nbytes
+    numbers = {
+        "samples": samples,
+        "forward_passes": cost.passes,
+        "operations": cost.operations + cost.solving,
+        "bytes": read,
+        # Products and solves are in float64.
+        "seconds": (cost.operations + 2 * cost.solving) * per_operation + read * per_byte,
+    }
+    what += f", on {samples} samples of {names}; about {cost.passes:.0f} forward passes over them"
+    return what, {"calibration": numbers}
 
 
 def _methods(recipe: Recipe) -> str:

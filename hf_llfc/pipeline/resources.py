@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from hf_llfc.alignment.costs import matching_memory
 from hf_llfc.checkpoints import Checkpoint, OutputFolder, TensorInfo
 from hf_llfc.errors import CheckpointError
+from hf_llfc.foundation.choices import AUTO
 from hf_llfc.parallel.memory import available_memory
 from hf_llfc.parents.probe import probe_memory
+from hf_llfc.pipeline.weighting import working_dtype
 from hf_llfc.recipe import Recipe
 
 # The card, plots, tokenizer and alignments beside the weights.
@@ -37,10 +39,27 @@ def peak_memory(recipe: Recipe, checkpoints: Sequence[Checkpoint], infos: Mappin
     if recipe.measures_importance:
         # A model, its gradient and its importance in float32.
         held = max(held, max(each.nbytes for each in checkpoints) + 3 * importance_bytes(infos))
+    if recipe.calibrate is not None:
+        # The merge and its parents, and the merge once more to begin anew with another ridge.
+        held = max(held, (len(recipe.models) + 1 + (recipe.calibrate.ridge == AUTO)) * working_bytes(infos))
     if recipe.diagnose is not None and not recipe.diagnose.offload:
         # The models, and the one between them, in the dtype in which they are stored.
         held = max(held, sum(each.nbytes for each in checkpoints) + sum(info.nbytes for info in infos.values()))
     return held
+
+
+def bytes_beside(recipe: Recipe, infos: Mapping[str, TensorInfo]) -> int:
+    """Bytes on the disk that a run takes beside its output while it works."""
+    beside = len(recipe.models) * importance_bytes(infos) if recipe.measures_importance else 0
+    if recipe.calibrate is not None:
+        # The merge, what is finished of its calibration, all of that, and the merge as it would be written.
+        beside += 3 * working_bytes(infos) + sum(info.nbytes for info in infos.values())
+    return beside
+
+
+def working_bytes(infos: Mapping[str, TensorInfo]) -> int:
+    """Bytes of a model that is calibrated."""
+    return working_dtype(infos).itemsize * sum(info.elements for info in infos.values())
 
 
 def importance_bytes(infos: Mapping[str, TensorInfo]) -> int:

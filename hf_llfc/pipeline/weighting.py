@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_llfc.checkpoints import Checkpoint, TensorInfo
+from hf_llfc.checkpoints.settings import most_common_dtype
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.errors import RecipeError
 from hf_llfc.merging import Merge, Merges, Rule, RuleUse, WeightSchedule, merged_infos, resolve_weights
@@ -39,6 +40,11 @@ NO_IMPORTANCES: Mapping[str, Sequence[Source]] = {}
 def merge_infos(first: Checkpoint, recipe: Recipe) -> dict[str, TensorInfo]:
     """Dtype and shape of every merged tensor."""
     return merged_infos(first.tensors, getattr(torch, recipe.result_dtype) if recipe.result_dtype else None)
+
+
+def working_dtype(infos: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The dtype in which models run that are calibrated."""
+    return torch.promote_types(most_common_dtype(infos) or torch.float32, torch.float32)
 
 
 def plan_merge(

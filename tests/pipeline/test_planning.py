@@ -1,12 +1,16 @@
 """A plan's steps and costs, against figures worked out by hand from the shapes of tiny Llamas."""
 
 import pytest
+import torch
 
+from hf_llfc.calibration.costs import forward_of
+from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.points import TASK_SCALES
 from hf_llfc.errors import RecipeError
 from hf_llfc.pipeline.planning import plan
 from hf_llfc.recipe import load_recipe
 from tests.runs import byte_llama, saved, text_data
+from tests.tiny_models import tiny_model
 
 HIDDEN, NEURONS, LAYERS, VOCABULARY = 24, 40, 2, 256
 QUERIES, KEYS = 6 * 8, 2 * 8
@@ -69,6 +73,34 @@ def test_alignment_reads_twice_and_names_what_may_move(shelf):
     assert "probe" not in steps_of(without) and "probe" not in without["cost"]
     assert without["cost"]["bytes_read"] == 4 * BYTES
     assert 0 < answer["cost"]["matching"]["bytes"] < BYTES and answer["cost"]["matching"]["operations"] > 0
+
+
+def test_a_calibration_is_planned_from_config_and_data(shelf):
+    data = {"task": "text-generation", "dataset": str(shelf / "text.txt"), "tokenizer": "bytes", "max_length": 32}
+    answer = planned(shelf, calibrate={**data, "samples": 16})
+    said, cost = steps_of(answer)["calibrate"], answer["cost"]["calibration"]
+    assert said.startswith("calibrate towards the blend of 2 models, ridge 0.01, on 16 samples of ")
+    assert said.endswith("about 11 forward passes over them")
+    # 16 samples of 32 tokens: two operations a weight but the embedding, and as much again for attention at most.
+    forward = 2 * 16 * 32 * (ELEMENTS - VOCABULARY * HIDDEN)
+    assert cost["samples"] == 16 and cost["bytes"] == 3 * BYTES and cost["seconds"] > 0
+    repaired = planned(shelf, calibrate={**data, "samples": 16, "method": "repair"})["cost"]["calibration"]
+    runs = repaired["operations"] / repaired["forward_passes"]
+    assert forward < runs < 1.5 * forward and repaired["operations"] < cost["operations"]
+    chosen = planned(shelf, calibrate={**data, "samples": 16, "ridge": "auto"})["cost"]
+    assert chosen["calibration"]["operations"] > 3 * cost["operations"]
+    # The merge and both models in float32, and the merge once more to begin anew.
+    assert answer["cost"]["peak_memory_bytes"] == 3 * BYTES and chosen["peak_memory_bytes"] == 4 * BYTES
+    assert answer["cost"]["bytes_read"] == 4 * BYTES
+
+
+def test_models_that_cannot_run_without_values_are_planned_by_their_weights(shelf):
+    batch = {"input_ids": torch.zeros(2, 7, dtype=torch.long), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    for name in ("mixtral", "gpt2", "bert"):
+        model = tiny_model(name, "sequence-classification")
+        one = forward_of(open_checkpoint(model), batch)
+        inside = [each for each in model.parameters() if each.dim() == 2 and len(each) < 90]
+        assert one.operations > 2 * 7 * min(each.numel() for each in inside) and one.products > 0 and one.solves > 0
 
 
 def test_task_vectors_are_aligned_onto_their_base(shelf):
