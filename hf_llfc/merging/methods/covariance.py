@@ -2,7 +2,8 @@
 
 The update of a linear map is a sum of gradients gxᵀ, so τᵀτ, for τ = θ − θ₀ as a matrix (outputs × inputs), stands in
 for the covariance of its inputs, and the closed form of RegMean needs no data. A kernel of a convolution is outputs ×
-the rest. Vectors, and tensors with one row or column, get the mean of the τᵢ. Everything is computed in float64.
+the rest. Vectors, and tensors with one row or column, get the mean of the τᵢ. Everything is computed in float64; where
+it is refined, Δ waits in float32 meanwhile, unless the models are in float64.
 
 Shape suffixes: `oi` outputs and inputs, `ri` some outputs, `ii` inputs and inputs, `1i` one row; `ls` and `rs` as in
 `decompositions`.

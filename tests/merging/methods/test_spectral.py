@@ -1,6 +1,9 @@
 """Methods that decompose matrices, against singular value decompositions and inverses in float64."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +178,34 @@ def test_what_is_between_polar_factors_is_theirs(count, generator):
 def polar(matrix):
     first, _, second = torch.linalg.svd(matrix, full_matrices=False)
     return first @ second
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from hf_llfc.merging.methods import find_method
+from hf_llfc.merging.methods.parts import InMemory, merged_parts
+
+method, settings = find_method("ace"), find_method("ace").settings({"heterogeneity": 0.0}, models=2)
+base, *models = torch.randn(3, 6144, 512)
+
+def held(key):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
+
+def merge(count):
+    stream = InMemory([model[:count] for model in models], base[:count])
+    for _ in merged_parts(method.prepared(stream, settings), stream):
+        pass
+
+merge(512)
+before = held("VmRSS")
+merge(6144)
+print((held("VmHWM") - before) / 12288)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured as Linux tells it")
+def test_a_tall_matrix_takes_few_matrices_of_memory():
+    """As large as the matrix in float32; the method that takes most of them."""
+    said = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
+    assert float(said) < 9
