@@ -52,6 +52,10 @@ class Inspection:
     tensors: Sequence[Mapping[str, Any]]
     verification: Mapping[str, Any] | None = None
 
+    def __bool__(self) -> bool:
+        """Whether the symmetries hold, where that was verified: false as the command then ends with 1."""
+        return self.verification is None or bool(self.verification["verified"])
+
 
 @within_memory()
 def inspect(

@@ -1,10 +1,13 @@
 """What the Python functions take and give back: no answer is true that means no, and no folder is called None."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import hf_llfc
+from hf_llfc.api import Inspection
 from hf_llfc.errors import EvaluationError, RecipeError, refuse_other_count
 from hf_llfc.pipeline.mergeability import CheckResult
 
@@ -14,6 +17,15 @@ from hf_llfc.pipeline.mergeability import CheckResult
 )
 def test_the_answer_of_a_check_is_true_where_it_is_yes(answer: str, yes: bool) -> None:
     assert bool(CheckResult(answer, "because")) is yes
+
+
+@pytest.mark.parametrize(
+    ("verification", "yes"),
+    [(None, True), ({"verified": True, "change": 0.0}, True), ({"verified": False, "change": 0.3}, False)],
+)
+def test_an_inspection_is_false_where_a_symmetry_was_verified_and_does_not_hold(verification: Any, yes: bool) -> None:
+    found = Inspection(**{**dict.fromkeys(field.name for field in fields(Inspection)), "verification": verification})
+    assert bool(found) is yes
 
 
 @pytest.mark.parametrize("out", [None, "", 3, ["out"]])

@@ -26,7 +26,7 @@ from hf_llfc.cli import main
 from hf_llfc.diagnostics import chance, diagnose_models
 from hf_llfc.diagnostics.chance import Predictions, at_chance, chance_loss
 from hf_llfc.diagnostics.diagnose import Origin
-from hf_llfc.diagnostics.points import arithmetic
+from hf_llfc.diagnostics.points import arithmetic, simplex
 from hf_llfc.diagnostics.rows import ModelReference
 from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
 from hf_llfc.evaluation.scoring import predicted_labels, score_samples
@@ -220,6 +220,8 @@ def test_three_models_and_a_base_that_need_not_know_the_task() -> None:
     data = load_evaluation_data(images(), None, trunk.config)
     report = diagnose_models(models, data, region=arithmetic([0.5, 0.5]))
     assert not report.at_chance and report.verdict.answer != "undecided"
+    report = diagnose_models(models, data, region=simplex([1, 1, 1]))
+    assert [each.model for each in report.at_chance] == [2] and report.verdict.answer == "undecided"
     report = diagnose_models([models[2], *models[:2]], data, region=arithmetic([0.5, 0.5]))
     assert [each.model for each in report.at_chance] == [0] and report.verdict.answer == "undecided"
 
