@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from hf_llfc.checkpoints import OutputFolder
 from hf_llfc.checkpoints.files import LocalFiles, open_weights
 from hf_llfc.checkpoints.header import parse_header, read_header
-from hf_llfc.checkpoints.writing.journal import Journal
+from hf_llfc.checkpoints.writing.journal import WEIGHTS_STAGE, Journal
+from hf_llfc.checkpoints.writing.listing import rewriting
 from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import LLFCError
 from hf_llfc.publishing import render_card
@@ -186,6 +188,27 @@ def journal(content: bytes) -> None:
         assert found is not None
         found.check_files()
         found.differences({"recipe": {}})
+        if WEIGHTS_STAGE in found.stages:
+            found.keep_weights({"recipe": {}})
+
+
+LISTED = ("README.md", "config.json", "llfc/run.json", "model.safetensors")
+
+
+def listing(content: bytes) -> None:
+    """The list of a run's files; what is in the folder stays as it is, whatever the list says."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "out"
+        (folder / "llfc").mkdir(parents=True)
+        (Path(place) / "beside").write_text("another's")
+        for name in LISTED:
+            (folder / name).write_text("x")
+        (folder / "llfc" / "files.json").write_bytes(content)
+        with only_our_errors():
+            OutputFolder(folder, overwrite=True).check()
+        with only_our_errors(), rewriting(folder):
+            (folder / "README.md").write_text("another card")
+        assert all((folder / name).is_file() for name in LISTED) and (Path(place) / "beside").is_file()
 
 
 BYTES: dict[str, Callable[[bytes], None]] = {
@@ -195,5 +218,6 @@ BYTES: dict[str, Callable[[bytes], None]] = {
     "report": report,
     "alignment": alignment,
     "journal": journal,
+    "listing": listing,
 }
 TEXTS: dict[str, Callable[[str], None]] = {"expression": expression, "override": override}

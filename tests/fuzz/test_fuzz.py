@@ -22,11 +22,26 @@ HEADER = {
 JOURNAL = {
     "format": "hf_llfc.journal/1",
     "identity": {"recipe": {"models": ["a"]}},
-    "stages": {"align": {"value": [None, "x"], "files": {"llfc/x": "0" * 64}}},
+    "stages": {
+        "align": {"value": [None, "x"], "files": {"llfc/x": "0" * 64}},
+        "weights": {"value": None, "files": {}},
+        "diagnose": {"value": None, "files": {}},
+    },
+    "of_weights": "0" * 64,
     "shards": {"model.safetensors": "0" * 32},
     "complete": False,
 }
-REPORTS = (make_report(), make_measured_report(blocks=1), make_simplex_report(3))
+LISTING = {
+    "format": "hf_llfc.files/1",
+    "files": [*targets.LISTED, "llfc/files.json"],
+    "states": {
+        "README.md": {"size": 1, "checksum": "0" * 32},
+        "model.safetensors": {"size": 1, "pieces": "0" * 32},
+        "config.json": {"size": 1, "link": "x"},
+    },
+}
+AT_CHANCE = {**make_report(), "at_chance": [{"model": 0, "because": "model 1 does no better than chance"}]}
+REPORTS = (AT_CHANCE, make_measured_report(blocks=1), make_simplex_report(3))
 
 
 def as_yaml(value) -> bytes:
@@ -44,6 +59,7 @@ STRUCTURED = {
     "report": st.sampled_from(REPORTS).flatmap(changed).map(targets.as_json),
     "alignment": st.deferred(lambda: changed(targets.alignment_file()[1])).map(targets.alignment_with),
     "journal": changed(JOURNAL).map(targets.as_json),
+    "listing": changed(LISTING).map(targets.as_json),
 }
 VALID = {
     "header": lambda: targets.as_json(HEADER),
@@ -52,6 +68,7 @@ VALID = {
     "report": lambda: targets.as_json(REPORTS[0]),
     "alignment": lambda: targets.alignment_file()[0],
     "journal": lambda: targets.as_json(JOURNAL),
+    "listing": lambda: targets.as_json({**LISTING, "states": {}}),
 }
 TEXTS = st.text(max_size=40) | st.text(alphabet="ab.0123456789()[]+ \t=-{}*&!:,'\"", max_size=40)
 
