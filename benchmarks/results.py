@@ -19,7 +19,17 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "RESULTS.md"
-PAGES = ("correctness", "merging", "which_method", "matching", "llfc", "verdict", "many_models", "symmetries")
+PAGES = (
+    "correctness",
+    "merging",
+    "which_method",
+    "matching",
+    "llfc",
+    "verdict",
+    "many_models",
+    "symmetries",
+    "calibration",
+)
 """The pages of results/, in the order of RESULTS.md."""
 
 MARKER = re.compile(r"<!-- (/?)(\S+) -->")

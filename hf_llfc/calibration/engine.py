@@ -44,7 +44,7 @@ class Settings:
         method: ``calibrate`` or ``repair``.
         ridge: Weight of staying as the merge is, in units of the mean square of the inputs; above 0.
         layers: Shell patterns of modules that may change; all where empty.
-        norms: Whether scales and shifts after normalizations change too.
+        norms: Whether scales and shifts after every normalization change too, not those of batch normalization alone.
         stream: Whether what is added to a residual stream is compared as the stream.
         own: Share of a parent's own input in what its map is given to make the target, from 0 to 1: 1 takes what the
             parent gives out on its own run, 0 what its map makes of the merge's input (RegMean++), .3 the mix of both
@@ -55,7 +55,7 @@ class Settings:
     method: str = "calibrate"
     ridge: float = 0.01
     layers: tuple[str, ...] = ()
-    norms: bool = True
+    norms: bool = False
     stream: bool = True
     own: float = 1.0
     memory: int = 1 << 30

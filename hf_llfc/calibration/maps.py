@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.features.blocks import behind_a_router, find_blocks
@@ -109,7 +110,7 @@ def plan_maps(
     batch: Mapping[str, Tensor],
     *,
     layers: Sequence[str] = (),
-    norms: bool = True,
+    norms: bool = False,
     stream: bool = True,
 ) -> Plan:
     """Finds the affine maps of a model by a trial run.
@@ -118,7 +119,8 @@ def plan_maps(
         model: Any model that takes the batch.
         batch: A batch whose first sample is used for the trial run.
         layers: Shell patterns of the modules that may change; all where empty.
-        norms: Whether scales and shifts after a normalization count as maps.
+        norms: Whether scales and shifts after every normalization count as maps; those of batch normalization always
+            do, as a convolution before it has no bias.
         stream: Whether what a map adds to a residual stream is compared as the stream.
 
     Returns:
@@ -127,7 +129,11 @@ def plan_maps(
     trial = Trial.run(model, batch)
     blocks = find_blocks(model, [call for call in trial.calls if call.side == "output"])
     maps: dict[str, nn.Module] = dict(linear_maps(model))
-    scales = {name: module for name, module in model.named_modules() if norms and is_norm(module)}
+    scales = {
+        name: module
+        for name, module in model.named_modules()
+        if is_norm(module) and (norms or isinstance(module, _BatchNorm))
+    }
     calls: dict[str, list[tuple[Call, Call]]] = defaultdict(list)
     outputs = {call.key: call for call in trial.calls if call.side == "output"}
     for call in trial.calls:

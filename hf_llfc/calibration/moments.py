@@ -83,8 +83,8 @@ class Moments:
     def correction(self, ridge: float, *, bias: bool) -> Correction:
         """The change of weight and bias that brings outputs nearest to targets, by ridge regression towards no change.
 
-        Minimises Σ ‖r − ΔW x − Δb‖² + ridge · d · ‖ΔW‖², with d the mean of the diagonal of Σ x xᵀ; of centred x where
-        there is a bias, which is not penalised. A map whose inputs are constant, or that has no rows, stays.
+        Minimises Σ ‖r − ΔW x − Δb‖² + ridge · (d ‖ΔW‖² + n ‖Δb‖²), with n the rows and d the mean of the diagonal of
+        Σ x xᵀ, of centred x where there is a bias. A map whose inputs are zero, or that has no rows, stays.
 
         Args:
             ridge: Above 0.
@@ -92,17 +92,22 @@ class Moments:
         """
         xx_gii, rx_goi, rr_go = self.xx_gii, self.rx_goi, self.rr_go
         count = max(self.count, 1.0)
+        spread_g = xx_gii.diagonal(dim1=1, dim2=2).mean(1)
         if bias:
-            xx_gii = xx_gii - self.x_gi[:, :, None] * self.x_gi[:, None, :] / count
-            rx_goi = rx_goi - self.r_go[:, :, None] * self.x_gi[:, None, :] / count
-            rr_go = rr_go - self.r_go.square() / count
-        diagonal_g = xx_gii.diagonal(dim1=1, dim2=2).mean(1)
-        penalty_g = torch.where(diagonal_g > 0, ridge * diagonal_g, 1.0)
+            spread_g = spread_g - self.x_gi.square().mean(1) / count
+            shared = count * (1 + ridge)
+            xx_gii = xx_gii - self.x_gi[:, :, None] * self.x_gi[:, None, :] / shared
+            rx_goi = rx_goi - self.r_go[:, :, None] * self.x_gi[:, None, :] / shared
+        penalty_g = torch.where(spread_g > 0, ridge * spread_g, 1.0)
         eye_ii = torch.eye(xx_gii.shape[-1], dtype=torch.float64, device=xx_gii.device)
         factor_gii = torch.linalg.cholesky(xx_gii + penalty_g[:, None, None] * eye_ii)
         weight_goi = torch.cholesky_solve(rx_goi.mT, factor_gii).mT
-        after = rr_go.sum() - 2 * (weight_goi * rx_goi).sum() + ((weight_goi @ xx_gii) * weight_goi).sum()
-        bias_go = (self.r_go - (weight_goi @ self.x_gi[:, :, None])[:, :, 0]) / count if bias else None
+        after = rr_go.sum() - 2 * (weight_goi * self.rx_goi).sum() + ((weight_goi @ self.xx_gii) * weight_goi).sum()
+        bias_go = None
+        if bias:
+            rest_go = self.r_go - (weight_goi @ self.x_gi[:, :, None])[:, :, 0]
+            bias_go = rest_go / (count * (1 + ridge))
+            after = after - 2 * (bias_go * rest_go).sum() + count * bias_go.square().sum()
         spread = float((self.tt_go - self.t_go.square() / count).sum())
         return Correction(
             weight_goi,

@@ -19,7 +19,8 @@ from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import forward_logits, predictions_in
 
-RIDGES = (0.001, 0.01, 0.1, 1.0)
+RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0, 1000.0)
+"""What is tried; with the last the merge stays as it is, to a thousandth."""
 
 HELD_OUT = 4
 """One of so many samples is held out."""

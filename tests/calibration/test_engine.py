@@ -75,20 +75,21 @@ def test_a_map_gets_the_least_squares_solution():
     ridge = 0.05
     x, y = outputs(merge, inputs, name)
     target = sum(list(outputs(model, inputs, name))[1] for model in models) / 2
-    centred, wanted = x - x.mean(0), (target - y) - (target - y).mean(0)
-    penalty = ridge * centred.square().sum(0).mean()
-    rows = torch.cat([centred, penalty.sqrt() * torch.eye(x.shape[1], dtype=x.dtype)])
-    expected = torch.linalg.lstsq(
-        rows, torch.cat([wanted, torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)])
-    ).solution
+    ones = torch.ones(len(x), 1, dtype=x.dtype)
+    penalty = torch.cat([(x - x.mean(0)).square().sum(0).mean().expand(x.shape[1]), torch.tensor([len(x)])]) * ridge
+    rows = torch.cat([torch.cat([x, ones], 1), penalty.sqrt().diag()])
+    wanted = torch.cat([target - y, torch.zeros(x.shape[1] + 1, y.shape[1], dtype=x.dtype)])
+    expected = torch.linalg.lstsq(rows, wanted).solution
     before = copy.deepcopy(merge)
     result = calibrate_model(
         merge, models, [Source(inputs, (0.5, 0.5))], Settings(ridge=ridge, layers=(name,), stream=False)
     )
-    change = merge.get_submodule(name).weight - before.get_submodule(name).weight
-    torch.testing.assert_close(change, expected.T, rtol=1e-6, atol=1e-9)
+    change, shift = (
+        getattr(merge.get_submodule(name), key) - getattr(before.get_submodule(name), key) for key in ("weight", "bias")
+    )
+    torch.testing.assert_close(change, expected[:-1].T, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(shift, expected[-1], rtol=1e-6, atol=1e-9)
     fitted = list(outputs(merge, inputs, name))[1]
-    torch.testing.assert_close(fitted.mean(0), target.mean(0))
     (row,) = result.changes
     spread = (target - target.mean(0)).square().sum()
     assert row.before == pytest.approx(float((target - y).square().sum() / spread))
@@ -185,7 +186,7 @@ def test_more_ridge_moves_less():
     moved = []
     for ridge in (1e-3, 1e-1, 1e9):
         result = calibrate_model(
-            merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], Settings(ridge=ridge, norms=False)
+            merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], Settings(ridge=ridge)
         )
         moved.append(np.mean([row.moved for row in result.changes if row.moved]))
     assert moved[0] > moved[1] > moved[2]
