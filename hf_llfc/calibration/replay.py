@@ -167,7 +167,6 @@ def chains_that_hold(
     return chains if torch.equal(once, again) else ()
 
 
-@torch.no_grad()
 def answer_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits, or the first output of a model that has none."""
     logits = forward_logits(model, batch)

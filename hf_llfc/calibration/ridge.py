@@ -22,8 +22,11 @@ from hf_llfc.evaluation.models import forward_logits, predictions_in
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0, 1000.0)
 """What is tried; with the last the merge stays as it is, to a thousandth."""
 
-HELD_OUT = 4
-"""One of so many samples is held out."""
+PARTS = 4
+"""One of so many parts of the samples is held out."""
+
+FEW = 256
+"""Samples below which every part is held out in turn."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ def choose_ridge(
     ridges: Sequence[float] = RIDGES,
     execution: Execution = IN_ONE_PROCESS,
 ) -> tuple[RidgeTrial, ...]:
-    """Tries ridges on three quarters of the samples, and measures each on the rest.
+    """Tries ridges on three quarters of the samples, and measures each on the rest; of few samples, on every quarter.
 
     Args:
         model: The merge; it is the same afterwards.
         parents: As for `calibrate_model`.
-        sources: Samples of this process; of each source every fourth sample is held out.
+        sources: Samples of this process.
         settings: All but the ridge.
         ridges: What to try.
         execution: Processes and progress.
@@ -68,16 +71,21 @@ def choose_ridge(
     Raises:
         EvaluationError: There are too few samples.
     """
-    fitted, held_out = zip(*(_split(source) for source in sources), strict=True)
-    if not any(source.batches for source in held_out):
-        raise EvaluationError(f"ridge: auto needs {HELD_OUT} samples or more; give more, or a number for the ridge")
+    samples = sum(len(ids) for source in sources for _, ids in source.batches)
+    if execution.processes is not None:
+        samples = sum(execution.processes.gather(samples))
+    if samples < PARTS:
+        raise EvaluationError(f"ridge: auto needs {PARTS} samples or more; give more, or a number for the ridge")
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    blends = [_blended(parents, batch, source.weights) for source in held_out for batch, _ in source.batches]
-    values = []
-    for ridge in ridges:
-        calibrate_model(model, parents, fitted, replace(settings, ridge=ridge), execution=execution)
-        values.append(_distances(model, blends, held_out, execution))
-        model.load_state_dict(start)
+    found: list[list[Tensor]] = [[] for _ in ridges]
+    for part in range(PARTS if samples < FEW else 1):
+        fitted, held_out = zip(*(_split(source, part) for source in sources), strict=True)
+        blends = [_blended(parents, batch, source.weights) for source in held_out for batch, _ in source.batches]
+        for values_of, ridge in zip(found, ridges, strict=True):
+            calibrate_model(model, parents, fitted, replace(settings, ridge=ridge), execution=execution)
+            values_of.append(_distances(model, blends, held_out, execution))
+            model.load_state_dict(start)
+    values = [torch.cat(values_of) for values_of in found]
     means = [float(each.mean()) for each in values]
     best = min(range(len(ridges)), key=means.__getitem__)
     trials = []
@@ -90,19 +98,20 @@ def choose_ridge(
     return (chosen, *(trial for trial in trials if trial is not chosen))
 
 
-def _split(source: Source) -> tuple[Source, Source]:
-    """Samples to fit on, and every fourth to measure on."""
+def _split(source: Source, part: int) -> tuple[Source, Source]:
+    """Samples to fit on, and one part of them to measure on."""
     parts: tuple[list[tuple[Batch, Tensor]], list[tuple[Batch, Tensor]]] = ([], [])
     seen = 0
     for batch, ids in source.batches:
-        held = (torch.arange(len(ids)) + seen) % HELD_OUT == HELD_OUT - 1
+        held = (torch.arange(len(ids)) + seen) % PARTS == part
         seen += len(ids)
-        for part, chosen in zip(parts, (~held, held), strict=True):
+        for batches, chosen in zip(parts, (~held, held), strict=True):
             if chosen.any():
-                part.append(({name: value[chosen] for name, value in batch.items()}, ids[chosen]))
+                batches.append(({name: value[chosen] for name, value in batch.items()}, ids[chosen]))
     return replace(source, batches=parts[0]), replace(source, batches=parts[1])
 
 
+@torch.no_grad()
 def _blended(parents: Sequence[PreTrainedModel], batch: Batch, weights: Sequence[float]) -> Tensor:
     """The blend of what the parents answer."""
     answers = [answer_of(parent, batch) * weight for parent, weight in zip(parents, weights, strict=True) if weight]
