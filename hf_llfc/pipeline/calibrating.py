@@ -130,7 +130,7 @@ def fit(run: RunContext, merge: Merge | Merges) -> _Fitted:
     model = load_model(run.models.parents[0], state_dict=load_file(path), dtype=dtype).eval()
     parents = [parent.load(dtype) for parent in run.parents]
     for each in (model, *parents):
-        each.to(processes.device)  # type: ignore[arg-type]  # the signature is hidden
+        each.to(processes.device)
     samples = _samples(run, section)
     settings = Settings(section.method, layers=section.layers, norms=section.norms, own=section.own_input)
     trials = _trials(run, lambda execution: choose_ridge(model, parents, samples, settings, execution=execution))
@@ -166,7 +166,7 @@ def _trials(run: RunContext, choose: Callable[[Execution], Sequence[RidgeTrial]]
 
     return run.stage(
         f"{STAGE} ridge",
-        lambda: choose(Execution(run.processes, progress)),
+        lambda: [RidgeRecord(**asdict(trial)) for trial in choose(Execution(run.processes, progress))],
         save=lambda journal, trials: ([asdict(trial) for trial in trials], ()),
         load=lambda journal, values: [RidgeRecord(**each) for each in values],
     )

@@ -121,8 +121,8 @@ def plan_one(
     )
     calibration: dict[str, Any] = {}
     if recipe.calibrate is not None:
-        what, calibration = _calibration(recipe, opened, device, is_there=made is None)
-        steps.append({"step": "calibrate", "what": what})
+        told, calibration = _calibration(recipe, opened, device, is_there=made is None)
+        steps.append({"step": "calibrate", "what": told})
     if recipe.diagnose is not None:
         data = recipe.diagnose.data
         steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
@@ -142,7 +142,7 @@ def plan_one(
         probing = {"probe": {"seconds": len(moving) * probe_seconds(first)}}
     if recipe.calibrate is not None:
         reads += sum(each.nbytes for each in opened.parents)
-    cost = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held}
+    cost: dict[str, Any] = {"bytes_read": reads, "bytes_written": written, "peak_memory_bytes": held}
     cost |= {**matching, **probing, **calibration}
     return {
         "steps": steps,
