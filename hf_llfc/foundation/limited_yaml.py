@@ -120,6 +120,7 @@ def _documents(text: str) -> Iterator[Any]:
     try:
         while loader.check_node():
             node = loader.get_node()
+            assert node is not None, "looked at before"
             _refuse_too_large(node)
             yield loader.construct_document(node)
     finally:

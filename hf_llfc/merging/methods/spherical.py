@@ -111,11 +111,11 @@ def nuslerp(stream: Stream, settings: Settings) -> Prepared:
         changes = [change.view(-1, columns) for change in _from_base(models_c, base_c)]
         for sum_c, (i, j) in zip(sums_c, _PRODUCTS, strict=True):
             sum_c.add_((changes[i] * changes[j]).sum(dim=0))
-    shares = _shares_of_many(sums_c, t)
+    shares_of_columns = _shares_of_many(sums_c.unbind(), t)
 
     def along_columns(models_c: Sequence[Tensor], base_c: Tensor | None) -> Tensor:
         changes = [change.view(-1, columns) for change in _from_base(models_c, base_c)]
-        return _interpolated(changes, shares, base_c)
+        return _interpolated(changes, shares_of_columns, base_c)
 
     return Prepared(along_columns, columns)
 
