@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_llfc.calibration.maps import ALL, FIRST, Site, is_norm, normalized
+from hf_llfc.calibration.maps import is_norm, normalized
 from hf_llfc.diagnostics.features.layers import divide
 from hf_llfc.diagnostics.features.trial import Layer
 from hf_llfc.diagnostics.measures.linear_maps import CONVOLUTIONS
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What tells the rows of a batch.
-
-    Attributes:
-        samples: How many there are, n.
-        mask: (n, t), 0 at padded tokens; None where nothing is padded.
-    """
-
-    samples: int
-    mask: Tensor | None
-
-
-def inputs_of(module: Any, features: Tensor, site: Site, batch: Rows) -> Tensor:
+def inputs_of(module: Any, features: Tensor, layer: Layer, samples: int, mask: Tensor | None) -> Tensor:
     """What the matrix of a map multiplies, (s, g, i), float64.
 
     Args:
         module: The map.
         features: Its input.
-        site: The call of the map.
-        batch: Tells the rows.
+        layer: Where that was seen.
+        samples: Samples of the batch.
+        mask: (n, t), 0 at padded tokens; None where nothing is padded.
     """
     if is_norm(module):
         scaled, channels = normalized(module, features)
-        return _rows(scaled, site, site.reads, batch, channels)[:, :, None].double()
+        return _rows(scaled, layer, samples, mask, channels)[:, :, None].double()
     if isinstance(module, CONVOLUTIONS):
         patches = _patches(module, features)
-        return _rows(patches, site, site.reads, batch, 1).double().unflatten(1, (module.groups, -1))
-    return _rows(features, site, site.reads, batch, -1)[:, None].double()
+        return _rows(patches, layer, samples, mask, 1).double().unflatten(1, (module.groups, -1))
+    return _rows(features, layer, samples, mask, -1)[:, None].double()
 
 
-def outputs_of(module: Any, features: Tensor, site: Site, batch: Rows) -> Tensor:
+def outputs_of(module: Any, features: Tensor, layer: Layer, samples: int, mask: Tensor | None) -> Tensor:
     """What a map gives out, or the stream that takes it, (s, c), in the precision of the features."""
     channels = -1
     if isinstance(module, CONVOLUTIONS) or (is_norm(module) and features.shape[-1] != module.weight.numel()):
         channels = 1
-    return _rows(features, site, site.answers, batch, channels)
+    return _rows(features, layer, samples, mask, channels)
 
 
 def groups_of(module: Any) -> tuple[int, int, int]:
@@ -99,27 +86,18 @@ def _patches(module: nn.Module, features: Tensor) -> Tensor:
     return module._conv_forward(features, ones.repeat(module.groups, *[1] * (weight.dim() - 1)), None)
 
 
-def _rows(features: Tensor, site: Site, layer: Layer, batch: Rows, channels: int) -> Tensor:
-    """Features as (s, c): without padded tokens, and only those on which an answer depends."""
-    axes, channels = layer.token_axes, channels % features.dim()
-    if batch.mask is not None and axes:
-        divided, axes = divide(features, layer, batch.samples, batch.mask)
-        features, channels = divided, channels + divided.dim() - features.dim()
-    if len(axes) == 1:
-        moved = features.movedim((axes[0] % features.dim(), channels), (1, -1))
-        present = moved.new_ones(moved.shape[:2]) if batch.mask is None else batch.mask
-    else:
-        moved = features.movedim(channels, -1)
-        if site.position == ALL:
-            return moved.reshape(-1, moved.shape[-1])
-        moved = moved.reshape(batch.samples, -1, moved.shape[-1])
-        present = moved.new_ones(moved.shape[:2])
-    if site.position == ALL:
-        chosen = moved if batch.mask is None else moved[present.bool()]
-    else:
-        at = present.argmax(1) if site.position == FIRST else present.shape[1] - 1 - present.flip(1).argmax(1)
-        chosen = moved[torch.arange(len(moved), device=moved.device), at]
-    return chosen.reshape(-1, moved.shape[-1])
+def _rows(features: Tensor, layer: Layer, samples: int, mask: Tensor | None, channels: int) -> Tensor:
+    """Features as (s, c), without padded tokens."""
+    if mask is not None and layer.token_axes:
+        divided, axes = divide(features, layer, samples, mask)
+        if len(axes) == 1:
+            axis = axes[0] % divided.dim()
+            channels = channels % features.dim() + (divided.dim() - features.dim())
+            moved = divided.movedim((axis, channels), (1, -1))
+            return moved[mask.bool()].reshape(-1, moved.shape[-1])
+        features = divided
+    moved = features.movedim(channels, -1)
+    return moved.reshape(-1, moved.shape[-1])
 
 
 def parameters_of(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_llfc.calibration.affine import Rows, change, groups_of, inputs_of, outputs_of, parameters_of, scale
+from hf_llfc.calibration.affine import change, groups_of, inputs_of, outputs_of, parameters_of, scale
 from hf_llfc.calibration.maps import AffineMap, Plan, plan_maps
 from hf_llfc.calibration.moments import ChannelMoments, Moments
 from hf_llfc.calibration.replay import Replay, chains_that_hold
@@ -292,7 +292,6 @@ class _Work:
         alone: list[AffineMap] = []
         for each in stage:
             single = each.is_norm or len(each.sites) > 1 or isinstance(self._module(each), CONVOLUTIONS)
-            single = single or each.sites[0].position != stage[0].sites[0].position
             (alone if single else together).append(each)
         return [self._empty(tuple(maps)) for maps in (together, *([each] for each in alone)) if maps]
 
@@ -307,18 +306,19 @@ class _Work:
     def _targets(self, number: int, stages: Sequence[Sequence[AffineMap]]) -> dict[str, Tensor]:
         """The blend of what the parents give, by the label of what is compared, (s, c)."""
         batch, ids, weights = self.items[number]
-        compared = {site.answers.label: (site, each) for stage in stages for each in stage for site in each.sites}
-        layers = [site.answers for site, _ in compared.values()]
-        sites = [site for site, _ in compared.values()]
+        compared = {
+            site.answers.label: (site.answers, each) for stage in stages for each in stage for site in each.sites
+        }
+        layers = [layer for layer, _ in compared.values()]
         modules = [self._module(each) for _, each in compared.values()]
-        rows_of = Rows(len(ids), attention_mask(batch, ids, layers, self.model.device))
+        mask = attention_mask(batch, ids, layers, self.model.device)
         blend: dict[str, Tensor] = {}
         for parent, (replay, weight) in enumerate(zip(self._others, weights, strict=True)):
             if weight == 0:
                 continue
 
             def receive(index: int, tensor: Tensor, weight: float = weight, parent: int = parent) -> None:
-                rows = outputs_of(modules[index], tensor, sites[index], rows_of)
+                rows = outputs_of(modules[index], tensor, layers[index], len(ids), mask)
                 check_rows(rows, layers[index].label, f"parent {parent + 1}")
                 label = layers[index].label
                 blend[label] = rows * weight if label not in blend else blend[label].add_(rows, alpha=weight)
@@ -331,7 +331,7 @@ class _Work:
         batch, ids, weights = self.items[number]
         sites = [site for bundle in bundles for each in bundle.maps for site in each.sites]
         layers = list(dict.fromkeys(layer for site in sites for layer in (site.reads, site.answers)))
-        rows_of = Rows(len(ids), attention_mask(batch, ids, layers, self.model.device))
+        mask = attention_mask(batch, ids, layers, self.model.device)
         seen: dict[Layer, Tensor] = {}
 
         def receive(index: int, tensor: Tensor) -> None:
@@ -341,7 +341,7 @@ class _Work:
         for bundle in bundles:
             for of_call in zip(*(each.sites for each in bundle.maps), strict=True):
                 answers = [
-                    outputs_of(self._module(each), seen[site.answers], site, rows_of)
+                    outputs_of(self._module(each), seen[site.answers], site.answers, len(ids), mask)
                     for each, site in zip(bundle.maps, of_call, strict=True)
                 ]
                 y_sc = torch.cat(answers, 1).double()
@@ -351,11 +351,13 @@ class _Work:
                     bundle.sums.add(y_sc, t_sc)
                     continue
                 reads = of_call[0].reads
-                x_sgi = inputs_of(self._module(bundle.maps[0]), seen[reads], of_call[0], rows_of)
+                x_sgi = inputs_of(self._module(bundle.maps[0]), seen[reads], reads, len(ids), mask)
                 r_sc = t_sc - y_sc
                 if self.settings.own < 1:
                     apart = [
-                        outputs_of(self._module(each), self._apart(each, seen[reads], weights), site, rows_of)
+                        outputs_of(
+                            self._module(each), self._apart(each, seen[reads], weights), site.answers, len(ids), mask
+                        )
                         for each, site in zip(bundle.maps, of_call, strict=True)
                     ]
                     r_sc = torch.lerp(torch.cat(apart, 1).double(), r_sc, self.settings.own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,10 +15,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from hf_llfc.calibration.replay import answer_of
 from hf_llfc.diagnostics.features.blocks import behind_a_router, find_blocks
 from hf_llfc.diagnostics.features.hooks import hooked
-from hf_llfc.diagnostics.features.layers import handing_over
 from hf_llfc.diagnostics.features.trial import Call, Layer, Trial, first_tensor, two_copies
 from hf_llfc.diagnostics.measures.linear_maps import linear_maps
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
@@ -28,8 +26,6 @@ SAME = 1e-3
 
 SUMS_AT_MOST = 16
 """Tensors after the output of a map among which its sum with the residual stream is looked for."""
-
-ALL, FIRST, LAST = "all", "first", "last"
 
 PROJECTIONS = 4
 """Random vectors that tell tensors apart."""
@@ -42,13 +38,10 @@ class Site:
     Attributes:
         reads: Its input.
         answers: The tensor that is compared with its target: its output, or the residual stream that it is added to.
-        position: The tokens, or positions of an image, on which what the model answers depends: ``all``, or the
-            ``first`` or ``last`` of each sample, as behind the last attention of a classifier.
     """
 
     reads: Layer
     answers: Layer
-    position: str = ALL
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,6 @@ def plan_maps(
             for read, written in pairs
         )
         found.append(AffineMap(name, sites, stage, name in scales))
-    found = _with_positions(model, two_copies(batch), found) if found else []
     chains = _chains(trial, blocks)
     position = {id(call): index for index, call in enumerate(trial.calls)}
     starts = [position[id(reader)] for reader in readers]
@@ -200,41 +192,6 @@ def normalized(module: nn.Module, features: Tensor) -> tuple[Tensor, int]:
     constant = functional_call(module, zeros, (features,))
     scaled = functional_call(module, zeros | {"weight": torch.ones_like(weight)}, (features,)) - constant
     return scaled, -1 if scaled.shape[-1] == len(weight) else 1
-
-
-def _with_positions(model: PreTrainedModel, copies: Mapping[str, Tensor], maps: Sequence[AffineMap]) -> list[AffineMap]:
-    """The maps with the positions that matter, by the gradient of what the model answers to the trial's samples."""
-    layers = list(dict.fromkeys(site.answers for each in maps for site in each.sites))
-    seen: dict[Layer, Tensor] = {}
-    trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    training = [(module, module.training) for module in model.modules()]
-    model.eval().requires_grad_(True)
-    try:
-        with torch.enable_grad(), handing_over(model, layers, lambda at, tensor: seen.update({layers[at]: tensor})):
-            answer = answer_of(model, copies)
-        direction = torch.randn(answer.shape, generator=torch.Generator().manual_seed(0)).to(answer)
-        gradients = torch.autograd.grad((answer * direction).sum(), list(seen.values()), allow_unused=True)
-    finally:
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(trained[name])
-        for module, was_training in training:
-            module.training = was_training
-    positions = {layer: _position(layer, gradient) for layer, gradient in zip(seen, gradients, strict=True)}
-    return [
-        replace(each, sites=tuple(replace(site, position=positions.get(site.answers, ALL)) for site in each.sites))
-        for each in maps
-    ]
-
-
-def _position(layer: Layer, gradient: Tensor | None) -> str:
-    """Which positions of two samples have a gradient that is not zero."""
-    if gradient is None or layer.overwritten or gradient.dim() < 3 or len(gradient) != 2 or len(layer.token_axes) > 1:
-        return ALL
-    axis = layer.token_axes[0] if layer.token_axes else 1
-    counts = gradient.movedim(axis, 1).flatten(2).ne(0).any(2).any(0)
-    if counts.sum() != 1 or len(counts) < 2:
-        return ALL
-    return FIRST if counts[0] else LAST if counts[-1] else ALL
 
 
 def _problem(module: nn.Module, owners: Mapping[int, int]) -> str | None:
