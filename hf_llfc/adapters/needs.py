@@ -119,8 +119,8 @@ def _size(axis: str, sizes: Mapping[str, Any], values: Mapping[str, Any]) -> int
     if axis not in sizes:
         return None
     rule = sizes[axis]
-    value = values.get(rule["key"], rule["default"])
-    return value + rule["more"] if type(value) is int else None
+    value, more = values.get(rule["key"], rule["default"]), int(rule["more"])
+    return value + more if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 @cache

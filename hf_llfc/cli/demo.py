@@ -197,15 +197,15 @@ def _begin(out: Path, seed: int, overwrite: bool) -> Path:
 def _refuse_losses(folder: Path, out: Path) -> None:
     """Refuses to replace a demo in which there is more than a demo wrote."""
     listing = read_listing(folder) or Listing(frozenset())
-    of_runs = {}
+    of_runs: set[str] = set()
     for merged in sorted((folder / "merged").glob("*")):
         inner = read_listing(merged)
         if inner is not None:
             refuse_losses(merged, inner, str(out / "merged" / merged.name))
-            of_runs |= dict.fromkeys(f"merged/{merged.name}/{name}" for name in files_in(merged))
+            of_runs |= {f"merged/{merged.name}/{name}" for name in files_in(merged)}
     for partial in (folder / "merged").glob(".*.partial"):
-        of_runs |= dict.fromkeys(f"merged/{partial.name}/{name}" for name in files_in(partial))
-    refuse_losses(folder, replace(listing, names=listing.names | _own_names() | of_runs.keys()), str(out))
+        of_runs |= {f"merged/{partial.name}/{name}" for name in files_in(partial)}
+    refuse_losses(folder, replace(listing, names=listing.names | _own_names() | of_runs), str(out))
 
 
 def _own_names() -> set[str]:
