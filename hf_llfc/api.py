@@ -325,7 +325,7 @@ def merge(
         temporary: Whether the models are gone after the merge, so that its card must not say how to repeat it; it
             says so of loaded models anyway.
         progress: Shown meanwhile.
-        settings: Any other key of a recipe (`dtype`, `diagnose`, `overwrite`, …).
+        settings: Any other key of a recipe (`dtype`, `calibrate`, `diagnose`, `overwrite`, …).
 
     Returns:
         What `hf_llfc.run` returns.

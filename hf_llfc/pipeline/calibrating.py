@@ -103,8 +103,9 @@ def calibration_record(run: RunContext, measured: FittedMeasures | None) -> Cali
 def blend_of(recipe: Recipe) -> tuple[float, ...]:
     """The share of every parent in the blend of features: its weight in a linear merge, where it has one for all."""
     weights = recipe.weights if recipe.method is None and recipe.merge_method == "linear" else None
-    shares = weights if weights is not None else (1.0,) * len(recipe.models)
-    return tuple(share / sum(shares) for share in shares)
+    if weights is None or min(weights) < 0 or not any(weights):
+        weights = (1.0,) * len(recipe.models)
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 @one_thread_if_small(lambda run, *_: run.models.parents[0].nbytes)

@@ -28,6 +28,7 @@ from hf_llfc.symmetry import Alignment, PermutationSpec
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.evaluation import EvaluationConfig
     from hf_llfc.pipeline.run_context import RunContext
 
 
@@ -51,6 +52,16 @@ def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None =
     folders = {each.document: each.output_dir for each in recipe.earlier}
     earlier = tuple(_as_run(each, folders) for each in recipe.earlier)
     return replace(recipe, align=align, tokenizer_source=source, diagnose=section, earlier=earlier)
+
+
+def _with_data(recipe: Recipe, fitted_on: Sequence[EvaluationConfig]) -> Recipe:
+    """The recipe with the data of its calibration at their commits."""
+    if recipe.calibrate is None:
+        return recipe
+    if recipe.calibrate.targets == "blend":
+        return replace(recipe, calibrate=replace(recipe.calibrate, data=fitted_on[0]))
+    entries = zip(recipe.models, fitted_on, strict=True)
+    return replace(recipe, models=tuple(replace(entry, calibrate_on=data) for entry, data in entries))
 
 
 def _as_run(document: Recipe, folders: Mapping[str | None, str]) -> Recipe:
@@ -87,7 +98,7 @@ def write_evidence(
         return
     refuse_changed(opened.all)
     ours = journal.folder / LLFC_FOLDER
-    as_run = resolved(recipe, opened, report)
+    as_run = _with_data(resolved(recipe, opened, report), [data.config for data in run.fitted_on])
     told = dump_recipe(as_run, shown_names(recipe, opened, run.output.path / LLFC_FOLDER))
     with storing(journal.folder):
         ours.mkdir(exist_ok=True)

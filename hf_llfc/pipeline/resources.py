@@ -100,5 +100,6 @@ def refuse_without_memory(needed: int) -> None:
     if needed > free:
         raise CheckpointError(
             f"tensors take {needed / 1e9:.2f} GB of memory at the peak of this run, and {free / 1e9:.2f} GB are free;"
-            " free some, or ask for less: `offload` in `diagnose`, or `exclude` the widest axis of `align`"
+            " free some, or ask for less: `offload` in `diagnose`, no `calibrate`, or `exclude` the widest axis of"
+            " `align`"
         )

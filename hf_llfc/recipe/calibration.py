@@ -51,7 +51,9 @@ class CalibrateSection:
     layers: tuple[str, ...] = option(
         "Patterns of the modules that may change.", (), shown="all affine maps", metavar="PATTERN"
     )
-    norms: bool = option("Whether scales and shifts after normalizations are calibrated too.", True)
+    norms: bool = option(
+        "Calibrate scales and shifts after every normalization too; those of BatchNorm are calibrated anyway.", False
+    )
     targets: str = option(
         "What is imitated: the blend of all parents on the same samples, or each parent on its own `calibrate_on`.",
         "blend",
@@ -80,7 +82,7 @@ class CalibrateSection:
                 "`calibrate_on`; remove task and data here"
             )
         if self.method == "repair":
-            given = {"ridge": self.ridge != 0.01, "norms": not self.norms}
+            given = {"ridge": self.ridge != 0.01, "norms": self.norms}
             problems += [f"{key}: has no meaning for repair; calibrate has one" for key, told in given.items() if told]
         return problems
 

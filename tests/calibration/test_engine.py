@@ -10,7 +10,9 @@ from hf_llfc.calibration import Settings, Source, calibrate_model, engine
 from hf_llfc.calibration.maps import plan_maps
 from hf_llfc.calibration.replay import Replay, chains_that_hold
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
+from hf_llfc.parallel.ranks import OneProcess
 from tests.tiny_models import tiny_inputs, tiny_model
 
 # Family, and the name of its head in `tiny_model`.
@@ -198,6 +200,17 @@ def test_features_that_are_not_finite_are_named():
         models[1].model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(EvaluationError, match="of parent 2 are not finite"):
         calibrate_model(merged([models[0]]), models, [Source(batches(models[0]), (0.5, 0.5))])
+
+
+def test_what_went_wrong_on_another_process_is_said_here():
+    class Two(OneProcess):
+        def gather(self, value):
+            return [value, (value[0], "features of layer 'x' of parent 1 are not finite")]
+
+    models = pair("llama", "causal-lm")
+    execution = Execution(Two(torch.device("cpu")))
+    with pytest.raises(EvaluationError, match="cannot be calibrated: features of layer 'x' of parent 1"):
+        calibrate_model(merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], execution=execution)
 
 
 def test_nothing_to_calibrate():

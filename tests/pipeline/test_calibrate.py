@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.cli import main
 from hf_llfc.errors import CheckpointError, LLFCError, RecipeError
 from hf_llfc.parents.data import open_data
-from hf_llfc.pipeline import calibrating, stages
+from hf_llfc.pipeline import calibrating, evidence, stages
+from hf_llfc.pipeline.resources import bytes_beside
 from hf_llfc.recipe import load_recipe
 from tests.runs import byte_llama, command_line, image_data, moved, saved, small_resnet, text_data, written
 
@@ -157,7 +159,7 @@ def test_statistics_of_batch_norm_are_those_of_the_samples(method, tmp_path):
         torch.testing.assert_close(made[name], plain[name], rtol=1e-5, atol=1e-6)
     changed = {name for name in made if name not in statistics and not torch.equal(made[name], plain[name])}
     norms = {name for name in made if ".normalization." in name and name.endswith(("weight", "bias"))}
-    assert (norms <= changed) == (method == "calibrate")
+    assert norms <= changed
     # Convolutions of the images themselves give the blend as they are.
     assert {name for name in made if ".convolution." in name and "encoder" in name} <= changed
 
@@ -194,6 +196,29 @@ def test_the_blend_has_the_weights_of_the_merge():
     assert blend(3, 1, parameters={"normalize": False}) == (0.75, 0.25)
     assert blend(0.4, 0.4, merge_method="task_arithmetic", base_model="b") == (0.5, 0.5)
     assert blend([0.2, 0.8], [0.8, 0.2]) == (0.5, 0.5)
+    assert blend(0, 0, parameters={"normalize": False}) == (0.5, 0.5)
+
+
+def test_the_recipe_as_run_has_the_commit_of_the_data():
+    commit = "me/texts@" + "a" * 40
+    recipe = load_recipe(
+        {
+            "models": [{"model": "a"}, {"model": "b"}],
+            "calibrate": {**SAMPLES, "dataset": "me/texts"},
+            "output_dir": "out",
+        }
+    )
+    data = replace(recipe.calibrate.data, dataset=commit, split="train")
+    assert evidence._with_data(recipe, [data]).calibrate.data.dataset == commit
+    models = [{"model": name, "calibrate_on": {**SAMPLES, "dataset": "me/texts"}} for name in "ab"]
+    recipe = load_recipe({"models": models, "calibrate": {"targets": "own"}, "output_dir": "out"})
+    assert [entry.calibrate_on for entry in evidence._with_data(recipe, [data, data]).models] == [data, data]
+
+
+def test_room_is_asked_for_what_lies_beside_the_output(shelf):
+    infos = open_checkpoint(shelf / "a").tensors
+    size = sum(info.nbytes for info in infos.values())
+    assert bytes_beside(load_recipe(recipe_of(shelf, "out")), infos) == 4 * size
 
 
 @pytest.mark.timeout(300)
@@ -281,7 +306,7 @@ def test_samples_of_a_model_need_targets_of_their_own(shelf):
 
 
 def test_a_recipe_is_read_back_as_it_was(shelf):
-    for calibrate in ({}, {"method": "repair"}, {"ridge": 0.5, "layers": ["*.mlp.*"], "norms": False}):
+    for calibrate in ({}, {"method": "repair"}, {"ridge": 0.5, "layers": ["*.mlp.*"], "norms": True}):
         recipe = load_recipe(recipe_of(shelf, "out", calibrate))
         assert load_recipe(recipe.to_dict()) == recipe and not recipe.calibrate.data.labels
     data = {**SAMPLES, "dataset": "d"}
@@ -325,14 +350,14 @@ def test_the_command_line_has_the_section(shelf, tmp_path, capsys):
     words = ["merge", str(shelf / "a"), str(shelf / "b"), "--seed", "3", "--quiet", "--calibrate"]
     for key, value in {**SAMPLES, "dataset": shelf / "text.txt", "samples": 8, "ridge": 0.1}.items():
         words += [f"--calibrate-{key.replace('_', '-')}", str(value)]
-    assert main([*words, "--no-calibrate-norms", "--out", str(tmp_path / "out")]) == 0
+    assert main([*words, "--calibrate-norms", "--out", str(tmp_path / "out")]) == 0
     recipe = load_recipe(tmp_path / "out" / "llfc" / "recipe.yaml")
-    assert recipe.calibrate.ridge == 0.1 and recipe.calibrate.data.seed == 3 and not recipe.calibrate.norms
+    assert recipe.calibrate.ridge == 0.1 and recipe.calibrate.data.seed == 3 and recipe.calibrate.norms
     hf_llfc.merge(
         [shelf / "a", shelf / "b"],
         out=tmp_path / "python",
         seed=3,
-        calibrate={**SAMPLES, "dataset": str(shelf / "text.txt"), "samples": 8, "ridge": 0.1, "norms": False},
+        calibrate={**SAMPLES, "dataset": str(shelf / "text.txt"), "samples": 8, "ridge": 0.1, "norms": True},
     )
     assert all(
         torch.equal(value, weights_of(tmp_path / "out")[name])

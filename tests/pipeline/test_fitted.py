@@ -133,9 +133,9 @@ def test_a_run_that_measures_nothing_tells_of_its_maps(shelf, tmp_path, capsys):
     for key, value in {**DATA, "dataset": shelf / "text.txt"}.items():
         words += [f"--calibrate-{key.replace('_', '-')}", str(value)]
     assert main(words) == 0
-    assert "Calibration on 31 samples of text.txt moved 20 maps by " in capsys.readouterr().out
+    assert "Calibration on 31 samples of text.txt moved 15 maps by " in capsys.readouterr().out
     record = RunRecord.load(tmp_path / "out").calibration
-    assert record.measured is None and len(record.maps) == 20
+    assert record.measured is None and len(record.maps) == 15
     assert "## Calibration" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -80,7 +80,7 @@ def test_a_calibration_is_planned_from_config_and_data(shelf):
     answer = planned(shelf, calibrate={**data, "samples": 16})
     said, cost = steps_of(answer)["calibrate"], answer["cost"]["calibration"]
     assert said.startswith("calibrate towards the blend of 2 models, ridge 0.01, on 16 samples of ")
-    assert said.endswith("about 11 forward passes over them")
+    assert said.endswith("about 9 forward passes over them")
     # 16 samples of 32 tokens: two operations a weight but the embedding, and as much again for attention at most.
     forward = 2 * 16 * 32 * (ELEMENTS - VOCABULARY * HIDDEN)
     assert cost["samples"] == 16 and cost["bytes"] == 3 * BYTES and cost["seconds"] > 0
