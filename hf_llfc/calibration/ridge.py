@@ -25,7 +25,7 @@ RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0, 1000.0)
 PARTS = 4
 """One of so many parts of the samples is held out."""
 
-FEW = 256
+FEW = 64
 """Samples below which every part is held out in turn."""
 
 
