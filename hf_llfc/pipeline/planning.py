@@ -107,9 +107,9 @@ def plan_one(
             steps.append({"step": "probe", "what": what})
     if recipe.measures_importance:
         methods = [each.method for each in ([part.recipe for part in recipe.parts] or [recipe])]
-        kinds = ", ".join(dict.fromkeys(each.importance for each in methods if each is not None and each.importance))
+        weighed = ", ".join(dict.fromkeys(each.importance for each in methods if each is not None and each.importance))
         on = ", ".join(sorted({str(each.dataset) for each in recipe.importance_data if each is not None}))
-        steps.append({"step": "importance", "what": f"{kinds} on {on}"})
+        steps.append({"step": "importance", "what": f"{weighed} on {on}"})
     steps.append(
         {
             "step": "merge",
