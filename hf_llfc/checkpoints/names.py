@@ -94,7 +94,7 @@ def classes_of(config: PreTrainedConfig) -> list[type[PreTrainedModel]]:
     for mapping in vars(modeling_auto).values():
         if isinstance(mapping, _LazyAutoMapping) and type(config) in mapping:
             with suppress(ValueError):  # the table names a class that is not exported
-                classes = mapping[type(config)]
+                classes: Any = mapping[type(config)]
                 found |= {each.__name__: each for each in (classes if isinstance(classes, tuple) else (classes,))}
     return list(found.values())
 
