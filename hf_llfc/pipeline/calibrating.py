@@ -43,6 +43,10 @@ MERGED_FILE = "merged.safetensors"
 """The same tensors as the merge has them, in the dtype of the result."""
 
 
+FEW_SAMPLES = 64
+"""Below these calibration made merges of image classifiers worse (benchmarks/results/calibration.md)."""
+
+
 @dataclass(frozen=True)
 class _Fitted:
     """What a calibration made.
@@ -148,7 +152,7 @@ def fit(run: RunContext, merge: Merge | Merges) -> _Fitted:
         on_finished=lambda part: run.on_main(lambda run: _keep(run.output.journal, next(numbers), part)),
     )
     record = _record(run, calibration, settings.ridge, trials)
-    if processes.is_main and (sentence := few_rows(record)) is not None:
+    if processes.is_main and (sentence := few_samples(record)) is not None:
         logger.warning("%s", sentence)
     tensors, merged = _changed(merge, model.cpu(), path, recomputed) if processes.is_main else ({}, {})
     return _Fitted(tensors, merged, record)
@@ -173,15 +177,23 @@ def _trials(run: RunContext, choose: Callable[[Execution], Sequence[RidgeTrial]]
     )
 
 
-def few_rows(record: CalibrationRecord) -> str | None:
-    """Says where there were fewer samples than parameters of an output; None where there were enough."""
-    few = [row for row in record.maps if row.rows < row.inputs]
-    if record.method == "repair" or not few:
+def few_samples(record: CalibrationRecord) -> str | None:
+    """Says that samples were few for what was fitted to them; None where there were enough or the ridge was chosen."""
+    if record.method == "repair" or record.trials:
         return None
-    worst = min(few, key=lambda row: row.rows / row.inputs)
+    few = [row for row in record.maps if row.rows < row.inputs]
+    if not few and record.samples >= FEW_SAMPLES:
+        return None
+    found = f"the merge was calibrated from {record.samples} samples"
+    if few:
+        worst = min(few, key=lambda row: row.rows / row.inputs)
+        found += (
+            f", {len(few)} of {len(record.maps)} maps from fewer rows than they have inputs ({worst.name}: "
+            f"{worst.rows} for {worst.inputs})"
+        )
     return (
-        f"{len(few)} of {len(record.maps)} maps were calibrated from fewer rows than they have inputs ({worst.name}: "
-        f"{worst.rows} for {worst.inputs}); where they say nothing the ridge keeps the merge, and more samples say more"
+        f"{found}; with so few it can be worse than before: give more, or `ridge: auto`, which keeps the merge where "
+        "held-out samples show no gain"
     )
 
 

@@ -15,7 +15,7 @@ from hf_llfc.foundation.model_names import as_text, portable, without_paths
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import Models
 from hf_llfc.parents.provenance import alignment_summary
-from hf_llfc.pipeline.calibrating import few_rows
+from hf_llfc.pipeline.calibrating import few_samples
 from hf_llfc.publishing import write_card
 from hf_llfc.publishing.card.card import Evidence
 from hf_llfc.publishing.files import read_recipe
@@ -109,7 +109,7 @@ def write_evidence(
         replace(parent, card=read_parent_card(known.id, known.revision), is_gone=index in gone)
         for index, (parent, known) in enumerate(zip(models_of(shown, report), models_of(as_run, report), strict=True))
     ]
-    warnings = [*run.warnings, *([few_rows(calibration)] if calibration is not None else [])]
+    warnings = [*run.warnings, *([few_samples(calibration)] if calibration is not None else [])]
     name = recipe.document or (recipe.publish.repo_id if recipe.publish else as_text(Path(recipe.output_dir).name))
     record = RunRecord(
         alignments=tuple(AlignmentSummary.from_dict(alignment_summary(a)) for a in run.alignments if a is not None),

@@ -333,6 +333,7 @@ def test_nothing_is_written_where_calibration_fails(shelf, tmp_path, calibrate, 
 def test_fewer_samples_than_channels_are_few_and_enough(shelf, tmp_path, caplog):
     hf_llfc.run(recipe_of(shelf, tmp_path / "out", {"samples": 1, "max_length": 8}))
     assert "from fewer rows than they have inputs" in caplog.text
+    assert "`ridge: auto`" in caplog.text
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "out").values())
 
 
