@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_llfc.calibration.maps import is_norm, normalized
+from hf_llfc.calibration.maps import channels_of, is_norm, normalized
 from hf_llfc.diagnostics.features.layers import divide
 from hf_llfc.diagnostics.features.trial import Layer
 from hf_llfc.diagnostics.measures.linear_maps import CONVOLUTIONS
@@ -35,9 +35,7 @@ def inputs_of(module: Any, features: Tensor, layer: Layer, samples: int, mask: T
 
 def outputs_of(module: Any, features: Tensor, layer: Layer, samples: int, mask: Tensor | None) -> Tensor:
     """What a map gives out, or the stream that takes it, (s, c), in the precision of the features."""
-    channels = -1
-    if isinstance(module, CONVOLUTIONS) or (is_norm(module) and features.shape[-1] != module.weight.numel()):
-        channels = 1
+    channels = 1 if isinstance(module, CONVOLUTIONS) else channels_of(module, features) if is_norm(module) else -1
     return _rows(features, layer, samples, mask, channels)
 
 

@@ -191,7 +191,30 @@ def normalized(module: nn.Module, features: Tensor) -> tuple[Tensor, int]:
     zeros = {"weight": torch.zeros_like(weight)} | ({"bias": torch.zeros_like(bias)} if bias is not None else {})
     constant = functional_call(module, zeros, (features,))
     scaled = functional_call(module, zeros | {"weight": torch.ones_like(weight)}, (features,)) - constant
-    return scaled, -1 if scaled.shape[-1] == len(weight) else 1
+    return scaled, channels_of(module, features)
+
+
+def channels_of(module: nn.Module, features: Tensor) -> int:
+    """The dimension of the channels of a normalization, in its input as in its output.
+
+    Args:
+        module: One for which `is_norm` is true.
+        features: Its input, or a tensor of that shape.
+    """
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if features.shape[-1] != len(weight):
+        return 1
+    if features.dim() == 2 or features.shape[1] != len(weight):
+        return -1
+    sample = torch.arange(1, features[:1].numel() + 1, dtype=features.dtype, device=features.device)
+    first = torch.zeros_like(weight)
+    first[0] = 1
+    zero, one = (
+        functional_call(module, {"weight": each}, (sample.reshape(features[:1].shape),))
+        for each in (torch.zeros_like(weight), first)
+    )
+    return 1 if torch.equal(zero[:, 1:], one[:, 1:]) else -1
 
 
 def _problem(module: nn.Module, owners: Mapping[int, int]) -> str | None:

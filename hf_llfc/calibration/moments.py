@@ -12,8 +12,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from hf_llfc.errors import EvaluationError
+
 DEAD = 1e-12
-"""A channel whose variance is a smaller part of its mean square does not vary: float64 rounding is all there is."""
+"""What varies by a smaller part of its mean square does not vary: float64 rounding is all there is."""
 
 
 @dataclass
@@ -84,23 +86,31 @@ class Moments:
         """The change of weight and bias that brings outputs nearest to targets, by ridge regression towards no change.
 
         Minimises Σ ‖r − ΔW x − Δb‖² + ridge · (d ‖ΔW‖² + n ‖Δb‖²), with n the rows and d the mean of the diagonal of
-        Σ x xᵀ, of centred x where there is a bias. A map whose inputs are zero, or that has no rows, stays.
+        Σ x xᵀ, of centred x where there is a bias and x varies. A map whose inputs are zero, or that has no rows,
+        stays.
 
         Args:
             ridge: Above 0.
             bias: Whether the map has a bias.
+
+        Raises:
+            EvaluationError: The ridge is too small for float64.
         """
         xx_gii, rx_goi, rr_go = self.xx_gii, self.rx_goi, self.rr_go
         count = max(self.count, 1.0)
-        spread_g = xx_gii.diagonal(dim1=1, dim2=2).mean(1)
+        size_g = xx_gii.diagonal(dim1=1, dim2=2).mean(1)
+        spread_g = size_g
         if bias:
             spread_g = spread_g - self.x_gi.square().mean(1) / count
+            spread_g = torch.where(spread_g > DEAD * size_g, spread_g, size_g)
             shared = count * (1 + ridge)
             xx_gii = xx_gii - self.x_gi[:, :, None] * self.x_gi[:, None, :] / shared
             rx_goi = rx_goi - self.r_go[:, :, None] * self.x_gi[:, None, :] / shared
         penalty_g = torch.where(spread_g > 0, ridge * spread_g, 1.0)
         eye_ii = torch.eye(xx_gii.shape[-1], dtype=torch.float64, device=xx_gii.device)
-        factor_gii = torch.linalg.cholesky(xx_gii + penalty_g[:, None, None] * eye_ii)
+        factor_gii, failures_g = torch.linalg.cholesky_ex(xx_gii + penalty_g[:, None, None] * eye_ii)
+        if bool(failures_g.any()):
+            raise EvaluationError(f"a ridge of {ridge:g} is too small to solve for weights; give a larger one")
         weight_goi = torch.cholesky_solve(rx_goi.mT, factor_gii).mT
         after = rr_go.sum() - 2 * (weight_goi * self.rx_goi).sum() + ((weight_goi @ self.xx_gii) * weight_goi).sum()
         bias_go = None
