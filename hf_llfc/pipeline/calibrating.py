@@ -13,9 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_llfc.checkpoints import TensorInfo
 from hf_llfc.checkpoints.files import LocalFiles, open_safetensors
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.checkpoints.writing.journal import Journal, storing
+from hf_llfc.checkpoints.writing.shards import ShardLayout
+from hf_llfc.checkpoints.writing.writer import whole_shards
 from hf_llfc.errors import EvaluationError
 from hf_llfc.foundation.choices import AUTO
 from hf_llfc.foundation.layout import LLFC_FOLDER
@@ -66,6 +69,7 @@ def calibrated(run: RunContext, merge: Merge | Merges) -> Merge | Merges:
     """The merge with tensors fitted by all processes in the place of its own, where the recipe asks for it."""
     if run.recipe.calibrate is None:
         return merge
+    run.on_main(lambda run: _forget_if_damaged(run, merge.infos))
     found = run.stage(STAGE, lambda: fit(run, merge), save=_save, load=lambda journal, value: value)
     if run.on_main(_is_released):
         return merge  # the weights are written
@@ -85,6 +89,18 @@ def release(run: RunContext) -> None:
     """Removes the tensors of a calibration, which are written and measured."""
     if STAGE in run.output.journal.stages and not run.output.journal.is_complete:
         run.output.journal.release(STAGE)
+
+
+def _forget_if_damaged(run: RunContext, infos: Mapping[str, TensorInfo]) -> None:
+    """Forgets a calibration whose tensors are gone, and all after it, where a weight file is not as it was written."""
+    journal = run.output.journal
+    if STAGE not in journal.stages or not _is_released(run):
+        return
+    layout = ShardLayout.of(infos, run.recipe.max_shard_size)
+    if len(whole_shards(run.staging, layout, journal.shards)) < len(layout.shards):
+        logger.warning("a weight file is not as it was written; the merge is calibrated again")
+        stages = list(journal.stages)
+        journal.drop(stages[stages.index(STAGE) :])
 
 
 def _is_released(run: RunContext) -> bool:

@@ -18,20 +18,27 @@ from hf_llfc.publishing.record import FittedLayer, FittedMeasures
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
 
+MEASURE_STAGE = f"measure {STAGE}"
+
 
 def measure_fitted(run: RunContext) -> FittedMeasures | None:
     """The merge before and after calibration, by all processes; None where nothing is calibrated or measured."""
     recipe = run.recipe
     if recipe.calibrate is None or run.data is None or max(blend_of(recipe)) == 1:
         return None
-    if not run.on_main(lambda run: (run.staging / LLFC_FOLDER / MERGED_FILE).is_file()):
-        return None  # taken up from a run that had measured, and needed the merge no more
+    if not run.on_main(_is_measurable):
+        return None
     return run.stage(
-        f"measure {STAGE}",
+        MEASURE_STAGE,
         lambda: _measure(run),
         save=lambda journal, found: (found.to_dict(), ()),
         load=lambda journal, value: FittedMeasures.from_dict(value),
     )
+
+
+def _is_measurable(run: RunContext) -> bool:
+    """Whether both merges are measured, or there; another run whose weights are taken up may need its own no more."""
+    return MEASURE_STAGE in run.output.journal.stages or (run.staging / LLFC_FOLDER / MERGED_FILE).is_file()
 
 
 def with_merge_before(

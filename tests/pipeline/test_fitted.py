@@ -11,7 +11,7 @@ from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics.fold import SHARES, Fold, FoldedModel
 from hf_llfc.evaluation.models import evaluate_model
 from hf_llfc.parents.data import open_data
-from hf_llfc.pipeline import flow
+from hf_llfc.pipeline import calibrating, flow
 from hf_llfc.publishing.hub.folder import check_sanity
 from hf_llfc.publishing.record import RunRecord
 from hf_llfc.recipe import load_recipe
@@ -159,6 +159,35 @@ def test_measures_are_taken_up_where_the_card_failed(shelf, tmp_path, monkeypatc
     result = hf_llfc.run(recipe)
     assert result.calibration.measured is not None and (tmp_path / "out" / "README.md").is_file()
     assert not list((tmp_path / "out" / "llfc").glob("[cm]*.safetensors"))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_goes_on_after_its_very_end(shelf, run, tmp_path, monkeypatch, damaged):
+    """What was measured is told, and weights that were damaged meanwhile are calibrated ones again."""
+    recipe = text_recipe(
+        shelf / "a",
+        shelf / "b",
+        shelf / "text.txt",
+        tmp_path / "out",
+        calibrate={**DATA, "dataset": str(shelf / "text.txt")},
+    )
+
+    def stop(run):
+        calibrating.release(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flow, "release", stop)
+        with pytest.raises(KeyboardInterrupt):
+            hf_llfc.run(recipe)
+    if damaged:
+        weights = tmp_path / ".out.partial" / "output" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    result = hf_llfc.run(recipe)
+    assert result.calibration == run.calibration
+    assert RunRecord.load(tmp_path / "out").calibration == RunRecord.load(shelf / "out").calibration
+    expected, found = ((folder / "out" / "model.safetensors").read_bytes() for folder in (shelf, tmp_path))
+    assert expected == found
 
 
 def test_a_merge_with_batch_norm_keeps_its_own_statistics(tmp_path):

@@ -63,7 +63,7 @@ def write_checkpoint(
     settings = config if isinstance(config, Settings) else Settings.in_memory(config)
     layout = ShardLayout.of(infos, max_shard_size)
     try:
-        kept = _still_whole(folder, layout, journal.shards) if journal is not None else []
+        kept = whole_shards(folder, layout, journal.shards) if journal is not None else []
         on_shard = journal.finish_shard if journal is not None else None
         with ShardFiles(folder, layout, finished=kept, on_shard=on_shard).create() as files:
             # Weights come last: what could still fail after them would throw away the work of hours.
@@ -105,7 +105,7 @@ def write_share(
         raise StorageError(f"{folder}: the checkpoint cannot be written: {error}") from error
 
 
-def _still_whole(folder: Path, layout: ShardLayout, finished: Mapping[str, str]) -> list[str]:
+def whole_shards(folder: Path, layout: ShardLayout, finished: Mapping[str, str]) -> list[str]:
     """The finished files that are there as they were."""
     return [
         filename
