@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import combinations
-from math import prod
 from typing import Any
 
 import torch
@@ -175,15 +174,14 @@ def calibrate_model(
     chains = chains_that_hold(model, plan.chains, items[0][0])
     work = _Work(model, parents, items, settings, plan, chains, execution)
     changes: list[MapChange] = []
-    before = list(finished)
+    for part in finished:
+        work.take_over(part)
+        changes += part.changes
     for stages in work.groups():
         execution.progress("calibrating", work.done, len(plan.stages))
-        if before:
-            part = work.taken_over(stages, before.pop(0))
-        else:
-            part = work.calibrated(stages)
-            if on_finished is not None:
-                on_finished(part)
+        part = work.calibrated(stages)
+        if on_finished is not None:
+            on_finished(part)
         changes += part.changes
     execution.progress("calibrating", work.done, len(plan.stages))
     return Calibration(tuple(changes), plan.left)
@@ -226,27 +224,25 @@ class _Work:
         self._others = [Replay(parent, self.chains) for parent in self.parents]
 
     def groups(self) -> Iterator[list[list[AffineMap]]]:
-        """Stages whose targets are held together: those of a block, where they fit."""
+        """Stages that are not done, those whose targets are held together: of a block, where they fit.
+
+        All processes have the same groups.
+        """
+        units = sum(batch.get("attention_mask", ids).numel() for batch, ids, _ in self.items)
+        if self.execution.processes is not None:
+            units = max(self.execution.processes.gather(units))
         group: list[list[AffineMap]] = []
         block: str | None = None
-        for stage in self.plan.stages:
+        for stage in self.plan.stages[self.done :]:
             of_stage = self.plan.block_of(stage)
-            if group and (of_stage is None or of_stage != block or self._size([*group, stage]) > self.settings.memory):
+            size = 4 * units * sum(site.size for maps in (*group, stage) for each in maps for site in each.sites)
+            if group and (of_stage is None or of_stage != block or size > self.settings.memory):
                 yield group
                 group = []
             group.append(stage)
             block = of_stage
         if group:
             yield group
-
-    def _size(self, stages: Sequence[Sequence[AffineMap]]) -> int:
-        """Bytes of the targets of some stages, where every token or sample is a row."""
-        tokens = sum(
-            ids.numel() if (mask := batch.get("attention_mask")) is None else mask.numel()
-            for batch, ids, _ in self.items
-        )
-        channels = sum(prod(groups_of(self._module(each))[::2]) for stage in stages for each in stage)
-        return channels * tokens * 4
 
     def calibrated(self, stages: Sequence[Sequence[AffineMap]]) -> Finished:
         """Changes the maps of some stages."""
@@ -271,13 +267,13 @@ class _Work:
         return Finished(tuple(changes), tensors)
 
     @torch.no_grad()
-    def taken_over(self, stages: Sequence[Sequence[AffineMap]], part: Finished) -> Finished:
-        """Gives the maps of some stages what was found for them before."""
+    def take_over(self, part: Finished) -> None:
+        """Gives the maps of the next stages what was found for them before."""
         parameters = dict(self.model.named_parameters())
         for name, value in part.tensors.items():
             parameters[name].copy_(value)
-        self.done += len(stages)
-        return part
+        names = {row.name for row in part.changes}
+        self.done += sum(each.name in names for each, *_ in self.plan.stages)
 
     def _module(self, of_map: AffineMap) -> Any:
         return self.model.get_submodule(of_map.name)

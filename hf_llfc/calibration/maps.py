@@ -38,10 +38,12 @@ class Site:
     Attributes:
         reads: Its input.
         answers: The tensor that is compared with its target: its output, or the residual stream that it is added to.
+        size: Numbers in that tensor, for a sample, or for a token where there are tokens.
     """
 
     reads: Layer
     answers: Layer
+    size: float
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,10 @@ def plan_maps(
         if stage == len(readers) or name in scales:
             stage = len(readers)
             readers.append(first)
+        answers = [by_key[(streams and streams.after(written.key)) or written.key] for _, written in pairs]
         sites = tuple(
-            Site(_layer(trial, read), _layer(trial, by_key[(streams and streams.after(written.key)) or written.key]))
-            for read, written in pairs
+            Site(_layer(trial, read), _layer(trial, answer), answer.tensor.numel() / (2 * (trial.length or 1)))
+            for (read, _), answer in zip(pairs, answers, strict=True)
         )
         found.append(AffineMap(name, sites, stage, name in scales))
     chains = _chains(trial, blocks)

@@ -116,7 +116,7 @@ class Replay:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = first_tensor(output)
             assert tensor is not None, "the trial run found a tensor here"
-            self._ends[number][chain] = tensor
+            self._ends[number][chain] = tensor.clone()  # what runs next may change it in place
             self._rests[number][name] = _replaced(output, tensor, _PLACE)
 
         return hook

@@ -205,6 +205,8 @@ def test_features_that_are_not_finite_are_named():
 def test_what_went_wrong_on_another_process_is_said_here():
     class Two(OneProcess):
         def gather(self, value):
+            if isinstance(value, int):
+                return [value, value]
             return [value, (value[0], "features of layer 'x' of parent 1 are not finite")]
 
     models = pair("llama", "causal-lm")
@@ -245,6 +247,64 @@ def test_a_calibration_goes_on_where_it_stopped(family, head, method):
         assert result == expected and [part.changes for part in later] == [part.changes for part in parts[done:]]
         for name, value in whole.state_dict().items():
             assert torch.equal(merge.state_dict()[name], value), name
+
+
+def test_a_calibration_goes_on_with_another_memory():
+    """As after a stop on other processes, whose shares of the samples are of another size."""
+    models = pair("vit", "image-classification", torch.float32)
+    sources, parts = [Source(batches(models[0]), (0.5, 0.5))], []
+    whole = merged(models)
+    expected = calibrate_model(whole, models, sources, on_finished=parts.append)
+    for done in range(1, len(parts)):
+        merge = merged(models)
+        assert calibrate_model(merge, models, sources, Settings(memory=0), finished=parts[:done]) == expected
+        for name, value in whole.state_dict().items():
+            assert torch.equal(merge.state_dict()[name], value), name
+
+
+def test_processes_hold_targets_of_the_same_maps():
+    """That of most samples limits all."""
+
+    class Two(OneProcess):
+        def gather(self, value):
+            return [value, 1 << 40] if isinstance(value, int) else [value]
+
+    models = pair("llama", "causal-lm")
+    sources = [Source(batches(models[0]), (0.5, 0.5))]
+    parts = {}
+    for name, processes in {"one": None, "two": Two(torch.device("cpu"))}.items():
+        parts[name] = []
+        calibrate_model(merged(models), models, sources, execution=Execution(processes), on_finished=parts[name].append)
+    assert len(parts["two"]) == len(plan_maps(models[0], sources[0].batches[0][0]).stages) > len(parts["one"])
+
+
+@pytest.mark.parametrize(("family", "head"), [MODELS[4], MODELS[7], MODELS[8]])
+def test_targets_take_what_is_counted(family, head):
+    models = pair(family, head)
+    (batch, ids), *_ = batches(models[0])
+    if "attention_mask" in batch:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    seen = []
+    sums = engine.Moments.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Moments, "add", lambda self, x, r, t: (seen.append(t.numel()), sums(self, x, r, t)))
+        calibrate_model(merged(models), models, [Source([(batch, ids)], (0.5, 0.5))])
+    units = batch.get("attention_mask", ids).numel()
+    counted = [units * site.size for each in plan_maps(models[0], batch).maps for site in each.sites]
+    assert sum(seen) == sum(counted)
+
+
+def test_an_end_that_is_changed_in_place_is_kept_as_it_was():
+    model = pair("llama", "causal-lm")[0]
+    (batch, _), *_ = batches(model)
+    first = model.model.layers[0]
+    seen = []
+    first.register_forward_hook(lambda *args: seen.append(args[2].clone()))
+    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0].add_(1.0),))
+    replay = Replay(model, [["model.layers.0", "model.layers.1"]])
+    answers = [replay.answer(0, batch, {"model.layers.0"}) for _ in range(2)]
+    handle.remove()
+    assert torch.equal(*answers) and torch.equal(*seen)
 
 
 def test_a_run_ends_where_all_was_seen():
