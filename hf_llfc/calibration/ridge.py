@@ -71,15 +71,16 @@ def choose_ridge(
     Raises:
         EvaluationError: There are too few samples.
     """
-    samples = sum(len(ids) for source in sources for _, ids in source.batches)
-    if execution.processes is not None:
-        samples = sum(execution.processes.gather(samples))
-    if samples < PARTS:
-        raise EvaluationError(f"ridge: auto needs {PARTS} samples or more; give more, or a number for the ridge")
+    own = sum(len(ids) for source in sources for _, ids in source.batches)
+    of_processes = [own] if execution.processes is None else execution.processes.gather(own)
+    samples = sum(of_processes)
+    if samples < PARTS or min(of_processes) < 2:
+        each = f", and 2 for each of {len(of_processes)} processes" if len(of_processes) > 1 else ""
+        raise EvaluationError(f"ridge: auto needs {PARTS} samples or more{each}; give more, or a number for the ridge")
     start = {name: value.clone() for name, value in model.state_dict().items()}
     found: list[list[Tensor]] = [[] for _ in ridges]
     for part in range(PARTS if samples < FEW else 1):
-        fitted, held_out = zip(*(_split(source, part) for source in sources), strict=True)
+        fitted, held_out = _split(sources, part)
         blends = [_blended(parents, batch, source.weights) for source in held_out for batch, _ in source.batches]
         for values_of, ridge in zip(found, ridges, strict=True):
             calibrate_model(model, parents, fitted, replace(settings, ridge=ridge), execution=execution)
@@ -98,17 +99,21 @@ def choose_ridge(
     return (chosen, *(trial for trial in trials if trial is not chosen))
 
 
-def _split(source: Source, part: int) -> tuple[Source, Source]:
-    """Samples to fit on, and one part of them to measure on."""
-    parts: tuple[list[tuple[Batch, Tensor]], list[tuple[Batch, Tensor]]] = ([], [])
+def _split(sources: Sequence[Source], part: int) -> tuple[list[Source], list[Source]]:
+    """Samples to fit on, and one part of them to measure on; of two samples or more some are fitted on."""
+    found: tuple[list[Source], list[Source]] = ([], [])
     seen = 0
-    for batch, ids in source.batches:
-        held = (torch.arange(len(ids)) + seen) % PARTS == part
-        seen += len(ids)
-        for batches, chosen in zip(parts, (~held, held), strict=True):
-            if chosen.any():
-                batches.append(({name: value[chosen] for name, value in batch.items()}, ids[chosen]))
-    return replace(source, batches=parts[0]), replace(source, batches=parts[1])
+    for source in sources:
+        parts: tuple[list[tuple[Batch, Tensor]], list[tuple[Batch, Tensor]]] = ([], [])
+        for batch, ids in source.batches:
+            held = (torch.arange(len(ids)) + seen) % PARTS == part
+            seen += len(ids)
+            for batches, chosen in zip(parts, (~held, held), strict=True):
+                if chosen.any():
+                    batches.append(({name: value[chosen] for name, value in batch.items()}, ids[chosen]))
+        for half, batches in zip(found, parts, strict=True):
+            half.append(replace(source, batches=batches))
+    return found
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ import torch
 
 from hf_llfc.calibration import RIDGES, Settings, Source, calibrate_by_best_ridge, calibrate_model, choose_ridge
 from hf_llfc.calibration.ridge import _split
+from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
+from hf_llfc.parallel.ranks import OneProcess
 from tests.calibration.test_engine import batches, fc1_of, merged, outputs, pair
 
 
@@ -85,7 +87,8 @@ def test_every_sample_is_held_out_once():
     source = Source(batches(pair("vit", "image-classification")[0]), (1.0,))
     seen = []
     for part in range(4):
-        fitted, held_out = ([int(each) for _, ids in half.batches for each in ids] for half in _split(source, part))
+        halves = _split([source], part)
+        fitted, held_out = ([int(each) for one in half for _, ids in one.batches for each in ids] for half in halves)
         assert sorted(fitted + held_out) == list(range(12))
         seen += held_out
     assert sorted(seen) == list(range(12))
@@ -97,6 +100,27 @@ def test_a_ridge_needs_samples_that_are_held_out():
     few = Source([({name: value[:3] for name, value in batch.items()}, ids[:3])], (0.5, 0.5))
     with pytest.raises(EvaluationError, match="ridge: auto needs 4 samples or more"):
         choose_ridge(merged(models), models, [few])
+
+
+def test_one_sample_a_source_is_enough():
+    models = pair("vit", "image-classification")
+    batch, _ = batches(models[0])[0]
+    sources = [
+        Source([({name: value[index : index + 1] for name, value in batch.items()}, torch.tensor([0]))], (0.5, 0.5))
+        for index in range(4)
+    ]
+    assert all(trial.divergence >= 0 for trial in choose_ridge(merged(models), models, sources, ridges=(0.1, 1.0)))
+
+
+def test_every_process_needs_two_samples():
+    class Two(OneProcess):
+        def gather(self, value):
+            return [value, 1]
+
+    models = pair("vit", "image-classification")
+    source = Source(batches(models[0]), (0.5, 0.5))
+    with pytest.raises(EvaluationError, match="and 2 for each of 2 processes"):
+        choose_ridge(merged(models), models, [source], execution=Execution(Two(torch.device("cpu"))))
 
 
 def test_models_without_logits_are_judged_by_their_output():
