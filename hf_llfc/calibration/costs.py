@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_llfc.adapters.model_classes import model_class_for
 from hf_llfc.calibration.affine import groups_of
-from hf_llfc.calibration.ridge import RIDGES
+from hf_llfc.calibration.ridge import FEW, PARTS, RIDGES
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.diagnostics.measures.linear_maps import CONVOLUTIONS, linear_maps
 from hf_llfc.evaluation.models import forward_logits
@@ -75,9 +75,9 @@ def calibration_cost(
     of_parent, of_merge = PASSES
     passes = parents * of_parent + of_merge
     solving = samples * one.products + one.solves if method == "calibrate" else 0.0
-    if chooses:  # every ridge on three quarters of the samples, and its answers on the rest
-        tried = len(RIDGES)
-        passes += tried * (0.75 * passes + 0.25) + 0.25 * parents
+    if chooses:  # every ridge on three quarters of the samples, and the answers of all models on the rest
+        tried = len(RIDGES) * (PARTS if samples < FEW else 1)
+        passes += tried * (0.75 * passes + 0.25 * (1 + parents))
         solving += tried * (0.75 * samples * one.products + one.solves)
     return CalibrationCost(samples, passes, passes * samples * one.operations, solving)
 

@@ -81,10 +81,9 @@ def choose_ridge(
     found: list[list[Tensor]] = [[] for _ in ridges]
     for part in range(PARTS if samples < FEW else 1):
         fitted, held_out = _split(sources, part)
-        blends = [_blended(parents, batch, source.weights) for source in held_out for batch, _ in source.batches]
         for values_of, ridge in zip(found, ridges, strict=True):
             calibrate_model(model, parents, fitted, replace(settings, ridge=ridge), execution=execution)
-            values_of.append(_distances(model, blends, held_out, execution))
+            values_of.append(_distances(model, parents, held_out, execution))
             model.load_state_dict(start)
     values = [torch.cat(values_of) for values_of in found]
     means = [float(each.mean()) for each in values]
@@ -116,7 +115,6 @@ def _split(sources: Sequence[Source], part: int) -> tuple[list[Source], list[Sou
     return found
 
 
-@torch.no_grad()
 def _blended(parents: Sequence[PreTrainedModel], batch: Batch, weights: Sequence[float]) -> Tensor:
     """The blend of what the parents answer."""
     answers = [answer_of(parent, batch) * weight for parent, weight in zip(parents, weights, strict=True) if weight]
@@ -125,11 +123,14 @@ def _blended(parents: Sequence[PreTrainedModel], batch: Batch, weights: Sequence
 
 @torch.no_grad()
 def _distances(
-    model: PreTrainedModel, blends: Sequence[Tensor], held_out: Sequence[Source], execution: Execution
+    model: PreTrainedModel, parents: Sequence[PreTrainedModel], held_out: Sequence[Source], execution: Execution
 ) -> Tensor:
     """Distance from the blend, (n,) over the samples of all processes; the mean over the tokens of each sample."""
-    batches = [batch for source in held_out for batch, _ in source.batches]
-    found = [_of_samples(blend, model, batch) for blend, batch in zip(blends, batches, strict=True)]
+    found = [  # logits of one batch at a time are in memory
+        _of_samples(_blended(parents, batch, source.weights), model, batch)
+        for source in held_out
+        for batch, _ in source.batches
+    ]
     own = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
     return own if execution.processes is None else torch.cat(execution.processes.gather(own.cpu()))
 

@@ -7,6 +7,7 @@ import torch
 
 from hf_llfc.calibration import Settings, Source, calibrate_model
 from hf_llfc.calibration.costs import PASSES, calibration_cost, forward_of
+from hf_llfc.calibration.ridge import FEW, PARTS
 from hf_llfc.checkpoints import open_checkpoint
 from tests.calibration.test_engine import batches, merged, pair
 
@@ -51,3 +52,13 @@ def test_work_grows_with_samples_and_models():
     assert cost.passes == pytest.approx(2 * PASSES[0] + PASSES[1])
     assert calibration_cost(checkpoint, batch, 100, 3, method="calibrate", chooses=False).passes > cost.passes
     assert calibration_cost(checkpoint, batch, 100, 2, method="repair", chooses=False).solving == 0
+
+
+def test_few_samples_are_all_held_out_in_turn():
+    model = pair("llama", "causal-lm", torch.float32)[0]
+    checkpoint, (batch, _) = open_checkpoint(model), batches(model)[0]
+    once, few, many = (
+        calibration_cost(checkpoint, batch, samples, 2, method="calibrate", chooses=chooses).passes
+        for samples, chooses in ((FEW, False), (FEW - 1, True), (FEW, True))
+    )
+    assert few - once == pytest.approx(PARTS * (many - once))

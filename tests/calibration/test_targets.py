@@ -1,11 +1,12 @@
 """Whose input makes the target, samples of a parent's own task, and the ridge that held-out samples choose."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 
-from hf_llfc.calibration import RIDGES, Settings, Source, calibrate_by_best_ridge, calibrate_model, choose_ridge
+from hf_llfc.calibration import RIDGES, Settings, Source, calibrate_by_best_ridge, calibrate_model, choose_ridge, ridge
 from hf_llfc.calibration.ridge import _split
 from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
@@ -28,16 +29,16 @@ def test_targets_from_the_merges_input_alone_are_regmean_plus_plus():
     models = pair("llama", "causal-lm")
     sources = own_tasks(models)
     merge = merged(models)
-    name, ridge = "model.layers.0.mlp.gate_proj", 0.1
+    name, weight_of_start = "model.layers.0.mlp.gate_proj", 0.1
     inputs = [next(outputs(merge, source.batches, name)) for source in sources]
     masks = [torch.cat([batch["attention_mask"].flatten().bool() for batch, _ in each.batches]) for each in sources]
     grams = [x[mask].T @ x[mask] for x, mask in zip(inputs, masks, strict=True)]
     start = merge.get_submodule(name).weight.detach().clone()
-    penalty = ridge * sum(grams).diagonal().mean() * torch.eye(len(grams[0]), dtype=torch.float64)
+    penalty = weight_of_start * sum(grams).diagonal().mean() * torch.eye(len(grams[0]), dtype=torch.float64)
     weights = [model.get_submodule(name).weight for model in models]
     total = sum(weight @ gram for weight, gram in zip(weights, grams, strict=True)) + start @ penalty
     expected = total @ torch.linalg.inv(sum(grams) + penalty)
-    calibrate_model(merge, models, sources, Settings(ridge=ridge, layers=(name,), own=0.0))
+    calibrate_model(merge, models, sources, Settings(ridge=weight_of_start, layers=(name,), own=0.0))
     torch.testing.assert_close(merge.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -121,6 +122,21 @@ def test_every_process_needs_two_samples():
     source = Source(batches(models[0]), (0.5, 0.5))
     with pytest.raises(EvaluationError, match="and 2 for each of 2 processes"):
         choose_ridge(merged(models), models, [source], execution=Execution(Two(torch.device("cpu"))))
+
+
+def test_answers_of_one_batch_at_a_time_are_held(monkeypatch):
+    models = pair("vit", "image-classification")
+    alive = []
+    of_samples = ridge._of_samples
+
+    def watched(blend, model, batch):
+        alive.append(weakref.ref(blend))
+        assert sum(each() is not None for each in alive) == 1
+        return of_samples(blend, model, batch)
+
+    monkeypatch.setattr(ridge, "_of_samples", watched)
+    choose_ridge(merged(models), models, [Source(batches(models[0]), (0.5, 0.5))], ridges=(0.1,))
+    assert len(alive) == 12
 
 
 def test_models_without_logits_are_judged_by_their_output():
