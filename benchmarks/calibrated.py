@@ -16,6 +16,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -33,7 +34,7 @@ from transformers import PreTrainedModel
 
 from hf_llfc.alignment import match_weights
 from hf_llfc.alignment.sources import anchors_of
-from hf_llfc.calibration import Settings, Source, calibrate_by_best_ridge, calibrate_model
+from hf_llfc.calibration import Settings, Source, calibrate_model, choose_ridge
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.diagnostics import recompute_batch_norm
 from hf_llfc.evaluation.models import forward_logits, predictions_in
@@ -192,9 +193,8 @@ def measure(folder: Path, family: str, seeds: tuple[int, int], samples: int, kno
         begun = perf_counter()
         settings, source = Settings(method, RIDGE), Source(data, (0.5, 0.5))
         if auto:
-            result, _ = calibrate_by_best_ridge(model, teachers, [source], settings)
-        else:
-            result = calibrate_model(model, teachers, [source], settings)
+            settings = replace(settings, ridge=choose_ridge(model, teachers, [source], settings)[0].ridge)
+        result = calibrate_model(model, teachers, [source], settings)
         seconds = perf_counter() - begun
         moved = sum(row.change**2 for row in result.changes) ** 0.5 / sum(row.apart**2 for row in result.changes) ** 0.5
         return {**of.barriers(model), "seconds": seconds, "moved": moved}

@@ -1,7 +1,7 @@
 """Features of a merge brought to the blend of its parents', in closed form, in the order of execution."""
 
 from hf_llfc.calibration.engine import Calibration, Finished, MapChange, Settings, Source, calibrate_model
-from hf_llfc.calibration.ridge import RIDGES, RidgeTrial, calibrate_by_best_ridge, choose_ridge
+from hf_llfc.calibration.ridge import RIDGES, RidgeTrial, choose_ridge
 
 __all__ = [
     "RIDGES",
@@ -11,7 +11,6 @@ __all__ = [
     "RidgeTrial",
     "Settings",
     "Source",
-    "calibrate_by_best_ridge",
     "calibrate_model",
     "choose_ridge",
 ]

@@ -6,14 +6,14 @@ Shape legend: n samples, c classes or vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_llfc.calibration.engine import DEFAULTS, Batch, Calibration, Finished, Settings, Source, calibrate_model
+from hf_llfc.calibration.engine import DEFAULTS, Batch, Settings, Source, calibrate_model
 from hf_llfc.calibration.replay import answer_of
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.errors import EvaluationError
@@ -148,22 +148,3 @@ def _of_samples(blend: Tensor, model: PreTrainedModel, batch: Mapping[str, Tenso
         else:
             values.append((target_nc - own_nc).square().sum() / target_nc.square().sum())
     return torch.stack(values)
-
-
-def calibrate_by_best_ridge(
-    model: PreTrainedModel,
-    parents: Sequence[PreTrainedModel],
-    sources: Sequence[Source],
-    settings: Settings = DEFAULTS,
-    *,
-    execution: Execution = IN_ONE_PROCESS,
-    finished: Sequence[Finished] = (),
-    on_finished: Callable[[Finished], None] | None = None,
-) -> tuple[Calibration, tuple[RidgeTrial, ...]]:
-    """`choose_ridge`, then `calibrate_model` on all samples with the ridge that was chosen."""
-    trials = choose_ridge(model, parents, sources, settings, execution=execution)
-    settings = replace(settings, ridge=trials[0].ridge)
-    calibration = calibrate_model(
-        model, parents, sources, settings, execution=execution, finished=finished, on_finished=on_finished
-    )
-    return calibration, trials
