@@ -14,7 +14,6 @@ import argparse
 import json
 import shlex
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -136,7 +135,7 @@ def distil(model: PreTrainedModel, teachers: Sequence[PreTrainedModel], data: An
             break
         with torch.no_grad():
             answers = [predictions_in(logits_of(teacher, batch), batch) for teacher in teachers]
-            blend = (sum(answers) / len(answers)).softmax(-1)
+            blend = torch.stack(answers).mean(0).softmax(-1)
         own = predictions_in(logits_of(model, batch), batch).log_softmax(-1)
         loss = -(blend * own).sum(-1).mean()
         optimiser.zero_grad(set_to_none=True)
@@ -270,4 +269,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

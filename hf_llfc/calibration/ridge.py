@@ -75,8 +75,10 @@ def choose_ridge(
     of_processes = [own] if execution.processes is None else execution.processes.gather(own)
     samples = sum(of_processes)
     if samples < PARTS or min(of_processes) < 2:
-        each = f", and 2 for each of {len(of_processes)} processes" if len(of_processes) > 1 else ""
-        raise EvaluationError(f"ridge: auto needs {PARTS} samples or more{each}; give more, or a number for the ridge")
+        shared = f", and 2 for each of {len(of_processes)} processes" if len(of_processes) > 1 else ""
+        raise EvaluationError(
+            f"ridge: auto needs {PARTS} samples or more{shared}; give more, or a number for the ridge"
+        )
     start = {name: value.clone() for name, value in model.state_dict().items()}
     found: list[list[Tensor]] = [[] for _ in ridges]
     for part in range(PARTS if samples < FEW else 1):
@@ -89,9 +91,9 @@ def choose_ridge(
     means = [float(each.mean()) for each in values]
     best = min(range(len(ridges)), key=means.__getitem__)
     trials = []
-    for ridge, mean, each in zip(ridges, means, values, strict=True):
-        difference_n = each - values[best]
-        error = float(difference_n.std()) / math.sqrt(len(each)) if len(each) > 1 else 0.0
+    for ridge, mean, values_n in zip(ridges, means, values, strict=True):
+        difference_n = values_n - values[best]
+        error = float(difference_n.std()) / math.sqrt(len(values_n)) if len(values_n) > 1 else 0.0
         trials.append(RidgeTrial(ridge, mean, error))
     near = [trial for trial in trials if trial.divergence <= means[best] + trial.error]
     chosen = max(near, key=lambda trial: trial.ridge)
