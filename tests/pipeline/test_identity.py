@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,18 +84,40 @@ def test_data_in_memory_are_told_by_their_fingerprint():
     assert found[0] != found[1] and list(found[0]) == ["in memory"]
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch):
-    pair = saved(byte_llama(0), tmp_path / "a"), saved(byte_llama(1), tmp_path / "b")
-    data = text_data(tmp_path)
-    section = {"task": "text-generation", "dataset": str(data), "tokenizer": "bytes", "max_length": 16, "alphas": 3}
+def stopped(patch, pair, out, **sections):
+    """A merge that is stopped after its weights, and its diagnosis, are finished."""
 
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_llfc.pipeline.stages.evaluate_parents", stop)
+    with patch.context() as patched:
+        patched.setattr("hf_llfc.pipeline.stages.evaluate_parents", stop)
         with pytest.raises(KeyboardInterrupt):
-            hf_llfc.merge(pair, out=tmp_path / "out", diagnose=section)
+            hf_llfc.merge(pair, out=out, **sections)
+
+
+def test_a_run_measures_anew_on_other_data(tmp_path, monkeypatch):
+    pair = saved(byte_llama(0), tmp_path / "a"), saved(byte_llama(1), tmp_path / "b")
+    data = text_data(tmp_path)
+    section = {"task": "text-generation", "dataset": str(data), "tokenizer": "bytes", "max_length": 16, "alphas": 3}
+    stopped(monkeypatch, pair, tmp_path / "out", diagnose=section)
     rewritten(data, "THE MERGED")
-    with pytest.raises(CheckpointError, match=r"interrupted run of something else \(data\..*text\.txt was"):
-        hf_llfc.merge(pair, out=tmp_path / "out", diagnose=section)
+    result = hf_llfc.merge(pair, out=tmp_path / "out", diagnose=section)
+    fresh = hf_llfc.merge(pair, out=tmp_path / "fresh", diagnose=section)
+    assert result.report.to_dict() == fresh.report.to_dict()
+    assert [row["loss"] for row in result.table] == [row["loss"] for row in fresh.table]
+
+
+def test_a_run_does_not_go_on_with_other_data_of_its_weights(tmp_path, monkeypatch):
+    pair = saved(byte_llama(0), tmp_path / "a"), saved(byte_llama(1), tmp_path / "b")
+    measured, data = text_data(tmp_path), tmp_path / "fitted.txt"
+    shutil.copy(measured, data)
+    section = {"task": "text-generation", "tokenizer": "bytes", "max_length": 16}
+    sections = {
+        "diagnose": {**section, "dataset": str(measured), "alphas": 3},
+        "calibrate": {**section, "dataset": str(data), "samples": 4},
+    }
+    stopped(monkeypatch, pair, tmp_path / "out", **sections)
+    rewritten(data, "THE MERGED")
+    with pytest.raises(CheckpointError, match=r"interrupted run of something else \(data\..*fitted\.txt was"):
+        hf_llfc.merge(pair, out=tmp_path / "out", **sections)
