@@ -12,6 +12,7 @@ DIR/calibrated_tasks.json.
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -69,31 +70,33 @@ class Tasks:
 
     def relative(self, model: PreTrainedModel) -> dict[str, float]:
         """Accuracy under each model's head over that of the model, by task."""
-        state = model.state_dict()
-        own = [self.family.scores(expert.state_dict(), [member])[0] for expert, member in self._pairs]
-        scores = self.family.scores(state, self.members)
-        return {task: score / single for (task, _), score, single in zip(self.members, scores, own, strict=True)}
+        scores = self.family.scores(model.state_dict(), self.members)
+        return {task: score / own for (task, _), score, own in zip(self.members, scores, self._of_experts, strict=True)}
 
-    @property
-    def _pairs(self) -> list[tuple[PreTrainedModel, tuple[str, int]]]:
-        return list(zip(self.experts, self.members, strict=True))
+    @cached_property
+    def _of_experts(self) -> list[float]:
+        """What each model reaches on its own task."""
+        pairs = zip(self.experts, self.members, strict=True)
+        return [self.family.scores(expert.state_dict(), [member])[0] for expert, member in pairs]
 
 
 def measure(tasks: Tasks, samples: int, known: Measured) -> dict[str, dict[str, float]]:
     """Row → relative accuracy by task, and seconds."""
     rows = {}
+
+    def found(label: str, settings: Settings | None = None) -> dict[str, float]:
+        model = tasks.merge(label)
+        if settings is None:
+            return tasks.relative(model)
+        begun = perf_counter()
+        calibrate_model(model, tasks.experts, tasks.sources(samples), settings)
+        return {"seconds": perf_counter() - begun, **tasks.relative(model)}
+
     for label in STARTS:
         key = f"seed {tasks.seed} {label}"
-        rows[label] = known.get(key, lambda label=label: tasks.relative(tasks.merge(label)))  # type: ignore[misc]
+        rows[label] = known.get(key, partial(found, label))
         for way, settings in WAYS.items():
-
-            def find(label: str = label, settings: Settings = settings) -> dict[str, float]:
-                model = tasks.merge(label)
-                begun = perf_counter()
-                calibrate_model(model, tasks.experts, tasks.sources(samples), settings)
-                return {"seconds": perf_counter() - begun, **tasks.relative(model)}
-
-            rows[f"{label}, {way}"] = known.get(f"{key} {way} {samples}", find)
+            rows[f"{label}, {way}"] = known.get(f"{key} {way} {samples}", partial(found, label, settings))
     return rows
 
 

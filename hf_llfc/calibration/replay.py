@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.features.layers import handing_over
 from hf_llfc.diagnostics.features.trial import LOGITS, Layer, first_tensor
-from hf_llfc.evaluation.models import evaluation_mode, forward_logits, model_inputs
+from hf_llfc.evaluation.models import evaluation_mode, forward, forward_logits, logits_in
 
 _PLACE = object()
 """Stands in an output for its first tensor."""
@@ -169,9 +169,12 @@ def chains_that_hold(
 
 def answer_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits, or the first output of a model that has none."""
-    logits = forward_logits(model, batch)
-    if logits is not None:
-        return logits
-    answer = first_tensor(model(**model_inputs(batch, model)))
+    return answer_in(forward(model, batch))
+
+
+def answer_in(output: Any) -> Tensor:
+    """The logits of what a model gives out, or its first tensor if there are none."""
+    logits = logits_in(output)
+    answer = first_tensor(output) if logits is None else logits
     assert answer is not None, "a model gives something"
     return answer

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_llfc.calibration.engine import DEFAULTS, Batch, Settings, Source, calibrate_model
-from hf_llfc.calibration.replay import answer_of
+from hf_llfc.calibration.replay import answer_in, answer_of
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.models import forward_logits, predictions_in
+from hf_llfc.evaluation.models import forward, logits_in, predictions_in
 
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0, 1000.0)
 """What is tried; with the last the merge stays as it is, to a thousandth."""
@@ -138,13 +138,13 @@ def _distances(
 
 
 def _of_samples(blend: Tensor, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    logits = forward_logits(model, batch)
-    answer = answer_of(model, batch) if logits is None else logits
+    output = forward(model, batch)
+    answer, has_logits = answer_in(output), logits_in(output) is not None
     values = []
     for index in range(len(blend)):
         sample = {name: value[index : index + 1] for name, value in batch.items()}
         target_nc, own_nc = (predictions_in(each[index : index + 1], sample).double() for each in (blend, answer))
-        if logits is not None:
+        if has_logits:
             target_nc, own_nc = target_nc.log_softmax(-1), own_nc.log_softmax(-1)
             values.append((target_nc.exp() * (target_nc - own_nc)).sum(-1).mean())
         else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hf_llfc.diagnostics.outputs import ELEMENTS_AT_ONCE
 from hf_llfc.diagnostics.rows import AtChance, ModelReference
 from hf_llfc.evaluation.scoring import SampleScores
 from hf_llfc.foundation.numbers import rounded
@@ -32,9 +33,6 @@ STANDARD_ERRORS = 2.0
 
 SMOOTHING = 0.5
 """Added to the count of every label, as the estimate of Krichevsky and Trofimov does."""
-
-ELEMENTS_AT_ONCE = 2**22
-"""Logits converted to float64 at a time; bounds the memory that a large vocabulary takes."""
 
 
 @dataclass

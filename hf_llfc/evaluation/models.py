@@ -74,18 +74,31 @@ def forward_logits(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
     Raises:
         EvaluationError: The model refuses the batch.
     """
+    return logits_in(forward(model, batch))
+
+
+def forward(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> Any:
+    """Runs a model on a batch; see `forward_logits`.
+
+    Returns:
+        All that it gives out.
+    """
     inputs: dict[str, Any] = dict(model_inputs(batch, model))
     # The cache of keys and values is for generation; here it would only take memory.
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     try:
-        output = model(**inputs)
+        return model(**inputs)
     except LLFCError:
         # What a hook found wrong with the features, and no fault of the batch.
         raise
     except (IndexError, ValueError) as error:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items())
         raise EvaluationError(f"{type(model).__name__} refuses a batch ({shapes}): {error}") from error
+
+
+def logits_in(output: Any) -> torch.Tensor | None:
+    """The logits of what a model gives out; None if there are none."""
     if isinstance(output, ModelOutput):
         return output.get("logits")
     if isinstance(output, tuple | list):

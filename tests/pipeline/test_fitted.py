@@ -29,16 +29,16 @@ def shelf(tmp_path_factory):
     return folder
 
 
+def calibrated_recipe(shelf, out, **changes):
+    """Both models merged, calibrated and diagnosed on one text."""
+    text = shelf / "text.txt"
+    return text_recipe(shelf / "a", shelf / "b", text, out, calibrate={**DATA, "dataset": str(text), **changes})
+
+
 @pytest.fixture(scope="module")
 def run(shelf):
     """A calibrated run with its result."""
-    recipe = text_recipe(
-        shelf / "a",
-        shelf / "b",
-        shelf / "text.txt",
-        shelf / "out",
-        calibrate={**DATA, "dataset": str(shelf / "text.txt")},
-    )
+    recipe = calibrated_recipe(shelf, shelf / "out")
     return hf_llfc.run(recipe)
 
 
@@ -111,13 +111,7 @@ def test_what_is_pushed_is_judged_by_its_own_loss(shelf, run):
 
 
 def test_without_labels_features_are_measured_alone(shelf, tmp_path):
-    recipe = text_recipe(
-        shelf / "a",
-        shelf / "b",
-        shelf / "text.txt",
-        tmp_path / "out",
-        calibrate={"method": "repair", **DATA, "dataset": str(shelf / "text.txt")},
-    )
+    recipe = calibrated_recipe(shelf, tmp_path / "out", method="repair")
     recipe["diagnose"] |= {"labels": False}
     result = hf_llfc.run(recipe)
     assert result.calibration.measured.loss_before is None and "loss" not in result.table[-1]
@@ -140,13 +134,7 @@ def test_a_run_that_measures_nothing_tells_of_its_maps(shelf, tmp_path, capsys):
 
 
 def test_measures_are_taken_up_where_the_card_failed(shelf, tmp_path, monkeypatch):
-    recipe = text_recipe(
-        shelf / "a",
-        shelf / "b",
-        shelf / "text.txt",
-        tmp_path / "out",
-        calibrate={**DATA, "dataset": str(shelf / "text.txt")},
-    )
+    recipe = calibrated_recipe(shelf, tmp_path / "out")
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -164,13 +152,7 @@ def test_measures_are_taken_up_where_the_card_failed(shelf, tmp_path, monkeypatc
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_run_goes_on_after_its_very_end(shelf, run, tmp_path, monkeypatch, damaged):
     """What was measured is told, and weights that were damaged meanwhile are calibrated ones again."""
-    recipe = text_recipe(
-        shelf / "a",
-        shelf / "b",
-        shelf / "text.txt",
-        tmp_path / "out",
-        calibrate={**DATA, "dataset": str(shelf / "text.txt")},
-    )
+    recipe = calibrated_recipe(shelf, tmp_path / "out")
 
     def stop(run):
         calibrating.release(run)
