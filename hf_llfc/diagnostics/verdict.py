@@ -140,10 +140,10 @@ def judge(
 
 
 def no_verdict(at_chance: Sequence[AtChance]) -> str:
-    """Why nothing follows from how models merge of which some are at chance."""
+    """Why there is no verdict on models of which some are at chance."""
     return (
-        f"{'; '.join(each.because for each in at_chance)}; how models merge that know nothing of the data says nothing"
-        " of a merge: measure on data that they were trained for"
+        f"{'; '.join(each.because for each in at_chance)}; a merge of such models proves nothing: measure on data that "
+        "they were trained for"
     )
 
 
