@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import scipy.special
 import torch
 
 from hf_llfc.diagnostics.rows import Statistic
@@ -230,6 +231,84 @@ class RunningMoments:
     def cpu(self) -> RunningMoments:
         """A copy in main memory, for other processes."""
         return RunningMoments(self.count.cpu(), self.mean.cpu(), self.squares.cpu())
+
+
+@dataclass
+class RatioMoments:
+    """Means over predictions that come in samples, for many series at once, in float64.
+
+    Tokens of one text are not independent, but texts are: the standard error is that of a ratio of sums over samples
+    (by linearisation), and the interval takes Student's distribution. Where each sample makes one prediction, these are
+    the usual ones.
+
+    Args:
+        samples: Samples added.
+        count: Predictions added.
+        sums: Sum of the values per series.
+        counts_squared: Sum over samples of the squared number of predictions.
+        products: Sum over samples of its values' sum times their number, per series.
+        squares: Sum over samples of the square of its values' sum, per series.
+    """
+
+    samples: int
+    count: float
+    sums: torch.Tensor
+    counts_squared: float
+    products: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def zeros(cls, series: int) -> RatioMoments:
+        """No values yet."""
+        sums, products, squares = (torch.zeros(series, dtype=torch.float64) for _ in range(3))
+        return cls(0, 0.0, sums, 0.0, products, squares)
+
+    def add(self, values: torch.Tensor, samples: torch.Tensor | None = None) -> None:
+        """Adds the predictions of a batch, all predictions of a sample together.
+
+        Args:
+            values: (series, k).
+            samples: Number of the sample that each belongs to, (k,); each is a sample of its own where None.
+        """
+        values = values.double().cpu()
+        sums, counts = values, torch.ones(values.shape[1], dtype=torch.float64)
+        if samples is not None:
+            _, indices, found = samples.cpu().unique(return_inverse=True, return_counts=True)
+            sums = values.new_zeros(len(values), len(found)).index_add_(1, indices, values)
+            counts = found.double()
+        self.merge(
+            RatioMoments(
+                len(counts),
+                float(counts.sum()),
+                sums.sum(1),
+                float(counts @ counts),
+                sums @ counts,
+                sums.square().sum(1),
+            )
+        )
+
+    def merge(self, other: RatioMoments) -> None:
+        """Adds what another process has gathered."""
+        self.samples += other.samples
+        self.count += other.count
+        self.sums = self.sums + other.sums
+        self.counts_squared += other.counts_squared
+        self.products = self.products + other.products
+        self.squares = self.squares + other.squares
+
+    def means(self) -> list[tuple[float, float | None, tuple[float, float] | None]]:
+        """Mean, standard error and 95 % interval of every series; the last two are None below two samples."""
+        mean = self.sums / self.count
+        if self.samples < 2:
+            return [(value, None, None) for value in mean.tolist()]
+        residuals = self.squares - 2 * mean * self.products + mean.square() * self.counts_squared
+        freedom = self.samples - 1
+        errors = (residuals.clamp(min=0) * self.samples / freedom).sqrt() / self.count
+        width = float(scipy.special.stdtrit(freedom, 0.975))
+        return [
+            (value, error, (value - width * error, value + width * error))
+            for value, error in zip(mean.tolist(), errors.tolist(), strict=True)
+        ]
 
 
 @dataclass
