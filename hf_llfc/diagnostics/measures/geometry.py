@@ -20,17 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from hf_llfc.diagnostics.features.channels import channel_dimensions
 from hf_llfc.diagnostics.features.layers import divide, handing_over, select_layers
-from hf_llfc.diagnostics.features.trial import LOGITS, Call, Layer, Trial
-from hf_llfc.diagnostics.measures.linear_maps import CONVOLUTIONS, linear_maps, matrix_of, weight_of
+from hf_llfc.diagnostics.features.trial import LOGITS, Trial
+from hf_llfc.diagnostics.measures.linear_maps import linear_maps, matrix_of, weight_of
 from hf_llfc.diagnostics.rows import GeometryRow
 from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_finite
-from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import forward_logits
 
 MOST_DIMENSIONS = 16
@@ -200,7 +197,7 @@ class Geometry:
         self.models = model_a, model_b
         self.layers = tuple(layer for layer in select_layers(model_a, batch, layers) if layer.label != LOGITS)
         trial = Trial.run(model_a, batch)
-        self.channels = _channels(model_a, trial, self.layers)
+        self.channels = channel_dimensions(model_a, trial, self.layers, "geometry")
         maps_a, maps_b = linear_maps(model_a), linear_maps(model_b)
         ran = [call.module for call in trial.calls if call.module in maps_a]
         self.maps = tuple(dict.fromkeys([*ran, *maps_a]))
@@ -268,53 +265,3 @@ def _of_covariance(covariance: Covariance) -> _Spectrum:
     tolerance = squares[0].clamp(min=0) * len(squares) * torch.finfo(squares.dtype).eps
     values = torch.where(squares > tolerance, squares, 0).clamp(min=0).sqrt()
     return _Spectrum(values, vectors, vectors, int((values > 0).sum()))
-
-
-def _channels(model: PreTrainedModel, trial: Trial, layers: Sequence[Layer]) -> tuple[int, ...]:
-    """Which dimension of each layer's tensor, divided by samples, runs over channels.
-
-    It is the one that has as many entries as the last linear map, norm or convolution before it gives channels, and
-    where several have, the second for convolutions and what belongs to them, and the last for all else.
-    """
-    modules = dict(model.named_modules())
-    last: tuple[int, bool] | None = None
-    before: dict[tuple[str, int, str], tuple[int, bool] | None] = {}
-    calls: dict[tuple[str, int, str], Call] = {}
-    for call in trial.calls:
-        if call.side == "output":
-            last = _given(modules[call.module]) or last
-        before[call.key], calls[call.key] = last, call
-    dimensions = []
-    for layer in layers:
-        key = layer.module, layer.call, layer.side
-        shape = calls[key].tensor.shape
-        if layer.token_axes == (-1,):
-            dimensions.append(len(shape))
-            continue
-        free = [axis for axis in range(1, len(shape)) if axis not in layer.token_axes]
-        width, second = before[key] or (0, len(shape) > 3)
-        fitting = [axis for axis in free if shape[axis] == width] or free
-        if not fitting:
-            raise EvaluationError(
-                f"geometry: layer {layer.label!r} gives a tensor of shape {tuple(shape)}, which has no channels; "
-                "choose other layers"
-            )
-        dimensions.append(fitting[0] if second else fitting[-1])
-    return tuple(dimensions)
-
-
-def _given(module: nn.Module) -> tuple[int, bool] | None:
-    """How many channels a module gives, and whether they are the second dimension; None where it tells neither."""
-    if isinstance(module, CONVOLUTIONS):
-        return module.out_channels, True
-    if isinstance(module, _BatchNorm):
-        return module.num_features, True
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels, True
-    if isinstance(module, nn.Linear):
-        return module.out_features, False
-    if isinstance(module, Conv1D):
-        return module.nf, False
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1], False
-    return None
