@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_llfc.diagnostics.outputs import ELEMENTS_AT_ONCE
 from hf_llfc.diagnostics.rows import AtChance, ModelReference
-from hf_llfc.evaluation.scoring import SampleScores
+from hf_llfc.diagnostics.statistics import RatioMoments
+from hf_llfc.evaluation.predicted import Answers, Predicted
 from hf_llfc.foundation.numbers import rounded
 
 LEARNED_LIMIT = 0.01
@@ -45,7 +45,7 @@ class Predictions:
         entropy: Their summed entropies, in nats.
         labels: How often each label is to be predicted; empty without labels.
         correct: How many predictions are right.
-        moments: Sums over samples of loss, predictions, loss², loss × predictions and predictions².
+        loss: Their losses; empty without labels.
     """
 
     count: int = 0
@@ -53,32 +53,19 @@ class Predictions:
     entropy: float = 0.0
     labels: Counter[int] = field(default_factory=Counter)
     correct: int = 0
-    moments: list[float] = field(default_factory=lambda: [0.0] * 5)
+    loss: RatioMoments = field(default_factory=lambda: RatioMoments.zeros(1))
 
-    def add(self, logits_kc: torch.Tensor) -> None:
-        """Adds what a model predicts for a batch."""
-        step = max(1, ELEMENTS_AT_ONCE // logits_kc.shape[-1])
-        for start in range(0, len(logits_kc), step):
-            logs_kc = logits_kc[start : start + step].double().log_softmax(-1)
-            probabilities_kc = logs_kc.exp()
-            self.entropy += float(torch.special.entr(probabilities_kc).sum())
-            mean = probabilities_kc.sum(0)
-            self.mean = mean if self.mean is None else self.mean + mean
-        self.count += len(logits_kc)
-
-    def add_scores(self, scores: SampleScores, labels_k: torch.Tensor) -> None:
-        """Adds how right the predictions of a batch are.
-
-        Args:
-            scores: Of its samples.
-            labels_k: All labels that are to be predicted.
-        """
-        loss, count = scores.loss_sums, scores.counts.double()
-        products = (loss, count, loss * loss, loss * count, count * count)
-        self.moments = [sum(pair) for pair in zip(self.moments, (float(each.sum()) for each in products), strict=True)]
-        values, counts = labels_k.unique(return_counts=True)
+    def add(self, predicted: Predicted, found: Answers) -> None:
+        """Adds what a model answers to a batch."""
+        self.count += len(predicted.rows)
+        self.mean = found.mass if self.mean is None else self.mean + found.mass
+        self.entropy += float(found.entropy.sum())
+        if predicted.labels is None or found.loss is None:
+            return
+        self.loss.add(found.loss[None], predicted.samples)
+        values, counts = predicted.labels.unique(return_counts=True)
         self.labels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        self.correct += int(scores.correct.sum())
+        self.correct += int((found.choice == predicted.labels).sum())
 
     def merge(self, other: Predictions) -> None:
         """Adds what another process has gathered."""
@@ -88,17 +75,22 @@ class Predictions:
         self.entropy += other.entropy
         self.labels.update(other.labels)
         self.correct += other.correct
-        self.moments = [sum(pair) for pair in zip(self.moments, other.moments, strict=True)]
+        self.loss.merge(other.loss)
 
     def cpu(self) -> Predictions:
         """A copy in main memory, for other processes."""
         mean = None if self.mean is None else self.mean.cpu()
-        return Predictions(self.count, mean, self.entropy, self.labels, self.correct, self.moments)
+        return Predictions(self.count, mean, self.entropy, self.labels, self.correct, self.loss)
 
     @property
     def classes(self) -> int:
         """Size of what is chosen from; 0 where nothing is predicted."""
         return 0 if self.mean is None else len(self.mean)
+
+    @property
+    def mean_entropy(self) -> float:
+        """Mean entropy of a prediction, in nats."""
+        return self.entropy / self.count
 
     @property
     def spread(self) -> float:
@@ -108,12 +100,12 @@ class Predictions:
     @property
     def from_input(self) -> float:
         """Share of this entropy that the input explains: mutual information of input and prediction over it."""
-        return (self.spread - self.entropy / self.count) / self.spread if self.spread > 0 else 0.0
+        return (self.spread - self.mean_entropy) / self.spread if self.spread > 0 else 0.0
 
     @property
     def sharpness(self) -> float:
         """Share of the log of the classes by which single predictions are sharper than uniform."""
-        return 1 - self.entropy / self.count / math.log(self.classes)
+        return 1 - self.mean_entropy / math.log(self.classes)
 
 
 def at_chance(
@@ -158,10 +150,9 @@ def chance_loss(labels: Counter[int], classes: int) -> float:
 
 def _by_labels(predictions: Predictions) -> str | None:
     """Why a model is at chance, by its loss and its hits; None if it is not."""
-    loss_sum, count, *products = predictions.moments
-    loss, chance = loss_sum / count, chance_loss(predictions.labels, predictions.classes)
-    squares = products[0] - 2 * loss * products[1] + loss * loss * products[2]
-    noise = STANDARD_ERRORS * math.sqrt(max(0.0, squares)) / count
+    loss, error = float(predictions.loss.mean), float(predictions.loss.errors)
+    count, chance = predictions.count, chance_loss(predictions.labels, predictions.classes)
+    noise = STANDARD_ERRORS * error
     if loss < chance - max(noise, LEARNED_LIMIT * chance):
         return None
     # Who is too sure of what it knows has a loss above chance, and hits.
@@ -182,6 +173,6 @@ def _by_predictions(predictions: Predictions, language: bool) -> str | None:
         return f"its predictions hardly depend on the input, which explains {share} of their entropy"
     if language and predictions.sharpness <= FLAT_LIMIT:
         uniform = rounded(math.log(predictions.classes), 3)
-        entropy = rounded(predictions.entropy / predictions.count, 3)
+        entropy = rounded(predictions.mean_entropy, 3)
         return f"its predictions are nearly uniform, with an entropy of {entropy} nats out of {uniform}"
     return None

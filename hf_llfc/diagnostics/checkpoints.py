@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 from hf_llfc.checkpoints import tensors_of
 from hf_llfc.checkpoints.streamed import StreamedModel
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, Suggestion, diagnose_models
-from hf_llfc.diagnostics.diagnose import Features, Origin, judged_point
-from hf_llfc.diagnostics.features.trial import LOGITS
+from hf_llfc.diagnostics.diagnose import Features, Origin
 from hf_llfc.diagnostics.measures.measures import check_measures, run_measures
-from hf_llfc.diagnostics.outputs import compare_outputs
 from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.diagnostics.suggest import suggest_weights
-from hf_llfc.diagnostics.verdict import judge
 from hf_llfc.errors import EvaluationError, refuse_other_count
 from hf_llfc.evaluation import EvaluationData
 from hf_llfc.parallel.threads import one_thread_if_small
@@ -91,15 +88,6 @@ def diagnose_checkpoints(
         origin=origin,
         execution=execution,
     )
-    if not data.labelled and region.kind == "line" and not section.offload and report.layer_names[-1] == LOGITS:
-        # Without labels the predictions say more than the features: the same rule, and limits, as those of `check`.
-        outputs = compare_outputs(
-            models[0], models[1], data, alpha=judged_point(region).alpha, batch_norm_data=calibration
-        )
-        verdict = judge(
-            report.barrier, report.layers, aligned=origin.is_aligned, outputs=outputs, at_chance=report.at_chance
-        )
-        report = replace(report, verdict=verdict)
     measured: dict[str, Any] = run_measures(
         section.measures,
         models[0],

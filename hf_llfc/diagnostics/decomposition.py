@@ -20,13 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_llfc.diagnostics.statistics import RatioMoments
-
-ELEMENTS_AT_ONCE = 2**16
-"""Logits converted to float64 at a time: few enough to stay in the processor's cache."""
-
-ELEMENTS_ON_DEVICE = 2**24
-"""The same where memory is far from the processor, and many small steps cost more than they save."""
+from hf_llfc.diagnostics.rows import Statistic
+from hf_llfc.diagnostics.statistics import KeptValues, RatioMoments
+from hf_llfc.evaluation.predicted import Answers, Predicted, answers
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,7 @@ class Decomposition:
         partition: D, by how much the merged model's log-sum-exp lies above the ensemble's.
         divergence: KL(p̄ ‖ p), what non-linearity costs with labels drawn from the ensemble.
         spread: max E − min E, the most that non-linearity can cost.
+        choice: What the ensemble chooses, int64 (k,).
         at_label: E_y; None without labels.
     """
 
@@ -45,6 +42,7 @@ class Decomposition:
     partition: torch.Tensor
     divergence: torch.Tensor
     spread: torch.Tensor
+    choice: torch.Tensor
     at_label: torch.Tensor | None = None
 
     @property
@@ -73,7 +71,6 @@ def decompose(
     weights: Sequence[float],
     merged_kc: torch.Tensor,
     labels_k: torch.Tensor | None = None,
-    partitions_mk: torch.Tensor | None = None,
 ) -> Decomposition:
     """Takes the barrier of a merged model apart.
 
@@ -82,61 +79,67 @@ def decompose(
         weights: Weights of the models; they sum to one. Outside the simplex the identity holds, but J may be negative.
         merged_kc: Logits of the merged model.
         labels_k: True classes.
-        partitions_mk: `log_partition` of the parents, for callers that have it.
+    """
+    every_k = torch.arange(len(merged_kc), device=merged_kc.device)
+    predicted = Predicted(every_k, every_k, len(merged_kc), labels_k)
+    runs = [Run(logits, answers(logits, predicted)) for logits in (*parents, merged_kc)]
+    return decompose_runs(runs[:-1], weights, runs[-1], predicted)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a model gave for a batch.
+
+    Args:
+        logits: Logits, classes last.
+        answers: Answers to what is predicted.
+    """
+
+    logits: torch.Tensor
+    answers: Answers
+
+
+def decompose_runs(
+    parents: Sequence[Run], weights: Sequence[float], merged: Run, predicted: Predicted
+) -> Decomposition:
+    """Takes the barrier of a merged model apart, for models that have been run; see `decompose`.
+
+    Args:
+        parents: The models.
+        weights: Their weights.
+        merged: The merged model.
+        predicted: What is looked at.
 
     Returns:
-        Its parts, computed in float64, slice by slice of predictions.
+        Its parts, computed in float64.
     """
-    if partitions_mk is None:
-        partitions_mk = torch.stack([log_partition(each_kc) for each_kc in parents])
-    weights_m = torch.tensor(weights, dtype=torch.float64, device=merged_kc.device)
-    parts = [
-        _decompose(
-            [each_kc[rows].double() for each_kc in parents],
-            weights,
-            merged_kc[rows].double(),
-            None if labels_k is None else labels_k[rows],
-        )
-        for rows in slices_of(merged_kc)
-    ]
-    blend_k, partition_k, expected_k, spread_k, at_label_k = (torch.cat(each) for each in zip(*parts, strict=True))
+    k, device = len(predicted.rows), predicted.rows.device
+    blend_k, expected_k, spread_k, at_label_k = torch.empty((4, k), dtype=torch.float64, device=device)
+    choice_k = torch.empty(k, dtype=torch.int64, device=device)
+    for part, (difference_kc, blend_kc, *others) in predicted.slices(merged.logits, *(run.logits for run in parents)):
+        blend_kc.mul_(weights[0])
+        for other_kc, weight in zip(others, weights[1:], strict=True):
+            blend_kc.add_(other_kc, alpha=weight)
+        difference_kc.sub_(blend_kc)
+        if predicted.labels is not None:
+            at_label_k[part] = difference_kc.gather(-1, predicted.labels[part, None])[:, 0]
+        top_k, choice_k[part] = blend_kc.max(-1)
+        exponentials_kc = blend_kc.sub_(top_k[:, None]).exp_()
+        sums_k = exponentials_kc.sum(-1)
+        blend_k[part] = top_k + sums_k.log()
+        expected_k[part] = torch.linalg.vecdot(exponentials_kc, difference_kc) / sums_k
+        least_k, most_k = difference_kc.aminmax(dim=-1)
+        spread_k[part] = most_k - least_k
+    partitions_km = torch.stack([run.answers.partition for run in parents], dim=1)
+    partition_k = merged.answers.partition - blend_k
     return Decomposition(
-        gain=weights_m @ partitions_mk - blend_k,
-        partition=partition_k - blend_k,
-        divergence=partition_k - blend_k - expected_k,
+        gain=partitions_km @ partitions_km.new_tensor(weights) - blend_k,
+        partition=partition_k,
+        divergence=partition_k - expected_k,
         spread=spread_k,
-        at_label=at_label_k if labels_k is not None else None,
+        choice=choice_k,
+        at_label=at_label_k if predicted.labels is not None else None,
     )
-
-
-def log_partition(logits_kc: torch.Tensor) -> torch.Tensor:
-    """LSE of every prediction, float64 (k,)."""
-    return torch.cat([logits_kc[rows].double().logsumexp(-1) for rows in slices_of(logits_kc)])
-
-
-def slices_of(logits_kc: torch.Tensor) -> list[slice]:
-    """Slices of predictions that together are all, each small enough to be computed in float64 at once."""
-    count, classes = logits_kc.shape
-    at_once = ELEMENTS_AT_ONCE if logits_kc.device.type == "cpu" else ELEMENTS_ON_DEVICE
-    step = max(1, at_once // classes)
-    return [slice(start, start + step) for start in range(0, count, step)] or [slice(0, 0)]
-
-
-def _decompose(
-    parents: Sequence[torch.Tensor], weights: Sequence[float], merged_kc: torch.Tensor, labels_k: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """LSE(z̄), LSE(z), Σ p̄E, max E − min E and E_y (empty without labels) of some predictions in float64."""
-    blend_kc = parents[0] * weights[0]
-    for each_kc, weight in zip(parents[1:], weights[1:], strict=True):
-        blend_kc.add_(each_kc, alpha=weight)
-    difference_kc = merged_kc - blend_kc
-    top_k = blend_kc.amax(-1)
-    exponentials_kc = (blend_kc - top_k[:, None]).exp_()
-    sums_k = exponentials_kc.sum(-1)
-    least_k, most_k = difference_kc.aminmax(dim=-1)
-    at_label_k = top_k[:0] if labels_k is None else difference_kc.gather(-1, labels_k[:, None])[:, 0]
-    expected_k = torch.linalg.vecdot(exponentials_kc, difference_kc) / sums_k
-    return top_k + sums_k.log(), merged_kc.logsumexp(-1), expected_k, most_k - least_k, at_label_k
 
 
 QUANTITIES = ("gain", "divergence", "estimate", "bound", "cost", "barrier")
@@ -149,29 +152,48 @@ class DecompositionSums:
 
     Args:
         moments: Of `QUANTITIES`, predictions in samples.
+        kept: Barrier of some samples, its estimate without labels, summed over their predictions.
     """
 
     moments: RatioMoments
+    kept: KeptValues
 
     @classmethod
-    def empty(cls, *, labelled: bool) -> DecompositionSums:
+    def empty(cls, *, labelled: bool, device: torch.device | str = "cpu") -> DecompositionSums:
         """Nothing seen yet."""
-        return cls(RatioMoments.zeros(len(QUANTITIES) - (0 if labelled else 2)))
+        return cls(RatioMoments.zeros(len(QUANTITIES) - (0 if labelled else 2)), KeptValues.none(device=device))
 
-    def add(self, found: Decomposition, samples_k: torch.Tensor | None = None) -> None:
+    def add(self, found: Decomposition, predicted: Predicted, sample_ids: torch.Tensor) -> None:
         """Adds the predictions of a batch.
 
         Args:
-            found: Its parts.
-            samples_k: Number of the sample that each belongs to; a sample of its own each without it.
+            found: Their parts.
+            predicted: What they are of.
+            sample_ids: Numbers of the samples of the batch, (n,).
         """
         series = [getattr(found, name) for name in QUANTITIES]
-        self.moments.add(torch.stack([values for values in series if values is not None]), samples_k)
+        self.moments.add(torch.stack([values for values in series if values is not None]), predicted.samples)
+        barrier_k = found.estimate if found.barrier is None else found.barrier
+        of_samples = barrier_k.new_zeros(predicted.count).index_add_(0, predicted.samples, barrier_k)
+        self.kept.add(sample_ids, of_samples)
 
     def merge(self, other: DecompositionSums) -> None:
         """Adds what another process has gathered."""
         self.moments.merge(other.moments)
+        self.kept.merge(other.kept)
 
-    def means(self) -> dict[str, tuple[float, float | None, tuple[float, float] | None]]:
-        """Mean, its standard error and its 95 % interval by quantity."""
-        return dict(zip(QUANTITIES, self.moments.means(), strict=False))
+    def cpu(self) -> DecompositionSums:
+        """A copy in main memory, for other processes."""
+        return DecompositionSums(self.moments, self.kept.cpu())
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Mean, spread over samples and interval by quantity."""
+        return dict(zip(QUANTITIES, self.moments.statistics(), strict=False))
+
+    @property
+    def half_share(self) -> float | None:
+        """Least share of samples that carries half of what is positive in the barrier; None where nothing is."""
+        carried = self.kept.values.clamp(min=0).sort(descending=True).values.cumsum(0)
+        if not len(carried) or carried[-1] <= 0:
+            return None
+        return float((carried < carried[-1] / 2).sum() + 1) / len(carried)

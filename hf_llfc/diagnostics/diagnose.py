@@ -195,6 +195,8 @@ def _report(
         if point in wanted
     )
     merge = judged_point(region)
+    between = {measured.points[place]: agreement for place, agreement in sums.agreements.items()}
+    outputs = between[merge].agreement(merge, sums.predictions) if region.kind == "line" and merge in between else None
     models = origin.models or (ModelReference(),) * region.models
     language = data.task not in CLASSIFICATION_TASKS
     ours = slice(-1) if region.kind == "arithmetic" else slice(None)  # the base need not know the task
@@ -209,10 +211,14 @@ def _report(
             barrier if merge.convex else Barrier(None, None),
             [row for row in rows if row.weights == merge.weights],
             aligned=origin.is_aligned,
+            # With labels, losses say more than predictions.
+            outputs=None if data.labelled else outputs,
             convex=merge.convex,
             at_chance=lost,
         ),
         region=region.kind,
+        decomposition=tuple(agreement.row(point) for point, agreement in between.items() if point in wanted),
+        outputs=outputs,
         at_chance=lost,
         data=summary,
         alignment=dict(origin.alignment),

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.chance import Predictions
 from hf_llfc.diagnostics.combination import MovingModel
+from hf_llfc.diagnostics.decomposition import Run
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, handing_over, sample_vectors
+from hf_llfc.diagnostics.outputs import AgreementSums, has_classes
 from hf_llfc.diagnostics.points import Region
 from hf_llfc.diagnostics.statistics import (
     Distribution,
@@ -27,8 +29,9 @@ from hf_llfc.diagnostics.statistics import (
 from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_finite
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
-from hf_llfc.evaluation.models import forward_logits, predictions_in
-from hf_llfc.evaluation.scoring import SampleScores, ScoreSums, predicted_labels, score_samples
+from hf_llfc.evaluation.models import forward_logits
+from hf_llfc.evaluation.predicted import Predicted, answers, labelled, unlabelled
+from hf_llfc.evaluation.scoring import ScoreSums, score_answers
 
 MOST_TOKENS = 2**24
 """Above any sequence length, so that a token has a number of its own."""
@@ -44,6 +47,7 @@ class PathSums:
         coefficient: Of merged on blend, (p, l).
         baseline: 1 − cos between the models, the mean over their pairs, (l,).
         predictions: What each model predicts.
+        agreements: How merged predictions agree with the models', by the index of the point; empty without classes.
     """
 
     scores: list[ScoreSums]
@@ -51,6 +55,7 @@ class PathSums:
     coefficient: Distribution
     baseline: Distribution
     predictions: list[Predictions]
+    agreements: dict[int, AgreementSums]
 
     def merge(self, other: PathSums) -> None:
         """Adds what another process has gathered."""
@@ -61,11 +66,16 @@ class PathSums:
         self.baseline.merge(other.baseline)
         for own_predictions, others_predictions in zip(self.predictions, other.predictions, strict=True):
             own_predictions.merge(others_predictions)
+        for place, agreement in other.agreements.items():
+            self.agreements[place].merge(agreement)
 
     def cpu(self) -> PathSums:
         """A copy in main memory, for other processes."""
         predictions = [each.cpu() for each in self.predictions]
-        return PathSums(self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu(), predictions)
+        agreements = {place: each.cpu() for place, each in self.agreements.items()}
+        return PathSums(
+            self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu(), predictions, agreements
+        )
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,18 @@ class Lockstep:
         """A lockstep that has seen nothing yet."""
         device = models[0].device
         shape = (len(region.points), len(layers))
+        agreements = {
+            place: AgreementSums.empty(len(models), labelled=data.labelled, device=device)
+            for place, point in enumerate(region.points)
+            if point.vertex is None and layers[-1].label == LOGITS and has_classes(models[0].config, data.task)
+        }
         sums = PathSums(
             [ScoreSums() for _ in region.points],
             Distribution.empty(*shape, device=device),
             Distribution.empty(*shape, device=device),
             Distribution.empty(len(layers), device=device),
             [Predictions() for _ in models],
+            agreements,
         )
         names = (
             ("the first model", "the second model")
@@ -126,7 +142,8 @@ class Lockstep:
         """Runs every model once, and the combined one once a point between them."""
         units = self._units(batch, sample_ids)
         runs = [self._parent(model, batch, units) for model in self.models]
-        logits = [run.logits for run in runs]
+        predicted = self._predicted(runs[0].logits, batch)
+        parents = [run for each in runs if (run := self._answered(each.logits, predicted)) is not None]
         between = torch.stack([gram([run.features[place] for run in runs]) for place in range(len(self.layers))])
         squares = between.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
         self._check_finite(squares, units, self.names)
@@ -136,10 +153,13 @@ class Lockstep:
         norms, difference = blend.clone(), torch.zeros_like(blend)
         for place, point in enumerate(self.region.points):
             if point.vertex is not None:
-                own = logits[point.vertex]
-                self._look_at(self.sums.predictions[point.vertex], own, batch, self._score(place, own, batch))
+                run = parents[point.vertex] if parents else None
             else:
-                norms[place], difference[place] = self._merged(place, batch, units, [run.features for run in runs])
+                features = [run.features for run in runs]
+                norms[place], difference[place], logits = self._merged(place, batch, units, features)
+                run = self._answered(logits, predicted)
+            if run is not None and predicted is not None:
+                self._add_answers(place, run, parents, predicted, sample_ids)
         self._check_finite(norms, units, [f"the merged model at {point.name}" for point in self.region.points])
         distances = blend_distance(norms, blend, difference)
         coefficients = projection_coefficient((norms + blend - difference) / 2, blend)
@@ -168,26 +188,26 @@ class Lockstep:
             mask = batch["attention_mask"].to(device)
         return Units(n, mask, sample_ids.to(device), self.unit == "token")
 
-    def _score(self, place: int, logits: torch.Tensor | None, batch: Mapping[str, torch.Tensor]) -> SampleScores | None:
-        if not self.data.labelled:
+    def _predicted(self, logits: torch.Tensor | None, batch: Mapping[str, torch.Tensor]) -> Predicted | None:
+        """What a batch predicts; None of models without logits."""
+        if logits is None:
             return None
-        assert logits is not None
-        scores = score_samples(self.data.task, logits, batch["labels"].to(logits.device))
-        self.sums.scores[place].add(scores)
-        return scores
+        return labelled(self.data.task, logits, batch["labels"]) if self.data.labelled else unlabelled(logits, batch)
 
-    def _look_at(
-        self,
-        predictions: Predictions,
-        logits: torch.Tensor | None,
-        batch: Mapping[str, torch.Tensor],
-        scores: SampleScores | None,
+    def _answered(self, logits: torch.Tensor | None, predicted: Predicted | None) -> Run | None:
+        return None if logits is None or predicted is None else Run(logits, answers(logits, predicted))
+
+    def _add_answers(
+        self, place: int, run: Run, parents: Sequence[Run], predicted: Predicted, sample_ids: torch.Tensor
     ) -> None:
-        """Adds what a model predicts."""
-        if logits is not None:
-            predictions.add(predictions_in(logits, batch))
-        if scores is not None:
-            predictions.add_scores(scores, predicted_labels(self.data.task, batch["labels"]))
+        """Adds what the model at a point answers."""
+        point = self.region.points[place]
+        if point.vertex is not None:
+            self.sums.predictions[point.vertex].add(predicted, run.answers)
+        elif place in self.sums.agreements:
+            self.sums.agreements[place].add(parents, point.weights, run, predicted, sample_ids)
+        if predicted.labels is not None:
+            self.sums.scores[place].add(score_answers(self.data.task, predicted, run.answers))
 
     def _parent(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor], units: Units) -> ParentRun:
         """Features of every layer, (u, f) each, kept until the batch is done."""
@@ -208,8 +228,8 @@ class Lockstep:
         batch: Mapping[str, torch.Tensor],
         units: Units,
         features: Sequence[Sequence[torch.Tensor]],
-    ) -> torch.Tensor:
-        """Squared norms of merged features and of their difference from the blend, (2, l, u)."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Squared norms of merged features, those of their difference from the blend, (l, u) each, and the logits."""
         measured: dict[int, torch.Tensor] = {}
         weights = self.region.points[place].weights
 
@@ -218,9 +238,10 @@ class Lockstep:
             measured[index] = residuals(vectors, [each[index] for each in features], weights)
 
         self.combined.move_to(weights, self.buffers.get(place))
-        self._score(place, self._run(self.combined.model, batch, measure), batch)
+        logits = self._run(self.combined.model, batch, measure)
         check_complete(self.layers, measured)
-        return torch.stack([measured[index] for index in range(len(self.layers))], dim=1)
+        norms, difference = torch.stack([measured[index] for index in range(len(self.layers))], dim=1)
+        return norms, difference, logits
 
     def _run(
         self,

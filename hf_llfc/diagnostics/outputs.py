@@ -1,175 +1,151 @@
-"""What two models and their merge predict, compared without labels.
+"""What models and their merge predict, compared without labels.
 
 The blend of the parents' logits is an ensemble, whose loss is at most the line between theirs (log-sum-exp is convex).
 LLFC at the output says that the merged model is this ensemble. So its predictions stand in for labels: the barrier of
-the merged model measured with them is an estimate of the true one that needs no labels.
-
-Shape legend: n predictions (samples, or tokens of language models), c classes or vocabulary.
+the merged model measured with them is an estimate of the true one that needs no labels (`decomposition`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
-from hf_llfc.diagnostics.batch_norm import recompute_batch_norm
-from hf_llfc.diagnostics.combination import CombinedModel
-from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation.data import EvaluationData
-from hf_llfc.evaluation.models import evaluation_mode, forward_logits, predictions_in
-
-ELEMENTS_AT_ONCE = 2**22
-"""Logits converted to float64 at a time; bounds the memory that a large vocabulary takes."""
+from hf_llfc.diagnostics.chance import Predictions
+from hf_llfc.diagnostics.decomposition import DecompositionSums, Run, decompose_runs
+from hf_llfc.diagnostics.points import Point
+from hf_llfc.diagnostics.rows import DecompositionRow, OutputAgreement
+from hf_llfc.evaluation.predicted import Predicted
+from hf_llfc.recipe.data import CLASSIFICATION_TASKS
 
 
-@dataclass(frozen=True)
-class OutputAgreement:
-    """Agreement of the predictions of A, B, their merge M and their ensemble E (the blend of logits).
+def has_classes(config: PretrainedConfig, task: str) -> bool:
+    """Whether a model chooses by a softmax; classifiers that regress, or say yes or no to every label, do not.
 
     Args:
-        alpha: Weight of the first model.
-        predictions: Number of predictions compared: samples, or tokens where the attention mask is one.
-        classes: Number of classes that a prediction chooses from.
-        error_barrier: Share of predictions where M differs from E, less α times that of A and 1 − α times that of B:
-            the barrier of error with the ensemble's choices for labels. Negative where M is closer to E than both.
-        loss_barrier: KL(E‖M) − α KL(E‖A) − (1−α) KL(E‖B), in nats: the barrier of loss with labels drawn from E.
-        merged_disagreement: Share where M does not choose what E does.
-        merged_divergence: KL(E‖M), in nats.
-        parents_disagreement: Share where A and B choose differently.
-        orphans: Share where M chooses what neither parent does.
-        entropy_a: Mean entropy of the predictions of A, in nats.
-        entropy_b: Mean entropy of B.
-        entropy_merged: Mean entropy of M.
-        spread_a: Entropy of the mean prediction of A, in nats: near 0 in a model that gives one answer to everything.
-        spread_b: Entropy of the mean prediction of B.
-        spread_merged: Entropy of the mean prediction of M.
+        config: Of the model.
+        task: A value of `TASKS`.
+    """
+    if task not in CLASSIFICATION_TASKS:
+        return True
+    return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+
+
+@dataclass
+class AgreementSums:
+    """How a merged model's predictions agree with those of its parents and of their ensemble, summed.
+
+    Args:
+        decomposition: Parts of the barrier.
+        merged: What the merged model predicts.
+        differing: Number of predictions where the merge does not choose what the ensemble does, where the parents
+            differ, where the merge chooses what no parent does, and then for every parent where it does not choose
+            what the ensemble does.
     """
 
-    alpha: float
-    predictions: int
-    classes: int
-    error_barrier: float
-    loss_barrier: float
-    merged_disagreement: float
-    merged_divergence: float
-    parents_disagreement: float
-    orphans: float
-    entropy_a: float
-    entropy_b: float
-    entropy_merged: float
-    spread_a: float
-    spread_b: float
-    spread_merged: float
+    decomposition: DecompositionSums
+    merged: Predictions
+    differing: torch.Tensor
+
+    @classmethod
+    def empty(cls, models: int, *, labelled: bool, device: torch.device | str = "cpu") -> AgreementSums:
+        """Nothing seen yet."""
+        counts = torch.zeros(3 + models, dtype=torch.int64, device=device)
+        return cls(DecompositionSums.empty(labelled=labelled, device=device), Predictions(), counts)
+
+    def add(
+        self,
+        parents: Sequence[Run],
+        weights: Sequence[float],
+        merged: Run,
+        predicted: Predicted,
+        sample_ids: torch.Tensor,
+    ) -> None:
+        """Adds a batch.
+
+        Args:
+            parents: The models.
+            weights: Their weights in the merge.
+            merged: The merged model.
+            predicted: What is looked at.
+            sample_ids: Numbers of the samples, (n,).
+        """
+        found = decompose_runs(parents, weights, merged, predicted)
+        self.decomposition.add(found, predicted, sample_ids)
+        self.merged.add(predicted, merged.answers)
+        choice, choices_mk = merged.answers.choice, torch.stack([run.answers.choice for run in parents])
+        differing = [
+            choice != found.choice,
+            (choices_mk != choices_mk[0]).any(0),
+            (choices_mk != choice).all(0),
+            *(choices_mk != found.choice),
+        ]
+        self.differing += torch.stack(differing).sum(1)
+
+    def merge(self, other: AgreementSums) -> None:
+        """Adds what another process has gathered."""
+        self.decomposition.merge(other.decomposition)
+        self.merged.merge(other.merged)
+        self.differing = self.differing + other.differing
+
+    def cpu(self) -> AgreementSums:
+        """A copy in main memory, for other processes."""
+        return AgreementSums(self.decomposition.cpu(), self.merged.cpu(), self.differing.cpu())
 
     @property
-    def information(self) -> float:
-        """Information in the parents' predictions in nats: log of the classes less entropy; 0 if they are flat."""
-        return math.log(self.classes) - self.alpha * self.entropy_a - (1 - self.alpha) * self.entropy_b
+    def shares(self) -> list[float]:
+        """`differing` as shares of all predictions."""
+        return (self.differing.double() / self.merged.count).tolist()
 
+    def row(self, point: Point) -> DecompositionRow:
+        """The row of a report.
 
-SUMS = (
-    "merged_disagreement",
-    "a_disagreement",
-    "b_disagreement",
-    "merged_divergence",
-    "a_divergence",
-    "b_divergence",
-    "parents_disagreement",
-    "orphans",
-    "entropy_a",
-    "entropy_b",
-    "entropy_merged",
-)
+        Args:
+            point: Where the merged model lies.
+        """
+        statistics = self.decomposition.statistics()
+        merged_disagreement, parents_disagreement, orphans, *_ = self.shares
+        return DecompositionRow(
+            alpha=point.alpha,
+            **{name: statistics[name] for name in ("gain", "divergence", "estimate", "bound")},
+            cost=statistics.get("cost"),
+            barrier=statistics.get("barrier"),
+            half_share=self.decomposition.half_share,
+            merged_disagreement=merged_disagreement,
+            parents_disagreement=parents_disagreement,
+            orphans=orphans,
+            weights=point.weights,
+        )
 
+    def agreement(self, point: Point, parents: Sequence[Predictions]) -> OutputAgreement:
+        """How the predictions of two models and of their merge agree.
 
-def compare_outputs(
-    model_a: PreTrainedModel,
-    model_b: PreTrainedModel,
-    data: EvaluationData,
-    *,
-    alpha: float = 0.5,
-    batch_norm_data: EvaluationData | None = None,
-) -> OutputAgreement:
-    """Compares what the merged model predicts with what its parents do, on samples without labels.
-
-    Args:
-        model_a: The model with weight α.
-        model_b: The other, aligned where it should be.
-        data: The samples; labels are not looked at.
-        alpha: Between 0 and 1.
-        batch_norm_data: Samples from which the merged model's batch normalization is recomputed.
-
-    Raises:
-        EvaluationError: The models do not fit each other or have no logits, or a logit is not finite.
-    """
-    with evaluation_mode(model_a, model_b):
-        merged = CombinedModel((model_a, model_b))
-        merged.move_to((alpha, 1 - alpha))
-        if batch_norm_data is not None:
-            recompute_batch_norm(merged.model, batch_norm_data.batches())
-        sums, count, spread = torch.zeros(len(SUMS), dtype=torch.float64), 0, None
-        for batch, sample_ids in data.batches():
-            triple = [_predictions(model, batch) for model in (model_a, model_b, merged.model)]
-            for name, logits_nc in zip(("first", "second", "merged"), triple, strict=True):
-                if not logits_nc.isfinite().all():
-                    raise EvaluationError(
-                        f"logits of the {name} model are not finite (NaN or Inf) for a sample from {int(sample_ids[0])}"
-                    )
-            n, c = triple[0].shape
-            spread = torch.zeros((3, c), dtype=torch.float64) if spread is None else spread
-            step = max(1, ELEMENTS_AT_ONCE // c)
-            for start in range(0, n, step):
-                a_nc, b_nc, merged_nc = (logits[start : start + step].double() for logits in triple)
-                part_sums, part_spread = _compare(a_nc, b_nc, merged_nc, alpha)
-                sums += part_sums.cpu()
-                spread += part_spread.cpu()
-            count += n
-    assert spread is not None, "data hold at least one sample"
-    mean = dict(zip(SUMS, (sums / count).tolist(), strict=True))
-    spread_a, spread_b, spread_merged = torch.special.entr(spread / count).sum(dim=1).tolist()
-
-    def barrier(quantity: str) -> float:
-        return mean[f"merged_{quantity}"] - alpha * mean[f"a_{quantity}"] - (1 - alpha) * mean[f"b_{quantity}"]
-
-    kept = ("merged_disagreement", "merged_divergence", "parents_disagreement", "orphans")
-    return OutputAgreement(
-        alpha=alpha,
-        predictions=count,
-        classes=spread.shape[1],
-        error_barrier=barrier("disagreement"),
-        loss_barrier=barrier("divergence"),
-        **{name: mean[name] for name in (*kept, "entropy_a", "entropy_b", "entropy_merged")},
-        spread_a=spread_a,
-        spread_b=spread_b,
-        spread_merged=spread_merged,
-    )
-
-
-def _predictions(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of everything that a batch predicts, (n, c)."""
-    logits = forward_logits(model, batch)
-    if logits is None:
-        raise EvaluationError(f"{type(model).__name__} has no logits; a model with a task head is needed")
-    return predictions_in(logits, batch)
-
-
-def _compare(
-    a_nc: torch.Tensor, b_nc: torch.Tensor, merged_nc: torch.Tensor, alpha: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of `SUMS` over some predictions, and the summed probabilities of A, B and the merge, (3, c)."""
-    ensemble_nc = torch.lerp(b_nc, a_nc, alpha).log_softmax(-1)
-    logs = {"a": a_nc.log_softmax(-1), "b": b_nc.log_softmax(-1), "merged": merged_nc.log_softmax(-1)}
-    choices = {name: values.argmax(-1) for name, values in logs.items()}
-    best = ensemble_nc.argmax(-1)
-    values = {f"{name}_disagreement": (choice != best).double() for name, choice in choices.items()}
-    probabilities_nc = ensemble_nc.exp()
-    for name, log_nc in logs.items():
-        values[f"{name}_divergence"] = (probabilities_nc * (ensemble_nc - log_nc)).sum(-1)
-        values[f"entropy_{name}"] = -(log_nc.exp() * log_nc).sum(-1)
-    values["parents_disagreement"] = (choices["a"] != choices["b"]).double()
-    values["orphans"] = ((choices["merged"] != choices["a"]) & (choices["merged"] != choices["b"])).double()
-    return torch.stack([values[name].sum() for name in SUMS]), torch.stack([log.exp().sum(0) for log in logs.values()])
+        Args:
+            point: Where the merged model lies.
+            parents: What the two predict.
+        """
+        row, (a, b) = self.row(point), parents
+        *_, a_disagreement, b_disagreement = self.shares
+        assert row.divergence.mean is not None and row.estimate.mean is not None
+        return OutputAgreement(
+            alpha=point.alpha,
+            predictions=self.merged.count,
+            classes=self.merged.classes,
+            error_barrier=row.merged_disagreement - point.alpha * a_disagreement - (1 - point.alpha) * b_disagreement,
+            loss_barrier=row.estimate.mean,
+            merged_disagreement=row.merged_disagreement,
+            merged_divergence=row.divergence.mean,
+            parents_disagreement=row.parents_disagreement,
+            orphans=row.orphans,
+            entropy_a=a.mean_entropy,
+            entropy_b=b.mean_entropy,
+            entropy_merged=self.merged.mean_entropy,
+            spread_a=a.spread,
+            spread_b=b.spread,
+            spread_merged=self.merged.spread,
+            bound=row.bound.mean,
+            loss_barrier_interval=row.estimate.interval,
+            bound_interval=row.bound.interval,
+        )

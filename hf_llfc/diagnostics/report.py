@@ -17,9 +17,11 @@ from hf_llfc.diagnostics.rows import (
     AtChance,
     Barrier,
     CommutativityRow,
+    DecompositionRow,
     GeometryRow,
     LayerRow,
     ModelReference,
+    OutputAgreement,
     PathPoint,
     StitchingPoint,
     Suggestion,
@@ -32,12 +34,23 @@ if TYPE_CHECKING:
 
 SCHEMA = "hf_llfc.report/1"
 
-PARTS = ("path", "layers", "additivity", "commutativity", "stitching", "geometry")
+PARTS = ("path", "layers", "decomposition", "additivity", "commutativity", "stitching", "geometry")
 """What of a report makes a table."""
 
 _LARGEST = sys.float_info.max
 
-OPTIONAL = {*PARTS[2:], "at_chance", "suggestion", "quantiles", "interval", "weights", "layer_weights", "name", "gated"}
+OPTIONAL = {
+    *PARTS[2:],
+    "at_chance",
+    "outputs",
+    "suggestion",
+    "quantiles",
+    "interval",
+    "weights",
+    "layer_weights",
+    "name",
+    "gated",
+}
 """Fields that are left out of the JSON where they are empty and their class has a default for them."""
 
 SCHEMA_FILE = "report.schema.json"
@@ -62,6 +75,8 @@ class ConnectivityReport:
         verdict: Advice, with the numbers behind it.
         region: Where merged models were measured: ``line`` between two models, ``simplex`` of more (edges and
             centre), or ``arithmetic``, sums of task vectors over a base model, which comes last.
+        decomposition: The barrier taken apart at every point between the models, where they choose from classes.
+        outputs: How predictions of two models and of their merge agree, at the point that the verdict is about.
         at_chance: Models that do no better than chance on the data, for whom there is no verdict.
         additivity: Additivity of every activation function, where asked for.
         commutativity: Commutativity of every linear map, where asked for.
@@ -79,6 +94,8 @@ class ConnectivityReport:
     layers: tuple[LayerRow, ...]
     verdict: Verdict
     region: str = "line"
+    decomposition: tuple[DecompositionRow, ...] = ()
+    outputs: OutputAgreement | None = None
     at_chance: tuple[AtChance, ...] = ()
     additivity: tuple[AdditivityRow, ...] = ()
     commutativity: tuple[CommutativityRow, ...] = ()

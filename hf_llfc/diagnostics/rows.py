@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ class Statistic:
         mean: None where no sample has a value (the coefficient of a blend that is zero everywhere).
         std: Divided by the number of samples.
         quantiles: Value by level (``"0.05"``, ``"0.25"``, ``"0.5"``, ``"0.75"``, ``"0.95"``); empty where not measured.
-        interval: Ends of the bootstrapped 95 % interval of the mean; None where not measured.
+        interval: Ends of the 95 % interval of the mean, by the bootstrap where quantiles are measured, by Student's
+            distribution elsewhere; None where not measured.
     """
 
     mean: float | None
@@ -224,3 +226,97 @@ class AtChance:
 
     model: int
     because: str
+
+
+@dataclass(frozen=True)
+class DecompositionRow:
+    """The barrier of loss at one point, taken apart at the logits; means over predictions in nats.
+
+    The ensemble is the blend of the parents' logits, p̄ its predictions and p those of the merge; E are the logits of
+    the merge less those of the ensemble.
+
+    Args:
+        alpha: Weight of the first model.
+        gain: By how much the ensemble's loss lies below the blend of its members'; at least 0 between the models.
+        divergence: KL(p̄ ‖ p): what non-linearity costs if labels are distributed as the ensemble says.
+        estimate: Divergence less gain: the barrier if labels are distributed so.
+        bound: Mean of max E − min E, less gain: the barrier is never more, whatever the labels are.
+        merged_disagreement: Share of predictions where the merge does not choose what the ensemble does.
+        parents_disagreement: Share where the parents do not all choose the same.
+        orphans: Share where the merge chooses what no parent does.
+        cost: What non-linearity costs with the labels; None without.
+        barrier: Cost less gain: loss of the merge less the blend of its parents' losses; None without labels.
+        half_share: Least share of samples that carries half of what is positive in the barrier, without labels in its
+            estimate; None where nothing is.
+        weights: Weights of all models, as in the `PathPoint` it belongs to.
+    """
+
+    alpha: float
+    gain: Statistic
+    divergence: Statistic
+    estimate: Statistic
+    bound: Statistic
+    merged_disagreement: float
+    parents_disagreement: float
+    orphans: float
+    cost: Statistic | None = None
+    barrier: Statistic | None = None
+    half_share: float | None = None
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """Agreement of the predictions of A, B, their merge M and their ensemble E (the blend of logits).
+
+    Args:
+        alpha: Weight of the first model.
+        predictions: Number of predictions compared: samples, or tokens where the attention mask is one.
+        classes: Number of classes that a prediction chooses from.
+        error_barrier: Share of predictions where M differs from E, less α times that of A and 1 − α times that of B:
+            the barrier of error with the ensemble's choices for labels. Negative where M is closer to E than both.
+        loss_barrier: KL(E‖M) − α KL(E‖A) − (1−α) KL(E‖B), in nats: the barrier of loss with labels drawn from E. It is
+            the estimate of a `DecompositionRow`.
+        merged_disagreement: Share where M does not choose what E does.
+        merged_divergence: KL(E‖M), in nats.
+        parents_disagreement: Share where A and B choose differently.
+        orphans: Share where M chooses what neither parent does.
+        entropy_a: Mean entropy of the predictions of A, in nats.
+        entropy_b: Mean entropy of B.
+        entropy_merged: Mean entropy of M.
+        spread_a: Entropy of the mean prediction of A, in nats: near 0 in a model that gives one answer to everything.
+        spread_b: Entropy of the mean prediction of B.
+        spread_merged: Entropy of the mean prediction of M.
+        bound: The barrier of loss is at most this, in nats, whatever the labels are; see `DecompositionRow`.
+        loss_barrier_interval: Ends of the 95 % interval of `loss_barrier`.
+        bound_interval: Ends of the 95 % interval of `bound`.
+    """
+
+    alpha: float
+    predictions: int
+    classes: int
+    error_barrier: float
+    loss_barrier: float
+    merged_disagreement: float
+    merged_divergence: float
+    parents_disagreement: float
+    orphans: float
+    entropy_a: float
+    entropy_b: float
+    entropy_merged: float
+    spread_a: float
+    spread_b: float
+    spread_merged: float
+    bound: float | None = None
+    loss_barrier_interval: tuple[float, float] | None = None
+    bound_interval: tuple[float, float] | None = None
+
+    @property
+    def gain(self) -> float:
+        """By how much the ensemble's loss lies below the blend of its members' losses, in nats; needs no labels."""
+        return self.merged_divergence - self.loss_barrier
+
+    @property
+    def information(self) -> float:
+        """Information in the parents' predictions in nats: log of the classes less entropy; 0 if they are flat."""
+        return math.log(self.classes) - self.alpha * self.entropy_a - (1 - self.alpha) * self.entropy_b

@@ -5,6 +5,7 @@ Shape legend: k values of alpha, l layers, s statistics, n samples, f features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -296,18 +297,28 @@ class RatioMoments:
         self.products = self.products + other.products
         self.squares = self.squares + other.squares
 
-    def means(self) -> list[tuple[float, float | None, tuple[float, float] | None]]:
-        """Mean, standard error and 95 % interval of every series; the last two are None below two samples."""
-        mean = self.sums / self.count
-        if self.samples < 2:
-            return [(value, None, None) for value in mean.tolist()]
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean over all predictions, per series."""
+        return self.sums / self.count
+
+    @property
+    def errors(self) -> torch.Tensor:
+        """Standard error of the mean, per series; NaN below two samples."""
+        mean = self.mean
         residuals = self.squares - 2 * mean * self.products + mean.square() * self.counts_squared
-        freedom = self.samples - 1
-        errors = (residuals.clamp(min=0) * self.samples / freedom).sqrt() / self.count
-        width = float(scipy.special.stdtrit(freedom, 0.975))
+        freedom = self.samples - 1 if self.samples > 1 else math.nan
+        return (residuals.clamp(min=0) * self.samples / freedom).sqrt() / self.count
+
+    def statistics(self) -> list[Statistic]:
+        """One statistic a series; its spread is that of samples, and below two samples it has none."""
+        means, errors = self.mean.tolist(), self.errors.tolist()
+        if self.samples < 2:
+            return [Statistic(mean, None) for mean in means]
+        width = float(scipy.special.stdtrit(self.samples - 1, 0.975))
         return [
-            (value, error, (value - width * error, value + width * error))
-            for value, error in zip(mean.tolist(), errors.tolist(), strict=True)
+            Statistic(mean, error * math.sqrt(self.samples), interval=(mean - width * error, mean + width * error))
+            for mean, error in zip(means, errors, strict=True)
         ]
 
 

@@ -16,13 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from hf_llfc.diagnostics.rows import AtChance, Barrier, LayerRow, Verdict
+from hf_llfc.diagnostics.rows import AtChance, Barrier, LayerRow, OutputAgreement, Verdict
 from hf_llfc.foundation.numbers import rounded
-
-if TYPE_CHECKING:
-    from hf_llfc.diagnostics.outputs import OutputAgreement
 
 ERROR_BARRIER_TOLERANCE = 0.02
 """Two points of error: below this, runs from one initialization count as linearly connected in Frankle et al.

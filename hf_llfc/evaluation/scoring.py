@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 import evaluate
 import torch
 
-from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.encoding import IGNORED_LABEL
 from hf_llfc.evaluation.metrics import classification_metric, language_model_metric
+from hf_llfc.evaluation.predicted import Answers, Predicted, answers, labelled
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS
-
-ELEMENTS_AT_ONCE = 2**24
-"""Logits converted to float64 at a time; bounds the memory a large vocabulary takes."""
 
 
 @dataclass(frozen=True)
@@ -55,45 +52,28 @@ def score_samples(task: str, logits: torch.Tensor, labels: torch.Tensor) -> Samp
     Raises:
         EvaluationError: The logits are not those of a model for the task.
     """
-    classification = task in CLASSIFICATION_TASKS
-    if logits.shape[:-1] != labels.shape or int(labels.max()) >= logits.shape[-1]:
-        raise EvaluationError(
-            f"the model has no head for {task}: its logits have the shape {tuple(logits.shape)}, and the labels the "
-            f"shape {tuple(labels.shape)} and values up to {int(labels.max())}; give the task it was trained for"
-        )
-    if classification:
-        logits, labels = logits[:, None], labels[:, None]
-    elif task == "text-generation":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    samples, positions = torch.nonzero(labels != IGNORED_LABEL, as_tuple=True)
-    n = labels.shape[0]
-    loss_sums = torch.zeros(n, dtype=torch.float64, device=logits.device)
-    correct = torch.zeros(n, dtype=torch.int64, device=logits.device)
-    predicted: list[torch.Tensor] = []
-    step = max(1, ELEMENTS_AT_ONCE // logits.shape[-1])
-    for start in range(0, len(samples), step):
-        at_samples, at_positions = samples[start : start + step], positions[start : start + step]
-        chosen = logits[at_samples, at_positions].double()
-        truth = labels[at_samples, at_positions]
-        losses = torch.nn.functional.cross_entropy(chosen, truth, reduction="none")
-        predicted.append(chosen.argmax(dim=-1))
-        loss_sums.index_add_(0, at_samples, losses)
-        correct.index_add_(0, at_samples, (predicted[-1] == truth).long())
-    counts = (labels != IGNORED_LABEL).sum(dim=-1)
-    if not classification:
-        return SampleScores(loss_sums, counts, correct, None, None)
-    return SampleScores(loss_sums, counts, correct, torch.cat(predicted), labels[:, 0])
+    predicted = labelled(task, logits, labels)
+    return score_answers(task, predicted, answers(logits, predicted))
 
 
-def predicted_labels(task: str, labels: torch.Tensor) -> torch.Tensor:
-    """The labels of a batch that are to be predicted, in one row.
+def score_answers(task: str, predicted: Predicted, found: Answers) -> SampleScores:
+    """Scores every sample of a labelled batch by what a model answers.
 
     Args:
         task: A value of `TASKS`.
-        labels: As for `score_samples`.
+        predicted: What is to be predicted.
+        found: The answers.
     """
-    labels = labels[:, 1:] if task == "text-generation" else labels
-    return labels[labels != IGNORED_LABEL]
+    assert predicted.labels is not None and found.loss is not None
+    samples = predicted.samples
+    loss_sums = torch.zeros(predicted.count, dtype=torch.float64, device=samples.device)
+    correct, counts = (torch.zeros(predicted.count, dtype=torch.int64, device=samples.device) for _ in range(2))
+    loss_sums.index_add_(0, samples, found.loss)
+    correct.index_add_(0, samples, (found.choice == predicted.labels).long())
+    counts.index_add_(0, samples, torch.ones_like(samples))
+    if task not in CLASSIFICATION_TASKS:
+        return SampleScores(loss_sums, counts, correct, None, None)
+    return SampleScores(loss_sums, counts, correct, found.choice, predicted.labels)
 
 
 def task_loss(task: str, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

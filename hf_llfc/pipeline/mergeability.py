@@ -27,8 +27,7 @@ if TYPE_CHECKING:  # level 0 needs neither weights nor data: what reads them is 
     import torch
     from transformers import PreTrainedModel
 
-    from hf_llfc.diagnostics.outputs import OutputAgreement
-    from hf_llfc.diagnostics.rows import AtChance, LayerRow
+    from hf_llfc.diagnostics.rows import AtChance, LayerRow, OutputAgreement
     from hf_llfc.diagnostics.verdict import Criterion
     from hf_llfc.evaluation import EvaluationData
     from hf_llfc.parents.carrying import Carried
@@ -331,17 +330,12 @@ def compare_features(
     """
     from hf_llfc.diagnostics import ModelReference, diagnose_models, has_batch_norm
     from hf_llfc.diagnostics.diagnose import Origin
-    from hf_llfc.diagnostics.features.trial import LOGITS
-    from hf_llfc.diagnostics.outputs import compare_outputs
     from hf_llfc.diagnostics.points import line
 
     again = data if has_batch_norm(model_a) else None
     origin = Origin(tuple(map(ModelReference, labels)))
     report = diagnose_models([model_a, model_b], data, region=line([0.5]), batch_norm_data=again, origin=origin)
-    if report.layers[-1].layer != LOGITS:
-        return FeatureEvidence(report.layers, None)
-    outputs = compare_outputs(model_a, model_b, data, batch_norm_data=again)
-    return FeatureEvidence(report.layers, outputs, report.at_chance)
+    return FeatureEvidence(report.layers, report.outputs, report.at_chance)
 
 
 @dataclass(frozen=True)

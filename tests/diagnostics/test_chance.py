@@ -23,13 +23,14 @@ from transformers import (
 
 import hf_llfc
 from hf_llfc.cli import main
-from hf_llfc.diagnostics import chance, diagnose_models
+from hf_llfc.diagnostics import diagnose_models
 from hf_llfc.diagnostics.chance import Predictions, at_chance, chance_loss
 from hf_llfc.diagnostics.diagnose import Origin
 from hf_llfc.diagnostics.points import arithmetic, simplex
 from hf_llfc.diagnostics.rows import ModelReference
-from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
-from hf_llfc.evaluation.scoring import predicted_labels, score_samples
+from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data, predicted
+from hf_llfc.evaluation.predicted import answers, labelled, unlabelled
+from hf_llfc.evaluation.scoring import score_samples
 from tests.evaluation.tiny_data import text_rows, word_tokenizer
 from tests.pipeline.test_mergeability import image_rows, trained
 from tests.runs import byte_llama, saved, small_resnet, text_data, text_recipe, trained_llama
@@ -60,10 +61,8 @@ def report_of(models: list[PreTrainedModel], config: EvaluationConfig, tokenizer
 
 def predictions_of(logits: torch.Tensor, labels: torch.Tensor | None = None) -> Predictions:
     found = Predictions()
-    found.add(logits)
-    if labels is not None:
-        task = "image-classification"
-        found.add_scores(score_samples(task, logits, labels), predicted_labels(task, labels))
+    place = unlabelled(logits, {}) if labels is None else labelled("image-classification", logits, labels)
+    found.add(place, answers(logits, place))
     return found
 
 
@@ -134,7 +133,7 @@ def test_sums_do_not_depend_on_their_parts(monkeypatch: pytest.MonkeyPatch) -> N
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(40, 5, generator=generator), torch.randint(5, (40,), generator=generator)
     whole = predictions_of(logits, labels)
-    monkeypatch.setattr(chance, "ELEMENTS_AT_ONCE", 20)
+    monkeypatch.setattr(predicted, "ELEMENTS_AT_ONCE", 20)
     first, second = predictions_of(logits[:7], labels[:7]), predictions_of(logits[7:], labels[7:])
     empty = Predictions()
     for part in (first, second):
@@ -142,7 +141,10 @@ def test_sums_do_not_depend_on_their_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert empty.mean is not None and whole.mean is not None
     torch.testing.assert_close(empty.mean, whole.mean)
     assert (empty.count, empty.labels, empty.correct) == (whole.count, whole.labels, whole.correct)
-    assert empty.moments == pytest.approx(whole.moments) and empty.entropy == pytest.approx(whole.entropy)
+    assert float(empty.loss.errors) == pytest.approx(float(whole.loss.errors))
+    assert float(empty.loss.mean) == pytest.approx(float(whole.loss.mean)) and empty.entropy == pytest.approx(
+        whole.entropy
+    )
     probabilities = logits.double().softmax(-1)
     mean = probabilities.mean(0)
     information = -(mean * mean.log()).sum() + (probabilities * probabilities.log()).sum(-1).mean()

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import stats
 
-from hf_llfc.diagnostics import decomposition
-from hf_llfc.diagnostics.decomposition import Decomposition, DecompositionSums, decompose, log_partition
+from hf_llfc.diagnostics.decomposition import Decomposition, DecompositionSums, decompose
+from hf_llfc.evaluation import predicted
+from hf_llfc.evaluation.predicted import Predicted
 
 WEIGHTS = [(0.5, 0.5), (0.2, 0.8), (0.2, 0.5, 0.3), (1.5, -0.7, 0.2)]
 
@@ -27,7 +28,7 @@ def measured_barrier(
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_parts_add_up_to_the_measured_barrier(weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decomposition, "ELEMENTS_AT_ONCE", 20)  # many slices
+    monkeypatch.setattr(predicted, "ELEMENTS_AT_ONCE", 20)  # many slices
     *parents, merged = logits(0, len(weights) + 1)
     labels = torch.arange(40) % 7
     found = decompose(parents, weights, merged, labels)
@@ -72,17 +73,15 @@ def test_logits_that_connect_linearly_only_gain() -> None:
     assert torch.allclose(found.spread, torch.zeros(40, dtype=torch.float64), atol=1e-12)
 
 
-def test_partitions_at_hand_are_not_computed_again() -> None:
-    first, second, merged = logits(4, 3)
-    partitions = torch.stack([log_partition(first), log_partition(second)])
-    found = decompose([first, second], (0.5, 0.5), merged, partitions_mk=partitions + 1)
-    assert torch.allclose(found.gain, decompose([first, second], (0.5, 0.5), merged).gain + 1)
-
-
 def random_parts(count: int, *, labelled: bool) -> Decomposition:
     generator = torch.Generator().manual_seed(count)
     parts = torch.randn(5, count, generator=generator, dtype=torch.float64).unbind()
-    return Decomposition(*parts[:4], parts[4] if labelled else None)
+    return Decomposition(*parts[:4], torch.zeros(count), parts[4] if labelled else None)
+
+
+def every_sample(count: int) -> tuple[Predicted, torch.Tensor]:
+    numbers = torch.arange(count)
+    return Predicted(numbers, numbers, count), numbers
 
 
 def pieces(parts: Decomposition, start: int, stop: int) -> Decomposition:
@@ -92,14 +91,17 @@ def pieces(parts: Decomposition, start: int, stop: int) -> Decomposition:
 def test_means_and_intervals_are_students_for_samples() -> None:
     parts = random_parts(50, labelled=True)
     sums, others = (DecompositionSums.empty(labelled=True) for _ in range(2))
-    sums.add(pieces(parts, 0, 20))
-    others.add(pieces(parts, 20, 50))
-    sums.merge(others)
-    for name, (mean, error, interval) in sums.means().items():
+    sums.add(pieces(parts, 0, 20), *every_sample(20))
+    others.add(pieces(parts, 20, 50), every_sample(30)[0], torch.arange(20, 50))
+    sums.merge(others.cpu())
+    for name, found in sums.statistics().items():
         values = getattr(parts, name).numpy()
-        assert mean == pytest.approx(values.mean())
-        assert error == pytest.approx(stats.sem(values))
-        assert interval == pytest.approx(stats.t.interval(0.95, 49, values.mean(), stats.sem(values)))
+        assert found.mean == pytest.approx(values.mean())
+        assert found.std == pytest.approx(values.std(ddof=1))
+        assert found.interval == pytest.approx(stats.t.interval(0.95, 49, values.mean(), stats.sem(values)))
+    positive = np.sort(np.maximum(parts.barrier.numpy(), 0))[::-1].cumsum()
+    carriers = round(50 * sums.half_share)
+    assert positive[carriers - 1] >= positive[-1] / 2 > positive[carriers - 2]
 
 
 def test_tokens_of_one_text_are_no_independent_samples() -> None:
@@ -108,16 +110,25 @@ def test_tokens_of_one_text_are_no_independent_samples() -> None:
     counts, values = generator.integers(1, 9, 400), generator.standard_normal(400)
     samples, tokens = torch.tensor(np.repeat(np.arange(400), counts)), torch.tensor(np.repeat(values, counts))
     sums = DecompositionSums.empty(labelled=False)
-    sums.add(Decomposition(tokens, tokens, tokens, tokens), samples)
-    mean, error, _ = sums.means()["gain"]
-    assert mean == pytest.approx(float(tokens.mean()))
+    sums.add(Decomposition(*[tokens] * 5), Predicted(samples, samples, 400), torch.arange(400))
+    found = sums.statistics()["gain"]
+    assert found.mean == pytest.approx(float(tokens.mean()))
     drawn = generator.integers(400, size=(2000, 400))
     resampled = (counts[drawn] * values[drawn]).sum(1) / counts[drawn].sum(1)
-    assert error == pytest.approx(resampled.std(), rel=0.08)
+    assert found.std / 20 == pytest.approx(resampled.std(), rel=0.08)
+    assert found.interval[1] - found.interval[0] == pytest.approx(2 * 1.966 * found.std / 20, rel=1e-3)
 
 
 def test_one_sample_has_no_interval() -> None:
     sums = DecompositionSums.empty(labelled=False)
-    sums.add(random_parts(1, labelled=False))
-    assert list(sums.means()) == ["gain", "divergence", "estimate", "bound"]
-    assert all(error is interval is None for _, error, interval in sums.means().values())
+    sums.add(random_parts(1, labelled=False), *every_sample(1))
+    assert list(sums.statistics()) == ["gain", "divergence", "estimate", "bound"]
+    assert all(each.std is each.interval is None for each in sums.statistics().values())
+
+
+def test_no_sample_carries_a_barrier_that_is_nowhere() -> None:
+    sums = DecompositionSums.empty(labelled=False)
+    assert sums.half_share is None
+    zeros = torch.zeros(3, dtype=torch.float64)
+    sums.add(Decomposition(zeros + 1, zeros, zeros, zeros, zeros), *every_sample(3))
+    assert sums.half_share is None

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-from hf_llfc.diagnostics import outputs
-from hf_llfc.diagnostics.outputs import compare_outputs
+import hf_llfc
+from hf_llfc.diagnostics import diagnose_models
+from hf_llfc.diagnostics.points import arithmetic, line, simplex
 from hf_llfc.errors import EvaluationError
-from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
+from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data, predicted
 from tests.mlp_model import MLPConfig, MLPForImageClassification
 from tests.runs import byte_llama
 
@@ -30,6 +31,10 @@ def image_data(count=33, batch_size=8):
     rows = datasets.Dataset.from_dict({"image": list(images)})
     config = EvaluationConfig("image-classification", rows, labels=False, batch_size=batch_size)
     return load_evaluation_data(config, None, mlp(0).config)
+
+
+def compare_outputs(a, b, data, alpha=0.5):
+    return diagnose_models([a, b], data, region=line([alpha])).outputs
 
 
 def midway(a, b, alpha):
@@ -71,7 +76,7 @@ def oracle(a, b, merged, alpha, pixels):
 
 @pytest.mark.parametrize("alpha", [0.5, 0.2])
 def test_every_number_is_that_of_the_oracle(alpha, monkeypatch):
-    monkeypatch.setattr(outputs, "ELEMENTS_AT_ONCE", 20)  # several chunks a batch
+    monkeypatch.setattr(predicted, "ELEMENTS_AT_ONCE", 20)  # several chunks a batch
     a, b, data = mlp(1), mlp(2), image_data()
     pixels = torch.cat([batch["pixel_values"] for batch, _ in data.batches()])
     expected = oracle(a, b, midway(a, b, alpha), alpha, pixels)
@@ -80,6 +85,11 @@ def test_every_number_is_that_of_the_oracle(alpha, monkeypatch):
     knows = np.log(5) - alpha * expected["entropy_a"] - (1 - alpha) * expected["entropy_b"]
     assert compared.information == pytest.approx(knows, abs=1e-6)
     found = dataclasses.asdict(compared)
+    assert compared.bound >= compared.loss_barrier == pytest.approx(compared.merged_divergence - compared.gain)
+    for name in ("loss_barrier", "bound"):
+        low, high = found.pop(f"{name}_interval")
+        assert low < found[name] < high
+    del found["bound"]
     assert (found.pop("predictions"), found.pop("classes"), found.pop("alpha")) == (33, 5, alpha)
     assert found == pytest.approx(expected, abs=1e-6)
 
@@ -107,26 +117,80 @@ def test_padding_predicts_nothing():
     rows = rows.select([1, 2])
     together, alone = compared(rows, 2), compared(rows, 1)
     assert together.predictions == len("".join(texts[1:]))
-    assert dataclasses.asdict(together) == pytest.approx(dataclasses.asdict(alone), abs=1e-6)
+    for name, value in dataclasses.asdict(together).items():
+        assert value == pytest.approx(getattr(alone, name), abs=1e-6), name
 
 
-def test_a_model_without_head_is_refused():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=300, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=2
-    )
+def bert_data(config):
     rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
     settings = EvaluationConfig("text-classification", rows, labels=False, tokenizer="bytes")
-    data = load_evaluation_data(settings, None, config)
-    heads = BertForSequenceClassification(config), BertForSequenceClassification(config)
-    assert compare_outputs(*heads, data).predictions == 2
-    with pytest.raises(EvaluationError, match="BertModel has no logits"):
-        compare_outputs(BertModel(config), BertModel(config), data)
+    return load_evaluation_data(settings, None, config)
+
+
+def bert(model_class, **settings):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return model_class(BertConfig(**sizes, intermediate_size=8, **settings)).eval()
+
+
+def test_only_a_softmax_over_classes_is_compared():
+    head = bert(BertForSequenceClassification, num_labels=2)
+    assert compare_outputs(head, head, bert_data(head.config)).predictions == 2
+    for settings in (
+        {"num_labels": 1},
+        {"num_labels": 3, "problem_type": "regression"},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ):
+        head = bert(BertForSequenceClassification, **settings)
+        report = diagnose_models([head, head], bert_data(head.config), region=line([0.5]))
+        assert report.outputs is None
+        assert report.decomposition == ()
+    bare = bert(BertModel)
+    assert compare_outputs(bare, bare, bert_data(bare.config)) is None
+
+
+def labelled_images(classes=5):
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": list(np.random.default_rng(0).standard_normal((33, 1, 4, 4)).astype(np.float32)),
+            "label": [index % classes for index in range(33)],
+        }
+    )
+    return load_evaluation_data(EvaluationConfig("image-classification", rows, batch_size=8), None, mlp(0).config)
+
+
+def labelled_texts(config):
+    rows = datasets.Dataset.from_dict({"text": ["a longer line", "in between", "one more of them"]})
+    settings = EvaluationConfig("text-generation", rows, blocks=False, tokenizer="bytes", batch_size=2)
+    return load_evaluation_data(settings, None, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("region", [line([0.3, 0.5]), simplex([1, 2, 1]), arithmetic([0.6, 0.7])])
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_the_parts_of_a_diagnosis_add_up_to_the_measured_barrier(kind, region, dtype):
+    make = mlp if kind == "images" else byte_llama
+    models = [make(seed).to(dtype).eval() for seed in range(1, 1 + region.models)]
+    data = labelled_images() if kind == "images" else labelled_texts(models[0].config)
+    report = diagnose_models(models, data, region=region)
+    losses = {point.weights: point.loss for point in report.path}
+    parents = [losses[tuple(float(index == own) for index in range(region.models))] for own in range(region.models)]
+    assert [row.weights for row in report.decomposition] == [
+        point.weights for point in region.points if point.vertex is None
+    ]
+    for row in report.decomposition:
+        measured = losses[row.weights] - sum(weight * loss for weight, loss in zip(row.weights, parents, strict=True))
+        assert row.barrier.mean == pytest.approx(measured, abs=1e-9)
+        assert row.cost.mean - row.gain.mean == pytest.approx(measured, abs=1e-9)
+        assert row.estimate.mean == pytest.approx(row.divergence.mean - row.gain.mean, abs=1e-9)
+        assert row.bound.mean >= measured
+        assert row.barrier.interval[0] < measured < row.barrier.interval[1]
+    assert hf_llfc.ConnectivityReport.from_dict(report.to_dict()) == report
 
 
 def test_a_logit_that_is_not_finite_is_named():
     bad = mlp(1)
     with torch.no_grad():
         bad.classifier.bias[0] = float("nan")
-    with pytest.raises(EvaluationError, match="logits of the second model are not finite"):
+    with pytest.raises(EvaluationError, match="of the second model are not finite"):
         compare_outputs(mlp(0), bad, image_data())

@@ -19,6 +19,8 @@ ROWS = {
     "point": rows.PathPoint,
     "barrier": rows.Barrier,
     "layer": rows.LayerRow,
+    "decomposition": rows.DecompositionRow,
+    "outputs": rows.OutputAgreement,
     "additivity": rows.AdditivityRow,
     "commutativity": rows.CommutativityRow,
     "stitching": rows.StitchingPoint,

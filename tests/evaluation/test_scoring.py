@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_transformers(task, family, head):
 @pytest.mark.parametrize(("task", "family", "head"), TASKS)
 @pytest.mark.parametrize("chunk", [1, 100, 2**24])
 def test_every_sample_counts_what_it_predicts(task, family, head, chunk, monkeypatch):
-    monkeypatch.setattr("hf_llfc.evaluation.scoring.ELEMENTS_AT_ONCE", chunk)
+    monkeypatch.setattr("hf_llfc.evaluation.predicted.ELEMENTS_AT_ONCE", chunk)
     logits, labels, _ = logits_and_labels(task, family, head)
     scores = score_samples(task, logits, labels)
     for sample in range(3):
