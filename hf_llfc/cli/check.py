@@ -9,6 +9,7 @@ from hf_llfc.api import check
 from hf_llfc.cli.console import print_json, print_table, progress_bars
 from hf_llfc.cli.settings import evaluation_config
 from hf_llfc.diagnostics import LayerRow
+from hf_llfc.diagnostics.rows import OutputAgreement
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -33,6 +34,8 @@ def execute(options: argparse.Namespace) -> int:
         if result.layers:
             rows = [{"layer": row.layer, **_means(row)} for row in result.layers]
             print_table(f"layers at the midpoint{state}", rows)
+        if result.outputs is not None:
+            print_table(f"predictions at the midpoint{state}", [_predictions(result.outputs)])
         if result.criteria:
             print_table(f"what decides{state}", [asdict(criterion) for criterion in result.criteria])
         print(f"{result.answer}: {result.because}")
@@ -43,6 +46,20 @@ def execute(options: argparse.Namespace) -> int:
         for difference in result.differences:
             print(f"  - {difference}")
     return 0 if result.answer == "merge" or (result.answer == "undecided" and result.level == 0) else 1
+
+
+def _predictions(outputs: OutputAgreement) -> dict[str, float | None]:
+    """The barrier taken apart, in nats, and how often predictions differ."""
+    low, high = outputs.loss_barrier_interval or (None, None)
+    return {
+        "gain": outputs.gain,
+        "cost": outputs.merged_divergence,
+        "estimate": outputs.loss_barrier,
+        "from": low,
+        "to": high,
+        "at most": outputs.bound,
+        "parents disagree": outputs.parents_disagreement,
+    }
 
 
 def _means(row: LayerRow) -> dict[str, float | None]:

@@ -256,5 +256,6 @@ def _agreement(outputs: OutputAgreement) -> str:
     return (
         f"{outputs.merged_disagreement:.1%} of {outputs.predictions} predictions are not those of the ensemble (the "
         f"blend of logits), {outputs.merged_divergence:.2g} nats from it (limit {DIVERGENCE_LIMIT:g}); the parents "
-        f"disagree in {outputs.parents_disagreement:.1%}"
+        f"disagree in {outputs.parents_disagreement:.1%}, from which the ensemble gains {rounded(outputs.gain, 3)} "
+        f"nats: the barrier is estimated at {rounded(outputs.loss_barrier, 3)} nats"
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.diagnostics.rows import AdditivityRow, LayerRow, PathPoint
+from hf_llfc.diagnostics.rows import AdditivityRow, DecompositionRow, LayerRow, PathPoint
 from hf_llfc.errors import EvaluationError, PublishingError
 from hf_llfc.publishing.numbers import is_number, metric_style
 
-Row = TypeVar("Row", LayerRow, AdditivityRow)
+Row = TypeVar("Row", LayerRow, AdditivityRow, DecompositionRow)
 
 SAME_ALPHA = 1e-6
 """Two values of α closer than this are one."""
@@ -52,7 +52,7 @@ def metric_names(report: ConnectivityReport) -> list[str]:
     return list(dict.fromkeys(name for point in report.path for name in point.metrics))
 
 
-def point_weights(of: PathPoint | LayerRow) -> tuple[float, ...]:
+def point_weights(of: PathPoint | LayerRow | DecompositionRow) -> tuple[float, ...]:
     """The weights of all models at a point; reports of a line need not write them."""
     return of.weights or (of.alpha, 1 - of.alpha)
 
@@ -68,7 +68,7 @@ def point_model(of: PathPoint) -> int:
     return weights.index(max(weights))
 
 
-def point_name(report: ConnectivityReport, of: PathPoint | LayerRow) -> str:
+def point_name(report: ConnectivityReport, of: PathPoint | LayerRow | DecompositionRow) -> str:
     """What a reader calls a point: its α on a line, elsewhere the name that the report gives it."""
     if report.region == "line":
         return f"α = {of.alpha:.3g}"
@@ -107,6 +107,12 @@ def shown_layers(report: ConnectivityReport) -> list[LayerRow]:
 def shown_additivity(report: ConnectivityReport) -> list[AdditivityRow]:
     """One row an activation function, at the measured α that is nearest to the merge, or to the middle."""
     return _nearest(report, report.additivity)
+
+
+def shown_decomposition(report: ConnectivityReport) -> DecompositionRow | None:
+    """The barrier taken apart at the merge, or at the point whose layers are shown."""
+    rows = _nearest(report, report.decomposition) if report.region == "line" else report.decomposition[-1:]
+    return rows[0] if rows else None
 
 
 def _nearest(report: ConnectivityReport, rows: Sequence[Row]) -> list[Row]:

@@ -23,6 +23,7 @@ from hf_llfc.publishing.numbers import (
     is_number,
     known,
     metric_style,
+    rounded,
     value_text,
     weight_text,
     weights_text,
@@ -82,6 +83,7 @@ def report_tables(report: ConnectivityReport) -> list[Table]:
     tables = [
         _models(report),
         path_table(report),
+        decomposition_table(report),
         *map(_with_short_names, [_layers(report), *measure_tables(report)]),
         _suggestion(report),
         _barrier(report),
@@ -149,6 +151,41 @@ def path_table(report: ConnectivityReport) -> Table:
         (Column("alpha" if on_line else "point"), *of_loss, *(Column(metric_style(m).title, short=m) for m in metrics)),
         tuple(rows) if has_loss or metrics else (),
     )
+
+
+def decomposition_table(report: ConnectivityReport) -> Table:
+    """The barrier taken apart at every point, in nats; without rows where models do not choose from classes."""
+    labelled = any(row.barrier is not None for row in report.decomposition)
+    rows = tuple(
+        (
+            f"{row.alpha:.3g}" if report.region == "line" else point_name(report, row),
+            value_text(row.gain.mean, LOSS),
+            value_text((row.cost or row.divergence).mean, LOSS),
+            *((_with_interval(row.barrier),) if row.barrier is not None else ()),
+            _with_interval(row.estimate),
+            value_text(row.bound.mean, LOSS),
+            NOTHING if row.half_share is None else value_text(row.half_share, ERROR),
+        )
+        for row in report.decomposition
+    )
+    columns = (
+        Column("alpha" if report.region == "line" else "point"),
+        Column("gain", "of the ensemble"),
+        Column("cost", "of non-linearity"),
+        *((Column("barrier", "cost less gain, 95 % interval"),) if labelled else ()),
+        Column("without labels", "estimate of the barrier, 95 % interval", "estimate"),
+        Column("at most", "whatever the labels are"),
+        Column("half in", "least share of samples that carries half"),
+    )
+    return Table("decomposition", "the barrier taken apart, in nats", columns, rows)
+
+
+def _with_interval(statistic: Statistic) -> str:
+    """A mean in nats with its interval."""
+    mean = value_text(statistic.mean, LOSS)
+    if statistic.interval is None:
+        return mean
+    return f"{mean} ({' to '.join(rounded(end, 3) for end in statistic.interval)})"
 
 
 def layer_columns(rows: Sequence[LayerRow]) -> tuple[Column, ...]:

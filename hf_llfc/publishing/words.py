@@ -6,8 +6,25 @@ from dataclasses import dataclass
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.lineage import display_name
-from hf_llfc.publishing.numbers import ERROR, LOSS, capitalized, decimal_text, distance_text, height_text, weight_text
-from hf_llfc.publishing.reading import farthest_coefficient, largest_ratio, not_finite, point_name, shown_layers
+from hf_llfc.publishing.numbers import (
+    ERROR,
+    LOSS,
+    capitalized,
+    decimal_text,
+    distance_text,
+    height_text,
+    known,
+    value_text,
+    weight_text,
+)
+from hf_llfc.publishing.reading import (
+    farthest_coefficient,
+    largest_ratio,
+    not_finite,
+    point_name,
+    shown_decomposition,
+    shown_layers,
+)
 from hf_llfc.publishing.record import AlignmentSummary, CalibrationRecord, MeasuredData
 
 _AXES = {
@@ -94,6 +111,28 @@ def layer_summary(report: ConnectivityReport | None) -> str | None:
     point = point_name(report, rows[0])
     where = f"At {point} " if report.region == "line" else "In the merge " if point == "merge" else f"At the {point} "
     return where + ", and ".join(parts) + "." if parts else None
+
+
+def decomposition_summary(report: ConnectivityReport | None) -> str | None:
+    """What the ensemble gains and what non-linearity costs, in one or two sentences; None where it is not defined."""
+    if report is None or (row := shown_decomposition(report)) is None:
+        return None
+    assert row.gain.mean is not None and row.bound.mean is not None
+    point = point_name(report, row)
+    where = f"At {point}" if report.region == "line" else f"At the point {point}"
+    cost, total = (row.cost, row.barrier) if row.cost and row.barrier else (row.divergence, row.estimate)
+    height = known(total.mean)
+    text = (
+        f"{where} the ensemble gains {height_text(row.gain.mean, LOSS)} over the blend of its members' losses, and "
+        f"non-linearity costs {height_text(known(cost.mean), LOSS)}: the merge lies {height_text(abs(height), LOSS)} "
+        f"{'above' if height > 0 else 'below'} that blend"
+    )
+    if row.barrier is None:
+        bound = height_text(row.bound.mean, LOSS)
+        text += f" if labels are distributed as the ensemble says, and at most {bound} above it whatever they are"
+    if row.half_share is not None:
+        text += f"; {value_text(row.half_share, ERROR)} of the samples carry half of what lies above it"
+    return f"{text}."
 
 
 def alignment_sentence(alignment: AlignmentSummary) -> str:

@@ -152,6 +152,27 @@ def full_statistic(mean: float, spread: float = 0.5) -> dict[str, Any]:
     }
 
 
+def decomposition(alpha: float, *, labelled: bool = True, **changes: Any) -> dict[str, Any]:
+    """The barrier taken apart at one point: the ensemble gains 0.125 nats, non-linearity costs 0.25."""
+
+    def in_nats(mean: float) -> dict[str, Any]:
+        return {"mean": mean, "std": 1.0, "interval": [mean - 0.0625, mean + 0.0625]}
+
+    with_labels = {"cost": in_nats(0.25), "barrier": in_nats(0.125), "half_share": 0.0625}
+    return {
+        "alpha": alpha,
+        "gain": in_nats(0.125),
+        "divergence": in_nats(0.3125),
+        "estimate": in_nats(0.1875),
+        "bound": in_nats(0.875),
+        "merged_disagreement": 0.125,
+        "parents_disagreement": 0.25,
+        "orphans": 0.03125,
+        **(with_labels if labelled else {}),
+        **changes,
+    }
+
+
 BERT_MAPS = (
     "attention.self.query",
     "attention.self.key",

@@ -15,6 +15,7 @@ from hf_llfc.publishing import write_card
 from tests.publishing.samples import (
     MODELS,
     as_report,
+    decomposition,
     layer,
     make_evidence,
     make_folder,
@@ -190,6 +191,14 @@ def test_of_several_models_the_points_have_names(region, points):
     # A sum of task vectors may lie outside the models; the barrier between them is not its own.
     assert ("the merge lies outside" in html) == (region == "arithmetic")
     assert ("linearly connected" in html) == (region == "simplex")
+
+
+def test_the_barrier_is_taken_apart():
+    html = render_page(make_report(decomposition=[decomposition(0.5)]))
+    assert "The barrier taken apart, in nats" in html
+    assert "non-linearity costs 0.250 nats" in html
+    assert body(Page(html), "decomposition")[0][:3] == ["0.5", "0.1250", "0.2500"]
+    assert "taken apart" not in render_page(make_report())
 
 
 def test_without_labels_there_is_no_path():

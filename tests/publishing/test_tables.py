@@ -8,7 +8,8 @@ import pytest
 from hf_llfc.cli.console import print_table
 from hf_llfc.publishing.plots import PLOT_FILES
 from hf_llfc.publishing.tables import report_tables
-from tests.publishing.samples import as_report, make_measured_report, make_report, make_simplex_report
+from hf_llfc.publishing.words import decomposition_summary
+from tests.publishing.samples import as_report, decomposition, make_measured_report, make_report, make_simplex_report
 
 
 def tables_of(report):
@@ -103,3 +104,44 @@ def test_a_suggestion_is_a_table() -> None:
         {"tensors": "bert.encoder.layer.0", "weights": "1 : 0"},
         {"tensors": "all others", "weights": "0.5 : 0.5"},
     ]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_barrier_is_taken_apart_at_every_point(labelled, capsys):
+    report = make_report(decomposition=[decomposition(alpha, labelled=labelled) for alpha in (0.25, 0.5)])
+    rows = tables_of(report)["the barrier taken apart, in nats"]
+    assert [row["alpha"] for row in rows] == ["0.25", "0.5"]
+    known = {"alpha": "0.5", "gain": "0.1250", "cost": "0.2500", "barrier": "0.1250 (0.063 to 0.188)"}
+    estimate = {"estimate": "0.1875 (0.125 to 0.250)", "at most": "0.8750", "half in": "6.25 %"}
+    if not labelled:
+        known, estimate["half in"] = {"alpha": "0.5", "gain": "0.1250", "cost": "0.3125"}, "–"
+    assert rows[1] == {**known, **estimate}
+    print_table("", rows, numbers=True)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+def test_the_barrier_of_several_models_is_taken_apart_by_name():
+    report = make_simplex_report(3)
+    point = report["path"][-1]
+    parts = decomposition(point["alpha"], weights=point["weights"])
+    assert tables_of({**report, "decomposition": [parts]})["the barrier taken apart, in nats"][0]["point"] == "centre"
+
+
+def test_what_the_ensemble_gains_and_non_linearity_costs_is_said_in_words():
+    def said(**changes):
+        return decomposition_summary(as_report(make_report(**changes)))
+
+    assert said() is None
+    assert said(decomposition=[decomposition(0.25), decomposition(0.5)]) == (
+        "At α = 0.5 the ensemble gains 0.125 nats over the blend of its members' losses, and non-linearity costs 0.250 "
+        "nats: the merge lies 0.125 nats above that blend; 6.25 % of the samples carry half of what lies above it."
+    )
+    assert said(decomposition=[decomposition(0.5, labelled=False)]) == (
+        "At α = 0.5 the ensemble gains 0.125 nats over the blend of its members' losses, and non-linearity costs 0.313 "
+        "nats: the merge lies 0.188 nats above that blend if labels are distributed as the ensemble says, and at most "
+        "0.875 nats above it whatever they are."
+    )
+    gain = {"mean": 0.5, "std": 1.0}
+    below = decomposition(0.5, gain=gain, barrier={"mean": -0.25, "std": 1.0}, half_share=None)
+    text = said(decomposition=[below])
+    assert text.endswith("non-linearity costs 0.250 nats: the merge lies 0.250 nats below that blend.")

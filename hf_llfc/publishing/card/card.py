@@ -42,6 +42,7 @@ from hf_llfc.publishing.words import (
     alignment_sentence,
     barrier_words,
     calibrated_on,
+    decomposition_summary,
     headline,
     layer_summary,
 )
@@ -295,6 +296,7 @@ def _of_report(folder: Path, report: ConnectivityReport | None) -> dict[str, Any
         "layers": layers,
         "layers_are_many": len(layers) > LONG_TABLE,
         "layer_summary": layer_summary(report),
+        "decomposition_summary": decomposition_summary(report),
     }
 
 

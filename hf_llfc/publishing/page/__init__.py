@@ -17,8 +17,8 @@ from hf_llfc.publishing.page.charts import path_charts
 from hf_llfc.publishing.page.layers import layer_map
 from hf_llfc.publishing.page.summary import key_facts, meaning, provenance
 from hf_llfc.publishing.reading import merge_point
-from hf_llfc.publishing.tables import measure_tables, path_table
-from hf_llfc.publishing.words import Headline, headline, layer_summary
+from hf_llfc.publishing.tables import decomposition_table, measure_tables, path_table
+from hf_llfc.publishing.words import Headline, decomposition_summary, headline, layer_summary
 
 if TYPE_CHECKING:
     import jinja2
@@ -106,6 +106,8 @@ def render_page(
             facts=key_facts(report),
             charts=path_charts(report),
             path=path_table(report),
+            decomposition=decomposition_table(report),
+            decomposition_summary=decomposition_summary(report),
             on_line=report.region == "line",
             merged=merged,
             layers=layers,

@@ -27,6 +27,7 @@ from tests.publishing.samples import (
     MODELS,
     RECIPE,
     VERSIONS,
+    decomposition,
     layer,
     make_evidence,
     make_folder,
@@ -606,6 +607,16 @@ def test_the_weights_are_those_that_the_recipe_means(
     folder = make_folder(tmp_path / "merged", recipe=recipe)
     table = Page(ModelCard.load(write_card(folder)).text).tables[0]
     assert [row[3] for row in table[1:3]] == shares
+
+
+def test_a_card_says_what_non_linearity_costs(tmp_path: Path) -> None:
+    report = make_report(decomposition=[decomposition(0.5)])
+    card = render(make_folder(tmp_path), report=report)
+    assert "the ensemble gains 0.125 nats" in Page(body_of(card)).prose
+    path = [{"alpha": 0.5, "loss": None, "metrics": {}}]
+    report |= {"path": path, "barrier": {"loss": None, "error": None}}
+    report["decomposition"] = [decomposition(0.5, labelled=False)]
+    assert "at most 0.875 nats above it whatever they are" in Page(body_of(render(tmp_path, report=report))).prose
 
 
 def test_measures_that_were_asked_for_are_folded_away(tmp_path: Path) -> None:
