@@ -8,13 +8,16 @@ weight, the cosine after matching beside that of weights shuffled at random, whi
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 
 import torch
 import transformers
-from symmetries import FAMILIES, Pair
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.symmetries import FAMILIES, Pair
 from hf_llfc.alignment import Parameters, match_weights
 
 COUNTS = (1.0, 4.0, 16.0, 64.0)

@@ -14,6 +14,7 @@ import argparse
 import json
 import shlex
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,15 +23,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import symmetries
 import torch
-import train_parents as parents
 import transformers
-from results import markdown, replace_section, require_sections
-from symmetries import CLASSIFIERS, Pair, by_activations, pairs_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import symmetries
+from benchmarks import train_parents as parents
+from benchmarks.results import markdown, replace_section, require_sections
+from benchmarks.symmetries import CLASSIFIERS, Pair, by_activations, pairs_of
 from hf_llfc.alignment import match_weights
 from hf_llfc.alignment.sources import anchors_of
 from hf_llfc.calibration import Settings, Source, calibrate_model, choose_ridge

@@ -11,6 +11,7 @@ DIR/calibrated_tasks.json.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,14 +19,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import train_tasks
 import transformers
-import which_method
-from calibrated import Measured
-from results import markdown, replace_section, require_sections
-from symmetries import summary
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import train_tasks, which_method
+from benchmarks.calibrated import Measured
+from benchmarks.results import markdown, replace_section, require_sections
+from benchmarks.symmetries import summary
 from hf_llfc.calibration import Settings, Source, calibrate_model
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.checkpoints.models import load_model

@@ -12,14 +12,17 @@ Shape suffixes: h heads, c channels of a head, d the stream.
 """
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import transformers
-from symmetries import FAMILIES, PAIRS, Pair
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.symmetries import FAMILIES, PAIRS, Pair
 from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.assignment.assignment import assign
 from hf_llfc.alignment.sources import ANCHORS

@@ -20,11 +20,13 @@ from statistics import mean
 from time import perf_counter
 
 import torch
-import train_parents as parents
 import transformers
-from results import markdown, replace_section, require_sections
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import train_parents as parents
+from benchmarks.results import markdown, replace_section, require_sections
 from hf_llfc.alignment.together import align_all
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.models import load_model

@@ -339,6 +339,10 @@ alone, or its middle block is damaged: gaussian noise of some standard deviation
 the largest one zeroed, all four times too large, or the block exchanged with the next one, where shapes allow it."""
 
 
+HEAD_DAMAGES = ("relabelled", "negated")
+"""What is done to the head of a classifier: its classes are in another order, or it answers the opposite of what it
+knows. Both parents are as good as before, and contradict each other."""
+
 LARGE_RUNS, LARGE_DAMAGES = ("minilm", "bytes-llama", "bytes-gpt2"), ("moved", "fresh", "swapped")
 """Runs whose models take longest to measure, and what is done to them."""
 
@@ -355,14 +359,19 @@ def blocks_of(state: dict[str, torch.Tensor]) -> list[dict[str, str]]:
 
 
 def damaged(state: dict[str, torch.Tensor], damage: str) -> dict[str, torch.Tensor] | None:
-    """A copy of the tensors with one of `DAMAGES` but `moved`; None where no two blocks can be exchanged."""
+    """A copy of the tensors with one of the damages but `moved`; None where no two blocks can be exchanged."""
     generator = torch.Generator().manual_seed(0)
     blocks = blocks_of(state)
     middle = min(len(blocks) // 2, len(blocks) - 1)
     matrices = [name for name in blocks[middle].values() if state[name].ndim > 1]
     changed = dict(state)
     kind, _, amount = damage.partition("-")
-    if kind == "swapped":
+    if kind in HEAD_DAMAGES:
+        heads = [name for name in state if state[name].ndim == 2 and "embeddings" not in name]
+        head = min(heads, key=lambda name: len(state[name]))
+        for name in (head, f"{head.removesuffix('weight')}bias"):
+            changed[name] = state[name].roll(1, 0) if kind == "relabelled" else -state[name]
+    elif kind == "swapped":
         shapes = [{inside: state[name].shape for inside, name in block.items()} for block in blocks]
         places = [place for place in range(len(blocks) - 1) if shapes[place] == shapes[place + 1]]
         if not places:
@@ -385,7 +394,7 @@ def damaged(state: dict[str, torch.Tensor], damage: str) -> dict[str, torch.Tens
 
 
 def add_variant(source: Path, target: Path, damage: str) -> Path | None:
-    """Writes a checkpoint with one of `DAMAGES`, or keeps the one that exists."""
+    """Writes a checkpoint with one of the damages, or keeps the one that exists."""
     if (target / "config.json").is_file():
         return target
     state = load_file(source / "model.safetensors")
@@ -481,7 +490,8 @@ def variants(pairs: list[Pair], out: Path) -> list[Pair]:
         close = next((pair for pair in mine if pair.kind in ("spawned", "data")), None)
         first, second = (mine[0].a, mine[0].a) if close is None else (close.a, close.b)
         pattern = mine[0] if close is None else close
-        for damage in LARGE_DAMAGES if run in LARGE_RUNS else DAMAGES:
+        damages = LARGE_DAMAGES if run in LARGE_RUNS else DAMAGES
+        for damage in damages if pattern.task == "text-generation" else (*damages, *HEAD_DAMAGES):
             target = out / "variants" / run / f"{Path(second).name}-{damage}"
             target.parent.mkdir(parents=True, exist_ok=True)
             if add_variant(Path(second), target, damage) is not None:

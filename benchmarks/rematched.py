@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from many_models import mean_cosine
-from results import markdown, replace_section
-from symmetries import FAMILIES, PAIRS, Pair, learned
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.many_models import mean_cosine
+from benchmarks.results import markdown, replace_section
+from benchmarks.symmetries import FAMILIES, PAIRS, Pair, learned
 from hf_llfc.alignment import Parameters, Search, match_weights
 from hf_llfc.alignment.learned_matching import Learning
 from hf_llfc.alignment.sources import anchors_of

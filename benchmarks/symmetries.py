@@ -20,12 +20,14 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-import train_parents as parents
-import train_seeds
 import transformers
-from results import markdown, replace_section, require_sections
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import train_parents as parents
+from benchmarks import train_seeds
+from benchmarks.results import markdown, replace_section, require_sections
 from hf_llfc.alignment import Parameters, match_weights
 from hf_llfc.alignment.activation_matching import match_activations
 from hf_llfc.alignment.learned_matching import LEARNING_RATE, Learning, learn_matching

@@ -6,16 +6,19 @@ What exists in DIR/seeds is kept. `benchmarks/symmetries.py` aligns and merges t
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-import train_parents as parents
 import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import train_parents as parents
 from tests import real_data
 
 SEEDS = range(1, 7)

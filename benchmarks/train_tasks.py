@@ -10,6 +10,7 @@ fine-tunes in three domains. A seed draws its own training texts, order, dropout
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import train_parents as parents
 import transformers
 from safetensors.torch import save_file
-from train_seeds import language_config
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import train_parents as parents
+from benchmarks.train_seeds import language_config
 from tests import real_data
 
 Rows = list[tuple[str, int]]

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import train_parents as parents
-import train_tasks
-from results import markdown, replace_section, require_sections
 from safetensors.torch import load_file
-from thresholds import Outcome, Threshold, fitted, ranked
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import train_parents as parents
+from benchmarks import train_tasks
+from benchmarks.results import markdown, replace_section, require_sections
+from benchmarks.thresholds import Outcome, Threshold, fitted, ranked
 from hf_llfc.checkpoints import Checkpoint, open_checkpoint
 from hf_llfc.checkpoints.models import load_model
 from hf_llfc.merging import Merge
