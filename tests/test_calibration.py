@@ -25,7 +25,7 @@ GOOD = State(
 BAD = replace(GOOD, divergence=0.9, ratio=4.0, coefficient=0.3, barrier_error=0.3, barrier_loss=1.0)
 DIVERGENCE = RULES["divergence from the ensemble"]
 OUTPUTS = {field.name: 0.0 for field in fields(OutputAgreement)}
-OUTPUTS |= {"alpha": 0.5, "predictions": 9, "classes": 4, "entropy_a": 0.5, "entropy_b": 1.0}
+OUTPUTS |= {"weights": (0.5, 0.5), "predictions": 9, "classes": 4, "entropies": (0.5, 1.0)}
 
 
 def test_sound_is_a_flat_path_that_does_not_end_far_below_the_better_parent():

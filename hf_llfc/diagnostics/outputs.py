@@ -120,30 +120,28 @@ class AgreementSums:
         )
 
     def agreement(self, point: Point, parents: Sequence[Predictions]) -> OutputAgreement:
-        """How the predictions of two models and of their merge agree.
+        """How the predictions of models and of their merge agree.
 
         Args:
             point: Where the merged model lies.
-            parents: What the two predict.
+            parents: What each model predicts.
         """
-        row, (a, b) = self.row(point), parents
-        *_, a_disagreement, b_disagreement = self.shares
+        row = self.row(point)
+        blend = sum(weight * share for weight, share in zip(point.weights, self.shares[3:], strict=True))
         assert row.divergence.mean is not None and row.estimate.mean is not None
         return OutputAgreement(
-            alpha=point.alpha,
+            weights=point.weights,
             predictions=self.merged.count,
             classes=self.merged.classes,
-            error_barrier=row.merged_disagreement - point.alpha * a_disagreement - (1 - point.alpha) * b_disagreement,
+            error_barrier=row.merged_disagreement - blend,
             loss_barrier=row.estimate.mean,
             merged_disagreement=row.merged_disagreement,
             merged_divergence=row.divergence.mean,
             parents_disagreement=row.parents_disagreement,
             orphans=row.orphans,
-            entropy_a=a.mean_entropy,
-            entropy_b=b.mean_entropy,
+            entropies=tuple(each.mean_entropy for each in parents),
             entropy_merged=self.merged.mean_entropy,
-            spread_a=a.spread,
-            spread_b=b.spread,
+            spreads=tuple(each.spread for each in parents),
             spread_merged=self.merged.spread,
             bound=row.bound.mean,
             loss_barrier_interval=row.estimate.interval,

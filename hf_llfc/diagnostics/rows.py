@@ -267,32 +267,31 @@ class DecompositionRow:
 
 @dataclass(frozen=True)
 class OutputAgreement:
-    """Agreement of the predictions of A, B, their merge M and their ensemble E (the blend of logits).
+    """Agreement of the predictions of the parents, their merge M and their ensemble E (the blend of logits).
 
     Args:
-        alpha: Weight of the first model.
+        weights: Weights αₖ of the parents Pₖ; they sum to one.
         predictions: Number of predictions compared: samples, or tokens where the attention mask is one.
         classes: Number of classes that a prediction chooses from.
-        error_barrier: Share of predictions where M differs from E, less α times that of A and 1 − α times that of B:
-            the barrier of error with the ensemble's choices for labels. Negative where M is closer to E than both.
-        loss_barrier: KL(E‖M) − α KL(E‖A) − (1−α) KL(E‖B), in nats: the barrier of loss with labels drawn from E. It is
-            the estimate of a `DecompositionRow`.
+        error_barrier: Share of predictions where M differs from E, less those of the parents by their weights: the
+            barrier of error with the ensemble's choices for labels. Negative where M is closer to E than they are.
+        loss_barrier: KL(E‖M) − Σ αₖ KL(E‖Pₖ), in nats: the barrier of loss with labels drawn from E. It is the estimate
+            of a `DecompositionRow`.
         merged_disagreement: Share where M does not choose what E does.
         merged_divergence: KL(E‖M), in nats.
-        parents_disagreement: Share where A and B choose differently.
-        orphans: Share where M chooses what neither parent does.
-        entropy_a: Mean entropy of the predictions of A, in nats.
-        entropy_b: Mean entropy of B.
+        parents_disagreement: Share where the parents do not all choose the same.
+        orphans: Share where M chooses what no parent does.
+        entropies: Mean entropy of the predictions of each parent, in nats.
         entropy_merged: Mean entropy of M.
-        spread_a: Entropy of the mean prediction of A, in nats: near 0 in a model that gives one answer to everything.
-        spread_b: Entropy of the mean prediction of B.
+        spreads: Entropy of the mean prediction of each parent, in nats: near 0 in a model that gives one answer to
+            everything.
         spread_merged: Entropy of the mean prediction of M.
         bound: The barrier of loss is at most this, in nats, whatever the labels are; see `DecompositionRow`.
         loss_barrier_interval: Ends of the 95 % interval of `loss_barrier`.
         bound_interval: Ends of the 95 % interval of `bound`.
     """
 
-    alpha: float
+    weights: tuple[float, ...]
     predictions: int
     classes: int
     error_barrier: float
@@ -301,11 +300,9 @@ class OutputAgreement:
     merged_divergence: float
     parents_disagreement: float
     orphans: float
-    entropy_a: float
-    entropy_b: float
+    entropies: tuple[float, ...]
     entropy_merged: float
-    spread_a: float
-    spread_b: float
+    spreads: tuple[float, ...]
     spread_merged: float
     bound: float | None = None
     loss_barrier_interval: tuple[float, float] | None = None
@@ -319,4 +316,5 @@ class OutputAgreement:
     @property
     def information(self) -> float:
         """Information in the parents' predictions in nats: log of the classes less entropy; 0 if they are flat."""
-        return math.log(self.classes) - self.alpha * self.entropy_a - (1 - self.alpha) * self.entropy_b
+        blend = sum(weight * entropy for weight, entropy in zip(self.weights, self.entropies, strict=True))
+        return math.log(self.classes) - blend

@@ -65,11 +65,9 @@ def oracle(a, b, merged, alpha, pixels):
         "merged_divergence": divergence(p_m),
         "parents_disagreement": (choice_a != choice_b).mean(),
         "orphans": ((choice_m != choice_a) & (choice_m != choice_b)).mean(),
-        "entropy_a": entropy(p_a),
-        "entropy_b": entropy(p_b),
+        "entropies": (entropy(p_a), entropy(p_b)),
         "entropy_merged": entropy(p_m),
-        "spread_a": entropy(p_a.mean(0, keepdims=True)),
-        "spread_b": entropy(p_b.mean(0, keepdims=True)),
+        "spreads": tuple(entropy(each.mean(0, keepdims=True)) for each in (p_a, p_b)),
         "spread_merged": entropy(p_m.mean(0, keepdims=True)),
     }
 
@@ -82,7 +80,7 @@ def test_every_number_is_that_of_the_oracle(alpha, monkeypatch):
     expected = oracle(a, b, midway(a, b, alpha), alpha, pixels)
     assert 0 < expected["orphans"] < expected["merged_disagreement"] + expected["parents_disagreement"]
     compared = compare_outputs(a, b, data, alpha=alpha)
-    knows = np.log(5) - alpha * expected["entropy_a"] - (1 - alpha) * expected["entropy_b"]
+    knows = np.log(5) - np.dot((alpha, 1 - alpha), expected["entropies"])
     assert compared.information == pytest.approx(knows, abs=1e-6)
     found = dataclasses.asdict(compared)
     assert compared.bound >= compared.loss_barrier == pytest.approx(compared.merged_divergence - compared.gain)
@@ -90,7 +88,9 @@ def test_every_number_is_that_of_the_oracle(alpha, monkeypatch):
         low, high = found.pop(f"{name}_interval")
         assert low < found[name] < high
     del found["bound"]
-    assert (found.pop("predictions"), found.pop("classes"), found.pop("alpha")) == (33, 5, alpha)
+    assert (found.pop("predictions"), found.pop("classes"), found.pop("weights")) == (33, 5, (alpha, 1 - alpha))
+    for name in ("entropies", "spreads"):
+        assert found.pop(name) == pytest.approx(expected.pop(name), abs=1e-6)
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -98,7 +98,7 @@ def test_a_model_and_itself_agree_in_everything():
     found = compare_outputs(mlp(1), mlp(1), image_data())
     assert found.merged_disagreement == found.parents_disagreement == found.orphans == 0
     assert found.merged_divergence == pytest.approx(0, abs=1e-12)
-    assert found.entropy_a == found.entropy_b == pytest.approx(found.entropy_merged)
+    assert found.entropies == pytest.approx((found.entropy_merged,) * 2)
 
 
 def test_padding_predicts_nothing():

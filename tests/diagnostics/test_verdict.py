@@ -56,8 +56,8 @@ def test_answers(barrier, layers, aligned, answer):
 def outputs(divergence, entropy=0.3):
     """Predictions over ten classes."""
     zeros = dict.fromkeys((field.name for field in fields(OutputAgreement)), 0.0)
-    entropies = {"entropy_a": entropy, "entropy_b": entropy}
-    counts = {"alpha": 0.5, "predictions": 128, "classes": 10}
+    entropies = {"entropies": (entropy, entropy), "spreads": (0.0, 0.0)}
+    counts = {"weights": (0.5, 0.5), "predictions": 128, "classes": 10}
     return OutputAgreement(**{**zeros, **counts, **entropies, "merged_divergence": divergence})
 
 
