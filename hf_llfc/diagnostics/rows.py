@@ -182,6 +182,35 @@ class GeometryRow:
 
 
 @dataclass(frozen=True)
+class BlockRow:
+    """What one block has to do with the barrier of a merge, and with the drift of its features.
+
+    The first three are losses in nats less that of the parents, in the mean over the parents; None without logits.
+
+    Args:
+        block: The module's name, or what runs before and after all blocks.
+        alone: Only this block is merged, the rest is a parent's.
+        without: All is merged but this block, which is a parent's.
+        step: What this block adds where those before it are merged and those after it are a parent's; the steps of all
+            blocks sum to the barrier at this merge.
+        angle: Between the task vectors of the models in degrees, the mean over their pairs; None without a base.
+        distance: Size of the task vectors over that of the base; without one, of the models' difference over their own.
+        drift: ‖merged − blend‖ / ‖blend‖ of the block's output, over all samples.
+        local: Share of the squared drift that is there if the block is given the blend of its inputs; the rest came
+            from upstream.
+    """
+
+    block: str
+    alone: float | None
+    without: float | None
+    step: float | None
+    angle: float | None
+    distance: float | None
+    drift: float | None
+    local: float | None
+
+
+@dataclass(frozen=True)
 class Suggestion:
     """Weights that promise more than the ones asked for, with what they gain on samples they were not chosen on.
 

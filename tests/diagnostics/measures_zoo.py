@@ -49,7 +49,7 @@ def examine(model_type: str, model: PreTrainedModel, inputs: dict[str, torch.Ten
             layers = [layer for layer in select_layers(model, inputs) if layer.label != LOGITS]
         except EvaluationError as error:
             return facts | {"stitching": str(error)}
-        boundaries = recorded(model, inputs, layers, changed_in_place(model, inputs))
+        boundaries, _ = recorded(model, inputs, layers, changed_in_place(model, inputs))
         whole = output(model, inputs)
         facts["stitching"] = len(layers)
         for place, layer in enumerate(layers):

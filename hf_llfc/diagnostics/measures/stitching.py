@@ -137,7 +137,7 @@ def recorded(
     batch: Mapping[str, torch.Tensor],
     layers: Sequence[Layer],
     overwritten: frozenset[tuple[str, int]],
-) -> dict[int, Boundary]:
+) -> tuple[dict[int, Boundary], torch.Tensor | None]:
     """Runs the first part of stitched networks, A.
 
     Args:
@@ -147,7 +147,7 @@ def recorded(
         overwritten: Calls that `changed_in_place` found.
 
     Returns:
-        The state at every boundary, by its index in `layers`.
+        The state at every boundary, by its index in `layers`, and the logits.
     """
     boundaries: dict[int, Boundary] = {}
     recorder = _Recorder(layers, overwritten, boundaries.__setitem__)
@@ -159,8 +159,8 @@ def recorded(
         recorder.leave(name, output)
 
     with hooked(model, before=before, after=after):
-        forward_logits(model, batch)
-    return boundaries
+        logits = forward_logits(model, batch)
+    return boundaries, logits
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def replaced(model: nn.Module, boundary: Boundary, layer: Layer) -> Iterator[Non
                 # B may change in place what it is given, and A's own is still needed.
                 return copied(done.output)
             if (name, call, "input") == (layer.module, layer.call, layer.side):
-                args, kwargs = _with_first_tensor(args, kwargs, boundary.features.clone())
+                args, kwargs = with_first_tensor(args, kwargs, boundary.features.clone())
             return original(*args, **kwargs)
 
         return forward
@@ -225,7 +225,7 @@ def copied(value: Any) -> Any:
     return value
 
 
-def _with_first_tensor(args: Any, kwargs: Any, tensor: torch.Tensor) -> tuple[Any, Any]:
+def with_first_tensor(args: Any, kwargs: Any, tensor: torch.Tensor) -> tuple[Any, Any]:
     """Arguments with the first tensor among them, as `first_tensor` finds it, replaced."""
     for index, arg in enumerate(args):
         if isinstance(arg, torch.Tensor):
@@ -273,7 +273,7 @@ class Stitching:
         """Runs A once and B once per boundary."""
         model_a, model_b = self.models
         mask = attention_mask(batch, sample_ids, self.layers, model_a.device)
-        boundaries = recorded(model_a, batch, self.layers, self.overwritten)
+        boundaries, _ = recorded(model_a, batch, self.layers, self.overwritten)
         check_complete(self.layers, boundaries)
         labels = batch["labels"]
         for index, layer in enumerate(self.layers):
