@@ -22,7 +22,7 @@ from hf_llfc.diagnostics.chance import at_chance
 from hf_llfc.diagnostics.combination import CombinedModel, MovingModel
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, select_layers
 from hf_llfc.diagnostics.lockstep import Lockstep, PathSums
-from hf_llfc.diagnostics.points import Point, Region, line
+from hf_llfc.diagnostics.points import Point, Region, judged_point, line
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import Barrier, LayerRow, ModelReference, PathPoint
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution, over_batches
@@ -220,16 +220,11 @@ def _report(
         decomposition=tuple(agreement.row(point) for point, agreement in between.items() if point in wanted),
         outputs=outputs,
         at_chance=lost,
+        samples=sums.carriers.rows(),
         data=summary,
         alignment=dict(origin.alignment),
         versions=_versions(),
     )
-
-
-def judged_point(region: Region) -> Point:
-    """The point that a verdict is about: the middle of a line, elsewhere the last, which is the merge."""
-    inside = [point for point in region.points if point.vertex is None]
-    return min(inside, key=lambda point: (abs(point.alpha - 0.5), point.alpha)) if region.kind == "line" else inside[-1]
 
 
 def barrier_height(points: Sequence[Point], values: Sequence[float]) -> float:

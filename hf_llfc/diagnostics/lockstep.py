@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from hf_llfc.diagnostics.carriers import Carriers
 from hf_llfc.diagnostics.chance import Predictions
 from hf_llfc.diagnostics.combination import MovingModel
 from hf_llfc.diagnostics.decomposition import Run
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, handing_over, sample_vectors
 from hf_llfc.diagnostics.outputs import AgreementSums, has_classes
-from hf_llfc.diagnostics.points import Region
+from hf_llfc.diagnostics.points import Region, judged_point, parents_shares
 from hf_llfc.diagnostics.statistics import (
     Distribution,
     blend_distance,
@@ -48,6 +49,7 @@ class PathSums:
         baseline: 1 − cos between the models, the mean over their pairs, (l,).
         predictions: What each model predicts.
         agreements: How merged predictions agree with the models', by the index of the point; empty without classes.
+        carriers: The samples that carry the barrier at the judged point.
     """
 
     scores: list[ScoreSums]
@@ -56,6 +58,7 @@ class PathSums:
     baseline: Distribution
     predictions: list[Predictions]
     agreements: dict[int, AgreementSums]
+    carriers: Carriers
 
     def merge(self, other: PathSums) -> None:
         """Adds what another process has gathered."""
@@ -68,14 +71,14 @@ class PathSums:
             own_predictions.merge(others_predictions)
         for place, agreement in other.agreements.items():
             self.agreements[place].merge(agreement)
+        self.carriers.merge(other.carriers)
 
     def cpu(self) -> PathSums:
         """A copy in main memory, for other processes."""
         predictions = [each.cpu() for each in self.predictions]
         agreements = {place: each.cpu() for place, each in self.agreements.items()}
-        return PathSums(
-            self.scores, self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu(), predictions, agreements
-        )
+        spreads = self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu()
+        return PathSums(self.scores, *spreads, predictions, agreements, self.carriers)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Lockstep:
             Distribution.empty(len(layers), device=device),
             [Predictions() for _ in models],
             agreements,
+            Carriers(parents_shares(region), dict(models[0].config.id2label or {})),
         )
         names = (
             ("the first model", "the second model")
@@ -206,8 +210,13 @@ class Lockstep:
             self.sums.predictions[point.vertex].add(predicted, run.answers)
         elif place in self.sums.agreements:
             self.sums.agreements[place].add(parents, point.weights, run, predicted, sample_ids)
-        if predicted.labels is not None:
-            self.sums.scores[place].add(score_answers(self.data.task, predicted, run.answers))
+        if predicted.labels is None:
+            return
+        scores = score_answers(self.data.task, predicted, run.answers)
+        self.sums.scores[place].add(scores)
+        if point == judged_point(self.region):
+            own = [score_answers(self.data.task, predicted, each.answers) for each in parents]
+            self.sums.carriers.add(sample_ids, own, scores)
 
     def _parent(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor], units: Units) -> ParentRun:
         """Features of every layer, (u, f) each, kept until the batch is done."""

@@ -62,6 +62,27 @@ class Region:
         return len(self.points[0].weights)
 
 
+def judged_point(region: Region) -> Point:
+    """The point that a verdict is about: the middle of a line, elsewhere the last, which is the merge."""
+    inside = [point for point in region.points if point.vertex is None]
+    return min(inside, key=lambda point: (abs(point.alpha - 0.5), point.alpha)) if region.kind == "line" else inside[-1]
+
+
+def parents_shares(region: Region) -> tuple[float, ...]:
+    """The share of every model in the loss that the merge's is compared with, at the judged point.
+
+    Its weight; where some are negative, and over a base, which has no share, its part of all positive ones.
+    """
+    weights = judged_point(region).weights
+    if region.kind == "arithmetic":
+        weights = (*weights[:-1], 0.0)
+    total = sum(weight for weight in weights if weight > 0)
+    if total <= 0:
+        parents = len(weights) - (region.kind == "arithmetic")
+        return tuple(1 / parents if index < parents else 0.0 for index in range(len(weights)))
+    return tuple(max(weight, 0.0) / total for weight in weights)
+
+
 def line(alphas: Sequence[float] = DEFAULT_ALPHAS) -> Region:
     """The line between two models, by rising α.
 

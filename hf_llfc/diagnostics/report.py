@@ -16,6 +16,7 @@ from hf_llfc.diagnostics.rows import (
     AdditivityRow,
     AtChance,
     Barrier,
+    BlockRow,
     CommutativityRow,
     DecompositionRow,
     GeometryRow,
@@ -23,6 +24,7 @@ from hf_llfc.diagnostics.rows import (
     ModelReference,
     OutputAgreement,
     PathPoint,
+    SampleRow,
     StitchingPoint,
     Suggestion,
     Verdict,
@@ -34,7 +36,17 @@ if TYPE_CHECKING:
 
 SCHEMA = "hf_llfc.report/1"
 
-PARTS = ("path", "layers", "decomposition", "additivity", "commutativity", "stitching", "geometry")
+PARTS = (
+    "path",
+    "layers",
+    "decomposition",
+    "additivity",
+    "commutativity",
+    "stitching",
+    "geometry",
+    "blocks",
+    "samples",
+)
 """What of a report makes a table."""
 
 _LARGEST = sys.float_info.max
@@ -82,6 +94,8 @@ class ConnectivityReport:
         commutativity: Commutativity of every linear map, where asked for.
         stitching: At every layer boundary, where asked for.
         geometry: Geometry of weights and features, where asked for.
+        blocks: What every block has to do with the barrier, where asked for.
+        samples: Those that carry most of the barrier, the one that carries most first; none without labels.
         suggestion: Better weights, where asked for.
         data: On which data it was measured.
         alignment: How the second model was moved onto the first; empty if it was not.
@@ -101,6 +115,8 @@ class ConnectivityReport:
     commutativity: tuple[CommutativityRow, ...] = ()
     stitching: tuple[StitchingPoint, ...] = ()
     geometry: tuple[GeometryRow, ...] = ()
+    blocks: tuple[BlockRow, ...] = ()
+    samples: tuple[SampleRow, ...] = ()
     suggestion: Suggestion | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     alignment: Mapping[str, Any] = field(default_factory=dict)

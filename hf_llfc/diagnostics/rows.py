@@ -211,6 +211,31 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
+class SampleRow:
+    """A sample whose loss lies far above that of the models, in the merge that the verdict is about.
+
+    Args:
+        sample: Its number in the split: of a row, or of a block of text.
+        label: Its true class; None in language models.
+        predictions: How many predictions it makes: 1, or its tokens.
+        loss: Of the merge, in nats, the mean over its predictions.
+        losses: Of every model.
+        answer: The class that the merge predicts; None in language models.
+        answers: The classes that the models predict; none in language models.
+        share: Of the barrier at this merge that it carries; None where there is no barrier.
+    """
+
+    sample: int
+    label: str | None
+    predictions: int
+    loss: float
+    losses: tuple[float, ...]
+    answer: str | None = None
+    answers: tuple[str, ...] = ()
+    share: float | None = None
+
+
+@dataclass(frozen=True)
 class Suggestion:
     """Weights that promise more than the ones asked for, with what they gain on samples they were not chosen on.
 

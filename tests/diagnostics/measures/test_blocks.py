@@ -44,7 +44,6 @@ def mixed(of_part, parts):
 
 def heights(subject, parts, data):
     """The three losses of every part above the parents', from whole networks."""
-
     known = {}
 
     def loss(of_part):
