@@ -11,12 +11,14 @@ from hf_llfc.checkpoints import tensors_of
 from hf_llfc.checkpoints.streamed import StreamedModel
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, Suggestion, diagnose_models
 from hf_llfc.diagnostics.diagnose import Features, Origin
-from hf_llfc.diagnostics.measures.measures import check_measures, run_measures
+from hf_llfc.diagnostics.measures.measures import check_measures, run_measures, run_merge_measures
+from hf_llfc.diagnostics.measures.subject import Subject
 from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.errors import EvaluationError, refuse_other_count
 from hf_llfc.evaluation import EvaluationData
+from hf_llfc.foundation.choices import MERGE_MEASURES, PAIR_MEASURES
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.provenance import alignment_summary
@@ -56,10 +58,13 @@ def diagnose_checkpoints(
         refuse_other_count(weights, len(parents), EvaluationError)
     shares = list(weights) if weights is not None else [1 / len(parents)] * len(parents)
     region = region_of(shares, section, arithmetic_over_base=base is not None)
-    if section.measures and region.kind != "line":
+    pairwise, of_merge = (
+        [name for name in section.measures if name in names] for names in (PAIR_MEASURES, MERGE_MEASURES)
+    )
+    if pairwise and region.kind != "line":
         count = len(parents) + (base is not None)
         raise EvaluationError(
-            f"{', '.join(section.measures)}: for two models only, and these are {count}; leave the measures out, or "
+            f"{', '.join(pairwise)}: for two models only, and these are {count}; leave these measures out, or "
             "give two models and no base model"
         )
     compared = [*parents, *([base] if base is not None else [])]
@@ -89,7 +94,7 @@ def diagnose_checkpoints(
         execution=execution,
     )
     measured: dict[str, Any] = run_measures(
-        section.measures,
+        pairwise,
         models[0],
         models[1],
         data,
@@ -97,6 +102,9 @@ def diagnose_checkpoints(
         layers=section.layers or None,
         execution=execution,
     )
+    if of_merge:
+        subject = Subject.at(models, region, calibration)
+        measured |= run_merge_measures(of_merge, subject, data, execution=execution)
     suggestion = _suggestion(models, data, section, region, shares, report, execution)
     return replace(report, **measured, suggestion=suggestion)
 

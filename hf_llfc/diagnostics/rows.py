@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 
 ANSWERS = ("merge", "align", "do not merge", "undecided")
 
+BEFORE = "before the blocks"
+"""Embeddings and all else of a model that runs before its last block has."""
+
+AFTER = "after the blocks"
+"""The head and all else that first runs when the last block has."""
+
 
 @dataclass(frozen=True)
 class Statistic:

@@ -30,8 +30,14 @@ SOLVERS = ("exact", "auction")
 UNITS = ("sample", "token")
 """What has a feature vector of its own in a diagnosis: a sample with all its tokens, as in the paper, or a token."""
 
-MEASURES = ("additivity", "commutativity", "stitching", "geometry")
-"""What a diagnosis of a pair may measure beside loss, metric and LLFC."""
+PAIR_MEASURES = ("additivity", "commutativity", "stitching", "geometry")
+"""What a diagnosis of two models may measure beside loss, metric and LLFC."""
+
+MERGE_MEASURES = ("blocks",)
+"""What a diagnosis of a merge of any number of models may measure."""
+
+MEASURES = PAIR_MEASURES + MERGE_MEASURES
+"""What a diagnosis may measure beside loss, metric and LLFC."""
 
 SUGGESTIONS = ("weights", "layers")
 """What a diagnosis may suggest: one weight a model, or one a model and layer."""

@@ -125,7 +125,8 @@ def plan_one(
         steps.append({"step": "calibrate", "what": told})
     if recipe.diagnose is not None:
         data = recipe.diagnose.data
-        steps.append({"step": "diagnose", "what": f"{data.task} on {data.dataset}, {_points(recipe, opened)} points"})
+        what = f"{data.task} on {data.dataset}, {_points(recipe, opened)} points{_passes_by_block(recipe, opened)}"
+        steps.append({"step": "diagnose", "what": what})
     beside = carried(opened, recipe)
     left = f"; left behind: {', '.join(beside.left)}" if beside.left else ""
     steps.append({"step": "carry over", "what": f"{', '.join([*beside.files, *beside.sums]) or 'nothing'}{left}"})
@@ -188,6 +189,18 @@ def _methods(recipe: Recipe) -> str:
     """The names of the methods by which tensors are merged."""
     names = [part.recipe.merge_method for part in recipe.parts] or [recipe.merge_method]
     return ", ".join(dict.fromkeys(names))
+
+
+def _passes_by_block(recipe: Recipe, opened: Models) -> str:
+    """What the measure of blocks takes besides; empty where it is not asked for, or the number of blocks is not told."""
+    layers = getattr(opened.parents[0].config, "num_hidden_layers", None)
+    assert recipe.diagnose is not None
+    if "blocks" not in recipe.diagnose.measures or not isinstance(layers, int):
+        return ""
+    from hf_llfc.diagnostics.measures.blocks import trial_passes
+
+    passes = trial_passes(layers + 2, max(2, len(opened.parents)))
+    return f"; blocks take about {passes:.0f} forward passes more"
 
 
 def _points(recipe: Recipe, opened: Models) -> int:

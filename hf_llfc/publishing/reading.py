@@ -76,6 +76,14 @@ def point_name(report: ConnectivityReport, of: PathPoint | LayerRow | Decomposit
     return next(names, "") or " : ".join(f"{weight:.3g}" for weight in point_weights(of))
 
 
+def model_names(report: ConnectivityReport) -> list[str]:
+    """What the report calls its models: A and B, or `model 1` and so on, and `base`."""
+    if report.region == "line" and len(report.models) == 2:
+        return ["A", "B"]
+    names = [f"model {number}" for number in range(1, len(report.models) + 1)]
+    return [*names[:-1], "base"] if report.region == "arithmetic" else names
+
+
 def model_points(report: ConnectivityReport) -> list[PathPoint | None]:
     """The point of every model itself, in their order; None where the path has no such point."""
     own = {point_model(point): point for point in report.path if is_model(point)}

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow, LayerRow, Statistic
+from hf_llfc.publishing.breaking import blocks_table, samples_table
+from hf_llfc.publishing.columns import Column, Table
 from hf_llfc.publishing.numbers import (
     ERROR,
     LOSS,
@@ -30,52 +31,17 @@ from hf_llfc.publishing.numbers import (
 )
 from hf_llfc.publishing.path import blend_of_models
 from hf_llfc.publishing.plots.layer_axis import common_prefix
-from hf_llfc.publishing.reading import metric_names, model_points, point_name, shown_additivity, shown_layers
+from hf_llfc.publishing.reading import (
+    metric_names,
+    model_names,
+    model_points,
+    point_name,
+    shown_additivity,
+    shown_layers,
+)
 
 LONG_NAME = 30
 """Characters up to which names of layers are written in full in a terminal."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table.
-
-    Args:
-        title: Its heading.
-        note: What it holds, in a few words.
-        short: The heading where there is little room; empty where that is the title.
-    """
-
-    title: str
-    note: str = ""
-    short: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A part of a report as text.
-
-    Args:
-        key: Names the table in the page.
-        title: What it shows.
-        columns: The first names the rows.
-        rows: One text a column. A text begins with the number to sort by.
-        note: How to read it.
-        numbers: Whether all columns but the first hold numbers.
-    """
-
-    key: str
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    numbers: bool = True
-
-    @property
-    def records(self) -> list[dict[str, str]]:
-        """The rows as texts by the short headings of their columns."""
-        names = [column.short or column.title for column in self.columns]
-        return [dict(zip(names, row, strict=True)) for row in self.rows]
 
 
 def report_tables(report: ConnectivityReport) -> list[Table]:
@@ -99,8 +65,15 @@ def measure_tables(report: ConnectivityReport) -> list[Table]:
         _stitching(report),
         _geometry(report, "weights"),
         _geometry(report, "features"),
+        blocks_table(report),
     ]
     return [table for table in tables if table.rows]
+
+
+def page_tables(report: ConnectivityReport) -> list[Table]:
+    """What the page shows beside loss and LLFC: every measure, and the samples that carry the barrier."""
+    samples = samples_table(report)
+    return [*measure_tables(report), *([samples] if samples.rows else [])]
 
 
 def _with_short_names(table: Table) -> Table:
@@ -123,14 +96,6 @@ def _models(report: ConnectivityReport) -> Table:
         for name, model in zip(model_names(report), report.models, strict=True)
     )
     return Table("models", "models", columns, rows, numbers=False)
-
-
-def model_names(report: ConnectivityReport) -> list[str]:
-    """What the report calls its models: A and B, or `model 1` and so on, and `base`."""
-    if report.region == "line" and len(report.models) == 2:
-        return ["A", "B"]
-    names = [f"model {number}" for number in range(1, len(report.models) + 1)]
-    return [*names[:-1], "base"] if report.region == "arithmetic" else names
 
 
 def path_table(report: ConnectivityReport) -> Table:

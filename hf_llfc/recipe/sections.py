@@ -256,7 +256,9 @@ class DiagnoseSection:
         metavar="PATTERN",
     )
     unit: str = option("What has a feature vector: a sample, or a token.", "sample", choices=UNITS)
-    measures: tuple[str, ...] = option("What else to measure on a pair.", (), choices=MEASURES, shown="none")
+    measures: tuple[str, ...] = option(
+        "What else to measure; the first four on two models only.", (), choices=MEASURES, shown="none"
+    )
     suggest: str | None = option(
         "Look for better weights on half of the samples: one a model, or one a model and layer.",
         None,

@@ -25,6 +25,8 @@ ROWS = {
     "commutativity": rows.CommutativityRow,
     "stitching": rows.StitchingPoint,
     "geometry": rows.GeometryRow,
+    "block": rows.BlockRow,
+    "sample": rows.SampleRow,
     "suggestion": rows.Suggestion,
     "verdict": rows.Verdict,
 }

@@ -9,10 +9,10 @@ import pytest
 from hf_llfc import ConnectivityReport
 from hf_llfc.cli import main
 from hf_llfc.diagnostics.report import PARTS, report_schema
+from hf_llfc.foundation.choices import MEASURES
 from tests.runs import byte_llama, saved, text_data
 
 BYTES = ["--task", "text-generation", "--tokenizer", "bytes", "--samples", "4", "--batch-size", "2"]
-MEASURES = ["additivity", "commutativity", "stitching", "geometry"]
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,27 @@ def diagnosed(folder: Path, models: list[str], *words: str) -> tuple[Connectivit
 def test_a_pair_with_every_measure(folder, capsys):
     report, files = diagnosed(folder, ["0", "1"], "--measures", *MEASURES, "--alphas", "5")
     printed = capsys.readouterr().out
-    titles = ["path:", "layers at", "weak additivity", "commutativity", "stitching", "weights", "features", "barrier"]
+    titles = [
+        "path:",
+        "layers at",
+        "weak additivity",
+        "commutativity",
+        "stitching",
+        "weights",
+        "features",
+        "where it breaks",
+        "barrier",
+    ]
     assert [title for title in titles if title in printed] == titles
     assert {path.stem for path in files.glob("*.png")} == {
-        "path", "layers", "heatmap", "additivity", "commutativity", "stitching", "weight_geometry", "feature_geometry"
+        "path", "layers", "heatmap", "additivity", "commutativity", "stitching", "weight_geometry", "feature_geometry",
+        "blocks",
     }  # fmt: skip
-    frames = {part: report.to_pandas(part) for part in PARTS}
+    frames = {part: report.to_pandas(part) for part in PARTS if part != "samples"}  # these models have no barrier
     assert all(len(frame) for frame in frames.values())
     # Two blocks and the logits, five points; a gate in each block; seven maps a block and the head.
     assert {part: len(frame) for part, frame in frames.items()} == {
-        "path": 5, "layers": 15, "additivity": 6, "commutativity": 15, "stitching": 2, "geometry": 32
+        "path": 5, "layers": 15, "additivity": 6, "commutativity": 15, "stitching": 2, "geometry": 32, "blocks": 4,
     }  # fmt: skip
     assert {"llfc", "llfc_std", "llfc_q05", "llfc_q95", "llfc_low", "llfc_high"} <= set(frames["layers"].columns)
     assert frames["layers"].query("alpha == 0.5").llfc.tolist() == [row.llfc.mean for row in report.at(0.5)]

@@ -223,6 +223,32 @@ def make_measured_report(blocks: int = 12, **changes: Any) -> dict[str, Any]:
             {"layer": name, "loss": 0.5 - 0.02 * place, "metrics": {"accuracy": 0.75 + 0.01 * place}}
             for place, name in enumerate(encoder)
         ],
+        "blocks": [
+            {
+                "block": name,
+                "alone": 0.01 * place,
+                "without": 0.125 - 0.005 * place,
+                "step": 0.0125 * (place + 1),
+                "angle": None,
+                "distance": 0.5 + 0.1 * place,
+                "drift": None if place in (0, blocks + 1) else 0.05 * place,
+                "local": None if place in (0, blocks + 1) else 1 / place,
+            }
+            for place, name in enumerate(["before the blocks", *encoder, "after the blocks"])
+        ],
+        "samples": [
+            {
+                "sample": 17 + place,
+                "label": "positive",
+                "predictions": 1,
+                "loss": 2.5 - 0.25 * place,
+                "losses": [0.25, 0.5],
+                "answer": "negative",
+                "answers": ["positive", "positive"],
+                "share": 0.125,
+            }
+            for place in range(3)
+        ],
         "geometry": [
             {
                 "layer": name,

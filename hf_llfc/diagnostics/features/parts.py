@@ -11,12 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.features.blocks import find_blocks
 from hf_llfc.diagnostics.features.trial import Call, Layer, Trial
-
-BEFORE = "before the blocks"
-"""Embeddings and all else that runs before the last block has."""
-
-AFTER = "after the blocks"
-"""The head and all else that first runs when the last block has."""
+from hf_llfc.diagnostics.rows import AFTER, BEFORE
 
 
 @dataclass(frozen=True)

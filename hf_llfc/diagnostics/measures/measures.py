@@ -1,6 +1,7 @@
-"""What the LLFC paper measures besides LLFC: additivity, commutativity, stitching, geometry; on one pass of the data.
+"""What is measured besides LLFC, on one pass of the data.
 
-Each measure runs both models itself, so that none can disturb another.
+Of two models additivity, commutativity, stitching and geometry, as in the LLFC paper; of a merge of any number of
+models where it breaks. Each measure runs the models itself, so that none can disturb another.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.measures.additivity import Additivity
+from hf_llfc.diagnostics.measures.blocks import Blocks
 from hf_llfc.diagnostics.measures.commutativity import Commutativity
 from hf_llfc.diagnostics.measures.geometry import Geometry
 from hf_llfc.diagnostics.measures.stitching import Stitching
+from hf_llfc.diagnostics.measures.subject import Subject
 from hf_llfc.diagnostics.points import DEFAULT_ALPHAS
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution, over_batches
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import evaluation_mode
-from hf_llfc.foundation.choices import MEASURES
+from hf_llfc.foundation.choices import MERGE_MEASURES, PAIR_MEASURES
 
 
 class Measure(Protocol):
-    """A measurement in progress, one of `MEASURES`."""
+    """A measurement in progress, one of `PAIR_MEASURES`."""
 
     sums: Any
 
@@ -54,7 +57,7 @@ def check_measures(names: Sequence[str], data: EvaluationData, alphas: Sequence[
     """Rejects measures that cannot be taken, before anything is run.
 
     Args:
-        names: Of `MEASURES`.
+        names: Of `PAIR_MEASURES`.
         data: The samples.
         alphas: Where additivity is to be measured.
 
@@ -83,7 +86,7 @@ def run_measures(
     """Measures a pair.
 
     Args:
-        names: Of `MEASURES`.
+        names: Of `PAIR_MEASURES`.
         model_a: The model with weight α.
         model_b: The model with weight 1 − α, already aligned onto the first, on the same device.
         data: The samples; stitching needs labels.
@@ -112,12 +115,43 @@ def run_measures(
             "stitching": lambda: Stitching(model_a, model_b, batch, data, layers),
             "geometry": lambda: Geometry(model_a, model_b, batch, layers, rank=rank, world=world),
         }
-        measures = {name: makers[name]() for name in MEASURES if name in names}
+        return _measured({name: makers[name]() for name in PAIR_MEASURES if name in names}, data, execution)
 
-        def add(batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
-            for measure in measures.values():
-                measure.add(batch, sample_ids)
 
-        own = _AllSums({name: measure.sums for name, measure in measures.items()})
-        sums = over_batches(data, add, own, "measuring", execution)
-        return {name: measure.rows(sums.by_name[name]) for name, measure in measures.items()}
+def run_merge_measures(
+    names: Sequence[str], subject: Subject, data: EvaluationData, *, execution: Execution = IN_ONE_PROCESS
+) -> dict[str, tuple[Any, ...]]:
+    """Measures a merge of any number of models.
+
+    Args:
+        names: Of `MERGE_MEASURES`.
+        subject: The merge and its models.
+        data: The samples.
+        execution: Processes and progress.
+
+    Returns:
+        Rows by the name of the measure, which is also that of the report's part: `BlockRow`.
+
+    Raises:
+        EvaluationError: A model or the data do not fit a measure, or a feature is not finite.
+    """
+    if not names:
+        return {}
+    with evaluation_mode(*subject.models, subject.merge):
+        batch, _ = next(data.batches())
+        makers: dict[str, Callable[[], Measure]] = {"blocks": lambda: Blocks(subject, batch, data)}
+        return _measured({name: makers[name]() for name in MERGE_MEASURES if name in names}, data, execution)
+
+
+def _measured(
+    measures: Mapping[str, Measure], data: EvaluationData, execution: Execution
+) -> dict[str, tuple[Any, ...]]:
+    """Rows of measures that have seen all samples."""
+
+    def add(batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
+        for measure in measures.values():
+            measure.add(batch, sample_ids)
+
+    own = _AllSums({name: measure.sums for name, measure in measures.items()})
+    sums = over_batches(data, add, own, "measuring", execution)
+    return {name: measure.rows(sums.by_name[name]) for name, measure in measures.items()}

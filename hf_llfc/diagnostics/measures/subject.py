@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
+from hf_llfc.diagnostics.batch_norm import has_batch_norm, recompute_batch_norm
+from hf_llfc.diagnostics.combination import CombinedModel
+from hf_llfc.diagnostics.points import Region, judged_point, parents_shares
 from hf_llfc.evaluation.data import EvaluationData
 
 
@@ -29,6 +32,23 @@ class Subject:
     blend: tuple[float, ...]
     has_base: bool = False
     batch_norm_data: EvaluationData | None = None
+
+    @classmethod
+    def at(cls, models: Sequence[PreTrainedModel], region: Region, batch_norm_data: EvaluationData | None) -> Subject:
+        """The merge at the point of a region that its verdict is about.
+
+        Args:
+            models: Of the region.
+            region: Its points.
+            batch_norm_data: Samples from which batch normalization is recomputed; combined where None.
+        """
+        combined, weights = CombinedModel(models), judged_point(region).weights
+        combined.move_to(weights)
+        recomputed = batch_norm_data if has_batch_norm(combined.model) else None
+        if recomputed is not None:
+            recompute_batch_norm(combined.model, recomputed.batches())
+        over_base = region.kind == "arithmetic"
+        return cls(tuple(models), combined.model, parents_shares(region), weights, over_base, recomputed)
 
     @property
     def parents(self) -> tuple[int, ...]:

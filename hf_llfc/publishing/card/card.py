@@ -58,6 +58,7 @@ MORE_PLOTS = {
     "stitching": ("stitching", "Loss and metric of one parent up to a layer and the other one from there on"),
     "weight_geometry": ("weights", "Effective rank of both parents' weights, and the angles between them"),
     "feature_geometry": ("features", "Effective rank of both parents' features, and the angles between them"),
+    "blocks": ("blocks", "What every block adds to the barrier, and how much of the drift of features arises there"),
 }
 """Pictures that are folded away in a card: what a reader calls them, and what they show."""
 LONG_TABLE = 16

@@ -17,7 +17,7 @@ from hf_llfc.publishing.page.charts import path_charts
 from hf_llfc.publishing.page.layers import layer_map
 from hf_llfc.publishing.page.summary import key_facts, meaning, provenance
 from hf_llfc.publishing.reading import merge_point
-from hf_llfc.publishing.tables import decomposition_table, measure_tables, path_table
+from hf_llfc.publishing.tables import decomposition_table, page_tables, path_table
 from hf_llfc.publishing.words import Headline, decomposition_summary, headline, layer_summary
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def render_page(
             merged=merged,
             layers=layers,
             layer_summary=layer_summary(report),
-            measures=measure_tables(report),
+            measures=page_tables(report),
             suggestion=report.suggestion,
             provenance=facts,
             links=links or {},

@@ -9,10 +9,11 @@ from typing import Any
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import LayerRow
+from hf_llfc.publishing.columns import Table
 from hf_llfc.publishing.numbers import NOTHING, cell_text, decimal_text, is_number
 from hf_llfc.publishing.plots.layer_axis import common_prefix
 from hf_llfc.publishing.reading import is_model, point_name, point_weights, shown_layers
-from hf_llfc.publishing.tables import LONG_NAME, Table, layer_cells, layer_columns
+from hf_llfc.publishing.tables import LONG_NAME, layer_cells, layer_columns
 
 # Fixed limits, so that maps of different reports can be compared by eye; each doubles as the legend.
 LLFC_LIMITS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3)

@@ -23,12 +23,12 @@ from hf_llfc.publishing.reading import (
     merge_is_outside,
     merge_point,
     metric_names,
+    model_names,
     model_points,
     not_finite,
     shown_layers,
 )
 from hf_llfc.publishing.record import MeasuredData, alignments_in
-from hf_llfc.publishing.tables import model_names
 from hf_llfc.publishing.words import alignment_sentence
 
 _MEANINGS = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
+from hf_llfc.publishing.plots.breaking import plot_blocks
 from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
 from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
 from hf_llfc.publishing.plots.geometry import plot_feature_geometry, plot_weight_geometry
@@ -21,6 +22,7 @@ __all__ = [
     "PLOTS",
     "PLOT_FILES",
     "plot_additivity",
+    "plot_blocks",
     "plot_commutativity",
     "plot_feature_geometry",
     "plot_heatmap",
@@ -40,6 +42,7 @@ PLOTS: Mapping[str, Callable[[ConnectivityReport], Figure | None]] = {
     "stitching": plot_stitching,
     "weight_geometry": plot_weight_geometry,
     "feature_geometry": plot_feature_geometry,
+    "blocks": plot_blocks,
 }
 """What draws each picture, in the order in which a reader wants them."""
 

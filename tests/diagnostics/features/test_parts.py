@@ -1,6 +1,7 @@
 import pytest
 
-from hf_llfc.diagnostics.features.parts import AFTER, BEFORE, find_parts
+from hf_llfc.diagnostics.features.parts import find_parts
+from hf_llfc.diagnostics.rows import AFTER, BEFORE
 from tests.diagnostics.pairs import data_of, pair
 
 PARTS = {
