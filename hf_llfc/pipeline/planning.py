@@ -192,7 +192,7 @@ def _methods(recipe: Recipe) -> str:
 
 
 def _passes_by_block(recipe: Recipe, opened: Models) -> str:
-    """What the measure of blocks takes besides; empty where it is not asked for, or the number of blocks is not told."""
+    """What the measure of blocks takes besides; empty where nobody asks for it, or the number of blocks is not told."""
     layers = getattr(opened.parents[0].config, "num_hidden_layers", None)
     assert recipe.diagnose is not None
     if "blocks" not in recipe.diagnose.measures or not isinstance(layers, int):

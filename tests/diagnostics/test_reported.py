@@ -58,6 +58,7 @@ def test_a_pair_with_every_measure(folder, capsys):
     # Two blocks and the logits, five points; a gate in each block; seven maps a block and the head.
     assert {part: len(frame) for part, frame in frames.items()} == {
         "path": 5, "layers": 15, "additivity": 6, "commutativity": 15, "stitching": 2, "geometry": 32, "blocks": 4,
+        "decomposition": 3,
     }  # fmt: skip
     assert {"llfc", "llfc_std", "llfc_q05", "llfc_q95", "llfc_low", "llfc_high"} <= set(frames["layers"].columns)
     assert frames["layers"].query("alpha == 0.5").llfc.tolist() == [row.llfc.mean for row in report.at(0.5)]
