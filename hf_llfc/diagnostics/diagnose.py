@@ -201,6 +201,9 @@ def _report(
     language = data.task not in CLASSIFICATION_TASKS
     ours = slice(-1) if region.kind == "arithmetic" else slice(None)  # the base need not know the task
     lost = at_chance(sums.predictions[ours], models, language=language)
+    gain = outputs.gain if outputs is not None else None
+    found = (pairs.contradiction(model, sums.predictions[0].classes, gain) for model, pairs in sums.choices.items())
+    contradiction = next((each for each in found if each is not None), None)
     return ConnectivityReport(
         models=models,
         path=path,
@@ -215,10 +218,12 @@ def _report(
             outputs=None if data.labelled else outputs,
             convex=merge.convex,
             at_chance=lost,
+            contradiction=contradiction,
         ),
         region=region.kind,
         decomposition=tuple(agreement.row(point) for point, agreement in between.items() if point in wanted),
         outputs=outputs,
+        contradiction=contradiction,
         at_chance=lost,
         samples=sums.carriers.rows(),
         data=summary,

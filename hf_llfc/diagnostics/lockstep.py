@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_llfc.diagnostics.carriers import Carriers
 from hf_llfc.diagnostics.chance import Predictions
 from hf_llfc.diagnostics.combination import MovingModel
+from hf_llfc.diagnostics.contradiction import ChoicePairs
 from hf_llfc.diagnostics.decomposition import Run
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, handing_over, sample_vectors
 from hf_llfc.diagnostics.outputs import AgreementSums, has_classes
@@ -33,6 +34,7 @@ from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import forward_logits
 from hf_llfc.evaluation.predicted import Predicted, answers, labelled, unlabelled
 from hf_llfc.evaluation.scoring import ScoreSums, score_answers
+from hf_llfc.recipe.data import CLASSIFICATION_TASKS
 
 MOST_TOKENS = 2**24
 """Above any sequence length, so that a token has a number of its own."""
@@ -50,6 +52,7 @@ class PathSums:
         predictions: What each model predicts.
         agreements: How merged predictions agree with the models', by the index of the point; empty without classes.
         carriers: The samples that carry the barrier at the judged point.
+        choices: Which classes models choose, the first and each other one, by the index of that; of classifiers alone.
     """
 
     scores: list[ScoreSums]
@@ -59,6 +62,7 @@ class PathSums:
     predictions: list[Predictions]
     agreements: dict[int, AgreementSums]
     carriers: Carriers
+    choices: dict[int, ChoicePairs]
 
     def merge(self, other: PathSums) -> None:
         """Adds what another process has gathered."""
@@ -72,13 +76,15 @@ class PathSums:
         for place, agreement in other.agreements.items():
             self.agreements[place].merge(agreement)
         self.carriers.merge(other.carriers)
+        for model, pairs in other.choices.items():
+            self.choices[model].merge(pairs)
 
     def cpu(self) -> PathSums:
         """A copy in main memory, for other processes."""
         predictions = [each.cpu() for each in self.predictions]
         agreements = {place: each.cpu() for place, each in self.agreements.items()}
         spreads = self.llfc.cpu(), self.coefficient.cpu(), self.baseline.cpu()
-        return PathSums(self.scores, *spreads, predictions, agreements, self.carriers)
+        return PathSums(self.scores, *spreads, predictions, agreements, self.carriers, self.choices)
 
 
 @dataclass(frozen=True)
@@ -121,11 +127,14 @@ class Lockstep:
         """A lockstep that has seen nothing yet."""
         device = models[0].device
         shape = (len(region.points), len(layers))
+        has_choices = layers[-1].label == LOGITS and has_classes(models[0].config, data.task)
         agreements = {
             place: AgreementSums.empty(len(models), labelled=data.labelled, device=device)
             for place, point in enumerate(region.points)
-            if point.vertex is None and layers[-1].label == LOGITS and has_classes(models[0].config, data.task)
+            if point.vertex is None and has_choices
         }
+        others = range(1, len(models) - (region.kind == "arithmetic"))  # the base need not know the task
+        choices = {index: ChoicePairs() for index in others if has_choices and data.task in CLASSIFICATION_TASKS}
         sums = PathSums(
             [ScoreSums() for _ in region.points],
             Distribution.empty(*shape, device=device),
@@ -134,6 +143,7 @@ class Lockstep:
             [Predictions() for _ in models],
             agreements,
             Carriers(parents_shares(region), dict(models[0].config.id2label or {})),
+            choices,
         )
         names = (
             ("the first model", "the second model")
@@ -148,6 +158,9 @@ class Lockstep:
         runs = [self._parent(model, batch, units) for model in self.models]
         predicted = self._predicted(runs[0].logits, batch)
         parents = [run for each in runs if (run := self._answered(each.logits, predicted)) is not None]
+        for index, pairs in self.sums.choices.items() if predicted is not None else ():
+            first, other = (parents[model].answers.choice for model in (0, index))
+            pairs.add(first, other, sample_ids[predicted.samples.cpu()])
         between = torch.stack([gram([run.features[place] for run in runs]) for place in range(len(self.layers))])
         squares = between.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
         self._check_finite(squares, units, self.names)

@@ -18,6 +18,7 @@ from hf_llfc.diagnostics.rows import (
     Barrier,
     BlockRow,
     CommutativityRow,
+    Contradiction,
     DecompositionRow,
     GeometryRow,
     LayerRow,
@@ -62,6 +63,11 @@ OPTIONAL = {
     "layer_weights",
     "name",
     "gated",
+    "contradiction",
+    "order",
+    "cost",
+    "barrier",
+    "half_share",
 }
 """Fields that are left out of the JSON where they are empty and their class has a default for them."""
 
@@ -89,6 +95,7 @@ class ConnectivityReport:
             centre), or ``arithmetic``, sums of task vectors over a base model, which comes last.
         decomposition: The barrier taken apart at every point between the models, where they choose from classes.
         outputs: How predictions of two models and of their merge agree, at the point that the verdict is about.
+        contradiction: How classifiers contradict each other, where they do.
         at_chance: Models that do no better than chance on the data, for whom there is no verdict.
         additivity: Additivity of every activation function, where asked for.
         commutativity: Commutativity of every linear map, where asked for.
@@ -110,6 +117,7 @@ class ConnectivityReport:
     region: str = "line"
     decomposition: tuple[DecompositionRow, ...] = ()
     outputs: OutputAgreement | None = None
+    contradiction: Contradiction | None = None
     at_chance: tuple[AtChance, ...] = ()
     additivity: tuple[AdditivityRow, ...] = ()
     commutativity: tuple[CommutativityRow, ...] = ()

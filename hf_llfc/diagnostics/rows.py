@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ANSWERS = ("merge", "align", "do not merge", "undecided")
+ANSWERS = ("merge", "align", "do not merge", "undecided", "contradict")
 
 BEFORE = "before the blocks"
 """Embeddings and all else of a model that runs before its last block has."""
@@ -378,3 +378,37 @@ class OutputAgreement:
         """Information in the parents' predictions in nats: log of the classes less entropy; 0 if they are flat."""
         blend = sum(weight * entropy for weight, entropy in zip(self.weights, self.entropies, strict=True))
         return math.log(self.classes) - blend
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """How two classifiers contradict each other, by the classes that they choose.
+
+    Args:
+        model: The one that contradicts the first, by its place among the models, from 0.
+        agreement: Share of samples for which both choose the same class.
+        chance: The same if they chose independently of each other.
+        matched: Share under the best assignment of classes, chosen on one half of the samples and counted on the other.
+        order: The class of that model for every class of the first, where this order restores agreement; else empty.
+    """
+
+    model: int
+    agreement: float
+    chance: float
+    matched: float
+    order: tuple[int, ...] = ()
+
+    @property
+    def because(self) -> str:
+        """What was found and what to do, as one sentence."""
+        other = f"model {self.model + 1}"
+        text = (
+            f"model 1 and {other} contradict each other: they choose the same class for {self.agreement:.1%} of the "
+            f"samples, where chance alone gives {self.chance:.1%}"
+        )
+        if not self.order:
+            return f"{text}; one answers the opposite of what the other does, and only labels tell which one is right"
+        return (
+            f"{text}; with the classes of {other} in another order it is {self.matched:.1%}, so that their heads list "
+            "the classes in different orders"
+        )

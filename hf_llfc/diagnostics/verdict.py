@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_llfc.diagnostics.rows import AtChance, Barrier, LayerRow, OutputAgreement, Verdict
+from hf_llfc.diagnostics.rows import AtChance, Barrier, Contradiction, LayerRow, OutputAgreement, Verdict
 from hf_llfc.foundation.numbers import rounded
 
 ERROR_BARRIER_TOLERANCE = 0.02
@@ -88,6 +88,7 @@ def judge(
     outputs: OutputAgreement | None = None,
     convex: bool = True,
     at_chance: Sequence[AtChance] = (),
+    contradiction: Contradiction | None = None,
 ) -> Verdict:
     """Judges a pair: what to do with it, and the numbers that say so.
 
@@ -98,10 +99,14 @@ def judge(
         outputs: How predictions agree at the midpoint; counts only where there are no labels.
         convex: Whether the merge lies between the models; a sum of task vectors need not, and has then no barrier.
         at_chance: Models that do no better than chance: nothing follows from how they merge.
+        contradiction: How the models contradict each other: then no average of them keeps what they know.
 
     Returns:
-        ``merge``, ``align`` or ``do not merge`` with its reason; ``undecided`` where a model is at chance.
+        ``merge``, ``align`` or ``do not merge`` with its reason; ``undecided`` where a model is at chance,
+        ``contradict`` where models contradict each other.
     """
+    if contradiction is not None:
+        return Verdict("contradict", contradiction.because)
     if at_chance:
         return Verdict("undecided", no_verdict(at_chance))
     rows = middle_rows(layers)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # level 0 needs neither weights nor data: what reads them is 
     import torch
     from transformers import PreTrainedModel
 
-    from hf_llfc.diagnostics.rows import AtChance, LayerRow, OutputAgreement
+    from hf_llfc.diagnostics.rows import AtChance, Contradiction, LayerRow, OutputAgreement
     from hf_llfc.diagnostics.verdict import Criterion
     from hf_llfc.evaluation import EvaluationData
     from hf_llfc.parents.carrying import Carried
@@ -155,11 +155,13 @@ class FeatureEvidence:
         layers: LLFC, baseline and coefficient of each layer, the logits last.
         outputs: How predictions agree; None of a bare encoder, which makes none.
         at_chance: Models whose predictions say nothing of the data.
+        contradiction: How the two contradict each other, where they do.
     """
 
     layers: tuple[LayerRow, ...]
     outputs: OutputAgreement | None
     at_chance: tuple[AtChance, ...] = ()
+    contradiction: Contradiction | None = None
 
 
 def compare_tensors(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent) -> tuple[TensorDistance, ...]:
@@ -335,7 +337,7 @@ def compare_features(
     again = data if has_batch_norm(model_a) else None
     origin = Origin(tuple(map(ModelReference, labels)))
     report = diagnose_models([model_a, model_b], data, region=line([0.5]), batch_norm_data=again, origin=origin)
-    return FeatureEvidence(report.layers, report.outputs, report.at_chance)
+    return FeatureEvidence(report.layers, report.outputs, report.at_chance, report.contradiction)
 
 
 @dataclass(frozen=True)
@@ -344,7 +346,8 @@ class CheckResult:
 
     Attributes:
         answer: `merge`, `align` or `do not merge`; `undecided` at level 0 where nothing forbids a merge, at level 1
-            where weights are far apart and matching finds nothing, at level 2 where a model does no better than chance.
+            where weights are far apart and matching finds nothing, at level 2 where a model does no better than chance;
+            `contradict` at level 2 where the two contradict each other.
         because: One sentence with the evidence.
         level: The level that gave the answer; lower than the one asked for where that settled it.
         problems: What forbids a merge (level 0).
@@ -363,6 +366,7 @@ class CheckResult:
         outputs: How predictions agree at the midpoint (level 2).
         differences: How the two differ in what they do to an input; no reason not to merge, but a merge has one way.
         at_chance: Models whose predictions say nothing of the data (level 2).
+        contradiction: How the two contradict each other, where they do (level 2).
     """
 
     answer: str
@@ -383,6 +387,7 @@ class CheckResult:
     outputs: OutputAgreement | None = None
     differences: Sequence[str] = ()
     at_chance: Sequence[AtChance] = ()
+    contradiction: Contradiction | None = None
 
     def __bool__(self) -> bool:
         """Whether the answer is yes, merge them as they are; also of `undecided` it is no."""
@@ -489,12 +494,17 @@ def _check_features(
     labels = [checkpoint.label for checkpoint in pair]
     features = compare_features(model_a, Parent(b).load(), data, labels)
     verdict = judge(
-        Barrier(None, None), features.layers, aligned=True, outputs=features.outputs, at_chance=features.at_chance
+        Barrier(None, None),
+        features.layers,
+        aligned=True,
+        outputs=features.outputs,
+        at_chance=features.at_chance,
+        contradiction=features.contradiction,
     )
     answer, because, aligned = verdict.answer, verdict.because, False
-    if answer not in ("merge", UNDECIDED) and not weights.moved:
+    if answer == "do not merge" and not weights.moved:
         because += "; weight matching finds nothing to move"
-    elif answer not in ("merge", UNDECIDED):
+    elif answer == "do not merge":
         progress(runs, 1, 2)
         failed = [
             f"{each.quantity}: {'undefined' if each.value is None else format(each.value, '.2g')} ({each.limit})"
@@ -506,7 +516,7 @@ def _check_features(
         answer, aligned = "align" if verdict.answer == "merge" else "do not merge", True
         because = f"not as they are ({'; '.join(failed)}); after weight matching, {verdict.because}"
     progress(runs, 2, 2)
-    criteria = judged_by(features.layers, features.outputs) if answer != UNDECIDED else ()
+    criteria = judged_by(features.layers, features.outputs) if answer not in (UNDECIDED, "contradict") else ()
     return replace(
         found,
         answer=answer,
@@ -517,6 +527,7 @@ def _check_features(
         layers=features.layers,
         outputs=features.outputs,
         at_chance=features.at_chance,
+        contradiction=features.contradiction,
     )
 
 

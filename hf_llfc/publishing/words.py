@@ -41,6 +41,7 @@ _LEADS = {
     "align": "Warning. Verdict: align first.",
     "do not merge": "Warning. Verdict: do not merge.",
     "undecided": "Warning. No verdict.",
+    "contradict": "Warning. The parents contradict each other.",
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from hf_llfc.diagnostics import ConnectivityReport, rows
 from hf_llfc.diagnostics.report import SCHEMA, report_schema
 from hf_llfc.diagnostics.rows import ANSWERS, Suggestion
-from tests.publishing.samples import make_measured_report, make_report, make_simplex_report
+from tests.publishing.samples import decomposition, make_measured_report, make_report, make_simplex_report
 
 VALIDATOR = jsonschema.Draft202012Validator(report_schema())
 ROWS = {
@@ -21,6 +21,7 @@ ROWS = {
     "layer": rows.LayerRow,
     "decomposition": rows.DecompositionRow,
     "outputs": rows.OutputAgreement,
+    "contradiction": rows.Contradiction,
     "additivity": rows.AdditivityRow,
     "commutativity": rows.CommutativityRow,
     "stitching": rows.StitchingPoint,
@@ -39,7 +40,15 @@ def test_the_schema_is_one_and_names_its_version():
 
 
 @pytest.mark.parametrize(
-    "report", [make_report(), make_measured_report(2), make_simplex_report(3), make_simplex_report(3, "arithmetic")]
+    "report",
+    [
+        make_report(decomposition=[decomposition(0.25), decomposition(0.5, labelled=False)]),
+        make_report(contradiction={"model": 1, "agreement": 0.1, "chance": 0.5, "matched": 0.9, "order": [1, 0]}),
+        make_report(),
+        make_measured_report(2),
+        make_simplex_report(3),
+        make_simplex_report(3, "arithmetic"),
+    ],
 )
 def test_what_is_written_fits(report):
     VALIDATOR.validate(report)

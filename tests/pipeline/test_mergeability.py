@@ -264,3 +264,47 @@ def test_progress_is_told(trunk, data):
     hf_llfc.check(trunk, trained(2), data=data, progress=lambda what, done, total: told.append((what, done, total)))
     assert ("running both models and their midpoint", 2, 2) in told and told[0][0] == "comparing weights"
     silent("", 0, 1)
+
+
+def with_rows(model, order):
+    """A copy whose head lists its classes in another order."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.classifier.weight.copy_(model.classifier.weight[order])
+        copied.classifier.bias.copy_(model.classifier.bias[order])
+    return copied
+
+
+def negated(model):
+    """A copy that answers the opposite."""
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.classifier.weight.neg_()
+        copied.classifier.bias.neg_()
+    return copied
+
+
+def test_parents_that_contradict_each_other_have_an_answer_of_their_own(trunk, data, tmp_path, capsys):
+    child = trained(1, start=trunk, steps=20)
+    assert hf_llfc.check(trunk, child, data=data).contradiction is None
+    found = hf_llfc.check(trunk, with_rows(child, [1, 2, 3, 0]), data=data)
+    assert (found.answer, found.level, found.criteria) == ("contradict", 2, ())
+    assert not found
+    assert found.contradiction.order == (3, 0, 1, 2)
+    assert (
+        found.contradiction.agreement < 0.1 < 0.2 < found.contradiction.chance < 0.3 < 0.9 < found.contradiction.matched
+    )
+    opposed = hf_llfc.check(trunk, negated(child), data=data)
+    assert opposed.answer == "contradict"
+    assert opposed.contradiction.order == ()
+    assert "answers the opposite" in opposed.because
+
+
+def test_the_command_says_that_parents_contradict_each_other(trunk, tmp_path, capsys):
+    a, b = saved(trunk, tmp_path / "a"), saved(with_rows(trunk, [1, 0, 2, 3]), tmp_path / "b")
+    rows = Dataset.from_dict({"image": list(image_rows(200, seed=1)[0])})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    words = ["--task", "image-classification", "--dataset", str(tmp_path / "rows.parquet")]
+    # Two of four classes are exchanged: half of the answers agree, and matching finds the order all the same.
+    assert main(["check", str(a), str(b), *words]) == 1
+    assert "contradict: model 1 and model 2 contradict each other" in capsys.readouterr().out

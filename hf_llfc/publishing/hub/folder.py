@@ -249,7 +249,7 @@ def _diagnosed_reasons(path: Path, own: Sequence[float | None]) -> list[str]:
     if merged is not None and merged.loss is not None and losses and is_far_above(merged.loss, losses):
         reasons.append(_far_above(merged.loss, losses))
     is_known = report.data.get("calibrated") is not None and any(loss is not None for loss in own)
-    if report.verdict.answer == "do not merge" and not is_known:
+    if report.verdict.answer in ("do not merge", "contradict") and not is_known:
         reasons.append(f"the verdict is not to merge: {report.verdict.because}")
     return reasons
 

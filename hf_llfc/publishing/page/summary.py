@@ -36,6 +36,7 @@ _MEANINGS = {
     "align": "The parents lie in different coordinates. Align them, then merge and measure again.",
     "do not merge": "On this data, the merged model loses abilities of its parents.",
     "undecided": "On this data, a parent does no better than chance, so that nothing follows for the merge.",
+    "contradict": "What one parent calls by one name the other calls by another: an average keeps neither.",
 }
 
 
