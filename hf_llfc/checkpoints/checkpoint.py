@@ -20,8 +20,10 @@ from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.errors import CheckpointError, suggest
 
 if TYPE_CHECKING:  # what knows model classes takes seconds to load
+    from peft import PeftConfig
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+    from hf_llfc.checkpoints.views.folding import Folding
     from hf_llfc.checkpoints.views.vocabulary import Vocabulary
     from hf_llfc.symmetry import PermutationSpec
 
@@ -36,6 +38,8 @@ class Adapter:
         folder: The local folder of its files.
         kind: The type of the adapter in peft: `LORA`, `IA3`, …
         base: The checkpoint that it is folded into.
+        config: Its config.
+        folding: What it changes, by module; None where it can be folded as a whole only.
     """
 
     id: str
@@ -43,6 +47,8 @@ class Adapter:
     folder: Path
     kind: str
     base: Checkpoint
+    config: PeftConfig
+    folding: Folding | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,6 +43,7 @@ from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.model_names import existing, split_adapter
 
 if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is loaded where a class is needed
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,21 @@ def open_checkpoint(
         f"expected a Hub id, a folder or a transformers PreTrainedModel, found {type(model).__name__}; of a wrapped"
         " model give the model inside (an adapter first needs merge_and_unload())"
     )
+
+
+def adapter_config(model: str | Path, token: str | bool | None = None) -> PeftConfig | None:
+    """The config of an adapter; None of a whole model.
+
+    Raises:
+        CheckpointError: It cannot be found or read.
+    """
+    from hf_llfc.checkpoints.views.folding import read_config
+
+    files = _find(model, token)
+    if not is_adapter(files):
+        return None
+    files.fetch([ADAPTER_CONFIG])
+    return read_config(files)
 
 
 def _open_adapted(

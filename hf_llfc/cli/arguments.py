@@ -373,6 +373,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     output = _add_output(parser, "dtype", "out_dtype", "max_shard_size", required=True)
     _add_of_recipe(output, "log_with", "logging_dir")
+    _add_of_recipe(parser.add_argument_group("an adapter as the result"), "save_as", "rank", "max_error")
     _add_matching(parser, "merge", "--align", default="none")
     _add_data(parser, "merge", CALIBRATION_OR_IMPORTANCE, without=("trust_remote_code",))
     _add_calibration(parser)

@@ -79,7 +79,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         print(calibration_sentence(result.calibration))
     if result.report is not None:
         show_report(result.report, options)
-    print(f"merged checkpoint: {result.folder}")
+    if result.adapter is not None:
+        from hf_llfc.publishing.words import adapter_sentence
+
+        print(adapter_sentence(result.adapter))
+    print(f"merged {'checkpoint' if result.adapter is None else 'adapter'}: {result.folder}")
     if result.url:
         print(f"on the Hub: {result.url}")
     return 0

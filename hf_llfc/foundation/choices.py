@@ -63,5 +63,9 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
 """Values of `chat_template` that name a template of ours; see `hf_llfc.checkpoints.chat_templates`."""
 
+FORMS = ("model", "adapter")
+"""Values of `save_as`: what a merge is written as."""
+
 AUTO = "auto"
-"""Value of `chat_template` for the most frequent one of the models, and of `ridge` for one that is looked for."""
+"""Value of `rank` for the smallest that keeps a change, of `chat_template` for the most frequent one of the models, and of
+`ridge` for one that is looked for."""

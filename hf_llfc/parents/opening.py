@@ -155,7 +155,7 @@ def open_recipe(
     models = given if given is not None else [entry.model for entry in recipe.models]
     if len(models) != len(recipe.models):
         raise RecipeError(f"{len(models)} models are given in place of the {len(recipe.models)} of the recipe")
-    needs_class = runs_models(recipe) or made is not None
+    needs_class = runs_models(recipe) or made is not None or recipe.is_adapter
 
     def opening(model: Model, *, name: str | None = None, trust: bool = False, by_class: bool = False) -> Checkpoint:
         stand_in = (made or {}).get(model) if isinstance(model, str) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from hf_llfc.publishing.card.card import Evidence
 from hf_llfc.publishing.files import read_recipe
 from hf_llfc.publishing.lineage import models_of, read_parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
-from hf_llfc.publishing.record import AlignmentSummary, CalibrationRecord, Result, RunRecord
+from hf_llfc.publishing.record import AdapterRecord, AlignmentSummary, CalibrationRecord, Result, RunRecord
 from hf_llfc.recipe import Recipe, dump_recipe, load_recipe, renamed
 from hf_llfc.symmetry import Alignment, PermutationSpec
 
@@ -30,6 +30,22 @@ if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.evaluation import EvaluationConfig
     from hf_llfc.pipeline.run_context import RunContext
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a run made beside a merge of weights.
+
+    Attributes:
+        calibration: How the merge was fitted to its parents' features; None where it was not.
+        adapter: What was written in place of a model; None where a model was.
+    """
+
+    calibration: CalibrationRecord | None = None
+    adapter: AdapterRecord | None = None
+
+
+NOTHING = Beside()
 
 
 def resolved(recipe: Recipe, opened: Models, report: ConnectivityReport | None = None) -> Recipe:
@@ -83,7 +99,7 @@ def write_evidence(
     run: RunContext,
     report: ConnectivityReport | None,
     table: Sequence[Mapping[str, Any]],
-    calibration: CalibrationRecord | None = None,
+    beside: Beside = NOTHING,
 ) -> None:
     """Writes what is ours beside alignments and report: recipe as run, record of the run, plots and the card.
 
@@ -91,8 +107,9 @@ def write_evidence(
         run: The run.
         report: The diagnosis, if there is one.
         table: Loss and metrics, a row a model.
-        calibration: How the merge was fitted to its parents' features; None where it was not.
+        beside: What else was made.
     """
+    calibration = beside.calibration
     journal, recipe, opened = run.output.journal, run.recipe, run.models
     if journal.is_complete:
         return
@@ -114,7 +131,9 @@ def write_evidence(
     record = RunRecord(
         alignments=tuple(AlignmentSummary.from_dict(alignment_summary(a)) for a in run.alignments if a is not None),
         results=tuple(Result(**row) for row in table if "loss" in row),
-        versions=installed_versions(*(["peft"] if any(each.adapter for each in opened.named) else [])),
+        versions=installed_versions(
+            *(["peft"] if recipe.is_adapter or any(each.adapter for each in opened.named) else [])
+        ),
         hardware=hardware_in_words(run.processes),
         cards=tuple(parent.metadata for parent in parents),
         warnings=tuple(without_paths([each for each in warnings if each is not None], names)),
@@ -122,6 +141,7 @@ def write_evidence(
         gone=gone,
         name=name,
         calibration=calibration and replace(calibration, data=tuple(without_paths(calibration.data, names))),
+        adapter=beside.adapter and replace(beside.adapter, base=names.get(beside.adapter.base, beside.adapter.base)),
     )
     with storing(journal.folder):
         record.save(journal.folder)

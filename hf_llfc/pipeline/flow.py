@@ -21,8 +21,9 @@ from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.opening import open_recipe, stand_ins
 from hf_llfc.parents.provenance import alignment_summary
+from hf_llfc.pipeline.adapter_out import with_base_of_adapters
 from hf_llfc.pipeline.calibrating import calibration_record, release
-from hf_llfc.pipeline.evidence import write_evidence
+from hf_llfc.pipeline.evidence import Beside, write_evidence
 from hf_llfc.pipeline.fitted import measure_fitted, with_merge_before
 from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.pipeline.mergeability import closeness, warnings_of
@@ -34,7 +35,7 @@ from hf_llfc.pipeline.weighting import merge_infos
 from hf_llfc.publishing import check_access, publish
 from hf_llfc.publishing.hub.folder import refuse_too_large_for_the_hub
 from hf_llfc.publishing.hub.preflight import parents_in
-from hf_llfc.publishing.record import CalibrationRecord
+from hf_llfc.publishing.record import AdapterRecord, CalibrationRecord
 from hf_llfc.recipe import Recipe, load_recipe
 from hf_llfc.recipe.documents import folder_of
 
@@ -58,6 +59,7 @@ class Result:
         warnings: What to know before using the merge, a sentence each.
         is_main_process: Whether this process should report.
         calibration: How the merge was fitted to its parents' features; None where it was not.
+        adapter: What was written in place of a model; None where a model was.
     """
 
     folder: Path
@@ -68,6 +70,7 @@ class Result:
     is_main_process: bool
     warnings: Sequence[str] = ()
     calibration: CalibrationRecord | None = None
+    adapter: AdapterRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -77,6 +80,7 @@ class Result:
             "alignments": list(self.alignments),
             "report": self.report.to_dict() if self.report is not None else None,
             "calibration": self.calibration.to_dict() if self.calibration is not None else None,
+            "adapter": self.adapter.to_dict() if self.adapter is not None else None,
             "url": self.url,
             "warnings": list(self.warnings),
         }
@@ -107,7 +111,7 @@ def run(
         StorageError: The disk is full or failed; what is finished is kept, and the same run goes on from there.
         LLFCError: Something is wrong with the recipe, the parents or the data; nothing is written then.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = with_base_of_adapters(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     with Processes(recipe.device) as processes:
         shown = progress if processes.is_main else silent
         if recipe.earlier:
@@ -144,20 +148,20 @@ def _run(run: RunContext) -> Result:
         run = align_parents(run)
         trackers.alignments(run.alignments)
         broken = find_broken(run)
-        write_merge(run, broken)
+        adapter = write_merge(run, broken)
         report = measure(run, broken)
         trackers.report(report)
         measured = measure_fitted(run)
         table = with_merge_before(score(run), measured)
         trackers.table(table)
         calibration = calibration_record(run, measured)
-        run.on_main(lambda run: write_evidence(run, report, table, calibration))
+        run.on_main(lambda run: write_evidence(run, report, table, Beside(calibration, adapter)))
         run.on_main(release)
         if recipe.document is not None:
             run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
     url = run.on_main(push) if recipe.publish is not None else None
-    return Result(output.path, report, summaries, table, url, processes.is_main, run.warnings, calibration)
+    return Result(output.path, report, summaries, table, url, processes.is_main, run.warnings, calibration, adapter)
 
 
 def refuse_early(recipe: Recipe, output: OutputFolder) -> None:
@@ -214,7 +218,8 @@ def warn(run: RunContext) -> list[str]:
         The warnings, a sentence each.
     """
     warnings = warnings_of(run.models, run.carried)
-    warnings += [each.sentence for each in closeness(run.models, run.recipe) if each.is_far]
+    if not run.recipe.is_adapter:  # which goes by changes of one base, and need not read it
+        warnings += [each.sentence for each in closeness(run.models, run.recipe) if each.is_far]
     for sentence in warnings:
         logger.warning("%s", sentence)
     if run.carried.left:
@@ -241,7 +246,7 @@ def refuse_too_large(run: RunContext) -> None:
         PublishingError: The Hub would not take what is to be pushed.
     """
     recipe, opened = run.recipe, run.models
-    infos = merge_infos(opened.parents[0], recipe)
+    infos = {} if recipe.is_adapter else merge_infos(opened.parents[0], recipe)
     if recipe.publish is not None:
         refuse_too_large_for_the_hub(infos, recipe.max_shard_size)
     refuse_without_room(run.output, infos, bytes_beside(recipe, infos))

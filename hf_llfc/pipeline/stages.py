@@ -28,6 +28,7 @@ from hf_llfc.symmetry import Alignment
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.publishing.record import AdapterRecord
 
 
 def align_parents(run: RunContext) -> RunContext:
@@ -83,18 +84,28 @@ def find_broken(run: RunContext) -> Broken | None:
     )
 
 
-def write_merge(run: RunContext, broken: Broken | None = None) -> None:
+def write_merge(run: RunContext, broken: Broken | None = None) -> AdapterRecord | None:
     """Writes the merged checkpoint; all processes share its tensors, but those of a model with BatchNorm.
 
     Its statistics are computed by the whole model, which the main process holds in memory.
+
+    Returns:
+        What was written where the recipe wants an adapter; None of a model.
     """
+    if run.recipe.is_adapter:
+        from hf_llfc.pipeline.adapter_out import write_adapter_of
+
+        record = write_adapter_of(run)
+        run.on_main(finish_weights)
+        return record
     if run.on_main(lambda run: run.output.journal.is_complete):
-        return
+        return None
     merge = plan_merge((run.parents, run.base), run.recipe, broken, measure_importances(run), run.models.sections)
     merge = calibrated(run, merge)
     whole = run.calibration is not None and run.recipe.calibrate is None
     write_shared(run, merge, partial(with_batch_norm, run, merge) if whole else None)
     run.on_main(finish_weights)
+    return None
 
 
 def finish_weights(run: RunContext) -> None:

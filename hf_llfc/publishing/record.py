@@ -346,6 +346,76 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class FactorsRecord:
+    """The change of one weight in an adapter.
+
+    Attributes:
+        name: Of the weight in memory.
+        rank: Of its factors.
+        size: Norm of the change.
+        error: Norm of what the factors lack of it.
+    """
+
+    name: str
+    rank: int
+    size: float
+    error: float
+
+    @property
+    def relative(self) -> float:
+        """The error as a share of the change."""
+        return self.error / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """A merge that was written as an adapter.
+
+    Attributes:
+        base: What its config names as its base.
+        asked: The rank that was asked for, in words.
+        dtype: Of its tensors.
+        factors: Of every weight that has factors.
+        error: Norm of all that the adapter lacks of the change, over the norm of the change.
+        saved: What it holds whole: modules, biases, rows of embeddings.
+        lost: What it leaves as in the base → why.
+        ways: How many weights were merged in the `subspace` of their factors, as `changes` or as whole `weights`.
+        architecture: The class of the model.
+        model_type: Its type.
+    """
+
+    base: str
+    asked: str
+    dtype: str
+    factors: tuple[FactorsRecord, ...]
+    error: float
+    saved: tuple[str, ...] = ()
+    lost: Mapping[str, str] = field(default_factory=dict)
+    ways: Mapping[str, int] = field(default_factory=dict)
+    architecture: str | None = None
+    model_type: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterRecord:
+        """Reads the record from JSON values.
+
+        Raises:
+            PublishingError: A value is not what is expected there.
+        """
+        return _read(cls, values, "adapter")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """The smallest and the largest rank; 0 where no weight has factors."""
+        found = [row.rank for row in self.factors] or [0]
+        return min(found), max(found)
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run did.
 
@@ -360,6 +430,7 @@ class RunRecord:
         gone: Indices, in the same order, of the parents that were in memory, or whose files are gone.
         name: What the card calls the merge; None where that is the name of its folder.
         calibration: How the merge was fitted to its parents' features; None where it was not.
+        adapter: What was written in place of a model; None where a model was.
     """
 
     alignments: tuple[AlignmentSummary, ...] = ()
@@ -372,6 +443,7 @@ class RunRecord:
     gone: tuple[int, ...] = ()
     name: str | None = None
     calibration: CalibrationRecord | None = None
+    adapter: AdapterRecord | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes the record into an output folder, without the paths of a disk."""

@@ -25,7 +25,7 @@ from hf_llfc.publishing.reading import (
     shown_decomposition,
     shown_layers,
 )
-from hf_llfc.publishing.record import AlignmentSummary, CalibrationRecord, MeasuredData
+from hf_llfc.publishing.record import AdapterRecord, AlignmentSummary, CalibrationRecord, MeasuredData
 
 _AXES = {
     "head_dim": "channels of queries and keys",
@@ -35,6 +35,9 @@ _AXES = {
     "channels": "channels of convolutions",
 }
 """What a reader calls a kind of axis, where that is not its own name."""
+
+ROUNDING = 1e-6
+"""Relative errors below this are those of float32."""
 
 _LEADS = {
     "merge": "Verdict: merge.",
@@ -175,6 +178,20 @@ def calibration_sentence(record: CalibrationRecord) -> str:
     ):
         text += f"; barrier of the way over the merge {height_text(record.measured.fold_loss, LOSS)}"
     return f"{text}."
+
+
+def adapter_sentence(record: AdapterRecord) -> str:
+    """What an adapter holds, as a sentence."""
+    low, high = record.ranks
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    weights = f"{len(record.factors)} weights changed, {ranks} ({record.asked}), {record.dtype}"
+    error = f"relative error of the whole change: {error_text(record.error)}"
+    return f"Adapter of {display_name(record.base)}: {weights}; {error}."
+
+
+def error_text(error: float) -> str:
+    """A relative error; rounding is called that."""
+    return "none but rounding" if error < ROUNDING else f"{error:.2g}"
 
 
 def _probe(alignment: AlignmentSummary) -> list[str]:

@@ -18,9 +18,10 @@ def disagreements(recipe: Recipe) -> list[str]:
     problems: list[str] = []
     if not recipe.output_dir:
         problems.append("output_dir: missing; name the folder to write")
+    problems += _disagreements_of_adapter(recipe)
     if recipe.slices or recipe.modules:
         return [*problems, *_disagreements_with_parts(recipe)]
-    if recipe.merge_method == "task_arithmetic" and recipe.base_model is None:
+    if recipe.merge_method == "task_arithmetic" and recipe.base_model is None and not recipe.is_adapter:
         problems.append("base_model: task_arithmetic needs one")
     if recipe.merge_method == "linear" and recipe.parameters.scale != 1.0:
         problems.append("parameters.lambda: has no meaning for a linear merge")
@@ -66,6 +67,32 @@ def disagreements(recipe: Recipe) -> list[str]:
     elif isinstance(recipe.tokenizer_source, int) and not 0 <= recipe.tokenizer_source < len(names):
         problems.append(f"tokenizer_source: there is no model {recipe.tokenizer_source}; models are counted from 0")
     return problems + _disagreements_of_tokenizer(recipe)
+
+
+def _disagreements_of_adapter(recipe: Recipe) -> list[str]:
+    """What an adapter as the result leaves no room for."""
+    if not recipe.is_adapter:
+        given = {"rank": recipe.rank != AUTO, "max_error": recipe.max_error is not None}
+        return [f"{key}: is of an adapter; add `save_as: adapter`, or remove it" for key, told in given.items() if told]
+    problems = []
+    if recipe.rank != AUTO and recipe.max_error is not None:
+        problems.append("max_error: stands beside a rank, which says the same; leave one out")
+    impossible = {
+        "align": recipe.align.method != "none",
+        "calibrate": recipe.calibrate is not None,
+        "keep_where_broken": recipe.keep_where_broken is not None,
+        "slices": bool(recipe.slices),
+        "modules": bool(recipe.modules),
+        "layer_range": recipe.layer_range is not None,
+        "tokenizer": recipe.tokenizer is not None,
+        "tokenizer_source": recipe.tokenizer_source is not None,
+    }
+    problems += [
+        f"{key}: is not possible with `save_as: adapter`, which keeps the base as it is; remove one of them"
+        for key, told in impossible.items()
+        if told
+    ]
+    return problems
 
 
 def _disagreements_of_tokenizer(recipe: Recipe) -> list[str]:
@@ -202,7 +229,7 @@ def _disagreements_with_parts(recipe: Recipe) -> list[str]:
 def _disagreements_with_method(recipe: Recipe, method: MergeMethod) -> list[str]:
     problems = []
     name = recipe.merge_method
-    if method.base is Base.REQUIRED and recipe.base_model is None:
+    if method.base is Base.REQUIRED and recipe.base_model is None and not recipe.is_adapter:
         problems.append(f"base_model: {name} needs one")
     least, most = method.inputs
     count = len(recipe.models)

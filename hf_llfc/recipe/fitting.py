@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from hf_llfc.errors import RecipeError
+from hf_llfc.foundation.choices import AUTO
 from hf_llfc.merging.methods import Parameter
 
 
@@ -90,6 +91,19 @@ def as_switch(value: Any) -> bool:
     if isinstance(value, bool) or (is_number(value) and value in (0, 1)):
         return bool(value)
     raise ValueError("true or false")
+
+
+def as_rank(value: Any) -> int | str:
+    """A rank of at least 1, or auto.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value == AUTO:
+        return AUTO
+    if str(value).isdigit() and not isinstance(value, bool) and int(value) > 0:
+        return int(value)
+    raise ValueError("a whole number above 0, or auto")
 
 
 def as_weight(value: Any) -> float | tuple[float, ...]:

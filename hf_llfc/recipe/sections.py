@@ -12,7 +12,9 @@ from typing import Any
 from hf_llfc.errors import AlignmentError, EvaluationError, RecipeError
 from hf_llfc.foundation.choices import (
     ALIGNMENT_METHODS,
+    AUTO,
     CHAT_TEMPLATES,
+    FORMS,
     GROUPS,
     MEASURES,
     METHODS_WITH_DATA,
@@ -30,7 +32,7 @@ from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.calibration import CalibrateSection
 from hf_llfc.recipe.data import EvaluationConfig
-from hf_llfc.recipe.fitting import as_switch, is_number
+from hf_llfc.recipe.fitting import as_rank, as_switch, is_number
 from hf_llfc.recipe.options import derived, documented, option, settle
 from hf_llfc.recipe.slices import RANGE, ModuleSection, PartRecipe, SliceSection, read_range
 from hf_llfc.recipe.tokenizer import TokenizerSection, TokenRule, TokenSource  # noqa: F401 (for docs/options.py)
@@ -355,6 +357,20 @@ class Recipe:
         "In place of `models`: parts of the model that are merged their own way, by name.", dict, shown="none"
     )
     parameters: MergeParameters = option("Parameters of the merge.", MergeParameters, shown="below")
+    save_as: str = option(
+        "What is written: a whole model, or an adapter of peft (LoRA) that holds what the merge changes of the base.",
+        "model",
+        choices=FORMS,
+    )
+    rank: int | str = option(
+        "Rank of an adapter that is written; auto takes for every weight the smallest that keeps its change.",
+        AUTO,
+        reads=as_rank,
+        metavar="RANK",
+    )
+    max_error: float | None = option(
+        "In place of a rank: error of each weight's change, relative to the change.", None, above=0, at_most=1
+    )
     dtype: str | None = option(
         "Dtype of the result, unless `out_dtype` is given; arithmetic is exact to one rounding.",
         None,
@@ -456,6 +472,11 @@ class Recipe:
             return next((part.recipe.method for part in self.parts if part.recipe.method is not None), None)
         is_sum = self.merge_method in SUMS and not self.parameters.settings
         return None if is_sum else MERGE_METHODS[self.merge_method]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether an adapter is written, not a model."""
+        return self.save_as == "adapter"
 
     @property
     def measures_importance(self) -> bool:

@@ -68,7 +68,8 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
     folded = _folded(files.where, base, config, state)
     own = companion_names(files.sizes())
     files.fetch(own)
-    adapter = Adapter(files.id, files.revision, files.folder, kind_of(config), named)
+    folding = folded.folding if isinstance(folded, _ByModule) else None
+    adapter = Adapter(files.id, files.revision, files.folder, kind_of(config), named, config, folding)
     commits = [commit for commit in (base.revision, files.revision) if commit is not None]
     # The version of peft is part of the identity because another one may round otherwise.
     config_digest = hashlib.sha256((files.folder / ADAPTER_CONFIG).read_bytes()).hexdigest()
@@ -118,11 +119,11 @@ class _ByModule:
         self._make_memory = self._layout.memory_reader(base.tensors)
         self._read = base.read
         self._dtype = _wide(base)
-        self._folding = Folding(where, self._layout.empty_model(), config, state, self._dtype)
+        self.folding = Folding(where, self._layout.empty_model(), config, state, self._dtype)
         self._groups = {
             name: group
             for group in self._layout.groups
-            if any(memory in self._folding.changes for memory in group.memory)
+            if any(memory in self.folding.changes for memory in group.memory)
             for name in group.disk
         }
         self._made: dict[str, torch.Tensor] = {}
@@ -132,7 +133,7 @@ class _ByModule:
     @property
     def is_of_base(self) -> bool:
         """Whether everything that changes has a name of the base, which the parts of some modules have not."""
-        return set(self._folding.changes) <= set(self._layout.names_in_memory)
+        return set(self.folding.changes) <= set(self._layout.names_in_memory)
 
     @property
     def names(self) -> Collection[str]:
@@ -166,11 +167,11 @@ class _ByModule:
         for name in group.memory:
             if name in memory:
                 continue
-            path = self._folding.changes.get(name)
+            path = self.folding.changes.get(name)
             if path is None:
                 memory[name] = self._read_memory(name).to(self._dtype)
                 continue
-            folded = self._folding.fold(path, self._read_memory)
+            folded = self.folding.fold(path, self._read_memory)
             memory |= {other: tensor for other, tensor in folded.items() if other in group.memory}
             beside |= {
                 other: tensor
@@ -181,12 +182,12 @@ class _ByModule:
         return {**beside, **self._layout.to_disk(memory)}
 
     def _refuse_torn_ties(self, where: str) -> None:
-        changes = self._folding.changes
+        changes = self.folding.changes
         for name, other in self._layout.ties.items():
             if name not in changes and other not in changes:
                 continue
             if name in changes and other in changes:
-                both = [self._folding.fold(changes[tied], self._read_memory)[tied] for tied in (name, other)]
+                both = [self.folding.fold(changes[tied], self._read_memory)[tied] for tied in (name, other)]
                 if torch.equal(*both):
                     continue
             raise CheckpointError(

@@ -15,9 +15,10 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,12 @@ import torch
 from torch import nn
 
 from hf_llfc.checkpoints.files import ADAPTER_CONFIG, Files
+from hf_llfc.checkpoints.views.factors import has_bias, is_saved, low_rank_layers, rows_of
 from hf_llfc.errors import CheckpointError, raise_all
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from peft.tuners.lora.layer import LoraLayer
     from transformers import PreTrainedModel
 
 # Whose layers can be added and filled before the weights of the base are known; tests fold each both ways.
@@ -97,7 +100,7 @@ def read_config(files: Files) -> PeftConfig:
             f"{files.where}: this is an adapter, and peft, which folds it into its base, is not installed; install it "
             "with pip install 'hf-llfc[peft]'"
         ) from error
-    with _explained(files.where, "cannot read this adapter's config"):
+    with explained(files.where, "cannot read this adapter's config"):
         config = peft.PeftConfig.from_pretrained(str(files.folder))
     settings = config.to_dict()
     kind = kind_of(config)
@@ -166,10 +169,10 @@ class Folding:
         """
         self._where = where
         self._zero = torch.zeros((), dtype=dtype)
-        _spread(self._zero, model)
+        spread(self._zero, model)
         adapted = _added(where, model, config, state)
         wrapped = adapted.get_base_model()
-        self._modules = dict(_outermost(wrapped))
+        self._modules = dict(outermost(wrapped))
         self.changes: dict[str, str] = {}
         """Name in memory of every tensor that may change → the module that makes it."""
         for path, module in self._modules.items():
@@ -180,6 +183,35 @@ class Folding:
             if not self._is_unread(tensor) and not any(name.startswith(f"{path}.") for path in self._modules)
         }
         self.changes |= dict.fromkeys(self._given, "")
+
+    @cached_property
+    def layers(self) -> Mapping[str, LoraLayer]:
+        """Name in memory of every tensor whose change is a product of thin factors → the layer that holds them."""
+        return {
+            f"{path}.{name}": layer for path, module in self._modules.items() for name, layer in low_rank_layers(module)
+        }
+
+    @cached_property
+    def rows(self) -> Mapping[str, Sequence[int]]:
+        """Name in memory of an embedding of which single rows were trained → these rows."""
+        return {f"{path}.weight": rows for path, module in self._modules.items() if (rows := rows_of(module))}
+
+    @cached_property
+    def saved(self) -> Sequence[str]:
+        """The modules that the adapter holds whole."""
+        return [path for path, module in self._modules.items() if is_saved(module)]
+
+    @cached_property
+    def others(self) -> frozenset[str]:
+        """Names in memory of what else changes, or may change: no product of thin factors."""
+        found = set(self._given)
+        for path, module in self._modules.items():
+            of_module = _base_of(module).state_dict()
+            is_plain = any(name.startswith(f"{path}.") for name in self.layers) and not has_bias(module)
+            found |= {
+                f"{path}.{name}" for name, tensor in of_module.items() if not (is_plain and self._is_unread(tensor))
+            }
+        return frozenset(found - self.layers.keys())
 
     def fold(self, path: str, read: ReadMemory) -> dict[str, torch.Tensor]:
         """The tensors of one module, folded.
@@ -200,7 +232,7 @@ class Folding:
         module = deepcopy(self._modules[path])
         weights = {name: read(f"{path}.{name}").to(self._zero.dtype, copy=True) for name in names}
         _base_of(module).load_state_dict(weights, assign=True, strict=False)
-        with _explained(self._where, f"cannot fold {path}"):
+        with explained(self._where, f"cannot fold {path}"):
             folded = _merged(module)
         return {f"{path}.{name}": tensor for name, tensor in folded.state_dict().items()}
 
@@ -223,12 +255,12 @@ def fold_whole(
         CheckpointError: The adapter does not fit the base, or cannot be folded.
     """
     adapted: Any = _added(where, model, config, state)
-    with _explained(where, "cannot fold this adapter"):
+    with explained(where, "cannot fold this adapter"):
         folded: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return folded
 
 
-def _spread(zero: torch.Tensor, model: nn.Module) -> None:
+def spread(zero: torch.Tensor, model: nn.Module) -> None:
     """Gives parameters and buffers the shapes that they have and, all of them, the memory of one number."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -255,7 +287,7 @@ def _added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mappin
     heading = f"{where}: the adapter does not fit {type(model).__name__} as the base's config describes it"
     # Weights of its own are added without memory: those that the file lacks then show.
     what = f"cannot add this adapter to {type(model).__name__}; is it of another base?"
-    with _explained(where, what), warnings.catch_warnings():
+    with explained(where, what), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are for who trains
         adapted = get_peft_model(model, deepcopy(config), low_cpu_mem_usage=is_independent(config))
         tuner: Any = adapted.base_model
@@ -306,7 +338,7 @@ def _refuse_endless_patterns(where: str, config: PeftConfig, names: list[str]) -
         ) from None
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that peft has put in place of the base's, by the names of those."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -344,7 +376,7 @@ def _merged(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _explained(where: str, what: str) -> Iterator[None]:
+def explained(where: str, what: str) -> Iterator[None]:
     """Turns what peft raises, which may be anything, into one error."""
     try:
         yield

@@ -4,7 +4,7 @@
 functions of a family are loaded when a method is first used.
 """
 
-from hf_llfc.merging.methods.declarations import REQUIRED, Base, MergeMethod, Need, Parameter
+from hf_llfc.merging.methods.declarations import REQUIRED, Base, MergeMethod, Need, Parameter, Sees
 from hf_llfc.merging.methods.registry import MERGE_METHODS, find_method
 from hf_llfc.merging.methods.settings import Settings, seed_for
 
@@ -15,6 +15,7 @@ __all__ = [
     "MergeMethod",
     "Need",
     "Parameter",
+    "Sees",
     "Settings",
     "find_method",
     "seed_for",

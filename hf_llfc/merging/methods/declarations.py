@@ -46,6 +46,20 @@ class Base(Enum):
     NONE = "none"
 
 
+class Sees(Enum):
+    """What of its models a method goes by, from the most to the least."""
+
+    WEIGHTS = "weights"
+    """The weights themselves."""
+
+    CHANGES = "changes"
+    """The models' changes of the base: added to another base, they give that base with the same change."""
+
+    SUBSPACE = "subspace"
+    """Of the changes only what stays when all are rotated alike, and framed by zeros: the rotated, framed changes give
+    the rotated, framed result."""
+
+
 class _Required(Enum):
     REQUIRED = "required"
 
@@ -126,6 +140,8 @@ class MergeMethod:
         importance: What is measured of every element of a model on data, one of
             `hf_llfc.diagnostics.importance.IMPORTANCES`; the functions then take the tensors of all models, and after
             them the importances of all. Nothing if empty.
+        sees: What of the models it goes by. Without a base beside them, only as far as its weights sum to 1.
+        by_row: Parameter and value with which rows or columns are merged by themselves, so that rotations matter.
     """
 
     name: str
@@ -140,6 +156,8 @@ class MergeMethod:
     reduces: str = ""
     random: bool = False
     importance: str = ""
+    sees: Sees = Sees.CHANGES
+    by_row: tuple[str, bool] | None = None
 
     def parameter(self, name: str) -> Parameter:
         """A parameter by its name.

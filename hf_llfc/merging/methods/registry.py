@@ -14,6 +14,7 @@ from hf_llfc.merging.methods.declarations import (
     MergeMethod,
     Need,
     Parameter,
+    Sees,
     with_default,
     without,
 )
@@ -76,6 +77,7 @@ _FISHER = MergeMethod(
     parameters=(_COUNTS, _FLOOR),
     reduces="mean importance",
     importance="fisher",
+    sees=Sees.WEIGHTS,
 )
 
 _ALL = (
@@ -89,6 +91,7 @@ _ALL = (
         Need.ELEMENTWISE,
         "linear",
         parameters=(_WEIGHT, _NORMALIZE),
+        sees=Sees.SUBSPACE,
     ),
     _FISHER,
     replace(
@@ -116,6 +119,7 @@ _ALL = (
                 "density", float, 1.0, "Accepted because mergekit has it; nothing is thinned out.", 0, 1, per_model=True
             ),
         ),
+        sees=Sees.SUBSPACE,
     ),
     MergeMethod(
         "passthrough",
@@ -127,6 +131,7 @@ _ALL = (
         Need.ELEMENTWISE,
         "linear",
         parameters=(Parameter("scale", float, 1.0, "Factor on the tensor.", per_model=True),),
+        sees=Sees.SUBSPACE,
     ),
     MergeMethod(
         "slerp",
@@ -139,6 +144,7 @@ _ALL = (
         "spherical",
         parameters=(Parameter("t", float, REQUIRED, "Where on the arc: 0 is the base, 1 the model."),),
         reduces="norms of base and model, and their inner product",
+        sees=Sees.WEIGHTS,
     ),
     MergeMethod(
         "nuslerp",
@@ -160,6 +166,8 @@ _ALL = (
             Parameter("nuslerp_flatten", bool, True, "Whether a tensor counts as one vector."),
         ),
         reduces="norms of the two vectors, and their inner product",
+        sees=Sees.SUBSPACE,
+        by_row=("nuslerp_flatten", False),
     ),
     MergeMethod(
         "multislerp",
@@ -176,6 +184,7 @@ _ALL = (
             Parameter("eps", float, 1e-8, "Added to norms, and the length below which directions cancel.", 0),
         ),
         reduces="norms of the vectors, and inner products of all pairs",
+        sees=Sees.SUBSPACE,
     ),
     MergeMethod(
         "karcher",
@@ -191,6 +200,7 @@ _ALL = (
             Parameter("tol", float, 1e-5, "Angle of a step below which the mean is found.", 0),
         ),
         reduces="norms of the models, and inner products of all pairs",
+        sees=Sees.WEIGHTS,
     ),
     MergeMethod(
         "model_stock",
@@ -205,6 +215,8 @@ _ALL = (
             Parameter("filter_wise", bool, False, "Whether every row has an angle of its own."),
         ),
         reduces="norms of the changes, and inner products of all pairs",
+        sees=Sees.SUBSPACE,
+        by_row=("filter_wise", True),
     ),
     MergeMethod(
         "nearswap",
@@ -227,6 +239,7 @@ _ALL = (
         Need.PASSES,
         "pairwise",
         reduces="quartiles of the importance",
+        sees=Sees.WEIGHTS,
     ),
     MergeMethod(
         "ties",
@@ -376,6 +389,7 @@ _ALL = (
         "spectral",
         parameters=(_LAMBDA, _EXACT_SIZE),
         reduces="singular vectors of every change",
+        sees=Sees.SUBSPACE,
     ),
     MergeMethod(
         "iso_c",
@@ -388,6 +402,7 @@ _ALL = (
         "spectral",
         parameters=(_LAMBDA,),
         reduces="singular values, and the polar factor, of the sum of the changes",
+        sees=Sees.SUBSPACE,
     ),
     MergeMethod(
         "iso_cts",

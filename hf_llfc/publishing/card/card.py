@@ -14,6 +14,7 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.foundation.layout import CARD_FILE, LLFC_FOLDER, PAGE_FILE, RECIPE_FILE, REPORT_FILE
+from hf_llfc.publishing.card.adapter import LIBRARY, adapter_snippet, adapter_words, config_of
 from hf_llfc.publishing.card.calibration import calibration_words, limit_of_calibration
 from hf_llfc.publishing.card.metadata import SENTENCES, card_metadata, eval_results
 from hf_llfc.publishing.card.results import comparison, result_rows, result_table
@@ -29,7 +30,7 @@ from hf_llfc.publishing.card.sections import (
 )
 from hf_llfc.publishing.card.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.card.usage import task_of, usage_snippet
-from hf_llfc.publishing.files import read_json, read_recipe, write_whole
+from hf_llfc.publishing.files import read_recipe, write_whole
 from hf_llfc.publishing.lineage import ParentInfo, combined_license, models_of, read_parent_card
 from hf_llfc.publishing.machine import installed_versions
 from hf_llfc.publishing.numbers import LOSS, is_number, value_text
@@ -141,8 +142,8 @@ def write_card(
     """
     folder = Path(folder)
     ours = folder / LLFC_FOLDER
-    read_json(folder / "config.json")
     evidence = Evidence.read(folder) if evidence is None else evidence
+    config_of(folder, evidence.record)
     with rewriting(folder):
         for earlier in (*PLOT_FILES.values(), PAGE_FILE):
             (ours / earlier).unlink(missing_ok=True)
@@ -216,12 +217,12 @@ def render_card(folder: str | Path, evidence: Evidence, *, name: str | None = No
         PublishingError: The folder holds no checkpoint, or the report is not one of this package.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config, adapter = config_of(folder, evidence.record), evidence.record.adapter
     name = name or folder.resolve().name
     data = MeasuredData.of(evidence.report)
     of_sentences = (folder / MODULES_FILE).is_file()
     task = data.task or task_of(config) or ("sentence-similarity" if of_sentences else None)
-    library = SENTENCES if of_sentences else "transformers"
+    library = LIBRARY if adapter is not None else SENTENCES if of_sentences else "transformers"
     license_found = combined_license(evidence.parents, license)
     rows = result_rows(evidence.report, evidence.record.results)
     metadata = card_metadata(name, task, evidence.parents, license_found, eval_results(task, data, rows), library)
@@ -232,7 +233,10 @@ def render_card(folder: str | Path, evidence: Evidence, *, name: str | None = No
         "data": data if data.dataset else None,
         "results": result_table(rows),
         "comparison": comparison(rows),
-        "snippet": usage_snippet(folder, config, task, name, of_bytes=data.tokenizer == "bytes"),
+        "snippet": usage_snippet(folder, config, task, name, of_bytes=data.tokenizer == "bytes")
+        if adapter is None
+        else adapter_snippet(adapter, task, name),
+        "adapter": adapter_words(adapter),
         "limits": limits_of(evidence.report, data, evidence.parents, rows),
         **_of_merge(evidence),
         **_of_report(folder, evidence.report),

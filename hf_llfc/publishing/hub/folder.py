@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 LARGEST_FILE = 50 * 10**9
 """In bytes: above it the Hub's client downloads through Xet alone (`MAX_HTTP_DOWNLOAD_SIZE`)."""
@@ -123,7 +124,7 @@ def check_folder(folder: Path, include: Sequence[str] = ()) -> list[LocalFile]:
         )
     present = {file.path for file in files}
     for name, hint in (
-        ("config.json", "it is no checkpoint"),
+        ("adapter_config.json" if ADAPTER in present else "config.json", "it is no checkpoint"),
         (CARD_FILE, "write the card with `hf_llfc.publishing.write_card`"),
         (f"{LLFC_FOLDER}/{RECIPE_FILE}", "only what hf_llfc merged is published with it"),
     ):
@@ -139,7 +140,9 @@ def _is_of_checkpoint(path: str) -> bool:
     """Whether a file of a folder without a list is one that a run writes, by its name."""
     if path.startswith(f"{LLFC_FOLDER}/"):
         return path.endswith((".json", ".yaml", ".safetensors", ".png", ".html"))
-    return path in ("config.json", CARD_FILE) or bool(_WEIGHT_FILE.fullmatch(path) or companion_names([path]))
+    return path in ("config.json", "adapter_config.json", ADAPTER, CARD_FILE) or bool(
+        _WEIGHT_FILE.fullmatch(path) or companion_names([path])
+    )
 
 
 def refuse_too_large_for_the_hub(infos: Mapping[str, TensorInfo], max_shard_size: int) -> None:
@@ -217,8 +220,9 @@ def _shards(folder: Path, present: set[str]) -> dict[str, set[str]] | str:
         except (ValueError, KeyError, AttributeError, TypeError):
             return f"{WEIGHTS_INDEX} is not an index of shards"
         return shards
-    if WEIGHTS in present:
-        return {WEIGHTS: set()}
+    for name in (WEIGHTS, ADAPTER):
+        if name in present:
+            return {name: set()}
     return f"there are no weights: neither {WEIGHTS} nor {WEIGHTS_INDEX}"
 
 
