@@ -11,7 +11,7 @@ from hf_llfc.foundation.version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy
     from hf_llfc.adapters import PermutationSpec, register_adapter
-    from hf_llfc.api import align, align_all, check, diagnose, inspect, merge, publish
+    from hf_llfc.api import align, align_all, check, diagnose, extract, inspect, merge, publish
     from hf_llfc.diagnostics import ConnectivityReport
     from hf_llfc.errors import LLFCError
     from hf_llfc.pipeline.flow import run
@@ -30,6 +30,7 @@ __all__ = [
     "align_all",
     "check",
     "diagnose",
+    "extract",
     "inspect",
     "load_recipe",
     "merge",
@@ -50,6 +51,7 @@ __getattr__ = lazy_names(
         "align_all": ".api",
         "check": ".api",
         "diagnose": ".api",
+        "extract": ".api",
         "inspect": ".api",
         "load_recipe": ".recipe",
         "merge": ".api",

@@ -370,6 +370,43 @@ def merge(
     return run(read, models=models, restart=restart, temporary=temporary, progress=progress)
 
 
+@within_memory()
+def extract(
+    base: str | Path,
+    finetuned: str | Path,
+    *,
+    out: str | Path,
+    rank: int | str | None = None,
+    max_error: float | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Writes what a fine-tune changed of its base as an adapter of peft.
+
+    Args:
+        base: The base model.
+        finetuned: The model that was fine-tuned from it.
+        out: The folder to write.
+        rank: Of every weight; `auto` for the smallest that keeps all of its change.
+        max_error: In place of a rank: error of each weight's change, relative to the change.
+        restart: Whether to discard what an interrupted run into the same folder had finished.
+        progress: Shown meanwhile.
+        settings: Any other key of a recipe (`dtype`, `diagnose`, `overwrite`, …).
+
+    Returns:
+        What `hf_llfc.run` returns; `adapter` has rank and error of every weight, and of all.
+
+    Raises:
+        LLFCError: The models do not fit each other, or an option is not valid; nothing is written then.
+    """
+    from hf_llfc.pipeline.flow import run
+    from hf_llfc.recipe.extraction import extraction
+
+    settings = {"rank": rank, "max_error": max_error, "output_dir": str(out), **settings}
+    return run(extraction(str(base), str(finetuned), settings), restart=restart, progress=_shown(progress))
+
+
 def _listed(values: Any, name: str) -> list[Any]:
     """Several values; one alone, or a text, would be taken apart."""
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Path | Mapping):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # as in hf_llfc.foundation.lazy: `--help` loads nothing that 
     from collections.abc import Sequence
 
 # What the processes of a launcher do together; anything else the main one does alone.
-SHARED_COMMANDS = ("align", "merge", "diagnose", "run")
+SHARED_COMMANDS = ("align", "merge", "extract", "diagnose", "run")
 
 # What of its options a command that takes long reads first: it is named before what computes is loaded, which takes
 # seconds.
@@ -29,6 +29,7 @@ READ_FIRST = {
     "check": ("a", "b"),
     "demo": (),
     "diagnose": ("models",),
+    "extract": ("base", "finetuned"),
     "merge": ("models",),
     "run": ("recipe",),
 }

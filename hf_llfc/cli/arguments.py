@@ -379,6 +379,19 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_calibration(parser)
 
 
+def _add_extract(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("finetuned", metavar="FINETUNED")
+    _add_of_recipe(parser, "rank", "max_error", "allow_pickle", "trust_remote_code", "device")
+    _add_dry_run(parser)
+    _add_seed(parser)
+    output = _add_output(parser, "dtype", required=True)
+    _add_of_recipe(output, "log_with", "logging_dir")
+    _add_data(
+        parser, "extract", "data that base, fine-tune and adapter are measured on", without=("trust_remote_code",)
+    )
+
+
 def _add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Two: the line from A to B; more: the simplex.")
     _add_of_recipe(parser, "allow_pickle", "device")
@@ -510,6 +523,11 @@ COMMANDS = {
         _add_merge,
         "merge models into a new folder",
         "hf-llfc merge A B --weights 0.7 0.3 --align weight_matching --out merged",
+    ),
+    "extract": (
+        _add_extract,
+        "what a fine-tune changed of its base, as an adapter",
+        "hf-llfc extract BASE FINETUNED --rank 32 --out adapter",
     ),
     "diagnose": (
         _add_diagnose,

@@ -67,5 +67,5 @@ FORMS = ("model", "adapter")
 """Values of `save_as`: what a merge is written as."""
 
 AUTO = "auto"
-"""Value of `rank` for the smallest that keeps a change, of `chat_template` for the most frequent one of the models, and of
+"""Value of `rank` for the smallest that keeps a change, of `chat_template` for the most frequent one of the models, of
 `ridge` for one that is looked for."""

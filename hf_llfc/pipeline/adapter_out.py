@@ -14,12 +14,15 @@ import torch
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.companions import by_name, is_of_inputs
 from hf_llfc.checkpoints.low_rank import LowRank
+from hf_llfc.checkpoints.views.factors import factors_of
+from hf_llfc.checkpoints.views.folding import Folding
 from hf_llfc.checkpoints.writing.adapter import AdapterContent, write_adapter
 from hf_llfc.errors import CheckpointError, raise_all
 from hf_llfc.foundation.choices import AUTO
 from hf_llfc.foundation.model_names import split_adapter
 from hf_llfc.merging.low_rank import NOISE, RankChoice, Thin, difference
-from hf_llfc.merging.methods import MERGE_METHODS, Base
+from hf_llfc.merging.methods import MERGE_METHODS, Base, Sees
+from hf_llfc.parents.opening import Models
 from hf_llfc.parents.parent import Parent
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.weighting import plan_merge
@@ -211,3 +214,52 @@ def copy_companions(run: RunContext) -> list[Path]:
             (run.staging / name).parent.mkdir(exist_ok=True)
             copied.append(Path(shutil.copyfile(path, run.staging / name)))
     return copied
+
+
+def adapter_plan(opened: Models, recipe: Recipe) -> str:
+    """What an adapter is made from, for a plan."""
+    foldings = _foldings(opened)
+    if foldings is None:
+        return f"{asked_of(recipe)}, from whole weights"
+    thin = {name for folding in foldings for name in folding.layers}
+    others = {name for folding in foldings for name in folding.others}
+    sees = MERGE_METHODS[recipe.merge_method].sees
+    how = {
+        Sees.SUBSPACE: "in the subspace of their factors",
+        Sees.CHANGES: "multiplied out one at a time",
+        Sees.WEIGHTS: "over the weights of the base",
+    }[sees]
+    dense = f"; {len(others - thin)} tensors of the adapters are no thin factors" if others - thin else ""
+    is_exact = recipe.rank == AUTO and recipe.max_error is None
+    error = "no error but rounding" if is_exact else "its error is measured"
+    return f"{asked_of(recipe)}, {len(thin)} weights, merged {how}{dense}; {error}"
+
+
+def planned_bytes(opened: Models, recipe: Recipe) -> int:
+    """About how many bytes an adapter takes, at most."""
+    width = getattr(torch, recipe.result_dtype).itemsize if recipe.result_dtype else 4
+    foldings = _foldings(opened)
+    if foldings is None:
+        shapes = {name: info.shape for name, info in opened.parents[0].tensors.items() if len(info.shape) > 1}
+        ranks = {name: min(shape[0], math.prod(shape[1:])) for name, shape in shapes.items()}
+    else:
+        found: dict[str, list[LowRank]] = {}
+        for folding in foldings:
+            for name, layer in folding.layers.items():
+                found.setdefault(name, []).append(factors_of(layer))
+        shapes = {
+            name: (parts[0].left_eor.shape[0] * parts[0].left_eor.shape[1], parts[0].right_eri.shape[2])
+            for name, parts in found.items()
+        }
+        ranks = {name: min(*shapes[name], sum(part.rank for part in parts)) for name, parts in found.items()}
+    most = choice_of(recipe).rank
+    return sum(
+        (shape[0] + math.prod(shape[1:])) * (ranks[name] if most is None else min(most, ranks[name])) * width
+        for name, shape in shapes.items()
+    )
+
+
+def _foldings(opened: Models) -> list[Folding] | None:
+    """What each model changes by module; None where one does not tell."""
+    found = [each.adapter.folding for each in opened.parents if each.adapter is not None and each.adapter.folding]
+    return found if len(found) == len(opened.parents) else None

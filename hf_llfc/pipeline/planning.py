@@ -16,6 +16,7 @@ from hf_llfc.parents.data import open_calibration_data
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs, stand_ins
 from hf_llfc.parents.probe import is_in_memory
 from hf_llfc.parents.specs import alignment_spec, bind
+from hf_llfc.pipeline.adapter_out import adapter_plan, planned_bytes, with_base_of_adapters
 from hf_llfc.pipeline.mergeability import warnings_of
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
@@ -69,6 +70,7 @@ def plan_one(
     Raises:
         LLFCError: The recipe or its parents are at fault.
     """
+    recipe = with_base_of_adapters(recipe)
     output = OutputFolder(recipe.output_dir, recipe.overwrite)
     if made is None or recipe.document is None:
         output.check()
@@ -78,7 +80,7 @@ def plan_one(
     first = opened.parents[0]
     merge = plan_merge(opened.moved([None] * len(opened.parents)), recipe, sections=opened.sections)
     infos = merge.infos
-    written = sum(info.nbytes for info in infos.values())
+    written = planned_bytes(opened, recipe) if recipe.is_adapter else sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.named)}]
     steps += [{"step": section.where, "what": section.what} for section in opened.sections]
@@ -119,6 +121,8 @@ def plan_one(
             f"{len(infos)} tensors",
         }
     )
+    if recipe.is_adapter:
+        steps.append({"step": "adapter", "what": adapter_plan(opened, recipe)})
     calibration: dict[str, Any] = {}
     if recipe.calibrate is not None:
         told, calibration = _calibration(recipe, opened, device, is_there=made is None)

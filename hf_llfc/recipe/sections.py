@@ -476,7 +476,7 @@ class Recipe:
     @property
     def is_adapter(self) -> bool:
         """Whether an adapter is written, not a model."""
-        return self.save_as == "adapter"
+        return self.save_as == FORMS[1]
 
     @property
     def measures_importance(self) -> bool:

@@ -68,6 +68,7 @@ FIRST = {
     "align": ["B", "--to", "A", "--out", "o"],
     "merge": ["A", "B", "--out", "o"],
     "diagnose": ["A", "B"],
+    "extract": ["A", "B", "--out", "o"],
     "push": ["o", "me/o"],
     "run": ["recipe.yaml"],
     "inspect": ["A"],

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import hf_llfc
 from hf_llfc.checkpoints import Checkpoint, load_model, open_checkpoint
-from hf_llfc.errors import CheckpointError, LLFCError, RecipeError
-from hf_llfc.merging.low_rank import RankChoice, difference, thin
+from hf_llfc.cli import main
+from hf_llfc.errors import CheckpointError, RecipeError
 from hf_llfc.publishing.record import RunRecord
 from tests.checkpoints.views.test_adapted import edit_config, folded_by_peft, lora, trained
 from tests.runs import byte_llama
@@ -206,3 +206,91 @@ def test_a_rank_and_an_error_are_kept_to_and_the_error_is_told(base, two, tmp_pa
         assert RunRecord.load(out).adapter.error == record.error
     assert "relative error of the whole change" in (out / "README.md").read_text()
     assert load_file(out / "adapter_model.safetensors").popitem()[1].dtype is torch.bfloat16
+
+
+def finetuned(base: Path, folder: Path, rank: int | None = None, also=()) -> Path:
+    """A model whose linear maps moved, by changes of some rank, and with them what else is named."""
+    model = load_model(open_checkpoint(base))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shape = parameter.shape
+            if name.endswith("proj.weight"):
+                change = torch.randn(shape, generator=generator)
+                if rank is not None:
+                    change = torch.randn(shape[0], rank, generator=generator) @ torch.randn(
+                        rank, shape[1], generator=generator
+                    )
+                parameter.add_(0.02 * change)
+            elif name in also:
+                parameter.add_(0.02 * torch.randn(shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_extract_keeps_a_change_of_low_rank_and_all_that_changed_beside_it(base, tmp_path):
+    also = ("model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "model.embed_tokens.weight")
+    model = finetuned(base, tmp_path / "finetuned", 3, also)
+    record = hf_llfc.extract(base, model, rank="auto", out=tmp_path / "out").adapter
+    assert distance(folded_by_peft(base, tmp_path / "out"), dict(open_checkpoint(model).state_dict()), base) < 1e-5
+    assert {row.rank for row in record.factors if "proj" in row.name} == {3} and not record.lost
+    assert record.saved == ("model.norm", "model.layers.0.self_attn.q_proj.bias")
+    run = PeftModel.from_pretrained(load_model(open_checkpoint(base)), tmp_path / "out")
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(run(tokens).logits, load_model(open_checkpoint(model))(tokens).logits, atol=1e-5)
+
+
+def test_extract_is_the_best_of_its_rank_and_measures_what_it_lost(base, tmp_path, capsys):
+    model, plain = finetuned(base, tmp_path / "finetuned"), dict(open_checkpoint(base).state_dict())
+    assert main(["extract", str(base), str(model), "--rank", "4", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    record = RunRecord.load(tmp_path / "out").adapter
+    assert (
+        f"rank 4 (rank 4), float32; relative error of the whole change: {record.error:.2g}" in capsys.readouterr().out
+    )
+    squares = total = 0.0
+    for name, tensor in open_checkpoint(model).state_dict():
+        values = torch.linalg.svdvals((tensor - plain[name]).double()) if tensor.dim() == 2 else torch.zeros(1)
+        squares, total = squares + float(values[4:].square().sum()), total + float(values.square().sum())
+    assert record.error == pytest.approx((squares / total) ** 0.5, rel=1e-4)
+
+
+def test_what_an_adapter_cannot_hold_is_said(tmp_path):
+    base = tmp_path / "base"
+    byte_llama(0, tie_word_embeddings=True).save_pretrained(base)
+    model = finetuned(base, tmp_path / "finetuned", 2, ("model.embed_tokens.weight",))
+    record = hf_llfc.extract(base, model, rank="auto", out=tmp_path / "out").adapter
+    assert "tied" in record.lost["model.embed_tokens.weight"] and record.error > 0.01
+    assert "model.embed_tokens.weight" in (tmp_path / "out" / "README.md").read_text().replace("\\", "")
+    for asked, message in (
+        ({}, "--rank 32"),
+        ({"rank": 0}, "a whole number above 0"),
+        ({"rank": 2, "max_error": 0.1}, "stands beside a rank"),
+        ({"rank": 2, "align": {"method": "weight_matching"}}, "align: is not possible with `save_as: adapter`"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            hf_llfc.extract(base, model, out=tmp_path / "no", **asked)
+    with pytest.raises(CheckpointError, match="changes nothing of"):
+        hf_llfc.extract(base, base, rank=2, out=tmp_path / "no")
+    with pytest.raises(RecipeError, match="is of an adapter; add `save_as: adapter`"):
+        hf_llfc.merge([base, model], out=tmp_path / "no", rank=3)
+    assert not (tmp_path / "no").exists()
+
+
+def test_adapters_of_two_bases_and_sums_that_scale_the_base_are_refused(base, two, tmp_path):
+    other = tmp_path / "other"
+    byte_llama(1, attention_bias=True).save_pretrained(other)
+    for models, weights, error, message in (
+        (
+            [two[0], lora(other, tmp_path / "of-other")],
+            None,
+            CheckpointError,
+            "is an adapter of .*other, not of",
+        ),
+        ([base, base], None, CheckpointError, "none of the models is an adapter that names one"),
+    ):
+        with pytest.raises(error, match=message):
+            hf_llfc.merge(models, weights, out=tmp_path / "no", save_as="adapter")
+    with pytest.raises(RecipeError, match=r"sum to 1\.5, so that a linear merge scales the base"):
+        hf_llfc.merge(two, [1.0, 0.5], out=tmp_path / "no", save_as="adapter", parameters={"normalize": False})
+    assert not (tmp_path / "no").exists()
