@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import re
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -10,6 +11,8 @@ from typing import Any, Union, get_args, get_origin
 from hf_llfc.errors import RecipeError
 from hf_llfc.foundation.choices import AUTO
 from hf_llfc.merging.methods import Parameter
+
+_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def fit(value: Any, hint: Any) -> tuple[bool, Any]:
@@ -104,6 +107,20 @@ def as_rank(value: Any) -> int | str:
     if str(value).isdigit() and not isinstance(value, bool) and int(value) > 0:
         return int(value)
     raise ValueError("a whole number above 0, or auto")
+
+
+def as_size(value: Any) -> int:
+    """Bytes, or a size such as 5GB.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", value.strip().upper()) if isinstance(value, str) else None
+    if match is None or match[2] not in _BYTES:
+        raise ValueError("bytes, or a size such as 5GB or 500MiB,")
+    return int(float(match[1]) * _BYTES[match[2]])
 
 
 def as_weight(value: Any) -> float | tuple[float, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from hf_llfc.merging.schedule import effective_weights
 from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.calibration import CalibrateSection
 from hf_llfc.recipe.data import EvaluationConfig
-from hf_llfc.recipe.fitting import as_rank, as_switch, is_number
+from hf_llfc.recipe.fitting import as_rank, as_size, as_switch, is_number
 from hf_llfc.recipe.options import derived, documented, option, settle
 from hf_llfc.recipe.slices import RANGE, ModuleSection, PartRecipe, SliceSection, read_range
 from hf_llfc.recipe.tokenizer import TokenizerSection, TokenRule, TokenSource  # noqa: F401 (for docs/options.py)
@@ -308,18 +307,6 @@ class PublishSection:
         settle(self, RecipeError)
 
 
-_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", value.strip().upper()) if isinstance(value, str) else None
-    if match is None or match[2] not in _BYTES:
-        raise ValueError("bytes, or a size such as 5GB or 500MiB,")
-    return int(float(match[1]) * _BYTES[match[2]])
-
-
 def _no_alignment() -> AlignSection:
     return AlignSection(method="none")
 
@@ -420,14 +407,14 @@ class Recipe:
     max_shard_size: int = option(
         "Size above which weights are split into several files.",
         5_000_000_000,
-        reads=_size,
+        reads=as_size,
         shown="5GB",
         metavar="SIZE",
     )
     max_memory: int = option(
         "Memory for tensors that are moved or made as they are merged; the largest one is always held.",
         1 << 28,
-        reads=_size,
+        reads=as_size,
         shown="256MiB",
         metavar="SIZE",
     )

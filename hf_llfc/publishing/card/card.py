@@ -30,7 +30,7 @@ from hf_llfc.publishing.card.sections import (
 )
 from hf_llfc.publishing.card.templates import CARD_TEMPLATE, environment
 from hf_llfc.publishing.card.usage import task_of, usage_snippet
-from hf_llfc.publishing.files import read_recipe, write_whole
+from hf_llfc.publishing.files import read_json, read_recipe, write_whole
 from hf_llfc.publishing.lineage import ParentInfo, combined_license, models_of, read_parent_card
 from hf_llfc.publishing.machine import installed_versions
 from hf_llfc.publishing.numbers import LOSS, is_number, value_text
@@ -142,8 +142,9 @@ def write_card(
     """
     folder = Path(folder)
     ours = folder / LLFC_FOLDER
+    if not (folder / "adapter_config.json").is_file():
+        read_json(folder / "config.json")
     evidence = Evidence.read(folder) if evidence is None else evidence
-    config_of(folder, evidence.record)
     with rewriting(folder):
         for earlier in (*PLOT_FILES.values(), PAGE_FILE):
             (ours / earlier).unlink(missing_ok=True)
