@@ -115,8 +115,8 @@ def inspect(
 
 @within_memory()
 def check(
-    a: Model,
-    b: Model,
+    a: Model | Mapping[str, Any],
+    b: Model | None = None,
     *,
     level: int | None = None,
     data: EvaluationConfig | Mapping[str, Any] | None = None,
@@ -124,13 +124,14 @@ def check(
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Answers whether two models may be merged: as they are, after alignment, or not.
+    """Answers whether two models may be merged: as they are, after alignment, or not; or the models of a recipe.
 
     Three levels, each of which may settle it before the next begins: 0 reads configs, tokenizers and headers; 1
     compares the weights and tries to match them; 2 runs both models and their midpoint on a few unlabelled samples.
 
     Args:
-        a: The first model, which would stay where it is.
+        a: The first model, which would stay where it is; alone, a recipe: its file, or what its YAML says. Then the
+            merge that the recipe makes, by any method and of any number of models, is what the answer is about.
         b: The second model, which would be aligned to it.
         level: The highest level; where None, 2 with data and 1 without.
         data: What the models run on at level 2; labels are not looked at. Where it names no number of samples, 128 are
@@ -143,6 +144,7 @@ def check(
         CheckpointError: One of the two cannot be read.
         SpecError: There is no adapter for their architecture.
         EvaluationError: The level and the data do not go together, or the models cannot be run on the data.
+        RecipeError: The recipe is at fault.
     """
     from hf_llfc.checkpoints import open_checkpoint
     from hf_llfc.parents.specs import open_weights
@@ -150,6 +152,16 @@ def check(
     from hf_llfc.recipe import load_data
 
     data, progress = load_data(data) if data is not None else None, _shown(progress)
+    if b is None:
+        from hf_llfc.pipeline.recipe_check import check_recipe
+
+        if not isinstance(a, str | Path | Mapping):
+            raise RecipeError("check takes two models, or one recipe: give a second model")
+        overrides = [f"seed={seed}"] if seed else []
+        overrides += ["allow_pickle=true"] if allow_pickle else []
+        return check_recipe(a, level=level, data=data, overrides=overrides, progress=progress)
+    if isinstance(a, Mapping):
+        raise RecipeError("check takes two models, or one recipe: the first of two is a mapping; leave out the other")
     opening = partial(open_weights if level == 0 else open_checkpoint, allow_pickle=allow_pickle)
     return check_checkpoints((opening(a), opening(b)), level=level, data=data, seed=seed, progress=progress)
 

@@ -131,7 +131,7 @@ def _announce(options: argparse.Namespace) -> None:
     if options.command not in READ_FIRST or options.quiet or not is_main_process():
         return
     values = [vars(options)[name] for name in READ_FIRST[options.command]]
-    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value]) if name is not None]
     what = f"reading {', '.join(names)}" if names else "loading scikit-learn's digits and transformers"
     print(f"hf-llfc: {what}", file=sys.stderr, flush=True)
     for note in options.notes if options.command == "run" else ():

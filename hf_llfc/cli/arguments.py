@@ -325,8 +325,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
+    parser.add_argument("a", metavar="A", help="The first model; alone, a recipe (a YAML file).")
+    parser.add_argument("b", metavar="B", nargs="?", help="The second model.")
     parser.add_argument(
         "--level",
         type=int,
@@ -515,7 +515,7 @@ COMMANDS = {
     ),
     "check": (
         _add_check,
-        "may these two be merged, as they are or aligned?",
+        "may these two be merged, as they are or aligned? or the models of a recipe?",
         "hf-llfc check A B --task text-classification --dataset data.jsonl",
     ),
     "align": (_add_align, "B as an ordinary checkpoint in A's coordinates", "hf-llfc align B --to A --out aligned"),

@@ -14,7 +14,7 @@ from hf_llfc.diagnostics.rows import OutputAgreement
 
 def execute(options: argparse.Namespace) -> int:
     """Runs the command and returns its exit code."""
-    data = evaluation_config(options, required=options.level == 2)
+    data = evaluation_config(options, required=options.level == 2 and options.b is not None)
     with progress_bars(shown=not options.quiet) as progress:
         result = check(
             options.a,
@@ -28,12 +28,23 @@ def execute(options: argparse.Namespace) -> int:
     if options.format == "json":
         print_json(asdict(result))
     else:
-        state = " after weight matching" if result.aligned else ""
+        state = (
+            " after alignment"
+            if options.b is None and result.aligned
+            else " after weight matching"
+            if result.aligned
+            else ""
+        )
+        if models := result.task_vectors.get("models"):
+            print_table("changes of the base", models)
+        if result.changes:
+            rows = [{"model": model, "change of the base": change} for model, change in result.changes.items()]
+            print_table("how far the models and the merge lie from the base", rows)
         if result.tensors:
             print_table("tensors farthest apart", [asdict(row) for row in result.tensors])
         if result.layers:
             rows = [{"layer": row.layer, **_means(row)} for row in result.layers]
-            print_table(f"layers at the midpoint{state}", rows)
+            print_table(f"layers of the merge{state}" if options.b is None else f"layers at the midpoint{state}", rows)
         if result.outputs is not None:
             print_table(f"predictions at the midpoint{state}", [_predictions(result.outputs)])
         if result.criteria:

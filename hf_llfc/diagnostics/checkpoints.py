@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from hf_llfc.evaluation import EvaluationData
 from hf_llfc.foundation.choices import MERGE_MEASURES, PAIR_MEASURES
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.parent import Parent
-from hf_llfc.parents.provenance import alignment_summary
+from hf_llfc.parents.provenance import alignments_summary
 from hf_llfc.recipe import DiagnoseSection
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def diagnose_checkpoints(
         ModelReference(parent.checkpoint.id, parent.checkpoint.revision, weight)
         for parent, weight in zip(compared, asked, strict=True)
     )
-    origin = Origin(references, _how_aligned(compared))
+    origin = Origin(references, alignments_summary([parent.alignment for parent in compared]))
     check_measures(section.measures, data, section.alphas)
     if section.offload and (section.measures or section.suggest):
         raise EvaluationError("with offload only loss, metric and LLFC are measured; leave out measures and suggest")
@@ -221,11 +221,3 @@ def region_of(weights: Sequence[float], section: DiagnoseSection, *, arithmetic_
     if len(weights) < 2:
         raise EvaluationError("a diagnosis compares two models or more; give another model, or a base model")
     return line(section.alphas) if len(weights) == 2 else simplex(weights)
-
-
-def _how_aligned(parents: Sequence[Parent]) -> Mapping[str, Any]:
-    """Summary of the parents' alignments, with the method of the first; empty where none was aligned."""
-    summaries = [alignment_summary(parent.alignment) for parent in parents if parent.alignment is not None]
-    if len(summaries) > 1:
-        return {"method": summaries[0]["method"], "alignments": summaries}
-    return summaries[0] if summaries else {}

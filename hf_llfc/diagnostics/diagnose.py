@@ -61,6 +61,10 @@ class Features:
             raise EvaluationError(f"unknown unit {self.unit!r}{suggest(self.unit, UNITS)} (known: {', '.join(UNITS)})")
 
 
+BLOCKS = Features()
+"""The outputs of every block."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Origin of compared models, as a report describes it.
@@ -79,6 +83,10 @@ class Origin:
         return self.alignment.get("method") not in (None, "none")
 
 
+UNKNOWN = Origin()
+"""Nothing is known of the models, and nothing was aligned."""
+
+
 def diagnose_models(
     models: Sequence[PreTrainedModel],
     data: EvaluationData,
@@ -86,7 +94,7 @@ def diagnose_models(
     region: Region | None = None,
     features: Features = Features(),
     batch_norm_data: EvaluationData | None = None,
-    origin: Origin = Origin(),
+    origin: Origin = UNKNOWN,
     execution: Execution = IN_ONE_PROCESS,
 ) -> ConnectivityReport:
     """Measures between models: loss, metric and, layer by layer, LLFC (arXiv 2307.08286).
@@ -196,7 +204,7 @@ def _report(
     )
     merge = judged_point(region)
     between = {measured.points[place]: agreement for place, agreement in sums.agreements.items()}
-    outputs = between[merge].agreement(merge, sums.predictions) if region.kind == "line" and merge in between else None
+    outputs = between[merge].agreement(merge, sums.predictions) if merge.convex and merge in between else None
     models = origin.models or (ModelReference(),) * region.models
     language = data.task not in CLASSIFICATION_TASKS
     ours = slice(-1) if region.kind == "arithmetic" else slice(None)  # the base need not know the task

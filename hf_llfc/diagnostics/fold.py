@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.combination import tensors_by_name
-from hf_llfc.diagnostics.diagnose import Features, diagnose_models
+from hf_llfc.diagnostics.diagnose import BLOCKS, UNKNOWN, Features, Origin, diagnose_models
 from hf_llfc.diagnostics.points import Point, Region
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
@@ -23,9 +23,6 @@ from hf_llfc.evaluation.data import EvaluationData
 
 SHARES = (0.8, 0.6, 0.4, 0.2)
 """Where the way from a parent to the merge is measured: what is left of the parent."""
-
-BLOCKS = Features()
-"""The outputs of every block."""
 
 Weights = tuple[float, ...]
 
@@ -106,6 +103,7 @@ def measure_merge(
     fold: Fold,
     features: Features = BLOCKS,
     batch_norm_data: EvaluationData | None = None,
+    origin: Origin = UNKNOWN,
     execution: Execution = IN_ONE_PROCESS,
 ) -> ConnectivityReport:
     """Measures a merge that need not lie between its parents.
@@ -117,6 +115,7 @@ def measure_merge(
         fold: Where.
         features: Features that are compared.
         batch_norm_data: Samples from which batch normalization is recomputed on the way to the parents.
+        origin: Ids and alignment of the parents, for the report.
         execution: Processes and progress.
 
     Returns:
@@ -131,5 +130,6 @@ def measure_merge(
         region=fold.region,
         features=features,
         batch_norm_data=batch_norm_data,
+        origin=origin,
         execution=replace(execution, combined=FoldedModel(merge, parents, fold.places)),
     )

@@ -63,6 +63,10 @@ undamaged calibration pairs with a common start, which spawned before the first 
 pairs without one."""
 
 
+NOT_ALIGNED = "; the models have not been aligned"
+"""How the evidence ends where aligning may help."""
+
+
 @dataclass(frozen=True)
 class Criterion:
     """One number beside its limit.
@@ -136,7 +140,7 @@ def judge(
     if connected:
         return Verdict("merge", evidence)
     if not aligned:
-        return Verdict("align", f"{evidence}; the models have not been aligned")
+        return Verdict("align", evidence + NOT_ALIGNED)
     return Verdict("do not merge", f"{evidence}, although the models have been aligned")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_llfc.checkpoints import Checkpoint
@@ -43,6 +43,14 @@ def refuse_foreign_alignment(alignment: Alignment, reference: Checkpoint, model:
                 f"{checkpoint.id} has {checkpoint.fingerprint()[:12]}"
             )
     raise_all(problems, AlignmentError, "this alignment was made for other checkpoints; align again")
+
+
+def alignments_summary(alignments: Sequence[Alignment | None]) -> Mapping[str, Any]:
+    """Summary of the alignments of several models, with the method of the first; empty where none was aligned."""
+    summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
+    if len(summaries) > 1:
+        return {"method": summaries[0]["method"], "alignments": summaries}
+    return summaries[0] if summaries else {}
 
 
 def alignment_summary(alignment: Alignment) -> dict[str, Any]:

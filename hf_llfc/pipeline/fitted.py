@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file
 
-from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.foundation.layout import LLFC_FOLDER
-from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.pipeline.calibrating import MERGED_FILE, STAGE, blend_of
 from hf_llfc.pipeline.run_context import RunContext
+from hf_llfc.pipeline.written import measure_written
 from hf_llfc.publishing.record import FittedLayer, FittedMeasures
-
-# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
-if TYPE_CHECKING:
-    from hf_llfc.diagnostics import ConnectivityReport
 
 MEASURE_STAGE = f"measure {STAGE}"
 
@@ -56,40 +51,15 @@ def with_merge_before(
     return [*table[:-1], row, table[-1]]
 
 
-@one_thread_if_small(lambda run: run.models.parents[0].nbytes)
 def _measure(run: RunContext) -> FittedMeasures:
     """Both merges as they are written, against the blend of the parents."""
-    from hf_llfc.diagnostics.diagnose import Features
-    from hf_llfc.diagnostics.fold import SHARES, Fold, measure_merge
-    from hf_llfc.diagnostics.streaming import Execution
+    from hf_llfc.diagnostics.fold import SHARES
 
-    section, data = run.recipe.diagnose, run.data
-    assert section is not None and data is not None
-    parents = [parent.load() for parent in run.parents]
-    for parent in parents:
-        parent.to(run.processes.device)  # type: ignore[arg-type]  # the signature is hidden
-    written = open_checkpoint(run.staging, trust_remote_code=run.recipe.models[0].trust_remote_code)
+    assert run.data is not None
     before = load_file(run.staging / LLFC_FOLDER / MERGED_FILE)
-
-    def measured(changes: Mapping[str, Any], shares: Sequence[float], doing: str) -> ConnectivityReport:
-        from hf_llfc.checkpoints import load_model
-
-        def progress(_: str, done: int, total: int) -> None:
-            run.progress(doing, done, total)
-
-        merge = load_model(written, state_dict={**dict(written.state_dict()), **changes}, dtype=parents[0].dtype)
-        return measure_merge(
-            merge,
-            parents,
-            data,
-            fold=Fold.of(blend_of(run.recipe), shares),
-            features=Features(section.layers or None, section.unit),
-            batch_norm_data=run.calibration,
-            execution=Execution(run.processes, progress),
-        )
-
-    merge = measured(before, (), "measuring the merge before calibration")
-    result = measured({}, SHARES if data.labelled else (), "measuring the calibrated merge")
+    merge = measure_written(run, run.data, changes=before, doing="measuring the merge before calibration")
+    shares = SHARES if run.data.labelled else ()
+    result = measure_written(run, run.data, shares=shares, doing="measuring the calibrated merge")
     return FittedMeasures(
         layers=tuple(
             FittedLayer(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import Checkpoint, TensorInfo
 from hf_llfc.checkpoints.preparation import preparation_differences
@@ -342,7 +342,7 @@ def compare_features(
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether two models may be merged.
+    """Whether two models, or those of a recipe, may be merged.
 
     Attributes:
         answer: `merge`, `align` or `do not merge`; `undecided` at level 0 where nothing forbids a merge, at level 1
@@ -367,6 +367,8 @@ class CheckResult:
         differences: How the two differ in what they do to an input; no reason not to merge, but a merge has one way.
         at_chance: Models whose predictions say nothing of the data (level 2).
         contradiction: How the two contradict each other, where they do (level 2).
+        task_vectors: Of a recipe: what its models changed of their base, as a dry run tells it (level 1).
+        changes: Of a recipe with a base: how far each model and the merge lie from it, in units of its norm (level 2).
     """
 
     answer: str
@@ -388,6 +390,8 @@ class CheckResult:
     differences: Sequence[str] = ()
     at_chance: Sequence[AtChance] = ()
     contradiction: Contradiction | None = None
+    task_vectors: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether the answer is yes, merge them as they are; also of `undecided` it is no."""
@@ -418,16 +422,26 @@ def check_checkpoints(
         CheckpointError: A tensor cannot be read or is not finite.
         SpecError: There is no permutation spec for the architecture.
     """
+    highest = highest_level(level, data)
+    first, second = in_one_class(pair)
+    found = _checked((first, second), highest, data, seed, progress)
+    return replace(found, differences=preparation_differences([first, second]))
+
+
+def highest_level(level: int | None, data: EvaluationConfig | None) -> int:
+    """The highest level that is asked for: where None, 2 with data and 1 without.
+
+    Raises:
+        EvaluationError: There is no such level, level 2 has no data, or data come without level 2.
+    """
     highest = level if level is not None else 1 if data is None else 2
     if highest not in LEVELS:
         raise EvaluationError(f"there is no level {highest!r}; choose one of {', '.join(map(str, LEVELS))}")
     if highest == 2 and data is None:
-        raise EvaluationError("level 2 runs both models: give task and dataset (labels are not needed), or ask level 1")
+        raise EvaluationError("level 2 runs the models: give task and dataset (labels are not needed), or ask level 1")
     if highest < 2 and data is not None:
         raise EvaluationError(f"data have no meaning at level {highest}, which runs no model; leave them out")
-    first, second = in_one_class(pair)
-    found = _checked((first, second), highest, data, seed, progress)
-    return replace(found, differences=preparation_differences([first, second]))
+    return highest
 
 
 def _checked(

@@ -23,6 +23,7 @@ from hf_llfc.pipeline.importance import measure_importances
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.sharing import write_shared
 from hf_llfc.pipeline.weighting import Broken, plan_merge
+from hf_llfc.pipeline.written import with_own_verdict
 from hf_llfc.symmetry import Alignment
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
@@ -155,6 +156,7 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
             calibration=run.calibration,
             execution=Execution(run.processes, run.progress),
         )
+        report = with_own_verdict(run, report)
         if broken is not None and recipe.keep_where_broken is not None:
             keeper = run.models.parents[recipe.keep_where_broken.model].id
             kept = {"model": keeper, "layers": list(broken.blocks), "ratio": recipe.keep_where_broken.ratio}

@@ -92,7 +92,7 @@ def model_points(report: ConnectivityReport) -> list[PathPoint | None]:
 
 def merge_point(report: ConnectivityReport) -> PathPoint | None:
     """The point of the merge that is published, if it lies on the path."""
-    if report.data.get("calibrated") is not None:
+    if report.data.get("calibrated") is not None or report.data.get("judged") is not None:
         return None
     if report.region == "line":
         return point_at(report, merge_alpha(report))

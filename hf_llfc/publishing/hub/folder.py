@@ -252,7 +252,8 @@ def _diagnosed_reasons(path: Path, own: Sequence[float | None]) -> list[str]:
     losses = [point.loss for point in model_points(report) if point is not None and point.loss is not None]
     if merged is not None and merged.loss is not None and losses and is_far_above(merged.loss, losses):
         reasons.append(_far_above(merged.loss, losses))
-    is_known = report.data.get("calibrated") is not None and any(loss is not None for loss in own)
+    on_the_line = report.data.get("calibrated") is not None and report.data.get("judged") is None
+    is_known = on_the_line and any(loss is not None for loss in own)
     if report.verdict.answer in ("do not merge", "contradict") and not is_known:
         reasons.append(f"the verdict is not to merge: {report.verdict.because}")
     return reasons

@@ -1,0 +1,100 @@
+"""A merge as it is written, measured beside its parents: what a verdict is about where the merge lies on no line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from hf_llfc.checkpoints import open_checkpoint
+from hf_llfc.parallel.threads import one_thread_if_small
+from hf_llfc.parents.provenance import alignments_summary
+from hf_llfc.pipeline.calibrating import blend_of
+from hf_llfc.pipeline.mergeability import COMMON_ANCESTOR, closeness
+from hf_llfc.pipeline.run_context import RunContext
+
+# What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
+if TYPE_CHECKING:
+    from hf_llfc.diagnostics import ConnectivityReport
+    from hf_llfc.evaluation import EvaluationData
+
+JUDGED = "the merge as it is written"
+"""What a report says that its verdict is about, where this is no point of its path."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@one_thread_if_small(lambda run, *_, **__: run.models.parents[0].nbytes)
+def measure_written(
+    run: RunContext,
+    data: EvaluationData,
+    *,
+    shares: Sequence[float] = (),
+    changes: Mapping[str, Any] = NOTHING,
+    doing: str = "measuring the merge",
+) -> ConnectivityReport:
+    """Measures what a run has written against the blend of its parents, by all processes.
+
+    Args:
+        run: The run, whose weights are written.
+        data: Samples; their labels are looked at where there are any.
+        shares: Where the ways from the parents to the merge are measured; see `Fold.of`.
+        changes: Tensors that replace those of the merge.
+        doing: What is shown meanwhile.
+
+    Returns:
+        See `measure_merge`. The blend has the weights of a linear merge, elsewhere equal ones. The verdict advises to
+        align only where the models have no common ancestor.
+    """
+    from hf_llfc.checkpoints import load_model
+    from hf_llfc.diagnostics.diagnose import BLOCKS, Features, Origin
+    from hf_llfc.diagnostics.fold import Fold, measure_merge
+    from hf_llfc.diagnostics.rows import ModelReference, Verdict
+    from hf_llfc.diagnostics.streaming import Execution
+    from hf_llfc.diagnostics.verdict import NOT_ALIGNED
+
+    def progress(_: str, done: int, total: int) -> None:
+        run.progress(doing, done, total)
+
+    section = run.recipe.diagnose
+    compared = run.parents if len(run.parents) > 1 or run.base is None else [run.base, *run.parents]
+    blend = blend_of(run.recipe) if len(compared) == len(run.recipe.models) else (1 / len(compared),) * len(compared)
+    parents = [parent.load() for parent in compared]
+    for parent in parents:
+        parent.to(run.processes.device)  # type: ignore[arg-type]  # the signature is hidden
+    written = open_checkpoint(run.staging, trust_remote_code=run.recipe.models[0].trust_remote_code)
+    merge = load_model(written, state_dict={**dict(written.state_dict()), **changes}, dtype=parents[0].dtype)
+    references = tuple(ModelReference(each.checkpoint.id, each.checkpoint.revision) for each in compared)
+    report = measure_merge(
+        merge,
+        parents,
+        data,
+        fold=Fold.of(blend, shares),
+        features=BLOCKS if section is None else Features(section.layers or None, section.unit),
+        batch_norm_data=run.calibration,
+        origin=Origin(references, alignments_summary([parent.alignment for parent in compared])),
+        execution=Execution(run.processes, progress),
+    )
+    near = closeness(run.models, run.recipe)
+    if report.verdict.answer != "align" or not near or min(each.cosine for each in near) < COMMON_ANCESTOR:
+        return report
+    because = (
+        f"{report.verdict.because.removesuffix(NOT_ALIGNED)}; the models have one ancestor: nothing is to be aligned"
+    )
+    return replace(report, verdict=Verdict("do not merge", because))
+
+
+def with_own_verdict(run: RunContext, report: ConnectivityReport) -> ConnectivityReport:
+    """The report with the verdict of the merge that was made.
+
+    A linear merge is a point of what the report measures. What other methods make lies elsewhere, and is measured as it
+    was written, unless layers come from several places or the models are too large to be held in memory.
+    """
+    section = run.recipe.diagnose
+    assert run.data is not None and section is not None, "there are data where there is a report"
+    if run.recipe.method is None or run.models.sections or section.offload:
+        return report
+    own = measure_written(run, run.data)
+    verdict = replace(own.verdict, because=f"of {JUDGED}: {own.verdict.because}")
+    return replace(report, verdict=verdict, outputs=own.outputs, data={**report.data, "judged": JUDGED})
