@@ -61,7 +61,7 @@ def execute(options: argparse.Namespace) -> int:
 
 def _predictions(outputs: OutputAgreement) -> dict[str, float | None]:
     """The barrier taken apart, in nats, and how often predictions differ."""
-    low, high = outputs.loss_barrier_interval or (None, None)
+    low, high = outputs.loss_barrier_range
     return {
         "gain": outputs.gain,
         "cost": outputs.merged_divergence,

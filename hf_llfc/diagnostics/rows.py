@@ -325,6 +325,11 @@ class DecompositionRow:
     weights: tuple[float, ...] = ()
 
 
+UNSURE_SHARE = 0.63
+UNSURE_NATS = 0.02
+"""By how much the estimate of a barrier may be off; `benchmarks/calibrate.py` fits the share."""
+
+
 @dataclass(frozen=True)
 class OutputAgreement:
     """Agreement of the predictions of the parents, their merge M and their ensemble E (the blend of logits).
@@ -372,6 +377,17 @@ class OutputAgreement:
     def gain(self) -> float:
         """By how much the ensemble's loss lies below the blend of its members' losses, in nats; needs no labels."""
         return self.merged_divergence - self.loss_barrier
+
+    @property
+    def loss_barrier_range(self) -> tuple[float, float]:
+        """Where the barrier of loss with labels lies, in 95 of 100 pairs, in nats.
+
+        Labels are not distributed as the ensemble says, so that the estimate is off by more than samples explain: by
+        `UNSURE_SHARE` of its two parts, cost and gain, and `UNSURE_NATS`, fitted on the calibration pairs.
+        """
+        low, high = self.loss_barrier_interval or (self.loss_barrier,) * 2
+        margin = UNSURE_SHARE * (self.merged_divergence + self.gain) + UNSURE_NATS
+        return low - margin, high + margin
 
     @property
     def information(self) -> float:

@@ -1,5 +1,5 @@
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -120,3 +120,22 @@ def test_the_middle_of_the_path_is_looked_at():
     verdict = judge(NONE, layers, aligned=False)
     assert verdict.answer == "merge"
     assert "α = 0.6" in verdict.because
+
+
+@pytest.mark.parametrize(
+    ("gain", "disagreement", "answer"),
+    [(0.49, 0.35, "undecided"), (0.35, 0.36, "undecided"), (0.24, 0.61, "merge"), (0.4, 0.2, "merge")],
+)
+def test_parents_that_disagree_much_are_left_to_labels(gain, disagreement, answer):
+    found = replace(outputs(0.002), loss_barrier=0.002 - gain, parents_disagreement=disagreement)
+    assert found.gain == pytest.approx(gain)
+    verdict = judge(NONE, SPAWNED, aligned=False, outputs=found)
+    assert verdict.answer == answer
+    assert ("measure with labels" in verdict.because) == (answer == "undecided")
+    assert judge(LOW, SPAWNED, aligned=False).answer == "merge", "labels decide where there are any"
+
+
+def test_the_range_of_an_estimate_holds_more_than_what_samples_explain():
+    found = replace(outputs(0.1), loss_barrier=0.05, loss_barrier_interval=(0.03, 0.07))
+    low, high = found.loss_barrier_range
+    assert (0.03 - low, high - 0.07) == pytest.approx((0.63 * 0.15 + 0.02,) * 2)
