@@ -297,6 +297,10 @@ def align_all(
 
     models, progress = _listed(models, "models"), _shown(progress)
     options = load_align({"together": together, **settings})
+    if options.label_order != "keep":
+        raise AlignmentError(
+            "label_order: transforms do not change what a model answers; `merge` and `diagnose` have it"
+        )
     if not -len(models) <= reference < len(models):
         raise AlignmentError(f"there is no model {reference}; models are counted from 0, and there are {len(models)}")
     place = device_alone(device)

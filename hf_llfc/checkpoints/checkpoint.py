@@ -66,6 +66,19 @@ class Reindexing:
     dimensions: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Relabelling:
+    """The order that the classes of a checkpoint were brought into.
+
+    Attributes:
+        order: Class of the checkpoint as it lies on disk, for every class that it has here.
+        because: What was done and why, as a sentence.
+    """
+
+    order: tuple[int, ...]
+    because: str
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A model's config and weights, wherever they lie, with the weights read one tensor at a time.
@@ -92,6 +105,8 @@ class Checkpoint:
             `hf_llfc.checkpoints.views.canonical`.
         original: The checkpoint whose canonical form it is.
         reindexing: How its rows lie in a union of vocabularies, if they do; see `hf_llfc.checkpoints.views.reindexed`.
+        relabelling: How its classes were brought into another order, if they were; see
+            `hf_llfc.checkpoints.views.relabelled`.
         trust_remote_code: Whether code that comes with it may be run.
         side_files: Path below its folder → what else goes with a result: what makes it a SentenceTransformer, licences.
         left_files: Files in its folder that do not go with a result, or folders with several of them.
@@ -112,6 +127,7 @@ class Checkpoint:
     canonical: PermutationSpec | None = None
     original: Checkpoint | None = None
     reindexing: Reindexing | None = None
+    relabelling: Relabelling | None = None
     trust_remote_code: bool = False
     side_files: Mapping[str, Path] = field(default_factory=dict)
     left_files: tuple[str, ...] = ()

@@ -190,7 +190,8 @@ def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         if is_other and _has_rows_of_labels(first):
             yield (
                 f"{other.label}: class {index} is {label_2!r}, but that of {first.label} is {label_1!r}; bring the"
-                " classes into one order"
+                " classes into one order: `align: {label_order: names}` in a recipe, `--label-order names` on the"
+                " command line"
             )
             return
 

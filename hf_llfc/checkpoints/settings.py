@@ -172,6 +172,8 @@ def _overlaid(raw: Mapping[str, Any], before: PreTrainedConfig, after: PreTraine
 def _with_changes(
     raw: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any], aliases: Mapping[str, str]
 ) -> dict[str, Any]:
+    # Classes are numbers in a config, and text in its file.
+    before, after = ({str(key): value for key, value in values.items()} for values in (before, after))
     changed = {key: value for key, value in raw.items() if key in after or key not in before}
     for key, value in after.items():
         if key in before and before[key] == value:

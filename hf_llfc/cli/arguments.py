@@ -46,6 +46,7 @@ LEFT_OUT: dict[tuple[str, str], dict[str, str]] = {
         "calibration": "has options of its own",
         "reference": "is named by --to",
         "together": "align takes two models",
+        "label_order": "an aligned model answers as before; `merge` and `diagnose` have it",
     },
     ("diagnose", "AlignSection"): {
         "calibration": "has options of its own",

@@ -39,7 +39,10 @@ def execute(options: argparse.Namespace) -> int:
             {"model": model, **({"parameters": {"weight": weight}} if weight is not None else {})}
             for model, weight in zip(options.models, weights, strict=True)
         ],
-        "align": {**align, "calibration": data if uses_data(options.method, options.start or "") else None},
+        "align": {
+            **align,
+            "calibration": data if uses_data(options.method, options.start or "", options.label_order) else None,
+        },
     }
     if measures:
         recipe["importance"] = data

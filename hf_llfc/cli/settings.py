@@ -59,9 +59,13 @@ def refuse_given(options: argparse.Namespace, names: Iterable[str], because: str
 
 def refuse_unused_data(options: argparse.Namespace) -> None:
     """Data are for activations and for learning."""
-    if not uses_data(options.method, options.start or ""):
+    if not uses_data(options.method, options.start or "", vars(options).get("label_order")):
         names = [name for name in options_of(EvaluationConfig) if name not in ("seed", "trust_remote_code")]
-        refuse_given(options, names, "without activation, commutativity or learned matching, which alone look at data")
+        refuse_given(
+            options,
+            names,
+            "without activation, commutativity or learned matching or --label-order match, which alone look at data",
+        )
 
 
 def calibration_settings(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -79,7 +83,7 @@ def calibration_settings(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def matching_names() -> list[str]:
     """What says how weights are matched, the method aside."""
-    return [name for name in options_of(AlignSection) if name not in ("method", "calibration", "seed")]
+    return [name for name in options_of(AlignSection) if name not in ("method", "calibration", "seed", "label_order")]
 
 
 def _flag(name: str) -> str:

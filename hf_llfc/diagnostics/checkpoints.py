@@ -75,7 +75,7 @@ def diagnose_checkpoints(
         ModelReference(parent.checkpoint.id, parent.checkpoint.revision, weight)
         for parent, weight in zip(compared, asked, strict=True)
     )
-    origin = Origin(references, alignments_summary([parent.alignment for parent in compared]))
+    origin = Origin(references, alignments_summary(compared))
     check_measures(section.measures, data, section.alphas)
     if section.offload and (section.measures or section.suggest):
         raise EvaluationError("with offload only loss, metric and LLFC are measured; leave out measures and suggest")

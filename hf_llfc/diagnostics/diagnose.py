@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_llfc.diagnostics.batch_norm import batch_norm_state, has_batch_norm, recompute_batch_norm
 from hf_llfc.diagnostics.chance import at_chance
 from hf_llfc.diagnostics.combination import CombinedModel, MovingModel
+from hf_llfc.diagnostics.contradiction import contradiction_of
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, select_layers
 from hf_llfc.diagnostics.lockstep import Lockstep, PathSums
 from hf_llfc.diagnostics.points import Point, Region, judged_point, line
@@ -209,8 +210,8 @@ def _report(
     language = data.task not in CLASSIFICATION_TASKS
     ours = slice(-1) if region.kind == "arithmetic" else slice(None)  # the base need not know the task
     lost = at_chance(sums.predictions[ours], models, language=language)
-    gain = outputs.gain if outputs is not None else None
-    found = (pairs.contradiction(model, sums.predictions[0].classes, gain) for model, pairs in sums.choices.items())
+    classes = sums.predictions[0].classes
+    found = (contradiction_of(pairs, model, classes, outputs) for model, pairs in sums.choices.items())
     contradiction = next((each for each in found if each is not None), None)
     return ConnectivityReport(
         models=models,

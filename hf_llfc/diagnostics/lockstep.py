@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from hf_llfc.diagnostics.carriers import Carriers
 from hf_llfc.diagnostics.chance import Predictions
 from hf_llfc.diagnostics.combination import MovingModel
-from hf_llfc.diagnostics.contradiction import ChoicePairs
 from hf_llfc.diagnostics.decomposition import Run
 from hf_llfc.diagnostics.features.layers import LOGITS, Layer, handing_over, sample_vectors
 from hf_llfc.diagnostics.outputs import AgreementSums, has_classes
@@ -30,6 +29,7 @@ from hf_llfc.diagnostics.statistics import (
 )
 from hf_llfc.diagnostics.streaming import attention_mask, check_complete, check_finite
 from hf_llfc.errors import EvaluationError
+from hf_llfc.evaluation.class_order import ChoicePairs
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import forward_logits
 from hf_llfc.evaluation.predicted import Predicted, answers, labelled, unlabelled

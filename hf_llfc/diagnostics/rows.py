@@ -426,5 +426,6 @@ class Contradiction:
             return f"{text}; one answers the opposite of what the other does, and only labels tell which one is right"
         return (
             f"{text}; with the classes of {other} in another order it is {self.matched:.1%}, so that their heads list "
-            "the classes in different orders"
+            "the classes in different orders: `align: {label_order: match}` in a recipe, `--label-order match` on the "
+            "command line, brings them into the order of the first"
         )

@@ -351,7 +351,7 @@ class KeptValues:
             numbers: Numbers of the samples, (n,), all different.
             values: (*shape, n); NaN stands for no value.
         """
-        self.merge(KeptValues(hashed(numbers.to(values.device)), values))
+        self.merge(KeptValues(_hashed(numbers.to(values.device)), values))
 
     def merge(self, other: KeptValues) -> None:
         """Adds what another process has kept."""
@@ -405,7 +405,7 @@ def _drawn(count: int) -> torch.Tensor:
     return times.scatter_add_(1, drawn, torch.ones_like(times))
 
 
-def hashed(numbers: torch.Tensor) -> torch.Tensor:
+def _hashed(numbers: torch.Tensor) -> torch.Tensor:
     """The finalizer of SplitMix64, which spreads consecutive numbers over all 64 bits."""
     z = numbers.long() * -7046029254386353131
     z = (z ^ _shifted(z, 30)) * -4658895280553007687

@@ -24,6 +24,9 @@ TOGETHER = ("reference", "star", "universe")
 UNIVERSE_METHODS = ("weight_matching", "activation_matching")
 """Methods that align all models to each other at once."""
 
+LABEL_ORDERS = ("keep", "names", "match")
+"""How classes are brought into the order of the first model: not, by their names, or by what the models answer."""
+
 SOLVERS = ("exact", "auction")
 """How wide axes are assigned: to the optimum, or to within a certified gap of it."""
 

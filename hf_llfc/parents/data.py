@@ -11,7 +11,6 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
-from hf_llfc.parents.opening import Models
 from hf_llfc.parents.parent import Parent
 from hf_llfc.recipe import DiagnoseSection, Recipe
 
@@ -19,6 +18,7 @@ from hf_llfc.recipe import DiagnoseSection, Recipe
 if TYPE_CHECKING:
     from hf_llfc.evaluation import EvaluationConfig, EvaluationData
     from hf_llfc.parallel.ranks import Ranks
+    from hf_llfc.parents.opening import Models
 
 
 def open_data(

@@ -21,6 +21,7 @@ from hf_llfc.errors import CheckpointError, RecipeError, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging import merged_infos
 from hf_llfc.parents.fitting import comparable, in_groups, in_one_class, sharing
+from hf_llfc.parents.labels import in_order_of_labels
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import open_weights
 from hf_llfc.parents.stacking import Section, is_whole, stacked
@@ -91,6 +92,11 @@ class Models:
         """The one that stays in alignment: the base, or one of the parents."""
         return self.base if self.base is not None else self.parents[self.reference_index]
 
+    @property
+    def relabelled(self) -> list[str]:
+        """Whose classes were brought into the order of the first model, a sentence each."""
+        return [each.relabelling.because for each in self.parents if each.relabelling is not None]
+
     def moved(self, alignments: Sequence[Alignment | None]) -> tuple[list[Parent], Parent | None]:
         """The parents and the base in the coordinates of the reference.
 
@@ -129,7 +135,7 @@ def open_models(
         LLFCError: One cannot be opened, or they do not fit each other.
     """
     opening = partial(open_checkpoint, allow_pickle=allow_pickle)
-    parents = [opening(model) for model in models]
+    parents = in_order_of_labels([opening(model) for model in models], align)
     opened = Models(parents, opening(base) if base is not None else None, parents[0])
     return fitted(opened, align, heads)
 
@@ -175,6 +181,7 @@ def open_recipe(
             opening(model, name=entry.model, trust=entry.trust_remote_code, by_class=by_class)
             for model, entry in zip(models, recipe.models, strict=True)
         ]
+        parents = in_order_of_labels(parents, recipe.align, given=not any(entry in (made or {}) for entry in models))
         base = opening(recipe.base, by_class=by_class) if recipe.base is not None else None
         return Models(parents, base, parents[0], reference_index=recipe.reference_index)
 
@@ -246,7 +253,7 @@ def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
     """
     count, before = len(opened.parents), opened.all
     everyone = in_one_class(before, base=count if opened.base is not None and heads == "own" else None)
-    head_of = comparable(everyone, heads, aligned=align.method != "none")
+    head_of = comparable(everyone, heads, aligned=align.method != "none" or align.label_order != "keep")
     if head_of is None:
         everyone = sharing(everyone, base=count if opened.base is not None else None)
     everyone = in_groups(everyone, align)
@@ -402,6 +409,7 @@ def runs_models(recipe: Recipe) -> bool:
         recipe.diagnose is not None
         or recipe.calibrate is not None
         or recipe.align.uses_data
+        or recipe.align.label_order != "keep"
         or recipe.measures_importance
     )
 

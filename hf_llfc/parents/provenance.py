@@ -9,6 +9,7 @@ from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.errors import AlignmentError, raise_all
 from hf_llfc.foundation.model_names import portable
 from hf_llfc.parallel.workers import Workers
+from hf_llfc.parents.parent import Parent
 from hf_llfc.recipe import AlignSection
 from hf_llfc.symmetry import Alignment
 
@@ -45,12 +46,18 @@ def refuse_foreign_alignment(alignment: Alignment, reference: Checkpoint, model:
     raise_all(problems, AlignmentError, "this alignment was made for other checkpoints; align again")
 
 
-def alignments_summary(alignments: Sequence[Alignment | None]) -> Mapping[str, Any]:
-    """Summary of the alignments of several models, with the method of the first; empty where none was aligned."""
-    summaries = [alignment_summary(alignment) for alignment in alignments if alignment is not None]
+def alignments_summary(parents: Sequence[Parent]) -> Mapping[str, Any]:
+    """Summary of the alignments of several models, with the method of the first, and of the order of their classes.
+
+    Returns:
+        As JSON values; empty where nothing was moved.
+    """
+    summaries = [alignment_summary(parent.alignment) for parent in parents if parent.alignment is not None]
+    relabelled = [each.checkpoint.relabelling.because for each in parents if each.checkpoint.relabelling is not None]
+    labels = {"labels": relabelled} if relabelled else {}
     if len(summaries) > 1:
-        return {"method": summaries[0]["method"], "alignments": summaries}
-    return summaries[0] if summaries else {}
+        return {"method": summaries[0]["method"], "alignments": summaries, **labels}
+    return {**summaries[0], **labels} if summaries else labels
 
 
 def alignment_summary(alignment: Alignment) -> dict[str, Any]:

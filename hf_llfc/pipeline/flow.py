@@ -212,12 +212,12 @@ def warned(run: RunContext) -> RunContext:
 
 
 def warn(run: RunContext) -> list[str]:
-    """Says where models prepare their inputs differently or lie far apart, and what is not carried over.
+    """Says whose classes were moved, which models prepare inputs differently or lie far apart, and what stays behind.
 
     Returns:
         The warnings, a sentence each.
     """
-    warnings = warnings_of(run.models, run.carried)
+    warnings = [*run.models.relabelled, *warnings_of(run.models, run.carried)]
     if not run.recipe.is_adapter:  # which goes by changes of one base, and need not read it
         warnings += [each.sentence for each in closeness(run.models, run.recipe) if each.is_far]
     for sentence in warnings:

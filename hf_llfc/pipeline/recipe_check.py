@@ -125,11 +125,12 @@ def _outputs(recipe: Recipe, found: CheckResult, progress: Progress) -> CheckRes
         answer=verdict.answer,
         because=f"of the merge that the recipe makes: {verdict.because}",
         level=2,
-        criteria=judged_by(report.at(), report.outputs) if verdict.answer != UNDECIDED else (),
+        criteria=judged_by(report.at(), report.outputs) if verdict.answer not in (UNDECIDED, "contradict") else (),
         aligned=recipe.align.method != "none",
         layers=report.at(),
         outputs=report.outputs,
         at_chance=report.at_chance,
+        contradiction=report.contradiction,
         changes=changes,
     )
 

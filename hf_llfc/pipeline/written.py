@@ -73,7 +73,7 @@ def measure_written(
         fold=Fold.of(blend, shares),
         features=BLOCKS if section is None else Features(section.layers or None, section.unit),
         batch_norm_data=run.calibration,
-        origin=Origin(references, alignments_summary([parent.alignment for parent in compared])),
+        origin=Origin(references, alignments_summary(compared)),
         execution=Execution(run.processes, progress),
     )
     near = closeness(run.models, run.recipe)

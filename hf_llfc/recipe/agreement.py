@@ -184,8 +184,8 @@ def _disagreements_about_data(recipe: Recipe) -> list[str]:
     if recipe.align.calibration is not None and not recipe.align.uses_data:
         return [
             f"align.calibration: has no meaning for the method {recipe.align.method}; remove it, or write "
-            "a method that looks at data (activation_matching, commutativity_matching, learned_matching), or "
-            "`start: activation_matching`"
+            "a method that looks at data (activation_matching, commutativity_matching, learned_matching), "
+            "`start: activation_matching`, or `label_order: match`"
         ]
     return []
 

@@ -15,6 +15,7 @@ from hf_llfc.foundation.choices import (
     CHAT_TEMPLATES,
     FORMS,
     GROUPS,
+    LABEL_ORDERS,
     MEASURES,
     METHODS_WITH_DATA,
     SOLVERS,
@@ -123,9 +124,10 @@ class MergeParameters:
         settle(self, RecipeError)
 
 
-def uses_data(method: str, start: str) -> bool:
+def uses_data(method: str, start: str, label_order: str | None) -> bool:
     """Whether a way to align runs models on calibration data."""
-    return method != "none" and any(each in METHODS_WITH_DATA for each in (method, start))
+    by_method = method != "none" and any(each in METHODS_WITH_DATA for each in (method, start))
+    return by_method or label_order == "match"
 
 
 @documented
@@ -157,6 +159,12 @@ class AlignSection:
         above=0,
         shown="16 with the groups full, else 1",
     )
+    label_order: str = option(
+        "How the classes of other models are brought into the order of the first: not, by their names in the configs, "
+        "or by matching what the models answer on calibration data.",
+        "keep",
+        choices=LABEL_ORDERS,
+    )
     start: str = option("Where weight matching starts.", "identity", choices=STARTS)
     solver: str = option(
         "How wide axes are assigned; auction stops within 1e-4 of the optimum.", "exact", choices=SOLVERS
@@ -171,8 +179,8 @@ class AlignSection:
         True,
     )
     calibration: EvaluationConfig | None = option(
-        "Data for activation, commutativity and learned matching; with labels, learned matching lowers the loss of the "
-        "merge, without them its LLFC gap.",
+        "Data for activation, commutativity and learned matching, and for matching classes; with labels, learned "
+        "matching lowers the loss of the merge, without them its LLFC gap.",
         None,
     )
 
@@ -190,7 +198,8 @@ class AlignSection:
                 if vars(self)[name] is not None
             ]
         if self.uses_data and self.calibration is None:
-            method = self.method if self.method in METHODS_WITH_DATA else self.start
+            named = [self.method, *([] if self.method == "none" else [self.start])]
+            method = next((each for each in named if each in METHODS_WITH_DATA), "label_order: match")
             problems.append(f"calibration: {method.replace('_', ' ')} needs calibration data; give task and dataset")
         if self.together != "reference" and self.method == "none":
             problems.append("together: has no meaning for the method none")
@@ -204,7 +213,7 @@ class AlignSection:
     @property
     def uses_data(self) -> bool:
         """Whether models are run on calibration data."""
-        return uses_data(self.method, self.start)
+        return uses_data(self.method, self.start, self.label_order)
 
 
 @documented

@@ -53,7 +53,11 @@ KEYWORDS = [
     (
         hf_llfc.align,
         sections.AlignSection,
-        {"reference": "is `to`", "together": "two models are aligned to each other"},
+        {
+            "reference": "is `to`",
+            "together": "two models are aligned to each other",
+            "label_order": "transforms change no answer",
+        },
     ),
     (
         hf_llfc.diagnose,

@@ -43,7 +43,25 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
             "and the union of vocabularies needs it, to tell which tensors have a row a token; register the class, or "
             "allow trust_remote_code"
         )
-    larger = Layout(checkpoint.model_class, with_rows(checkpoint, rows_of(checkpoint) + 1)).shapes
+    return growing_dimensions(checkpoint, with_rows(checkpoint, rows_of(checkpoint) + 1), "token")
+
+
+def growing_dimensions(checkpoint: Checkpoint, config: PreTrainedConfig, row: str) -> dict[str, int]:
+    """Finds the dimension of every tensor that is one longer by another config.
+
+    Args:
+        checkpoint: Of a known model class.
+        config: Its config with one row more.
+        row: What has a row: `token`, `class`.
+
+    Returns:
+        Name on disk → dimension.
+
+    Raises:
+        CheckpointError: A tensor grows otherwise than by one row.
+    """
+    assert checkpoint.model_class is not None, "of a known model class"
+    larger = Layout(checkpoint.model_class, config).shapes
     dimensions: dict[str, int] = {}
     for name, info in checkpoint.tensors.items():
         grown = [new - old for new, old in zip(larger[name], info.shape, strict=True)]
@@ -51,7 +69,7 @@ def vocabulary_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
             if sorted(grown) != [*[0] * (len(grown) - 1), 1]:
                 raise CheckpointError(
                     f"{checkpoint.label}: {name} of shape {list(info.shape)} becomes {list(larger[name])} with one "
-                    "more token, so its rows are not those of tokens and cannot be united"
+                    f"{row} more, so its rows are not those of a {row} each and cannot be moved"
                 )
             dimensions[name] = grown.index(1)
     return dimensions
