@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import tensors_of
 from hf_llfc.checkpoints.streamed import StreamedModel
 from hf_llfc.diagnostics import ConnectivityReport, ModelReference, Suggestion, diagnose_models
+from hf_llfc.diagnostics.batch_norm import has_batch_norm
 from hf_llfc.diagnostics.diagnose import Features, Origin
 from hf_llfc.diagnostics.measures.measures import check_measures, run_measures, run_merge_measures
 from hf_llfc.diagnostics.measures.subject import Subject
-from hf_llfc.diagnostics.points import Region, arithmetic, line, simplex
+from hf_llfc.diagnostics.points import Region, arithmetic, judged_point, line, parents_shares, simplex
 from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution
 from hf_llfc.diagnostics.suggest import suggest_weights
 from hf_llfc.errors import EvaluationError, refuse_other_count
@@ -77,8 +78,7 @@ def diagnose_checkpoints(
     )
     origin = Origin(references, alignments_summary(compared))
     check_measures(section.measures, data, section.alphas)
-    if section.offload and (section.measures or section.suggest):
-        raise EvaluationError("with offload only loss, metric and LLFC are measured; leave out measures and suggest")
+    refuse_offloaded(section)
     if section.offload:
         models, combined = _streamed(compared, execution.processes.device if execution.processes is not None else "cpu")
         execution = replace(execution, combined=combined)
@@ -107,6 +107,88 @@ def diagnose_checkpoints(
         measured |= run_merge_measures(of_merge, subject, data, execution=execution)
     suggestion = _suggestion(models, data, section, region, shares, report, execution)
     return replace(report, **measured, suggestion=suggestion)
+
+
+def refuse_offloaded(section: DiagnoseSection) -> None:
+    """Refuses measures of models that are larger than memory.
+
+    Raises:
+        EvaluationError: One is asked for.
+    """
+    if section.offload and (section.measures or section.suggest):
+        raise EvaluationError("with offload only loss, metric and LLFC are measured; leave out measures and suggest")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A merge that was made, by whatever method.
+
+    Attributes:
+        merge: The merge.
+        parents: The models that it was made of, in its coordinates.
+        base: The base model of task vectors.
+        weights: Of the parents; equal where None.
+        is_sum: Whether the merge is the sum of the parents, or of their task vectors, by these weights.
+    """
+
+    merge: Parent
+    parents: Sequence[Parent]
+    base: Parent | None = None
+    weights: Sequence[float] | None = None
+    is_sum: bool = False
+
+    def subject(self, calibration: EvaluationData | None, device: torch.device | None) -> Subject:
+        """All models, loaded, with what the merge is compared with."""
+        parents = [*self.parents, *([self.base] if self.base is not None else [])]
+        models = [parent.load() for parent in parents]
+        merge = self.merge.load().to(models[0].dtype)
+        for model in (*models, merge) if device is not None else ():
+            model.to(device)  # type: ignore[arg-type]  # the signature is hidden
+        weights = list(self.weights) if self.weights is not None else [1 / len(self.parents)] * len(self.parents)
+        over_base = self.base is not None
+        region = arithmetic(weights) if over_base else simplex(_positive(weights))
+        shares = parents_shares(region)
+        blend = judged_point(region).weights if self.is_sum else shares
+        recomputed = calibration if has_batch_norm(merge) else None
+        return Subject(tuple(models), merge, shares, blend, over_base, recomputed)
+
+
+def _positive(weights: Sequence[float]) -> list[float]:
+    """Weights without those below zero; equal ones where none is above."""
+    positive = [max(weight, 0.0) for weight in weights]
+    return positive if any(positive) else [1.0] * len(weights)
+
+
+@one_thread_if_small(lambda made, *_, **__: made.merge.checkpoint.nbytes)
+def measure_made(
+    made: Made,
+    data: EvaluationData,
+    section: DiagnoseSection,
+    *,
+    calibration: EvaluationData | None = None,
+    execution: Execution = IN_ONE_PROCESS,
+) -> dict[str, tuple[Any, ...]]:
+    """The measures of a merge that a section asks for, of the merge as it was made.
+
+    Args:
+        made: The merge.
+        data: Samples to measure on.
+        section: What to measure.
+        calibration: Data from which BatchNorm statistics were recomputed in the merge.
+        execution: Processes and progress.
+
+    Returns:
+        Rows by the name of the measure.
+
+    Raises:
+        EvaluationError: A measure does not apply.
+    """
+    names = [name for name in section.measures if name in MERGE_MEASURES]
+    if not names:
+        return {}
+    refuse_offloaded(section)
+    device = execution.processes.device if execution.processes is not None else None
+    return run_merge_measures(names, made.subject(calibration, device), data, execution=execution)
 
 
 def _streamed(parents: Sequence[Parent], device: torch.device | str) -> tuple[list[PreTrainedModel], StreamedModel]:

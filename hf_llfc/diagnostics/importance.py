@@ -10,7 +10,7 @@ Two importances, both from the gradient g of a sample's loss with respect to a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from numpy.random import SeedSequence
@@ -59,9 +59,7 @@ def measure_importance(
     sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
     count = 0
     for batch, sample_ids in data.batches(on_batch=on_batch):
-        for sample_id, sample in zip(sample_ids.tolist(), _samples(batch), strict=True):
-            loss = _loss_sum(model, data, sample, sample_id)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for gradients in sample_gradients(model, data, parameters, batch, sample_ids.tolist()):
             for total, parameter, gradient in zip(sums, parameters, gradients, strict=True):
                 if gradient is None:
                     continue
@@ -80,6 +78,27 @@ def measure_importance(
             buffer.zero_()
     state = state_dict_on_disk(model)
     return {name: tensor.detach() for name, tensor in state.items() if tensor.is_floating_point()}
+
+
+def sample_gradients(
+    model: PreTrainedModel,
+    data: EvaluationData,
+    parameters: Sequence[Tensor],
+    batch: Mapping[str, Tensor],
+    sample_ids: Sequence[int],
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """The gradients of every sample's loss with respect to some parameters, None where one plays no part.
+
+    Args:
+        model: With a head for the task.
+        data: Says how outputs are scored; without labels these are drawn.
+        parameters: Of the model; they require gradients.
+        batch: The samples.
+        sample_ids: Their numbers.
+    """
+    for sample_id, sample in zip(sample_ids, _samples(batch), strict=True):
+        loss = _loss_sum(model, data, sample, sample_id)
+        yield torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def _samples(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -20,7 +20,9 @@ from hf_llfc.diagnostics.rows import (
     CommutativityRow,
     Contradiction,
     DecompositionRow,
+    FoldRow,
     GeometryRow,
+    ImportanceRow,
     LayerRow,
     ModelReference,
     OutputAgreement,
@@ -46,6 +48,8 @@ PARTS = (
     "stitching",
     "geometry",
     "blocks",
+    "fold",
+    "importance",
     "samples",
 )
 """What of a report makes a table."""
@@ -102,6 +106,8 @@ class ConnectivityReport:
         stitching: At every layer boundary, where asked for.
         geometry: Geometry of weights and features, where asked for.
         blocks: What every block has to do with the barrier, where asked for.
+        fold: The ways from the models to the merge, and over it, where asked for.
+        importance: Of every tensor of every model, where asked for.
         samples: Those that carry most of the barrier, the one that carries most first; none without labels.
         suggestion: Better weights, where asked for.
         data: On which data it was measured.
@@ -124,6 +130,8 @@ class ConnectivityReport:
     stitching: tuple[StitchingPoint, ...] = ()
     geometry: tuple[GeometryRow, ...] = ()
     blocks: tuple[BlockRow, ...] = ()
+    fold: tuple[FoldRow, ...] = ()
+    importance: tuple[ImportanceRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
     suggestion: Suggestion | None = None
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -217,6 +217,41 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
+class FoldRow:
+    """The way from a model straight to the merge, or from one model to another by way of it.
+
+    Args:
+        models: Index of the model, or of the two.
+        loss: The most by which the loss on the way lies above the line between the losses of its ends, in nats.
+        error: The same of the share of wrong predictions.
+        length: Of a way over the mean distance of the models, of two ways over the distance of the two models; None
+            where these are equal.
+    """
+
+    models: tuple[int, ...]
+    loss: float
+    error: float
+    length: float | None
+
+
+@dataclass(frozen=True)
+class ImportanceRow:
+    """How much the predictions of every model depend on one of its tensors.
+
+    Args:
+        tensor: Its name in memory.
+        block: The block that it is in, or what runs before and after all of them.
+        fisher: Of every model, the squared gradient of a sample's loss, summed over the tensor, mean over samples.
+        feedback: Of every model, |weight × gradient| in its place.
+    """
+
+    tensor: str
+    block: str
+    fisher: tuple[float, ...]
+    feedback: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class SampleRow:
     """A sample whose loss lies far above that of the models, in the merge that the verdict is about.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_llfc.alignment.together import align_all
 from hf_llfc.checkpoints import open_checkpoint, state_dict_on_disk
 from hf_llfc.checkpoints.writing.output import WEIGHTS_STAGE
+from hf_llfc.foundation.choices import MERGE_MEASURES
 from hf_llfc.merging import Merge, Merges
 from hf_llfc.parents.data import evaluate_parents
 from hf_llfc.parents.fitting import refuse_changed
@@ -23,7 +24,7 @@ from hf_llfc.pipeline.importance import measure_importances
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.sharing import write_shared
 from hf_llfc.pipeline.weighting import Broken, plan_merge
-from hf_llfc.pipeline.written import with_own_verdict
+from hf_llfc.pipeline.written import with_measures, with_own_verdict
 from hf_llfc.symmetry import Alignment
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
@@ -142,6 +143,8 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
     from hf_llfc.diagnostics.checkpoints import diagnose_checkpoints
     from hf_llfc.diagnostics.streaming import Execution
 
+    of_pair = replace(section, measures=tuple(name for name in section.measures if name not in MERGE_MEASURES))
+    is_sum = recipe.method is None and recipe.calibrate is None and recipe.weights is not None
     if recipe.method is not None and base is not None:
         # What is merged is no sum of task vectors: the models are compared with each other, one with its base.
         parents, base = ([base, *parents] if len(parents) == 1 else parents), None
@@ -150,13 +153,14 @@ def measure(run: RunContext, broken: Broken | None = None) -> ConnectivityReport
         report = diagnose_checkpoints(
             parents,
             data,
-            section,
+            of_pair,
             base=base,
             weights=recipe.weights,
             calibration=run.calibration,
             execution=Execution(run.processes, run.progress),
         )
         report = with_own_verdict(run, report)
+        report = with_measures(run, report, is_sum=is_sum and broken is None)
         if broken is not None and recipe.keep_where_broken is not None:
             keeper = run.models.parents[recipe.keep_where_broken.model].id
             kept = {"model": keeper, "layers": list(broken.blocks), "ratio": recipe.keep_where_broken.ratio}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.parallel.threads import one_thread_if_small
+from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.provenance import alignments_summary
 from hf_llfc.pipeline.calibrating import blend_of
 from hf_llfc.pipeline.mergeability import COMMON_ANCESTOR, closeness
@@ -97,4 +98,27 @@ def with_own_verdict(run: RunContext, report: ConnectivityReport) -> Connectivit
         return report
     own = measure_written(run, run.data)
     verdict = replace(own.verdict, because=f"of {JUDGED}: {own.verdict.because}")
-    return replace(report, verdict=verdict, outputs=own.outputs, data={**report.data, "judged": JUDGED})
+    data = {**report.data, "judged": JUDGED}
+    return replace(report, verdict=verdict, outputs=own.outputs, samples=own.samples, data=data)
+
+
+def with_measures(run: RunContext, report: ConnectivityReport, *, is_sum: bool) -> ConnectivityReport:
+    """The report with the measures of a merge that the recipe asks for, of the merge as it was written.
+
+    Args:
+        run: The run, whose weights are written.
+        report: The diagnosis.
+        is_sum: Whether the merge is the sum of its parents, or of their task vectors, by the recipe's weights.
+    """
+    from hf_llfc.diagnostics.checkpoints import Made, measure_made
+    from hf_llfc.diagnostics.streaming import Execution
+
+    recipe, section, data = run.recipe, run.recipe.diagnose, run.data
+    assert data is not None and section is not None, "there are data where there is a report"
+    parents, base = run.parents, run.base
+    if recipe.method is not None and len(parents) == 1 and base is not None:
+        parents, base = [base, *parents], None  # as the report has them
+    written = open_checkpoint(run.staging, trust_remote_code=recipe.models[0].trust_remote_code)
+    made = Made(Parent(written), parents, base, recipe.weights, is_sum)
+    execution = Execution(run.processes, run.progress)
+    return replace(report, **measure_made(made, data, section, calibration=run.calibration, execution=execution))

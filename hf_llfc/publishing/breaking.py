@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AFTER, BEFORE, BlockRow
@@ -117,3 +117,63 @@ def samples_table(report: ConnectivityReport) -> Table:
     return Table(
         "samples", "samples that carry the barrier", tuple(map(Column, columns)), tuple(rows), note, not classes
     )
+
+
+def fold_table(report: ConnectivityReport) -> Table:
+    """The ways from the models to the merge, and from one to another by way of it."""
+    names = model_names(report)
+    rows = tuple(
+        (
+            " → ".join([names[row.models[0]], "merge", *(names[model] for model in row.models[1:])]),
+            decimal_text(row.loss, 4),
+            f"{rounded(100 * row.error, 2)} points",
+            decimal_text(row.length, 3),
+        )
+        for row in report.fold
+    )
+    columns = (
+        Column("way"),
+        Column("barrier", "of loss, in nats"),
+        Column("of error"),
+        Column("length", "over the distance of the models"),
+    )
+    note = "By how much the loss on the way lies above the line between those of its ends."
+    return Table("fold", "ways over the merge", columns, rows, note)
+
+
+def importance_table(report: ConnectivityReport) -> Table:
+    """Importance of every block in every model, as a share of the whole model's, and whose is larger."""
+    blocks = list(dict.fromkeys(row.block for row in report.importance))
+    count = len(report.importance[0].fisher) if report.importance else 0
+    names = model_names(report)[:count]
+    fisher, feedback = (
+        {
+            block: [sum(getattr(row, kind)[m] for row in report.importance if row.block == block) for m in range(count)]
+            for block in blocks
+        }
+        for kind in ("fisher", "feedback")
+    )
+    rows = tuple(
+        (block, *_shares(fisher, block), *_shares(feedback, block), *_of_all(fisher[block])) for block in blocks
+    )
+    columns = (
+        Column("block"),
+        *(Column(f"Fisher {name}", "share of the model's own") for name in names),
+        *(Column(f"feedback {name}", "share of the model's own") for name in names),
+        *(Column(f"weight {name}", "Fisher of this model over that of all") for name in names),
+    )
+    return Table("importance", "whose weights matter where", columns, rows, "By block; the file has every tensor.")
+
+
+def _shares(by_block: Mapping[str, Sequence[float]], block: str) -> list[str]:
+    """A block's share of every model's importance."""
+    wholes = [sum(values) for values in zip(*by_block.values(), strict=True)]
+    return [
+        f"{rounded(100 * value / whole, 1)} %" if whole else NOTHING
+        for value, whole in zip(by_block[block], wholes, strict=True)
+    ]
+
+
+def _of_all(values: Sequence[float]) -> list[str]:
+    """Every model's share of the sum over models."""
+    return [f"{rounded(100 * value / sum(values), 0)} %" if sum(values) else NOTHING for value in values]

@@ -12,7 +12,7 @@ from statistics import median
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow, LayerRow, Statistic
-from hf_llfc.publishing.breaking import blocks_table, samples_table
+from hf_llfc.publishing.breaking import blocks_table, fold_table, importance_table, samples_table
 from hf_llfc.publishing.columns import Column, Table
 from hf_llfc.publishing.numbers import (
     ERROR,
@@ -66,6 +66,8 @@ def measure_tables(report: ConnectivityReport) -> list[Table]:
         _geometry(report, "weights"),
         _geometry(report, "features"),
         blocks_table(report),
+        fold_table(report),
+        importance_table(report),
     ]
     return [table for table in tables if table.rows]
 

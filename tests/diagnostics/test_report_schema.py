@@ -27,6 +27,8 @@ ROWS = {
     "stitching": rows.StitchingPoint,
     "geometry": rows.GeometryRow,
     "block": rows.BlockRow,
+    "fold": rows.FoldRow,
+    "importance": rows.ImportanceRow,
     "sample": rows.SampleRow,
     "suggestion": rows.Suggestion,
     "verdict": rows.Verdict,

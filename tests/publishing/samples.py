@@ -236,6 +236,15 @@ def make_measured_report(blocks: int = 12, **changes: Any) -> dict[str, Any]:
             }
             for place, name in enumerate(["before the blocks", *encoder, "after the blocks"])
         ],
+        "fold": [
+            {"models": [0], "loss": 0.0, "error": 0.0, "length": 0.5},
+            {"models": [1], "loss": 0.01, "error": 0.005, "length": 0.55},
+            {"models": [0, 1], "loss": 0.02, "error": 0.01, "length": 1.05},
+        ],
+        "importance": [
+            {"tensor": f"{name}.weight", "block": name, "fisher": [1.0 + place, 2.0], "feedback": [3.0, 1.0 + place]}
+            for place, name in enumerate(["before the blocks", *encoder, "after the blocks"])
+        ],
         "samples": [
             {
                 "sample": 17 + place,

@@ -52,7 +52,7 @@ def test_measures_get_a_table_each():
     titles = [title.split(",")[0].split(" (")[0] for title in tables]
     assert titles[2:-1] == [
         "weak additivity at alpha = 0.5", "commutativity of linear maps", "stitching", "weights", "features",
-        "where it breaks",
+        "where it breaks", "ways over the merge", "whose weights matter where",
     ]  # fmt: skip
     by_start = {title.split(" ")[0].strip(","): rows for title, rows in tables.items()}
     assert by_start["commutativity"][1] == {

@@ -37,6 +37,7 @@ from hf_llfc.diagnostics.combination import tensors_by_name
 from hf_llfc.diagnostics.features.layers import sample_vectors
 from hf_llfc.diagnostics.features.parts import Part, find_parts
 from hf_llfc.diagnostics.features.trial import Layer, first_tensor
+from hf_llfc.diagnostics.measures.scores import BatchScores
 from hf_llfc.diagnostics.measures.stitching import Boundary, changed_in_place, recorded, replaced, with_first_tensor
 from hf_llfc.diagnostics.measures.subject import Subject
 from hf_llfc.diagnostics.rows import BlockRow
@@ -44,14 +45,10 @@ from hf_llfc.diagnostics.statistics import products
 from hf_llfc.diagnostics.streaming import attention_mask, check_finite
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
-from hf_llfc.evaluation.models import forward_logits, predictions_in
-from hf_llfc.evaluation.scoring import score_samples
+from hf_llfc.evaluation.models import forward_logits
 
 MERGE = -1
 """Stands for the merge where the number of a model is expected."""
-
-ELEMENTS_AT_ONCE = 2**22
-"""Logits converted to float64 at a time."""
 
 Question = tuple[str, int, int]
 """What is asked, the number of the part, and the parent whose the rest (or the part) is."""
@@ -161,17 +158,18 @@ class Blocks:
         logits = {index: run.logits for index, run in runs.items() if run.logits is not None}
         if len(logits) < len(runs):
             return
-        score = _Score(self.data, batch, [(subject.shares[index], logits[index]) for index in subject.parents])
+        parents = [(subject.shares[index], logits[index]) for index in subject.parents]
+        score = BatchScores.of(self.data, batch, sample_ids, parents)
         self.sums.count += score.count
         for index in (*subject.parents, MERGE):
-            self.sums.losses["own", 0, index] += score(logits[index], sample_ids, "own")
+            self.sums.losses["own", 0, index] += score(logits[index], "a model")[0]
         for parent in subject.parents:
             for number in range(len(self.parts)):
                 for question, at, before in self._questions(number):
                     boundary = runs[parent if before is None else before].boundaries.get(at)
                     key = question, number, parent
                     out = self._trial(key, at, boundary, batch)
-                    self.sums.losses[key] += score(out, sample_ids, f"{question} {self.parts[number].name}")
+                    self.sums.losses[key] += score(out, f"the network {question} {self.parts[number].name}")[0]
 
     def _layers(self) -> list[Layer]:
         """Every place where a block takes or gives features."""
@@ -327,36 +325,6 @@ def _arguments(model: nn.Module, parts: Sequence[Part]) -> Iterator[dict[str, tu
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Score:
-    """Summed loss of a batch, with labels or with the parents' ensemble in their place."""
-
-    def __init__(
-        self, data: EvaluationData, batch: Mapping[str, Tensor], parents: Sequence[tuple[float, Tensor]]
-    ) -> None:
-        self._task, self._batch, self._labels = data.task, batch, batch["labels"] if data.labelled else None
-        if self._labels is not None:
-            logits = parents[0][1]
-            self._labels = self._labels.to(logits.device)
-            self.count = int(score_samples(data.task, logits, self._labels).counts.sum())
-            return
-        ensemble = sum(share * predictions_in(logits, batch).double() for share, logits in parents)
-        assert isinstance(ensemble, Tensor)
-        self._ensemble, self.count = ensemble, len(ensemble)
-
-    def __call__(self, logits: Tensor, sample_ids: Tensor, what: str) -> float:
-        if self._labels is not None:
-            losses = score_samples(self._task, logits, self._labels).loss_sums
-            check_finite(losses, sample_ids, "logits", what)
-            return float(losses.sum())
-        own, total = predictions_in(logits, self._batch), 0.0
-        step = max(1, ELEMENTS_AT_ONCE // own.shape[-1])
-        for start in range(0, len(own), step):
-            chosen = slice(start, start + step)
-            shares = self._ensemble[chosen].softmax(-1)
-            total -= float((shares * own[chosen].double().log_softmax(-1)).sum())
-        return total
 
 
 def _gram(tensors: Sequence[Tensor], zero: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """What is measured besides LLFC, on one pass of the data.
 
 Of two models additivity, commutativity, stitching and geometry, as in the LLFC paper; of a merge of any number of
-models where it breaks. Each measure runs the models itself, so that none can disturb another.
+models where it breaks, the ways over it, and whose weights matter. Each measure runs the models itself, so that none
+can disturb another.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from hf_llfc.diagnostics.measures.additivity import Additivity
 from hf_llfc.diagnostics.measures.blocks import Blocks
 from hf_llfc.diagnostics.measures.commutativity import Commutativity
 from hf_llfc.diagnostics.measures.geometry import Geometry
+from hf_llfc.diagnostics.measures.sensitivity import Importance
+from hf_llfc.diagnostics.measures.star import Star
 from hf_llfc.diagnostics.measures.stitching import Stitching
 from hf_llfc.diagnostics.measures.subject import Subject
 from hf_llfc.diagnostics.points import DEFAULT_ALPHAS
@@ -130,7 +133,8 @@ def run_merge_measures(
         execution: Processes and progress.
 
     Returns:
-        Rows by the name of the measure, which is also that of the report's part: `BlockRow`.
+        Rows by the name of the measure, which is also that of the report's part: `BlockRow`, `FoldRow` or
+        `ImportanceRow`.
 
     Raises:
         EvaluationError: A model or the data do not fit a measure, or a feature is not finite.
@@ -139,7 +143,11 @@ def run_merge_measures(
         return {}
     with evaluation_mode(*subject.models, subject.merge):
         batch, _ = next(data.batches())
-        makers: dict[str, Callable[[], Measure]] = {"blocks": lambda: Blocks(subject, batch, data)}
+        makers: dict[str, Callable[[], Measure]] = {
+            "blocks": lambda: Blocks(subject, batch, data),
+            "fold": lambda: Star(subject, data),
+            "importance": lambda: Importance(subject, batch, data),
+        }
         return _measured({name: makers[name]() for name in MERGE_MEASURES if name in names}, data, execution)
 
 

@@ -60,6 +60,8 @@ MORE_PLOTS = {
     "weight_geometry": ("weights", "Effective rank of both parents' weights, and the angles between them"),
     "feature_geometry": ("features", "Effective rank of both parents' features, and the angles between them"),
     "blocks": ("blocks", "What every block adds to the barrier, and how much of the drift of features arises there"),
+    "fold": ("ways over the merge", "Barrier and length of the ways from every parent to the merge, and over it"),
+    "importance": ("importance", "Importance of every block in every parent, as a share of the whole parent's"),
 }
 """Pictures that are folded away in a card: what a reader calls them, and what they show."""
 LONG_TABLE = 16

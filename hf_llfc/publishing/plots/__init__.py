@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.plots.breaking import plot_blocks
+from hf_llfc.publishing.plots.breaking import plot_blocks, plot_fold, plot_importance
 from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
 from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
 from hf_llfc.publishing.plots.geometry import plot_feature_geometry, plot_weight_geometry
@@ -25,7 +25,9 @@ __all__ = [
     "plot_blocks",
     "plot_commutativity",
     "plot_feature_geometry",
+    "plot_fold",
     "plot_heatmap",
+    "plot_importance",
     "plot_layers",
     "plot_path",
     "plot_stitching",
@@ -43,6 +45,8 @@ PLOTS: Mapping[str, Callable[[ConnectivityReport], Figure | None]] = {
     "weight_geometry": plot_weight_geometry,
     "feature_geometry": plot_feature_geometry,
     "blocks": plot_blocks,
+    "fold": plot_fold,
+    "importance": plot_importance,
 }
 """What draws each picture, in the order in which a reader wants them."""
 
