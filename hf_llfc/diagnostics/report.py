@@ -30,6 +30,7 @@ from hf_llfc.diagnostics.rows import (
     SampleRow,
     StitchingPoint,
     Suggestion,
+    UnitsRow,
     Verdict,
 )
 from hf_llfc.errors import EvaluationError, suggest
@@ -50,6 +51,7 @@ PARTS = (
     "blocks",
     "fold",
     "importance",
+    "units",
     "samples",
 )
 """What of a report makes a table."""
@@ -108,6 +110,7 @@ class ConnectivityReport:
         blocks: What every block has to do with the barrier, where asked for.
         fold: The ways from the models to the merge, and over it, where asked for.
         importance: Of every tensor of every model, where asked for.
+        units: Those that are always or never active, where asked for.
         samples: Those that carry most of the barrier, the one that carries most first; none without labels.
         suggestion: Better weights, where asked for.
         data: On which data it was measured.
@@ -132,6 +135,7 @@ class ConnectivityReport:
     blocks: tuple[BlockRow, ...] = ()
     fold: tuple[FoldRow, ...] = ()
     importance: tuple[ImportanceRow, ...] = ()
+    units: tuple[UnitsRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
     suggestion: Suggestion | None = None
     data: Mapping[str, Any] = field(default_factory=dict)

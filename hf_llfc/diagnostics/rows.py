@@ -178,6 +178,11 @@ class GeometryRow:
         rank_a: Effective rank of the first model's (exponential of the entropy of the normalised singular values, Roy
             and Vetterli, EUSIPCO 2007).
         rank_b: That of the second's.
+        rank_one_a: Share of the largest singular value in the squares of all, in the first model; 1 for rank one.
+        rank_one_b: In the second.
+        turn_a: Angle in degrees from 0 to 90 between what the linear map before writes most, its first left singular
+            vector, and what this one reads most, in the first model; None where these are no vectors of one space.
+        turn_b: In the second.
     """
 
     layer: str
@@ -185,6 +190,10 @@ class GeometryRow:
     angles: tuple[float, ...]
     rank_a: float
     rank_b: float
+    rank_one_a: float | None = None
+    rank_one_b: float | None = None
+    turn_a: float | None = None
+    turn_b: float | None = None
 
 
 @dataclass(frozen=True)
@@ -249,6 +258,23 @@ class ImportanceRow:
     block: str
     fisher: tuple[float, ...]
     feedback: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class UnitsRow:
+    """Units of one activation function that are active, that is have an input above zero, everywhere or nowhere.
+
+    Args:
+        layer: Module of the activation function.
+        units: How many units it has.
+        always: Share of units that are always active, of every model and, last, of the merge.
+        never: Share of units that never are.
+    """
+
+    layer: str
+    units: int
+    always: tuple[float, ...]
+    never: tuple[float, ...]
 
 
 @dataclass(frozen=True)

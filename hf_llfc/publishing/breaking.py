@@ -165,6 +165,27 @@ def importance_table(report: ConnectivityReport) -> Table:
     return Table("importance", "whose weights matter where", columns, rows, "By block; the file has every tensor.")
 
 
+def units_table(report: ConnectivityReport) -> Table:
+    """Share of units that are always and never active in every model and in the merge."""
+    of = " / ".join(name.removeprefix("model ") for name in (*model_names(report), "merge"))
+    columns = (Column("activation"), Column("units"), Column("always, %", of), Column("never, %", of))
+    rows = tuple(
+        (
+            row.layer,
+            str(row.units),
+            *(" / ".join(rounded(100 * share, 1) for share in shares) for shares in (row.always, row.never)),
+        )
+        for row in report.units
+    )
+    return Table(
+        "units",
+        "units that are always or never active",
+        columns,
+        rows,
+        f"Active is an input above zero; in the order {of}.",
+    )
+
+
 def _shares(by_block: Mapping[str, Sequence[float]], block: str) -> list[str]:
     """A block's share of every model's importance."""
     wholes = [sum(values) for values in zip(*by_block.values(), strict=True)]

@@ -12,7 +12,7 @@ from statistics import median
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow, LayerRow, Statistic
-from hf_llfc.publishing.breaking import blocks_table, fold_table, importance_table, samples_table
+from hf_llfc.publishing.breaking import blocks_table, fold_table, importance_table, samples_table, units_table
 from hf_llfc.publishing.columns import Column, Table
 from hf_llfc.publishing.numbers import (
     ERROR,
@@ -64,10 +64,12 @@ def measure_tables(report: ConnectivityReport) -> list[Table]:
         _commutativity(report),
         _stitching(report),
         _geometry(report, "weights"),
+        _rank_one(report),
         _geometry(report, "features"),
         blocks_table(report),
         fold_table(report),
         importance_table(report),
+        units_table(report),
     ]
     return [table for table in tables if table.rows]
 
@@ -272,6 +274,24 @@ def _geometry(report: ConnectivityReport, of: str) -> Table:
         tuple(columns),
         tuple(rows),
         "Smallest, median and largest principal angle between the leading subspaces of both models.",
+    )
+
+
+def _rank_one(report: ConnectivityReport) -> Table:
+    """How near weights are to rank one, and whether each reads what the map before writes."""
+    rows = tuple(
+        (
+            row.layer,
+            *(decimal_text(share, 3) for share in (row.rank_one_a, row.rank_one_b)),
+            *(decimal_text(turn, 1) for turn in (row.turn_a, row.turn_b)),
+        )
+        for row in report.geometry
+        if row.rank_one_a is not None or row.rank_one_b is not None
+    )
+    columns = ("map", "rank one A", "rank one B", "turn A", "turn B")
+    note = "Share of the largest singular value; angle between what the map before writes most and this one reads most."
+    return Table(
+        "rank-one", "rank-one share of weights, and what follows what", tuple(map(Column, columns)), rows, note
     )
 
 

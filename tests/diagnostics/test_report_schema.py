@@ -29,6 +29,7 @@ ROWS = {
     "block": rows.BlockRow,
     "fold": rows.FoldRow,
     "importance": rows.ImportanceRow,
+    "units": rows.UnitsRow,
     "sample": rows.SampleRow,
     "suggestion": rows.Suggestion,
     "verdict": rows.Verdict,

@@ -53,14 +53,14 @@ def test_a_pair_with_every_measure(folder, capsys):
     assert [title for title in titles if title in printed] == titles
     assert {path.stem for path in files.glob("*.png")} == {
         "path", "layers", "heatmap", "additivity", "commutativity", "stitching", "weight_geometry", "feature_geometry",
-        "blocks", "fold", "importance",
+        "blocks", "fold", "importance", "units",
     }  # fmt: skip
     frames = {part: report.to_pandas(part) for part in PARTS if part != "samples"}  # these models have no barrier
     assert all(len(frame) for frame in frames.values())
     # Two blocks and the logits, five points; a gate in each block; seven maps a block and the head.
     assert {part: len(frame) for part, frame in frames.items()} == {
         "path": 5, "layers": 15, "additivity": 6, "commutativity": 15, "stitching": 2, "geometry": 32, "blocks": 4,
-        "fold": 3, "importance": 21,
+        "fold": 3, "importance": 21, "units": 2,
         "decomposition": 3,
     }  # fmt: skip
     assert {"llfc", "llfc_std", "llfc_q05", "llfc_q95", "llfc_low", "llfc_high"} <= set(frames["layers"].columns)

@@ -245,6 +245,10 @@ def make_measured_report(blocks: int = 12, **changes: Any) -> dict[str, Any]:
             {"tensor": f"{name}.weight", "block": name, "fisher": [1.0 + place, 2.0], "feedback": [3.0, 1.0 + place]}
             for place, name in enumerate(["before the blocks", *encoder, "after the blocks"])
         ],
+        "units": [
+            {"layer": f"{name}.act", "units": 64, "always": [0.0, 0.125, 0.25], "never": [0.25, 0.125, 0.5]}
+            for name in encoder
+        ],
         "samples": [
             {
                 "sample": 17 + place,
@@ -265,6 +269,7 @@ def make_measured_report(blocks: int = 12, **changes: Any) -> dict[str, Any]:
                 "angles": [turn * (place + 1) * height for height in (0.25, 0.5, 0.75)],
                 "rank_a": 200.0 + place,
                 "rank_b": 190.0 - place,
+                **({"rank_one_a": 0.1, "rank_one_b": 0.2, "turn_a": 80.0} if of == "weights" else {}),
             }
             for of, names, turn in (("weights", maps, 0.5), ("weights, inputs", maps, 1.0), ("features", encoder, 1.0))
             for place, name in enumerate(names)

@@ -327,7 +327,9 @@ def test_geometry_has_ranks_and_angles() -> None:
     assert lines_of(ranks)["rank of A"][1] == [row["rank_a"] for row in rows]
     assert lines_of(angles)["median, what the map writes"][1] == [row["angles"][1] for row in rows]
     assert lines_of(angles)["median, what the map reads"][1] == [2 * row["angles"][1] for row in rows]
-    bare = [{**row, "angles": []} for row in rows]
+    shares = lines_of(plot_weight_geometry(as_report(report)).axes[2])
+    assert [list(values) for _, values in shares.values()] != []
+    bare = [{**row, "angles": [], "rank_one_a": None, "rank_one_b": None} for row in rows]
     assert len(plot_weight_geometry(as_report(make_measured_report(geometry=bare))).axes) == 1
 
 

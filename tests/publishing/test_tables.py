@@ -51,8 +51,9 @@ def test_measures_get_a_table_each():
     tables = tables_of(make_measured_report(2))
     titles = [title.split(",")[0].split(" (")[0] for title in tables]
     assert titles[2:-1] == [
-        "weak additivity at alpha = 0.5", "commutativity of linear maps", "stitching", "weights", "features",
-        "where it breaks", "ways over the merge", "whose weights matter where",
+        "weak additivity at alpha = 0.5", "commutativity of linear maps", "stitching", "weights",
+        "rank-one share of weights", "features", "where it breaks", "ways over the merge", "whose weights matter where",
+        "units that are always or never active",
     ]  # fmt: skip
     by_start = {title.split(" ")[0].strip(","): rows for title, rows in tables.items()}
     assert by_start["commutativity"][1] == {

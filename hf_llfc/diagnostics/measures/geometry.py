@@ -5,6 +5,10 @@ principal angles θ₁ ≤ … ≤ θ_k between two subspaces say how far one is
 0° if they are one, 90° where a direction of one is missing in the other. The effective rank (Roy and Vetterli, EUSIPCO
 2007) is the exponential of the entropy of the singular values that are normalised to sum to one.
 
+Two more numbers of weights tell of networks on their way to rank one (arXiv 2201.11968): the share of the largest
+singular value, ‖W‖₂² / ‖W‖²_F, and the angle between what the map before writes most, u₁, and what this one reads most,
+v₁, where these are vectors of one space.
+
 Of a weight W, o × i, the left subspace holds the directions it writes and the right one those it reads. Of features the
 singular vectors and values are those of the matrix of all tokens or pixels × channels, centred on its mean, which is
 never held: they are the eigenvectors of its covariance and the square roots of its eigenvalues.
@@ -14,6 +18,7 @@ Shape legend: o outputs, i inputs, c channels, m tokens or pixels of all samples
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +78,42 @@ class _Spectrum:
     rank: int
 
 
-def weight_rows(label: str, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> tuple[GeometryRow, GeometryRow]:
+def rank_one_share(values: torch.Tensor) -> float | None:
+    """Share of the largest singular value in the squares of all; None where all are zero."""
+    total = values.square().sum()
+    return float(values.max().square() / total) if total > 0 else None
+
+
+def angle_to(written: torch.Tensor, read: torch.Tensor) -> float | None:
+    """Angle between two directions in degrees, from 0 to 90; None where they are no vectors of one space."""
+    if written.shape != read.shape:
+        return None
+    return float(torch.rad2deg(torch.acos((written @ read).abs().clamp(max=1.0))))
+
+
+@dataclass(frozen=True)
+class WeightGeometry:
+    """Geometry of one weight in both models.
+
+    Args:
+        rows: See `weight_rows`.
+        written: What it writes most in each model: its first left singular vectors.
+        read: What it reads most: its first right ones.
+    """
+
+    rows: tuple[GeometryRow, GeometryRow]
+    written: tuple[torch.Tensor, ...]
+    read: tuple[torch.Tensor, ...]
+
+    def after(self, before: WeightGeometry | None) -> tuple[GeometryRow, GeometryRow]:
+        """Its rows, with the angles to what the map before writes."""
+        if before is None:
+            return self.rows
+        turns = [angle_to(written, read) for written, read in zip(before.written, self.read, strict=True)]
+        return dataclasses.replace(self.rows[0], turn_a=turns[0], turn_b=turns[1]), self.rows[1]
+
+
+def weight_rows(label: str, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> WeightGeometry:
     """The two rows of one weight: ``weights``, its left subspaces, then ``weights, inputs``, its right ones.
 
     Args:
@@ -88,7 +128,10 @@ def weight_rows(label: str, matrix_a: torch.Tensor, matrix_b: torch.Tensor) -> t
         bases = [(spectrum.left, spectrum.right)[side] for spectrum in spectra]
         k = dimension(bases[0].shape[0], spectra[0].rank, spectra[1].rank)
         rows.append(GeometryRow(label, of, angles_between(bases[0][:, :k], bases[1][:, :k]), rank_a, rank_b))
-    return rows[0], rows[1]
+    shares = [rank_one_share(spectrum.values) for spectrum in spectra]
+    first = dataclasses.replace(rows[0], rank_one_a=shares[0], rank_one_b=shares[1])
+    written, read = (tuple(getattr(each, side)[:, 0].cpu() for each in spectra) for side in ("left", "right"))
+    return WeightGeometry((first, rows[1]), written, read)
 
 
 def _of_matrix(matrix: torch.Tensor) -> _Spectrum:
@@ -142,11 +185,11 @@ class GeometrySums:
     """Geometry of the weights, and sums over the samples seen.
 
     Args:
-        weights: Rows of the linear maps that are this process's share.
+        weights: Of the linear maps that are this process's share.
         features: Covariances of A and B, by the index of the layer; empty before the first batch.
     """
 
-    weights: dict[str, tuple[GeometryRow, GeometryRow]]
+    weights: dict[str, WeightGeometry]
     features: dict[int, tuple[Covariance, Covariance]]
 
     def merge(self, other: GeometrySums) -> None:
@@ -247,7 +290,8 @@ class Geometry:
 
     def rows(self, sums: GeometrySums) -> tuple[GeometryRow, ...]:
         """Two rows per linear map, left and right, then one per layer."""
-        rows = [row for name in self.maps for row in sums.weights[name]]
+        before = (None, *(sums.weights[name] for name in self.maps))
+        rows = [row for name, last in zip(self.maps, before, strict=False) for row in sums.weights[name].after(last)]
         for index, layer in enumerate(self.layers):
             if index in sums.features:
                 spectra = [_of_covariance(covariance) for covariance in sums.features[index]]

@@ -1,8 +1,8 @@
 """What is measured besides LLFC, on one pass of the data.
 
 Of two models additivity, commutativity, stitching and geometry, as in the LLFC paper; of a merge of any number of
-models where it breaks, the ways over it, and whose weights matter. Each measure runs the models itself, so that none
-can disturb another.
+models where it breaks, the ways over it, whose weights matter, and which units are active. Each measure runs the models
+itself, so that none can disturb another.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from hf_llfc.diagnostics.measures.activity import Activity
 from hf_llfc.diagnostics.measures.additivity import Additivity
 from hf_llfc.diagnostics.measures.blocks import Blocks
 from hf_llfc.diagnostics.measures.commutativity import Commutativity
@@ -133,8 +134,8 @@ def run_merge_measures(
         execution: Processes and progress.
 
     Returns:
-        Rows by the name of the measure, which is also that of the report's part: `BlockRow`, `FoldRow` or
-        `ImportanceRow`.
+        Rows by the name of the measure, which is also that of the report's part: `BlockRow`, `FoldRow`,
+        `ImportanceRow` or `UnitsRow`.
 
     Raises:
         EvaluationError: A model or the data do not fit a measure, or a feature is not finite.
@@ -147,6 +148,7 @@ def run_merge_measures(
             "blocks": lambda: Blocks(subject, batch, data),
             "fold": lambda: Star(subject, data),
             "importance": lambda: Importance(subject, batch, data),
+            "units": lambda: Activity(subject, batch),
         }
         return _measured({name: makers[name]() for name in MERGE_MEASURES if name in names}, data, execution)
 

@@ -62,6 +62,7 @@ MORE_PLOTS = {
     "blocks": ("blocks", "What every block adds to the barrier, and how much of the drift of features arises there"),
     "fold": ("ways over the merge", "Barrier and length of the ways from every parent to the merge, and over it"),
     "importance": ("importance", "Importance of every block in every parent, as a share of the whole parent's"),
+    "units": ("active units", "Units that are always or never active, in the parents and in the merge"),
 }
 """Pictures that are folded away in a card: what a reader calls them, and what they show."""
 LONG_TABLE = 16

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
-from hf_llfc.publishing.plots.breaking import plot_blocks, plot_fold, plot_importance
+from hf_llfc.publishing.plots.breaking import plot_blocks, plot_fold, plot_importance, plot_units
 from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
 from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
 from hf_llfc.publishing.plots.geometry import plot_feature_geometry, plot_weight_geometry
@@ -31,6 +31,7 @@ __all__ = [
     "plot_layers",
     "plot_path",
     "plot_stitching",
+    "plot_units",
     "plot_weight_geometry",
     "save_plots",
 ]
@@ -47,6 +48,7 @@ PLOTS: Mapping[str, Callable[[ConnectivityReport], Figure | None]] = {
     "blocks": plot_blocks,
     "fold": plot_fold,
     "importance": plot_importance,
+    "units": plot_units,
 }
 """What draws each picture, in the order in which a reader wants them."""
 

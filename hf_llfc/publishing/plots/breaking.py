@@ -160,3 +160,35 @@ def plot_importance(report: ConnectivityReport) -> Figure | None:
             axis.set_ylim(bottom=0.0)
     draw_legend(grid.figure, grid.top, columns=4, title=(grid.note,))
     return grid.figure
+
+
+def plot_units(report: ConnectivityReport) -> Figure | None:
+    """Share of units that are always and never active, in every model and in the merge.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The figure; None if this was not measured.
+    """
+    rows = report.units
+    if not rows:
+        return None
+    names = [*model_names(report), "merge"]
+    heading = "Units that are never active (above), and always (below)"
+    grid = layer_grid([row.layer for row in rows], heights=(1.5, 1.5), heading=heading)
+    for model, name in enumerate(names):
+        is_merge = model == len(names) - 1
+        colour = VERMILION if is_merge else (BLUE, GREEN, PURPLE)[model % 3]
+        style = "--s" if is_merge else ("-o", ":v", "-.^")[model % 3]
+        for height, kind in enumerate(("never", "always")):
+            values = tuple(100 * getattr(row, kind)[model] for row in rows)
+            line = Series(name if height == 0 else "", values, colour, style)
+            for panel, axes in grid:
+                draw_line(axes[height], line.part(panel), grid.marker_size(panel))
+    for stack in grid.left:
+        for axis, kind in zip(stack, ("never", "always"), strict=True):
+            axis.set_ylabel(f"{kind}, %")
+            axis.set_ylim(bottom=-1.0)
+    draw_legend(grid.figure, grid.top, columns=4, title=(grid.note,))
+    return grid.figure

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import GeometryRow
+from hf_llfc.publishing.numbers import known
 from hf_llfc.publishing.plots.canvas import BLUE, GREEN, PURPLE, VERMILION, draw_legend
 from hf_llfc.publishing.plots.layer_axis import layer_grid
 from hf_llfc.publishing.plots.series import Series, draw_band, draw_line
@@ -51,9 +52,10 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
         return None
     layers = list(dict.fromkeys(layer for layer, _ in rows))
     has_angles = any(row.angles for row in rows.values())
+    has_shares = any(row.rank_one_a is not None for row in rows.values())
     grid = layer_grid(
         layers,
-        heights=(1.5, 1.5) if has_angles else (2.4,),
+        heights=((1.5, 1.5) if has_angles else (2.4,)) + ((1.2,) if has_shares else ()),
         heading=f"{heading}: effective rank" + (", and angles between leading subspaces" if has_angles else ""),
     )
     ranked = [rows.get((layer, next(iter(sides)))) for layer in layers]
@@ -74,6 +76,9 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
         for series in angles if has_angles else ():
             draw_band(axes[1], series.part(panel))
             draw_line(axes[1], series.part(panel), size)
+        for which, (series, scale) in zip("ab", ranks if has_shares else (), strict=False):
+            shares = tuple(known(getattr(row, f"rank_one_{which}", None)) for row in ranked)
+            draw_line(axes[-1], Series("", shares, series.colour, series.style).part(panel), scale * size)
     # From zero, so that heights compare.
     highest = max(max(row.rank_a, row.rank_b) for row in rows.values())
     grid.top[0].set_ylim(-0.04 * highest, 1.1 * highest)
@@ -82,6 +87,9 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
         if has_angles:
             stack[1].set_ylabel("principal angles")
             _set_angle_scale(stack[1])
+        if has_shares:
+            stack[-1].set_ylabel("rank-one share")
+            stack[-1].set_ylim(-0.04, 1.04)
     note = "bands: smallest to largest angle" if has_angles else ""
     everywhere = [axis for stack in grid.axes for axis in stack]
     draw_legend(grid.figure, everywhere, columns=4, title=(grid.note, note))

@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,6 +46,12 @@ def matrix(module):
     return weight.T if isinstance(module, Conv1D) else weight.reshape(len(weight), -1)
 
 
+def turn(before, after):
+    """Angle between the first left singular vector of one matrix and the first right one of another."""
+    written, read = np.linalg.svd(before)[0][:, 0], np.linalg.svd(after)[2][0]
+    return None if written.shape != read.shape else float(np.degrees(np.arccos(min(1, abs(written @ read)))))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("family", list(LAYERS))
 def test_angles_and_ranks_are_those_of_singular_vectors(family, dtype, tolerance):
@@ -70,6 +77,20 @@ def test_angles_and_ranks_are_those_of_singular_vectors(family, dtype, tolerance
             k = min(16, max(1, len(bases[0]) // 4), len(parts[0][1]))
             assert row.angles == pytest.approx(angles(*bases, k), abs=1e-6)
             assert (row.rank_a, row.rank_b) == pytest.approx([roy_vetterli(s) for _, s, _ in parts], abs=1e-9)
+        shares = [float(s[0] ** 2 / np.sum(s**2)) for _, s, _ in parts]
+        of_weights = found[name, "weights"]
+        assert (of_weights.rank_one_a, of_weights.rank_one_b) == pytest.approx(shares, rel=1e-9)
+    ran = [row.layer for row in rows if row.of == "weights"]
+    turns = 0
+    for before, name in pairwise(ran):
+        expected = [turn(matrix(model.get_submodule(before)), matrix(model.get_submodule(name))) for model in models]
+        row = found[name, "weights"]
+        if None in expected:
+            assert row.turn_a is None and row.turn_b is None
+        else:
+            turns += 1
+            assert (row.turn_a, row.turn_b) == pytest.approx(expected, abs=1e-5)
+    assert turns and found[ran[0], "weights"].turn_a is None
     samples = samples_of(data, dtype)
     for name in layers:
         bases, ranks = [], []
@@ -126,7 +147,7 @@ def test_planted_angles_and_ranks():
     turned[0, 0] = turned[11, 11] = np.cos(angle)
     turned[11, 0], turned[0, 11] = np.sin(angle), -np.sin(angle)
     values = torch.diag(torch.tensor([4.0, 3.0, 2.0, *[1e-3] * 9], dtype=torch.float64))
-    left, right = weight_rows("map", values, turned @ values)
+    left, right = weight_rows("map", values, turned @ values).rows
     assert left.angles == pytest.approx((0, 0, 30), abs=1e-6)
     assert right.angles == pytest.approx((0, 0, 0), abs=1e-6)
     assert left.rank_a == pytest.approx(left.rank_b)
