@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_llfc.diagnostics.features.activations import Activation, Event, find_activations, watching
 from hf_llfc.diagnostics.features.layers import divide, without_padding
@@ -114,9 +115,10 @@ class Activity:
     def _is_second(self, index: int, dimensions: int) -> bool:
         """Whether the units of an activation are the second dimension of its input, as after a convolution."""
         source = self.activations[index].source
-        if source is None:
-            return dimensions > 3
-        return isinstance(self.models[0].get_submodule(source[0]), (*CONVOLUTIONS, _BatchNorm))
+        module = self.models[0].get_submodule(source[0]) if source is not None else None
+        if isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
+            return False
+        return dimensions > 3 or isinstance(module, (*CONVOLUTIONS, _BatchNorm))
 
     def rows(self, sums: UnitSums) -> tuple[UnitsRow, ...]:
         """One row an activation function."""

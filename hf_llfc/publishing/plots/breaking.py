@@ -189,6 +189,7 @@ def plot_units(report: ConnectivityReport) -> Figure | None:
     for stack in grid.left:
         for axis, kind in zip(stack, ("never", "always"), strict=True):
             axis.set_ylabel(f"{kind}, %")
-            axis.set_ylim(bottom=-1.0)
+            highest = max(100 * share for row in rows for share in getattr(row, kind))
+            axis.set_ylim(-1.0, max(5.0, 1.08 * highest))
     draw_legend(grid.figure, grid.top, columns=4, title=(grid.note,))
     return grid.figure

@@ -88,7 +88,7 @@ def _geometry(report: ConnectivityReport, sides: Mapping[str, tuple[str, str, st
             stack[1].set_ylabel("principal angles")
             _set_angle_scale(stack[1])
         if has_shares:
-            stack[-1].set_ylabel("rank-one share")
+            stack[-1].set_ylabel("rank one")
             stack[-1].set_ylim(-0.04, 1.04)
     note = "bands: smallest to largest angle" if has_angles else ""
     everywhere = [axis for stack in grid.axes for axis in stack]

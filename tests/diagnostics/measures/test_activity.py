@@ -16,7 +16,14 @@ SOURCES = {
     "bert": ([f"bert.encoder.layer.{i}.intermediate.dense" for i in range(2)], -1),
     "vit": ([f"vit.layers.{i}.mlp.fc1" for i in range(2)], -1),
     "llama-tied": ([f"model.layers.{i}.mlp.gate_proj" for i in range(2)], -1),
-    "resnet-basic": (["resnet.embedder.embedder.normalization"], 0),
+    "resnet-basic": (
+        [
+            "resnet.embedder.embedder.normalization",
+            "resnet.encoder.stages.0.layers.0.layer.0.normalization",
+            "resnet.encoder.stages.0.layers.0.activation:input",
+        ],
+        0,
+    ),
 }
 
 
