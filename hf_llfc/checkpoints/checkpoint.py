@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,10 @@ class Adapter:
         kind: The type of the adapter in peft: `LORA`, `IA3`, …
         base: The checkpoint that it is folded into.
         config: Its config.
+        onto: The base with the head and the rows that the adapter brings.
+        state: Its tensors, by the names that peft gives them.
+        targets: Names on disk of what it means to change.
+        read: Gives a tensor of `onto`, folded and not rounded, by its name on disk.
         folding: What it changes, by module; None where it can be folded as a whole only.
     """
 
@@ -48,6 +52,10 @@ class Adapter:
     kind: str
     base: Checkpoint
     config: PeftConfig
+    onto: Checkpoint
+    state: Mapping[str, torch.Tensor] = field(repr=False)
+    targets: tuple[str, ...]
+    read: Callable[[str], torch.Tensor] = field(repr=False)
     folding: Folding | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_llfc.cli import is_main_process
 from hf_llfc.cli.answers import show_report
@@ -12,6 +12,9 @@ from hf_llfc.cli.console import format_bytes, print_json, print_table, progress_
 from hf_llfc.errors import RecipeError
 from hf_llfc.foundation.choices import COMPARED
 from hf_llfc.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from hf_llfc.parents.proof import Proof
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -71,6 +74,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     ]
     if any("loss" in row for row in rows):
         print_table("models on the same data", rows)
+    if result.proofs:
+        print_table("adapters, folded and as peft runs them", [_shown_proof(proof) for proof in result.proofs])
     for summary in result.alignments:
         print(summary["sentence"])
     if result.calibration is not None:
@@ -87,6 +92,19 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     if result.url:
         print(f"on the Hub: {result.url}")
     return 0
+
+
+def _shown_proof(proof: Proof) -> dict[str, Any]:
+    """One row of the table of adapters."""
+    if proof.left_out:
+        return {"model": proof.model, "tensors changed": "not run", "answers differ": proof.left_out}
+    return {
+        "model": proof.model,
+        "tensors changed": f"{proof.changed} of {proof.targeted}",
+        "answers differ": f"{proof.difference:.0e}",
+        "effect of the adapter": f"{proof.effect:.0e}",
+        "seconds": f"{proof.seconds:.1f}",
+    }
 
 
 def _show_task_vectors(found: Mapping[str, Any]) -> None:

@@ -93,7 +93,7 @@ def probe(alignment: Alignment, model: Checkpoint) -> dict[str, Any]:
         run = _Run(model)
         change = run.change(alignment, dtype)
     except Exception as error:  # whatever the code of a model, or what is not known of it, may raise
-        _raise_if_unread(error)
+        raise_if_unread(error)
         logger.debug("probing %s", model.label, exc_info=True)
         reason = str(error).splitlines()[0] if isinstance(error, LLFCError) else f"{type(error).__name__}: {error}"
         logger.warning("%s: the moved model was not probed: %s", model.label, reason)
@@ -108,7 +108,7 @@ def probe(alignment: Alignment, model: Checkpoint) -> dict[str, Any]:
     return {"change": float(f"{change:.0e}"), "precision": str(dtype).removeprefix("torch.")}
 
 
-def _raise_if_unread(error: Exception) -> None:
+def raise_if_unread(error: Exception) -> None:
     """A file that cannot be read ends the run, whoever reads it."""
     if isinstance(error, LLFCError) and isinstance(error.__cause__, OSError):
         raise error
@@ -141,8 +141,8 @@ class _Run:
     """
 
     def __init__(self, model: Checkpoint) -> None:
-        self.model = _runnable(model)
-        self.original = self.model if model.original is None else _runnable(model.original)
+        self.model = runnable(model)
+        self.original = self.model if model.original is None else runnable(model.original)
         self._inputs: dict[str, Tensor] = {}
         self._before: dict[torch.dtype, dict[str, Tensor]] = {}
 
@@ -166,7 +166,7 @@ class _Run:
         try:
             return self.change(alignment, torch.float64), torch.float64, NOISE[torch.float64]
         except Exception as error:  # whatever the code of a model may raise
-            _raise_if_unread(error)
+            raise_if_unread(error)
             logger.debug("running %s in float64", self.model.label, exc_info=True)
             return change, torch.float32, UNCONFIRMED
 
@@ -189,13 +189,13 @@ class _Run:
     def _answers(self, checkpoint: Checkpoint, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
         from hf_llfc.adapters.derived import answer_of, sample_inputs
 
-        model = _built(checkpoint, read, dtype)
+        model = built(checkpoint, read, dtype)
         self._inputs = self._inputs or sample_inputs(model, batch_size=ROWS)
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in self._inputs.items()}
         return answer_of(model, inputs)
 
 
-def _built(checkpoint: Checkpoint, read: Read, dtype: torch.dtype) -> PreTrainedModel:
+def built(checkpoint: Checkpoint, read: Read, dtype: torch.dtype) -> PreTrainedModel:
     """The model with other weights, in memory where there is room; otherwise read as its modules run."""
     from hf_llfc.checkpoints import load_model
     from hf_llfc.checkpoints.streamed import StreamedModel
@@ -210,7 +210,7 @@ def _built(checkpoint: Checkpoint, read: Read, dtype: torch.dtype) -> PreTrained
     return load_model(checkpoint, state_dict=state, dtype=dtype).eval()
 
 
-def _runnable(checkpoint: Checkpoint) -> Checkpoint:
+def runnable(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint with its model class, and attention and experts that every precision has.
 
     Raises:

@@ -14,6 +14,7 @@ from hf_llfc.foundation.layout import LLFC_FOLDER, RECIPE_FILE, REPORT_FILE
 from hf_llfc.foundation.model_names import as_text, portable, without_paths
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.opening import Models
+from hf_llfc.parents.proof import Proof
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.calibrating import few_samples
 from hf_llfc.publishing import write_card
@@ -39,10 +40,12 @@ class Beside:
     Attributes:
         calibration: How the merge was fitted to its parents' features; None where it was not.
         adapter: What was written in place of a model; None where a model was.
+        proofs: What the proof of each parent's adapter found.
     """
 
     calibration: CalibrationRecord | None = None
     adapter: AdapterRecord | None = None
+    proofs: Sequence[Proof] = ()
 
 
 NOTHING = Beside()
@@ -141,6 +144,7 @@ def write_evidence(
         gone=gone,
         name=name,
         calibration=calibration and replace(calibration, data=tuple(without_paths(calibration.data, names))),
+        proofs=tuple(without_paths([proof.sentence for proof in beside.proofs], names)),
         adapter=beside.adapter and replace(beside.adapter, base=names.get(beside.adapter.base, beside.adapter.base)),
     )
     with storing(journal.folder):

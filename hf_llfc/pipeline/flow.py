@@ -20,6 +20,7 @@ from hf_llfc.foundation.memory import within_memory
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.opening import open_recipe, stand_ins
+from hf_llfc.parents.proof import Proof
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.adapter_out import with_base_of_adapters
 from hf_llfc.pipeline.calibrating import calibration_record, release
@@ -29,7 +30,7 @@ from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.pipeline.mergeability import closeness, warnings_of
 from hf_llfc.pipeline.resources import bytes_beside, peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.pipeline.run_context import RunContext, open_run
-from hf_llfc.pipeline.stages import align_parents, find_broken, measure, score, write_merge
+from hf_llfc.pipeline.stages import align_parents, find_broken, measure, prove_adapters, score, write_merge
 from hf_llfc.pipeline.trackers import refuse_missing_trackers, tracking
 from hf_llfc.pipeline.weighting import merge_infos
 from hf_llfc.publishing import check_access, publish
@@ -60,6 +61,7 @@ class Result:
         is_main_process: Whether this process should report.
         calibration: How the merge was fitted to its parents' features; None where it was not.
         adapter: What was written in place of a model; None where a model was.
+        proofs: What the proof of each parent's adapter found.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Result:
     warnings: Sequence[str] = ()
     calibration: CalibrationRecord | None = None
     adapter: AdapterRecord | None = None
+    proofs: Sequence[Proof] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -81,6 +84,7 @@ class Result:
             "report": self.report.to_dict() if self.report is not None else None,
             "calibration": self.calibration.to_dict() if self.calibration is not None else None,
             "adapter": self.adapter.to_dict() if self.adapter is not None else None,
+            "proofs": [proof.to_dict() for proof in self.proofs],
             "url": self.url,
             "warnings": list(self.warnings),
         }
@@ -145,6 +149,7 @@ def _run(run: RunContext) -> Result:
     run.on_main(identify)
     run = warned(run)
     with run.staged() as run, tracking(recipe, is_main=processes.is_main) as trackers:
+        proofs = prove_adapters(run)
         run = align_parents(run)
         trackers.alignments(run.alignments)
         broken = find_broken(run)
@@ -154,14 +159,15 @@ def _run(run: RunContext) -> Result:
         measured = measure_fitted(run)
         table = with_merge_before(score(run), measured)
         trackers.table(table)
-        calibration = calibration_record(run, measured)
-        run.on_main(lambda run: write_evidence(run, report, table, Beside(calibration, adapter)))
+        beside = Beside(calibration_record(run, measured), adapter, proofs)
+        run.on_main(lambda run: write_evidence(run, report, table, beside))
         run.on_main(release)
         if recipe.document is not None:
             run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
     url = run.on_main(push) if recipe.publish is not None else None
-    return Result(output.path, report, summaries, table, url, processes.is_main, run.warnings, calibration, adapter)
+    where = {"folder": output.path, "url": url, "is_main_process": processes.is_main}
+    return Result(report=report, alignments=summaries, table=table, warnings=run.warnings, **where, **vars(beside))
 
 
 def refuse_early(recipe: Recipe, output: OutputFolder) -> None:

@@ -122,6 +122,10 @@ def plan_one(
             f"{len(infos)} tensors",
         }
     )
+    adapted = [each.id for each in opened.named if each.adapter is not None]
+    if adapted and recipe.prove and not recipe.is_adapter:
+        what = f"{', '.join(adapted)} on random inputs, folded and as peft runs them"
+        steps.append({"step": "prove", "what": what})
     if recipe.is_adapter:
         steps.append({"step": "adapter", "what": adapter_plan(opened, recipe)})
     calibration: dict[str, Any] = {}

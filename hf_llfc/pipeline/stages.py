@@ -17,6 +17,7 @@ from hf_llfc.merging import Merge, Merges
 from hf_llfc.parents.data import evaluate_parents
 from hf_llfc.parents.fitting import refuse_changed
 from hf_llfc.parents.parent import Parent
+from hf_llfc.parents.proof import Proof, prove_all
 from hf_llfc.parents.specs import alignment_spec
 from hf_llfc.pipeline.calibrating import calibrated
 from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report, shown_names
@@ -55,6 +56,24 @@ def align_parents(run: RunContext) -> RunContext:
         return alignments
 
     return keep_alignments(run, find, alignment_spec(models.reference, recipe.align))
+
+
+def prove_adapters(run: RunContext) -> Sequence[Proof]:
+    """Runs every adapter among the models as peft does and folded; an adapter as the result folds none.
+
+    Raises:
+        CheckpointError: The two answer differently.
+    """
+    if not run.recipe.prove or run.recipe.is_adapter or not any(each.adapter for each in run.models.named):
+        return []
+    return run.on_main(
+        lambda run: run.output.journal.stage(
+            "prove",
+            lambda: prove_all(run.models.named, run.progress),
+            save=lambda proofs: ([proof.to_dict() for proof in proofs], ()),
+            load=lambda values: [Proof(**value) for value in values],
+        )
+    )
 
 
 def find_broken(run: RunContext) -> Broken | None:

@@ -431,6 +431,7 @@ class RunRecord:
         name: What the card calls the merge; None where that is the name of its folder.
         calibration: How the merge was fitted to its parents' features; None where it was not.
         adapter: What was written in place of a model; None where a model was.
+        proofs: What the proof of each parent's adapter found, a sentence each.
     """
 
     alignments: tuple[AlignmentSummary, ...] = ()
@@ -444,6 +445,7 @@ class RunRecord:
     name: str | None = None
     calibration: CalibrationRecord | None = None
     adapter: AdapterRecord | None = None
+    proofs: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> Path:
         """Writes the record into an output folder, without the paths of a disk."""

@@ -391,6 +391,7 @@ class Recipe:
         shown="that of the tokenizer",
         metavar="TEMPLATE",
     )
+    prove: bool = option("Run each base with its adapter as peft does and folded, and refuse other answers.", True)
     override_architecture: Mapping[str, str] = option(
         "Model class to take in place of the one that a config names, by the model's name.", dict, shown="none"
     )

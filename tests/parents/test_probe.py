@@ -217,7 +217,7 @@ def test_what_was_found_is_told_everywhere(pair, tmp_path):
 
 
 def test_what_is_not_moved_is_not_run(pair, monkeypatch):
-    monkeypatch.setattr(probing, "_runnable", lambda checkpoint: pytest.fail("it is run"))
+    monkeypatch.setattr(probing, "runnable", lambda checkpoint: pytest.fail("it is run"))
     alignment = hf_llfc.align(pair[0], to=pair[0])
     assert alignment.is_identity
     assert alignment.metadata["probe"] == {"change": 0.0, "precision": "float32"}

@@ -68,12 +68,24 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
     folded = _folded(files.where, base, config, state)
     own = companion_names(files.sizes())
     files.fetch(own)
-    folding = folded.folding if isinstance(folded, _ByModule) else None
-    adapter = Adapter(files.id, files.revision, files.folder, kind_of(config), named, config, folding)
-    commits = [commit for commit in (base.revision, files.revision) if commit is not None]
     # The version of peft is part of the identity because another one may round otherwise.
     config_digest = hashlib.sha256((files.folder / ADAPTER_CONFIG).read_bytes()).hexdigest()
     tag = {ADAPTER_CONFIG: {"sha256": config_digest, "peft": version("peft")}}
+    weights = View(base.weights, base.tensors, frozenset(folded.names), folded.make, tag, beside=(stored,))
+    adapter = Adapter(
+        id=files.id,
+        revision=files.revision,
+        folder=files.folder,
+        kind=kind_of(config),
+        base=named,
+        config=config,
+        onto=base,
+        state=state,
+        targets=tuple(folded.targets),
+        read=weights.read_unrounded,
+        folding=folded.folding if isinstance(folded, _ByModule) else None,
+    )
+    commits = [commit for commit in (base.revision, files.revision) if commit is not None]
     return replace(
         base,
         id=f"{base.id}+{files.id}",
@@ -82,7 +94,7 @@ def fold(base: Checkpoint, files: Files, config: PeftConfig, *, allow_pickle: bo
         folder=files.folder if has_vocabulary(own) else base.folder,
         companion_files=(*(files.folder / name for name in own), *_kept(base, own)),
         adapter=adapter,
-        weights=View(base.weights, base.tensors, frozenset(folded.names), folded.make, tag, beside=(stored,)),
+        weights=weights,
     )
 
 
@@ -139,6 +151,12 @@ class _ByModule:
     def names(self) -> Collection[str]:
         """Names on disk of what the adapter may change."""
         return self._groups.keys()
+
+    @property
+    def targets(self) -> Collection[str]:
+        """Names on disk of what the adapter means to change."""
+        meant = self.folding.layers.keys() | self.folding.others
+        return [name for name, group in self._groups.items() if any(memory in meant for memory in group.memory)]
 
     def _read_memory(self, name: str) -> torch.Tensor:
         return self._make_memory(name, self._read)
@@ -212,6 +230,12 @@ class _Whole:
     def names(self) -> Collection[str]:
         """Names on disk of what the adapter may change."""
         return [name for name, info in self._base.tensors.items() if info.dtype.is_floating_point]
+
+    @property
+    def targets(self) -> Collection[str]:
+        """Names on disk of what the adapter means to change, as far as its file tells."""
+        meant = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in self._state}
+        return [name for name in self.names if any(path and path in name for path in meant)] or self.names
 
     def make(self, name: str) -> torch.Tensor:
         """Makes one tensor, unrounded."""

@@ -170,7 +170,7 @@ class Folding:
         self._where = where
         self._zero = torch.zeros((), dtype=dtype)
         spread(self._zero, model)
-        adapted = _added(where, model, config, state)
+        adapted = added(where, model, config, state)
         wrapped = adapted.get_base_model()
         self._modules = dict(outermost(wrapped))
         self.changes: dict[str, str] = {}
@@ -254,7 +254,7 @@ def fold_whole(
     Raises:
         CheckpointError: The adapter does not fit the base, or cannot be folded.
     """
-    adapted: Any = _added(where, model, config, state)
+    adapted: Any = added(where, model, config, state)
     with explained(where, "cannot fold this adapter"):
         folded: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return folded
@@ -273,7 +273,7 @@ def spread(zero: torch.Tensor, model: nn.Module) -> None:
                 module._buffers[name] = zero.expand(buffer.shape)
 
 
-def _added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> PeftModel:
+def added(where: str, model: PreTrainedModel, config: PeftConfig, state: Mapping[str, torch.Tensor]) -> PeftModel:
     """A model with an adapter and its tensors.
 
     Raises:

@@ -270,6 +270,7 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "local": any(not part.is_on_hub and not part.is_gone for parent in evidence.parents for part in parent.parts),
         "recipe": recipe_text(recipe, can_run=not any(parent.is_gone for parent in evidence.parents)),
         "warnings": record.warnings,
+        "proofs": record.proofs,
         "left": record.left,
         "seeds": seeds_of(recipe),
         "commits": [part for parent in evidence.parents for part in parent.parts if part.is_on_hub and part.revision],
