@@ -51,7 +51,8 @@ def by_us(base: Path, adapters: list[Path], folder: Path, method: str, **setting
         adapters, settings.pop("weights", WEIGHTS), out=folder, save_as="adapter", merge_method=method, **settings
     )
     plain = dict(open_checkpoint(base).state_dict())
-    return {name: tensor - plain[name] for name, tensor in folded_by_peft(base, folder).items()}
+    folded = folded_by_peft(base, folder)
+    return {name: tensor - plain[name] for name, tensor in folded.items() if not torch.equal(tensor, plain[name])}
 
 
 def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
