@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from hf_llfc.diagnostics.outputs import OutputAgreement
-from hf_llfc.diagnostics.verdict import ERROR_BARRIER_TOLERANCE, LOSS_BARRIER_TOLERANCE, NEGLIGIBLE_DISTANCE
+from hf_llfc.diagnostics.rows import UNSURE_NATS, UNSURE_SHARE, OutputAgreement
+from hf_llfc.diagnostics.verdict import (
+    DISAGREEMENT_LIMIT,
+    ERROR_BARRIER_TOLERANCE,
+    GAIN_LIMIT,
+    LOSS_BARRIER_TOLERANCE,
+    NEGLIGIBLE_DISTANCE,
+)
 
 HELD_OUT = ("fashion-mlp-sgd", "digits-resnet", "fashion-vit", "minilm", "bytes-gpt2", "small-llama")
 """Runs whose pairs take no part in fitting; each architecture has other runs that do."""
@@ -23,32 +29,27 @@ merging with a damaged model sound."""
 ANSWERS = ("merge", "align", "do not merge")
 """From the boldest to the most cautious."""
 
+LEFT = "left to labels"
+"""What `check` answers where parents contradict each other or disagree that much: `contradict`, `undecided`."""
+
 
 @dataclass(frozen=True)
-class State:
-    """A pair as it is, or after weight matching: signals without labels, and what labels say.
+class Truth:
+    """What labels say about a pair as it is, or after weight matching.
 
     Attributes:
-        divergence: KL of the merged predictions from the ensemble's, nats.
-        share: The same as a share of what the parents' predictions say.
-        disagreement: Share of merged predictions that are not the ensemble's.
-        ratio: LLFC over baseline at the logits; 0 where LLFC is negligible.
-        coefficient: In the worst layer, as the smaller of c and 1/c; 0 where it is not positive.
-        barrier_error: With labels.
-        barrier_loss: With labels, nats.
+        barrier_error: Of the path.
+        barrier_loss: In nats.
         harm_error: Midpoint over the better parent.
         harm_loss: Likewise, nats.
+        midpoint: Loss of the midpoint less the mean of its parents', nats: the barrier that `estimate` predicts.
     """
 
-    divergence: float
-    share: float
-    disagreement: float
-    ratio: float
-    coefficient: float
     barrier_error: float
     barrier_loss: float
     harm_error: float
     harm_loss: float
+    midpoint: float
 
     @property
     def flat(self) -> bool:
@@ -61,10 +62,42 @@ class State:
         return self.flat and self.harm_error <= HARM_ERROR and self.harm_loss <= HARM_LOSS
 
 
-def state_of(signals: dict[str, Any], points: list[dict[str, float]]) -> State:
-    """What one record says about one state."""
-    outputs, last = OutputAgreement(**signals["outputs"]), signals["layers"][-1]
-    coefficients = [layer["coefficient"] for layer in signals["layers"] if layer["coefficient"] is not None]
+@dataclass(frozen=True)
+class State(Truth):
+    """A pair as it is, or after weight matching: signals without labels, and what labels say.
+
+    Attributes:
+        divergence: KL of the merged predictions from the ensemble's, nats.
+        gain: What the ensemble gains from the parents' disagreement, nats.
+        estimate: Of the barrier of loss at the midpoint, nats: divergence less gain.
+        bound: The most that it can be.
+        interval: Half of the 95 % interval of the estimate.
+        differing: Share of the predictions in which the parents disagree.
+        share: The divergence as a share of what the parents' predictions say.
+        disagreement: Share of merged predictions that are not the ensemble's.
+        ratio: LLFC over baseline at the logits; 0 where LLFC is negligible.
+        coefficient: In the worst layer, as the smaller of c and 1/c; 0 where it is not positive.
+    """
+
+    divergence: float
+    gain: float
+    estimate: float
+    bound: float
+    interval: float
+    differing: float
+    share: float
+    disagreement: float
+    ratio: float
+    coefficient: float
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the parents disagree so much that only labels can tell."""
+        return self.gain > GAIN_LIMIT and self.differing > DISAGREEMENT_LIMIT
+
+
+def truth_of(points: Sequence[Mapping[str, float]]) -> Truth:
+    """What losses and errors along the line say."""
     ends, middle = (points[0], points[-1]), next(point for point in points if point["alpha"] == 0.5)
 
     def height(name: str) -> float:
@@ -72,15 +105,29 @@ def state_of(signals: dict[str, Any], points: list[dict[str, float]]) -> State:
             point[name] - (1 - point["alpha"]) * ends[0][name] - point["alpha"] * ends[1][name] for point in points
         )
 
+    harm = {f"harm_{name}": middle[name] - min(end[name] for end in ends) for name in ("error", "loss")}
+    midpoint = middle["loss"] - (ends[0]["loss"] + ends[1]["loss"]) / 2
+    return Truth(barrier_error=height("error"), barrier_loss=height("loss"), midpoint=midpoint, **harm)
+
+
+def state_of(signals: dict[str, Any], points: list[dict[str, float]]) -> State:
+    """What one record says about one state."""
+    outputs, last = OutputAgreement(**signals["outputs"]), signals["layers"][-1]
+    coefficients = [layer["coefficient"] for layer in signals["layers"] if layer["coefficient"] is not None]
+    low, high = outputs.loss_barrier_interval or (outputs.loss_barrier,) * 2
+    assert outputs.bound is not None
     return State(
         divergence=outputs.merged_divergence,
+        gain=outputs.gain,
+        estimate=outputs.loss_barrier,
+        bound=outputs.bound,
+        interval=(high - low) / 2,
+        differing=outputs.parents_disagreement,
         share=outputs.merged_divergence / outputs.information,
         disagreement=outputs.merged_disagreement,
         ratio=0.0 if last["llfc"] <= NEGLIGIBLE_DISTANCE else last["llfc"] / last["baseline"],
         coefficient=min(min(value, 1 / value) if value > 0 else 0.0 for value in coefficients),
-        barrier_error=height("error"),
-        barrier_loss=height("loss"),
-        **{f"harm_{name}": middle[name] - min(end[name] for end in ends) for name in ("error", "loss")},
+        **vars(truth_of(points)),
     )
 
 
@@ -95,6 +142,9 @@ RULES: dict[str, Rule] = {
     "disagreement with the ensemble": ((("disagreement", 1),),),
     "divergence from the ensemble": ((("divergence", 1),),),
     "divergence as a share of information": ((("share", 1),),),
+    "estimate of the barrier": ((("estimate", 1),),),
+    "estimate, share, ratio": ((("estimate", 1), ("share", 1), ("ratio", 1)),),
+    "bound of the barrier": ((("bound", 1),),),
     "divergence, share, ratio": ((("divergence", 1), ("share", 1), ("ratio", 1)),),
     "divergence, ratio, coefficient": ((("divergence", 1), ("ratio", 1), ("coefficient", -1)),),
     "divergence, or ratio and coefficient": ((("divergence", 1),), (("ratio", 1), ("coefficient", -1))),
@@ -151,6 +201,8 @@ class Example:
         aligned: After weight matching; None where it moves nothing.
         gain: Share of the squared distance between the weights that matching removes.
         moved: Units that matching moves.
+        cosine: Median cosine of the matrices as they are.
+        heads_apart: Distance of heads in units of that of bodies.
     """
 
     run: str
@@ -161,6 +213,8 @@ class Example:
     aligned: State | None
     gain: float
     moved: int
+    cosine: float
+    heads_apart: float
 
     @property
     def states(self) -> list[State]:
@@ -174,6 +228,8 @@ class Example:
 
     def answer(self, rule: Rule, thresholds: Thresholds) -> str:
         """What a rule answers without them."""
+        if self.as_is.is_left:
+            return LEFT
         calls = [passes(state, rule, thresholds) for state in self.states]
         return self._answer(calls[0], calls[-1] and len(calls) > 1)
 
@@ -189,5 +245,39 @@ def example_of(record: dict[str, Any]) -> Example:
         state_of(record[state], record[f"{state}_truth"]) if state in record else None for state in ("as_is", "aligned")
     ]
     assert states[0] is not None
-    gain, moved = record["weights"]["gain"], record["weights"]["moved"]
-    return Example(record["run"], record["family"], record["kind"], names, states[0], states[1], gain, moved)
+    weights = {name: record["weights"][name] for name in ("gain", "moved", "cosine", "heads_apart")}
+    return Example(record["run"], record["family"], record["kind"], names, states[0], states[1], **weights)
+
+
+def margin_share(states: Sequence[State], covered: float = 0.95) -> float:
+    """The share of cost and gain by which the estimate of a barrier must be widened to hold so many of the pairs."""
+    needed = []
+    for state in states:
+        beyond = abs(state.midpoint - state.estimate) - state.interval - UNSURE_NATS
+        needed.append(max(0.0, beyond) / max(state.divergence + state.gain, 1e-4))
+    return sorted(needed)[math.ceil(covered * len(needed)) - 1]
+
+
+def reliability(states: Sequence[State]) -> dict[str, float]:
+    """How well the estimate predicts the barrier that labels show at the midpoint.
+
+    Returns:
+        `r2`, the median and the 90 % quantile of its distance in nats, the share of the pairs whose barrier lies in the
+        range that is given with it (`covered`), and in what samples alone explain (`by_samples`).
+    """
+    errors = sorted(abs(state.midpoint - state.estimate) for state in states)
+    mean = sum(state.midpoint for state in states) / len(states)
+    spread = sum((state.midpoint - mean) ** 2 for state in states)
+
+    def covered(share: float, nats: float) -> float:
+        margins = (state.interval + share * (state.divergence + state.gain) + nats for state in states)
+        inside = (abs(state.midpoint - state.estimate) <= margin for state, margin in zip(states, margins, strict=True))
+        return sum(inside) / len(states)
+
+    return {
+        "r2": 1 - sum(error * error for error in errors) / spread,
+        "median": errors[len(errors) // 2],
+        "most": errors[math.ceil(0.9 * len(errors)) - 1],
+        "covered": covered(UNSURE_SHARE, UNSURE_NATS),
+        "by_samples": covered(0.0, 0.0),
+    }

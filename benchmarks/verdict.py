@@ -9,23 +9,39 @@ through `hf_llfc.check` as a user's would; labels are those of samples that it h
 DIR/records.jsonl, one pair a line.
 """
 
+import argparse
+import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import hf_llfc
 from benchmarks import train_parents as parents
 from benchmarks import train_tasks as tasks
+from benchmarks.calibrate import RECOMPUTED, SAMPLES, data_of, flat, key_of, opened, reliability_row, walk
+from benchmarks.calibration import ANSWERS, HARM_ERROR, LEFT, State, state_of, truth_of
 from benchmarks.pairs import TEN_LABELS, Pair, Plan, add_variant, digit_arrays, image_inputs, ten_labels
+from benchmarks.results import markdown, replace_section, require_sections
+from hf_llfc.checkpoints import open_checkpoint
+from hf_llfc.diagnostics import has_batch_norm
+from hf_llfc.evaluation.models import evaluation_mode, forward_logits
+from hf_llfc.parents.data import open_data
+from hf_llfc.parents.parent import Parent
+from hf_llfc.pipeline.mergeability import compare_weights
 from tests import real_data
 from tests.mlp_model import MLPConfig, MLPForImageClassification
 
@@ -220,3 +236,218 @@ def pairs_of(group: str, out: Path) -> list[Pair]:
             if add_variant(Path(close.b), target, damage) is not None:
                 pairs.append(replace(close, kind=damage, b=str(target)))
     return pairs
+
+
+def measure(pair: Pair) -> dict[str, Any]:
+    """What `check` answers, what it takes beside bare passes, and what labels say."""
+    samples, labelled = SAMPLES[pair.task]
+    a, b = (open_checkpoint(each) for each in (pair.a, pair.b))
+    config = data_of(pair.data, pair.task, 0, samples, labels=False)
+    record: dict[str, Any] = {}
+    for level, data in ((1, None), (2, config)):
+        start = time.process_time()
+        result = hf_llfc.check(pair.a, pair.b, level=level, data=data)
+        record[f"level_{level}"] = {
+            "seconds": time.process_time() - start,
+            "answer": result.answer,
+            "because": result.because,
+            "level": result.level,
+            "aligned": result.aligned,
+            "signals": None if result.outputs is None else flat(result.layers, result.outputs),
+        }
+    start = time.process_time()
+    model_a, model_b = Parent(a).load(), Parent(b).load()
+    unlabelled = open_data(config, a)
+    for model in (model_a, model_b, model_a):
+        with evaluation_mode(model):
+            for batch, _ in unlabelled.batches():
+                forward_logits(model, batch)
+    record["bare_seconds"] = time.process_time() - start
+    truth = opened(pair.data, pair.task, pair.a, samples, samples + labelled, True)
+    shown = None
+    if pair.shown and has_batch_norm(model_a):
+        shown = opened(pair.shown, pair.task, pair.a, 0, RECOMPUTED, True)
+    record["as_is_truth"] = walk(model_a, model_b, truth, shown)
+    alignment = compare_weights(a, b).alignment
+    if any(count for count, _ in alignment.moved.values()):
+        record["aligned_truth"] = walk(model_a, Parent(b, alignment).load(), truth, shown)
+    return {**asdict(pair), **record}
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A pair, what `check` answers and what labels say.
+
+    Attributes:
+        run: The training run.
+        kind: How the two are related.
+        names: Of both models.
+        levels: The answers of levels 1 and 2; `LEFT` where they leave the pair to labels.
+        truth: What labels answer.
+        harm: Points of error, and nats, by which the midpoint is worse than the better parent.
+        state: Signals and barrier of the state that level 2 answered about; None where no model ran.
+        times: Seconds of the processor of level 1, level 2, and three bare passes with the models opened.
+    """
+
+    run: str
+    kind: str
+    names: str
+    levels: tuple[str, str]
+    truth: str
+    harm: tuple[float, float]
+    state: State | None
+    times: tuple[float, float, float]
+
+
+def answer_in(level: Mapping[str, Any]) -> str:
+    """The answer of a level; `LEFT` where it leaves the pair to labels."""
+    return LEFT if level["answer"] in ("undecided", "contradict") else level["answer"]
+
+
+def answered(record: dict[str, Any]) -> Answered:
+    """What one line of records.jsonl says."""
+    first, second = record["level_1"], record["level_2"]
+    truths = {name: record[f"{name}_truth"] for name in ("as_is", "aligned") if f"{name}_truth" in record}
+    state = None
+    if second["signals"] is not None:
+        state = state_of(second["signals"], truths["aligned" if second["aligned"] else "as_is"])
+    sound = {name: truth_of(points) for name, points in truths.items()}
+    as_is = sound["as_is"]
+    return Answered(
+        run=record["run"],
+        kind=record["kind"],
+        names=" + ".join(Path(record[each]).name for each in ("a", "b")),
+        levels=(answer_in(first), answer_in(second)),
+        truth="merge" if as_is.sound else "align" if "aligned" in sound and sound["aligned"].sound else "do not merge",
+        harm=(as_is.harm_error, as_is.harm_loss),
+        state=state,
+        times=(first["seconds"], second["seconds"], record["bare_seconds"]),
+    )
+
+
+def measure_all(groups: Sequence[str], out: Path) -> None:
+    """Measures the pairs that have no record yet, one line of records.jsonl each."""
+    file = out / "records.jsonl"
+    known = {key_of(json.loads(line)) for line in file.read_text().splitlines()} if file.is_file() else set()
+    for group in groups:
+        for pair in pairs_of(group, out):
+            if key_of(asdict(pair)) in known:
+                continue
+            record = measure(pair)
+            with file.open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+            found = answered(record)
+            print(f"{found.run}, {found.kind}, {found.names}: {found.truth}; check says {found.levels}", flush=True)
+
+
+def section(found: Sequence[Answered]) -> str:
+    """The section of results/verdict.md."""
+    decided = [pair for pair in found if pair.levels[1] != LEFT]
+    wrong = [pair for pair in decided if pair.levels[1] != pair.truth]
+    left = [pair for pair in found if pair.levels[1] == LEFT]
+    harmful = [pair for pair in found if pair.levels[1] == "merge" and pair.harm[0] > HARM_ERROR]
+    states = [pair.state for pair in found if pair.state is not None]
+    parts = [
+        ("not left to labels", [state for state in states if not state.is_left]),
+        ("left to labels", [state for state in states if state.is_left]),
+    ]
+    ran = [pair for pair in found if pair.state is not None]
+    ratios = [median(pair.times[level] / pair.times[2] for pair in ran) for level in (0, 1)]
+    costs = [
+        {
+            "run": run,
+            "pairs": len(mine),
+            "level 1, s": f"{median(pair.times[0] for pair in mine):.2f}",
+            "level 2, s": f"{median(pair.times[1] for pair in mine):.2f}",
+            "three bare passes and opening the models, s": f"{median(pair.times[2] for pair in mine):.2f}",
+        }
+        for run in dict.fromkeys(pair.run for pair in ran)
+        if (mine := [pair for pair in ran if pair.run == run])
+    ]
+    faults = [
+        {
+            "run": pair.run,
+            "kind": pair.kind,
+            "pair": pair.names,
+            "labels": pair.truth,
+            "check": pair.levels[1],
+            "midpoint over better parent, points and nats": f"{100 * pair.harm[0]:.1f}, {pair.harm[1]:.3f}",
+        }
+        for pair in wrong
+    ]
+    kinds = [
+        {
+            "kind": kind,
+            "pairs": len(mine),
+            **{truth: sum(pair.truth == truth for pair in mine) for truth in ANSWERS},
+            "check agrees": sum(pair.levels[1] == pair.truth for pair in mine),
+            LEFT: sum(pair.levels[1] == LEFT for pair in mine),
+        }
+        for kind in dict.fromkeys(pair.kind for pair in found)
+        if (mine := [pair for pair in found if pair.kind == kind])
+    ]
+    sure = [
+        f"*{answer}* {sum(pair.truth == answer for pair in mine)} of {len(mine)}"
+        for answer in ANSWERS
+        if (mine := [pair for pair in found if pair.levels[0] == answer])
+    ]
+    bold = sum(pair.levels[1] == "merge" for pair in wrong)
+    agreed, would = len(decided) - len(wrong), sum(pair.truth != "do not merge" for pair in left)
+    return "\n\n".join(
+        [
+            f"`python benchmarks/verdict.py --out DIR --write`, after a first call without `--write`. {len(found)} pairs "
+            "of models that no threshold was fitted on: other seeds, shapes, texts and tasks (MLP, ResNet and ViT on "
+            "MNIST, MiniLM on genres and tenses of the Brown corpus, byte-level Llama and GPT-2 on its genres). Each goes "
+            "through `hf_llfc.check` with 128 samples, 32 texts of language models, without labels; what labels say is "
+            "told as above, on samples that it has not seen.",
+            f"**Level 2** decides {len(decided)} pairs and agrees with labels in {agreed} ({agreed / len(decided):.1%}). "
+            f"It merges {bold} against the labels, and {len(harmful)} of which "
+            f"the midpoint is more than five points worse than the better parent. {len(left)} it leaves to labels, since "
+            "the parents contradict each other, disagree in much, or one is at chance; of these labels would merge "
+            f"{would}, as they are or aligned.\n\n{confusion(found, 1)}",
+            f"What it gets wrong:\n\n{markdown(faults)}" if faults else "It gets none wrong.",
+            "**The estimate of the barrier** against the barrier that labels show at the midpoint:\n\n"
+            + markdown([reliability_row(name, part) for name, part in parts if len(part) > 1]),
+            f"**Level 1** answers as labels do, by its answer: {', '.join(sure)}.\n\n{confusion(found, 0)}",
+            f"Time of the processor, medians. Level 2 takes {ratios[1]:.2f} times what three bare passes and opening "
+            f"the models take, level 1 {ratios[0]:.2f} times.\n\n{markdown(costs)}",
+            f"By kind:\n\n{markdown(kinds)}",
+        ]
+    )
+
+
+def confusion(found: Sequence[Answered], level: int) -> str:
+    """Truth in rows, answers in columns."""
+    counts = Counter((pair.truth, pair.levels[level]) for pair in found)
+    return markdown(
+        [
+            {"labels say": truth, **{f"check says {answer}": counts[truth, answer] for answer in (*ANSWERS, LEFT)}}
+            for truth in ANSWERS
+        ]
+    )
+
+
+def main(words: list[str] | None = None) -> None:
+    """Trains and measures what is missing, or writes the section."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where all goes, and is kept")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), help="some groups; all of them by default")
+    parser.add_argument("--write", action="store_true", help="write results/verdict.md; measures nothing")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    arguments = parser.parse_args(words)
+    if arguments.write:
+        require_sections("verdict-held-out")
+        lines = (arguments.out / "records.jsonl").read_text().splitlines()
+        text = section([answered(json.loads(line)) for line in lines])
+        replace_section("verdict-held-out", text)
+        print(text)
+        return
+    parents.settle(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bars()
+    measure_all(arguments.only or list(GROUPS), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

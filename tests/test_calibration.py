@@ -13,6 +13,11 @@ from tests.runs import byte_llama
 
 GOOD = State(
     divergence=0.02,
+    gain=0.01,
+    estimate=0.01,
+    bound=0.3,
+    interval=0.005,
+    differing=0.1,
     share=0.01,
     disagreement=0.03,
     ratio=0.2,
@@ -21,6 +26,7 @@ GOOD = State(
     barrier_loss=0.0,
     harm_error=0.0,
     harm_loss=0.0,
+    midpoint=0.0,
 )
 BAD = replace(GOOD, divergence=0.9, ratio=4.0, coefficient=0.3, barrier_error=0.3, barrier_loss=1.0)
 DIVERGENCE = RULES["divergence from the ensemble"]
@@ -87,12 +93,12 @@ def test_a_rule_of_two_limits_finds_both():
     [(GOOD, BAD, "merge"), (BAD, GOOD, "align"), (BAD, BAD, "do not merge"), (BAD, None, "do not merge")],
 )
 def test_a_pair_is_aligned_only_where_it_is_not_sound_as_it_is(as_is, aligned, answer):
-    example = Example("run", "mlp", "spawned", "a + b", as_is, aligned, gain=0.0, moved=0)
+    example = Example("run", "mlp", "spawned", "a + b", as_is, aligned, gain=0.0, moved=0, cosine=1.0, heads_apart=0.0)
     assert example.truth == answer == example.answer(DIVERGENCE, {"divergence": 0.1})
 
 
 def test_a_pair_that_matching_leaves_alone_has_one_state():
-    record = {"run": "r", "family": "mlp", "kind": "spawned", "a": "x/one", "b": "y/two", "weights": {"gain": 0.0}}
+    record = {"run": "r", "family": "mlp", "kind": "spawned", "a": "x/one", "b": "y/two", "weights": {"gain": 0.0, "cosine": 1.0, "heads_apart": 0.0}}
     record["weights"]["moved"] = 0
     layer = {"layer": "logits", "llfc": 0.1, "baseline": 0.4, "coefficient": 0.9}
     record["as_is"] = {"layers": [layer], "outputs": OUTPUTS}
