@@ -26,8 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tests.mlp_model  # noqa: F401  registers the MLP
 from benchmarks.calibration import (
     ANSWERS,
-    HARM_ERROR,
-    HARM_LOSS,
     HELD_OUT,
     LEFT,
     RULES,
@@ -52,6 +50,8 @@ from hf_llfc.diagnostics.verdict import (
     DIVERGENCE_LIMIT,
     ERROR_BARRIER_TOLERANCE,
     GAIN_LIMIT,
+    HARM_ERROR,
+    HARM_LOSS,
     INFORMATION_LIMIT,
     LOSS_BARRIER_TOLERANCE,
     judge_weights,
@@ -384,8 +384,8 @@ def section(folder: Path) -> str:
         "**Level 1** looks at coordinates alone and cannot see whether matching suffices: its answer is that of labels "
         f"in {agreement(fitting, weights_answer)} and {agreement(held, weights_answer)}. Held out:"
         f"{tables(confusion(held, weights_answer))}",
-        "**The estimate of the barrier** (divergence less gain) against the barrier that labels show at the midpoint, in "
-        "nats, of all states:"
+        "**The estimate of the barrier** (divergence less gain) against the barrier that labels show at the midpoint, "
+        "in nats, of all states:"
         + tables(markdown([reliability_row(*each) for each in parts_of(found)]))
         + "\n\nThe range "
         f"given with the estimate is that of its samples, wider on both sides by {UNSURE_SHARE:g} of divergence and "
@@ -402,7 +402,7 @@ def section(folder: Path) -> str:
 
 REMARKS = """\
 Why. A copy with weights four times too large is overconfident, as is the blend, next to the limit of harm. Before pairs
-whose parents disagree that much were left to labels, the rule was wrong on 10 of 191 pairs. Nine of them are among these:
+whose parents disagree that much were left to labels, the rule was wrong on 10 of 191 pairs, most of them among these:
 one parent useless on the samples, so that the midpoint is their faithful blend and still bad (*too bold*); parents of
 different tasks or with a damaged layer, which merge to something better than their ensemble (*too cautious*). No number
 that needs no labels told the two apart.

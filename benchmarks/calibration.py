@@ -13,17 +13,14 @@ from hf_llfc.diagnostics.verdict import (
     DISAGREEMENT_LIMIT,
     ERROR_BARRIER_TOLERANCE,
     GAIN_LIMIT,
+    HARM_ERROR,
+    HARM_LOSS,
     LOSS_BARRIER_TOLERANCE,
     NEGLIGIBLE_DISTANCE,
 )
 
 HELD_OUT = ("fashion-mlp-sgd", "digits-resnet", "fashion-vit", "minilm", "bytes-gpt2", "small-llama")
 """Runs whose pairs take no part in fitting; each architecture has other runs that do."""
-
-HARM_ERROR, HARM_LOSS = 0.05, 0.25
-"""How much worse than the better parent a midpoint may be that counts as sound: five points of error, a quarter of a
-nat. Below the line between a good parent and a useless one lies nearly everything, so the barrier alone would call
-merging with a damaged model sound."""
 
 
 ANSWERS = ("merge", "align", "do not merge")

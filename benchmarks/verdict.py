@@ -33,11 +33,12 @@ import hf_llfc
 from benchmarks import train_parents as parents
 from benchmarks import train_tasks as tasks
 from benchmarks.calibrate import RECOMPUTED, SAMPLES, data_of, flat, key_of, opened, reliability_row, walk
-from benchmarks.calibration import ANSWERS, HARM_ERROR, LEFT, State, state_of, truth_of
+from benchmarks.calibration import ANSWERS, LEFT, State, state_of, truth_of
 from benchmarks.pairs import TEN_LABELS, Pair, Plan, add_variant, digit_arrays, image_inputs, ten_labels
 from benchmarks.results import markdown, replace_section, require_sections
 from hf_llfc.checkpoints import open_checkpoint
 from hf_llfc.diagnostics import has_batch_norm
+from hf_llfc.diagnostics.verdict import HARM_ERROR
 from hf_llfc.evaluation.models import evaluation_mode, forward_logits
 from hf_llfc.parents.data import open_data
 from hf_llfc.parents.parent import Parent
@@ -395,16 +396,16 @@ def section(found: Sequence[Answered]) -> str:
     agreed, would = len(decided) - len(wrong), sum(pair.truth != "do not merge" for pair in left)
     return "\n\n".join(
         [
-            f"`python benchmarks/verdict.py --out DIR --write`, after a first call without `--write`. {len(found)} pairs "
-            "of models that no threshold was fitted on: other seeds, shapes, texts and tasks (MLP, ResNet and ViT on "
-            "MNIST, MiniLM on genres and tenses of the Brown corpus, byte-level Llama and GPT-2 on its genres). Each goes "
-            "through `hf_llfc.check` with 128 samples, 32 texts of language models, without labels; what labels say is "
-            "told as above, on samples that it has not seen.",
-            f"**Level 2** decides {len(decided)} pairs and agrees with labels in {agreed} ({agreed / len(decided):.1%}). "
-            f"It merges {bold} against the labels, and {len(harmful)} of which "
-            f"the midpoint is more than five points worse than the better parent. {len(left)} it leaves to labels, since "
-            "the parents contradict each other, disagree in much, or one is at chance; of these labels would merge "
-            f"{would}, as they are or aligned.\n\n{confusion(found, 1)}",
+            f"`python benchmarks/verdict.py --out DIR --write`, after a first call without `--write`. {len(found)} "
+            "pairs of models that no threshold was fitted on: other seeds, shapes, texts and tasks (MLP, ResNet and "
+            "ViT on MNIST, MiniLM on genres and tenses of the Brown corpus, byte-level Llama and GPT-2 on its genres). "
+            "Each goes through `hf_llfc.check` with 128 samples, 32 texts of language models, without labels; what "
+            "labels say is told as above, on samples that it has not seen.",
+            f"**Level 2** decides {len(decided)} pairs and agrees with labels in {agreed} "
+            f"({agreed / len(decided):.1%}). It merges {bold} against the labels, and {len(harmful)} of which the "
+            f"midpoint is more than five points worse than the better parent. {len(left)} it leaves to labels, since "
+            "the parents contradict each other or disagree in much, or one is at chance; of these labels would "
+            f"merge {would}, as they are or aligned.\n\n{confusion(found, 1)}",
             f"What it gets wrong:\n\n{markdown(faults)}" if faults else "It gets none wrong.",
             "**The estimate of the barrier** against the barrier that labels show at the midpoint:\n\n"
             + markdown([reliability_row(name, part) for name, part in parts if len(part) > 1]),

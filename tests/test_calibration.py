@@ -98,7 +98,14 @@ def test_a_pair_is_aligned_only_where_it_is_not_sound_as_it_is(as_is, aligned, a
 
 
 def test_a_pair_that_matching_leaves_alone_has_one_state():
-    record = {"run": "r", "family": "mlp", "kind": "spawned", "a": "x/one", "b": "y/two", "weights": {"gain": 0.0, "cosine": 1.0, "heads_apart": 0.0}}
+    record = {
+        "run": "r",
+        "family": "mlp",
+        "kind": "spawned",
+        "a": "x/one",
+        "b": "y/two",
+        "weights": {"gain": 0.0, "cosine": 1.0, "heads_apart": 0.0},
+    }
     record["weights"]["moved"] = 0
     layer = {"layer": "logits", "llfc": 0.1, "baseline": 0.4, "coefficient": 0.9}
     record["as_is"] = {"layers": [layer], "outputs": OUTPUTS}

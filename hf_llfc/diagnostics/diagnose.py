@@ -228,6 +228,7 @@ def _report(
             convex=merge.convex,
             at_chance=lost,
             contradiction=contradiction,
+            harm=_over_the_better(measured, sums, merge, len(sums.predictions[ours])) if data.labelled else None,
         ),
         region=region.kind,
         decomposition=tuple(agreement.row(point) for point, agreement in between.items() if point in wanted),
@@ -238,6 +239,18 @@ def _report(
         data=summary,
         alignment=dict(origin.alignment),
         versions=_versions(),
+    )
+
+
+def _over_the_better(measured: Region, sums: PathSums, merge: Point, models: int) -> Barrier | None:
+    """Loss and error of the merge over those of the better model; None where the models were not measured."""
+    own = {point.vertex: scores for point, scores in zip(measured.points, sums.scores, strict=True)}
+    parents = [own[index] for index in range(models) if index in own]
+    if not parents or merge not in measured.points:
+        return None
+    scores = sums.scores[measured.points.index(merge)]
+    return Barrier(
+        loss=scores.loss - min(each.loss for each in parents), error=scores.error - min(each.error for each in parents)
     )
 
 

@@ -28,6 +28,11 @@ LOSS_BARRIER_TOLERANCE = 0.1
 """In nats: at most a tenth more perplexity than on the line between the parents. Needed beside the error because
 language models lose likelihood long before they lose hits."""
 
+HARM_ERROR, HARM_LOSS = 0.05, 0.25
+"""How much worse than the better parent a merge may be that counts as sound: five points of error, a quarter of a nat.
+Below the line between a good parent and a useless one lies nearly everything, so the barrier alone would call merging
+with a damaged model sound."""
+
 OUTPUT_RATIO_LIMIT = 0.5
 """LLFC of the logits over their baseline, where predictions are not at hand: the merged output is at most half as far
 from the blend of the parents' outputs as these are from one another. On the calibration pairs anything from 0.44 to
@@ -100,6 +105,7 @@ def judge(
     convex: bool = True,
     at_chance: Sequence[AtChance] = (),
     contradiction: Contradiction | None = None,
+    harm: Barrier | None = None,
 ) -> Verdict:
     """Judges a pair: what to do with it, and the numbers that say so.
 
@@ -110,6 +116,7 @@ def judge(
         outputs: How predictions agree at the midpoint; counts only where there are no labels.
         convex: Whether the merge lies between the models; a sum of task vectors need not, and has then no barrier.
         at_chance: Models that do no better than chance: nothing follows from how they merge.
+        harm: Error and loss of the merge over those of the better parent; None without labels.
         contradiction: How the models contradict each other: then no average of them keeps what they know.
 
     Returns:
@@ -146,11 +153,32 @@ def judge(
             f"(limit {100 * ERROR_BARRIER_TOLERANCE:g}) and {rounded(barrier.loss, 3)} nats of loss "
             f"(limit {LOSS_BARRIER_TOLERANCE:g}); {evidence}"
         )
+        if (barrier.error <= ERROR_BARRIER_TOLERANCE) != (barrier.loss <= LOSS_BARRIER_TOLERANCE):
+            over, within = ("error", "loss") if barrier.error > ERROR_BARRIER_TOLERANCE else ("loss", "error")
+            evidence = (
+                f"loss and error contradict each other: {over} is over its limit, and {within} is not; {evidence}"
+            )
+        evidence += _beside_the_better(harm)
     if connected:
         return Verdict("merge", evidence)
     if not aligned:
         return Verdict("align", evidence + NOT_ALIGNED)
     return Verdict("do not merge", f"{evidence}, although the models have been aligned")
+
+
+def _beside_the_better(harm: Barrier | None) -> str:
+    """Where a merge is much worse, or better, than its better parent, as words."""
+    if harm is None or harm.error is None or harm.loss is None:
+        return ""
+    error, loss = f"{rounded(100 * abs(harm.error), 2)} points of error", f"{rounded(abs(harm.loss), 3)} nats"
+    if harm.error > HARM_ERROR or harm.loss > HARM_LOSS:
+        worse = error if harm.error > HARM_ERROR else f"{loss} of loss"
+        return f"; the merge is {worse} worse than the better parent: if these data are all that matters, keep that one"
+    if harm.error < 0 and harm.loss < 0:
+        return f"; the merge is better than either parent, by {error} and {loss} of loss"
+    if harm.error < 0:
+        return f"; the merge is better than either parent by {error}, though not in loss"
+    return ""
 
 
 def _disagreement(outputs: OutputAgreement) -> str:

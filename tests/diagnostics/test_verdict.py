@@ -139,3 +139,20 @@ def test_the_range_of_an_estimate_holds_more_than_what_samples_explain():
     found = replace(outputs(0.1), loss_barrier=0.05, loss_barrier_interval=(0.03, 0.07))
     low, high = found.loss_barrier_range
     assert (0.03 - low, high - 0.07) == pytest.approx((0.63 * 0.15 + 0.02,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("barrier", "harm", "said"),
+    [
+        (LOW, Barrier(loss=0.1, error=0.054), "5.40 points of error worse than the better parent"),
+        (LOW, Barrier(loss=0.3, error=0.01), "0.300 nats of loss worse than the better parent"),
+        (LOW, Barrier(loss=-0.1, error=-0.02), "better than either parent, by 2.00 points"),
+        (Barrier(loss=0.106, error=0.0), Barrier(loss=0.05, error=-0.019), "though not in loss"),
+        (Barrier(loss=0.106, error=0.0), None, "loss is over its limit, and error is not"),
+        (Barrier(loss=0.0, error=0.03), None, "error is over its limit, and loss is not"),
+    ],
+)
+def test_loss_and_error_and_the_better_parent_are_named(barrier, harm, said):
+    verdict = judge(barrier, SPAWNED, aligned=True, harm=harm)
+    assert said in verdict.because
+    assert verdict.answer == ("merge" if barrier is LOW else "do not merge")
