@@ -104,7 +104,7 @@ def diagnose_checkpoints(
     )
     if of_merge:
         subject = Subject.at(models, region, calibration)
-        measured |= run_merge_measures(of_merge, subject, data, execution=execution)
+        measured |= run_merge_measures(of_merge, subject, data, layers=section.layers or None, execution=execution)
     suggestion = _suggestion(models, data, section, region, shares, report, execution)
     return replace(report, **measured, suggestion=suggestion)
 
@@ -188,7 +188,8 @@ def measure_made(
         return {}
     refuse_offloaded(section)
     device = execution.processes.device if execution.processes is not None else None
-    return run_merge_measures(names, made.subject(calibration, device), data, execution=execution)
+    subject, layers = made.subject(calibration, device), section.layers or None
+    return run_merge_measures(names, subject, data, layers=layers, execution=execution)
 
 
 def _streamed(parents: Sequence[Parent], device: torch.device | str) -> tuple[list[PreTrainedModel], StreamedModel]:

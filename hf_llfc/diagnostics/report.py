@@ -17,6 +17,7 @@ from hf_llfc.diagnostics.rows import (
     AtChance,
     Barrier,
     BlockRow,
+    ClassesRow,
     CommutativityRow,
     Contradiction,
     DecompositionRow,
@@ -28,6 +29,7 @@ from hf_llfc.diagnostics.rows import (
     OutputAgreement,
     PathPoint,
     SampleRow,
+    SettlingRow,
     StitchingPoint,
     Suggestion,
     UnitsRow,
@@ -52,6 +54,8 @@ PARTS = (
     "fold",
     "importance",
     "units",
+    "classes",
+    "settling",
     "samples",
 )
 """What of a report makes a table."""
@@ -111,6 +115,8 @@ class ConnectivityReport:
         fold: The ways from the models to the merge, and over it, where asked for.
         importance: Of every tensor of every model, where asked for.
         units: Those that are always or never active, where asked for.
+        classes: How well every layer tells classes apart, where asked for.
+        settling: After which blocks answers are settled, where asked for.
         samples: Those that carry most of the barrier, the one that carries most first; none without labels.
         suggestion: Better weights, where asked for.
         data: On which data it was measured.
@@ -136,6 +142,8 @@ class ConnectivityReport:
     fold: tuple[FoldRow, ...] = ()
     importance: tuple[ImportanceRow, ...] = ()
     units: tuple[UnitsRow, ...] = ()
+    classes: tuple[ClassesRow, ...] = ()
+    settling: tuple[SettlingRow, ...] = ()
     samples: tuple[SampleRow, ...] = ()
     suggestion: Suggestion | None = None
     data: Mapping[str, Any] = field(default_factory=dict)

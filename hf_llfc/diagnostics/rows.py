@@ -303,6 +303,52 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
+class ClassesRow:
+    """How well the features of one layer tell classes apart, in one of the models, their blend, or the merge.
+
+    Args:
+        layer: The module's name, or ``logits``.
+        of: ``model 1``, ``model 2``, …, ``base``, ``blend`` for the blend of their features, or ``merge``.
+        compression: Variance within classes over variance between them; None where classes have one mean.
+        discrimination: 1 − the largest cosine of the means of two classes; None where a mean is zero.
+        separability: F / (1 + F) with Fisher's ratio F, the mean over pairs of classes; None with too few samples.
+        least: That of the pair which is told apart worst.
+        pair: Names of these two classes; empty with too few samples.
+        directions: 1 − cos between the directions of the class means here and in each of the models, the mean over
+            classes; None where a class has no direction.
+    """
+
+    layer: str
+    of: str
+    compression: float | None
+    discrimination: float | None
+    separability: float | None
+    least: float | None
+    pair: tuple[str, ...]
+    directions: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class SettlingRow:
+    """How many predictions are settled after a block, in one of the models or in the merge.
+
+    The norm and the head of the model are applied to the block's output. A prediction is settled if from this block on
+    that gives the final answer.
+
+    Args:
+        layer: The block.
+        of: ``model 1``, ``model 2``, …, ``base``, or ``merge``.
+        answer: Share of predictions whose most probable class or token is the final one from this block on.
+        close: Share whose predicted distribution is within a divergence of .1 nats of the final one from this block on.
+    """
+
+    layer: str
+    of: str
+    answer: float
+    close: float
+
+
+@dataclass(frozen=True)
 class Suggestion:
     """Weights that promise more than the ones asked for, with what they gain on samples they were not chosen on.
 

@@ -36,7 +36,7 @@ UNITS = ("sample", "token")
 PAIR_MEASURES = ("additivity", "commutativity", "stitching", "geometry")
 """What a diagnosis of two models may measure beside loss, metric and LLFC."""
 
-MERGE_MEASURES = ("blocks", "fold", "importance", "units")
+MERGE_MEASURES = ("blocks", "fold", "importance", "units", "classes", "settling")
 """What a diagnosis of a merge of any number of models may measure."""
 
 MEASURES = PAIR_MEASURES + MERGE_MEASURES

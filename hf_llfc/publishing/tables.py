@@ -14,6 +14,7 @@ from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, GeometryRow, LayerRow, Statistic
 from hf_llfc.publishing.breaking import blocks_table, fold_table, importance_table, samples_table, units_table
 from hf_llfc.publishing.columns import Column, Table
+from hf_llfc.publishing.depth import classes_table, settling_table
 from hf_llfc.publishing.numbers import (
     ERROR,
     LOSS,
@@ -70,6 +71,8 @@ def measure_tables(report: ConnectivityReport) -> list[Table]:
         fold_table(report),
         importance_table(report),
         units_table(report),
+        classes_table(report),
+        settling_table(report),
     ]
     return [table for table in tables if table.rows]
 

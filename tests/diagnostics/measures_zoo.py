@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from hf_llfc.adapters.derived.verify import randomise
 from hf_llfc.diagnostics.features.layers import LOGITS, select_layers
+from hf_llfc.diagnostics.features.vectors import sample_vectors_of
 from hf_llfc.diagnostics.measures.additivity import Additivity
 from hf_llfc.diagnostics.measures.commutativity import Commutativity
 from hf_llfc.diagnostics.measures.geometry import Geometry
+from hf_llfc.diagnostics.measures.settling import Lens
 from hf_llfc.diagnostics.measures.stitching import changed_in_place, recorded, replaced
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.models import evaluation_mode, model_inputs
@@ -46,7 +48,12 @@ def examine(model_type: str, model: PreTrainedModel, inputs: dict[str, torch.Ten
             if not all(math.isfinite(number) for row in rows for number in numbers(dataclasses.asdict(row))):
                 return f"{name}: a number is not finite"
         try:
+            facts["settling"] = len(Lens(model, inputs).layers)
+        except EvaluationError as error:
+            facts["settling"] = str(error)
+        try:
             layers = [layer for layer in select_layers(model, inputs) if layer.label != LOGITS]
+            facts["classes"] = sorted({each.reads for each in sample_vectors_of(model, inputs, layers, "classes")})
         except EvaluationError as error:
             return facts | {"stitching": str(error)}
         boundaries, _ = recorded(model, inputs, layers, changed_in_place(model, inputs))

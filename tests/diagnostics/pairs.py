@@ -10,6 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_llfc.adapters.derived.verify import randomise
+from hf_llfc.diagnostics.combination import CombinedModel
+from hf_llfc.diagnostics.measures.subject import Subject
 from hf_llfc.evaluation import EvaluationConfig, load_evaluation_data
 from tests.evaluation.tiny_data import perceptron, pixel_rows, text_rows, vector_rows, word_tokenizer
 from tests.tiny_models import FullDouble, tiny_model
@@ -193,3 +195,10 @@ def tensors_of(model, samples, sites):
     for handle in handles:
         handle.remove()
     return kept
+
+
+def subject_of(models, weights):
+    """The merge of models with these weights."""
+    combined = CombinedModel(models)
+    combined.move_to(weights)
+    return Subject(tuple(models), combined.model, tuple(weights), tuple(weights))

@@ -30,6 +30,8 @@ ROWS = {
     "fold": rows.FoldRow,
     "importance": rows.ImportanceRow,
     "units": rows.UnitsRow,
+    "classes": rows.ClassesRow,
+    "settling": rows.SettlingRow,
     "sample": rows.SampleRow,
     "suggestion": rows.Suggestion,
     "verdict": rows.Verdict,

@@ -249,6 +249,30 @@ def make_measured_report(blocks: int = 12, **changes: Any) -> dict[str, Any]:
             {"layer": f"{name}.act", "units": 64, "always": [0.0, 0.125, 0.25], "never": [0.25, 0.125, 0.5]}
             for name in encoder
         ],
+        "classes": [
+            {
+                "layer": name,
+                "of": of,
+                "compression": 2.0 * factor * 0.8**place,
+                "discrimination": 0.01 * (place + 1),
+                "separability": 1 - factor * 0.5 * 0.9**place,
+                "least": 1 - factor * 0.6 * 0.9**place,
+                "pair": ["negative", "positive"],
+                "directions": [distance, distance / 2],
+            }
+            for place, name in enumerate([*encoder, "logits"])
+            for of, factor, distance in (
+                ("model 1", 1.0, 0.0),
+                ("model 2", 0.9, 0.5),
+                ("blend", 0.95, 0.25),
+                ("merge", 1.1, 0.3),
+            )
+        ],
+        "settling": [
+            {"layer": name, "of": of, "answer": (place + 1 - late) / (blocks - late), "close": (place + 1) / blocks}
+            for place, name in enumerate(encoder)
+            for of, late in (("model 1", 0.0), ("model 2", 0.25), ("merge", 0.5))
+        ],
         "samples": [
             {
                 "sample": 17 + place,

@@ -1,8 +1,9 @@
 """What is measured besides LLFC, on one pass of the data.
 
 Of two models additivity, commutativity, stitching and geometry, as in the LLFC paper; of a merge of any number of
-models where it breaks, the ways over it, whose weights matter, and which units are active. Each measure runs the models
-itself, so that none can disturb another.
+models where it breaks, the ways over it, whose weights matter, which units are active, where classes come apart, and
+where answers settle. Each measure runs the models itself, so that none can disturb another; those that only look at
+features share their passes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from transformers import PreTrainedModel
 from hf_llfc.diagnostics.measures.activity import Activity
 from hf_llfc.diagnostics.measures.additivity import Additivity
 from hf_llfc.diagnostics.measures.blocks import Blocks
+from hf_llfc.diagnostics.measures.classes import Classes
 from hf_llfc.diagnostics.measures.commutativity import Commutativity
 from hf_llfc.diagnostics.measures.geometry import Geometry
+from hf_llfc.diagnostics.measures.passes import Passes, Watcher
 from hf_llfc.diagnostics.measures.sensitivity import Importance
+from hf_llfc.diagnostics.measures.settling import Settling
 from hf_llfc.diagnostics.measures.star import Star
 from hf_llfc.diagnostics.measures.stitching import Stitching
 from hf_llfc.diagnostics.measures.subject import Subject
@@ -28,7 +32,8 @@ from hf_llfc.diagnostics.streaming import IN_ONE_PROCESS, Execution, over_batche
 from hf_llfc.errors import EvaluationError
 from hf_llfc.evaluation.data import EvaluationData
 from hf_llfc.evaluation.models import evaluation_mode
-from hf_llfc.foundation.choices import MERGE_MEASURES, PAIR_MEASURES
+from hf_llfc.foundation.choices import PAIR_MEASURES
+from hf_llfc.recipe.data import CLASSIFICATION_TASKS
 
 
 class Measure(Protocol):
@@ -61,7 +66,7 @@ def check_measures(names: Sequence[str], data: EvaluationData, alphas: Sequence[
     """Rejects measures that cannot be taken, before anything is run.
 
     Args:
-        names: Of `PAIR_MEASURES`.
+        names: Of `MEASURES`.
         data: The samples.
         alphas: Where additivity is to be measured.
 
@@ -70,6 +75,11 @@ def check_measures(names: Sequence[str], data: EvaluationData, alphas: Sequence[
     """
     if "additivity" in names and not any(0 < alpha < 1 for alpha in alphas):
         raise EvaluationError("additivity is measured between the models: give an alpha between 0 and 1")
+    if "classes" in names and not (data.labelled and data.task in CLASSIFICATION_TASKS):
+        raise EvaluationError(
+            "classes compares samples of different classes, and these have no class labels; give labelled data of a "
+            "classification task, or leave classes out of the measures"
+        )
     if "stitching" in names and not data.labelled:
         raise EvaluationError(
             "stitching measures loss and metrics, and the data have no labels; give labelled data, or leave stitching "
@@ -123,23 +133,30 @@ def run_measures(
 
 
 def run_merge_measures(
-    names: Sequence[str], subject: Subject, data: EvaluationData, *, execution: Execution = IN_ONE_PROCESS
+    names: Sequence[str],
+    subject: Subject,
+    data: EvaluationData,
+    *,
+    layers: Sequence[str] | None = None,
+    execution: Execution = IN_ONE_PROCESS,
 ) -> dict[str, tuple[Any, ...]]:
     """Measures a merge of any number of models.
 
     Args:
         names: Of `MERGE_MEASURES`.
         subject: The merge and its models.
-        data: The samples.
+        data: The samples; classes need labels.
+        layers: In which layers classes are looked at: patterns or words of `select_layers`; every block without them.
         execution: Processes and progress.
 
     Returns:
         Rows by the name of the measure, which is also that of the report's part: `BlockRow`, `FoldRow`,
-        `ImportanceRow` or `UnitsRow`.
+        `ImportanceRow`, `UnitsRow`, `ClassesRow` or `SettlingRow`.
 
     Raises:
         EvaluationError: A model or the data do not fit a measure, or a feature is not finite.
     """
+    check_measures(names, data, DEFAULT_ALPHAS)
     if not names:
         return {}
     with evaluation_mode(*subject.models, subject.merge):
@@ -150,18 +167,28 @@ def run_merge_measures(
             "importance": lambda: Importance(subject, batch, data),
             "units": lambda: Activity(subject, batch),
         }
-        return _measured({name: makers[name]() for name in MERGE_MEASURES if name in names}, data, execution)
+        watching: dict[str, Callable[[], Watcher]] = {
+            "classes": lambda: Classes(subject, batch, data, layers),
+            "settling": lambda: Settling(subject, batch),
+        }
+        passes = Passes(subject, {name: watching[name]() for name in watching if name in names})
+        measures = {name: makers[name]() for name in makers if name in names}
+        return _measured(measures, data, execution, passes)
 
 
 def _measured(
-    measures: Mapping[str, Measure], data: EvaluationData, execution: Execution
+    measures: Mapping[str, Measure], data: EvaluationData, execution: Execution, passes: Passes | None = None
 ) -> dict[str, tuple[Any, ...]]:
     """Rows of measures that have seen all samples."""
+    watchers = passes.watchers if passes is not None else {}
 
     def add(batch: Mapping[str, torch.Tensor], sample_ids: torch.Tensor) -> None:
         for measure in measures.values():
             measure.add(batch, sample_ids)
+        if passes is not None and watchers:
+            passes.add(batch, sample_ids)
 
-    own = _AllSums({name: measure.sums for name, measure in measures.items()})
+    every: dict[str, Measure | Watcher] = {**measures, **watchers}
+    own = _AllSums({name: measure.sums for name, measure in every.items()})
     sums = over_batches(data, add, own, "measuring", execution)
-    return {name: measure.rows(sums.by_name[name]) for name, measure in measures.items()}
+    return {name: measure.rows(sums.by_name[name]) for name, measure in every.items()}

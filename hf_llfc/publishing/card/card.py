@@ -63,6 +63,8 @@ MORE_PLOTS = {
     "fold": ("ways over the merge", "Barrier and length of the ways from every parent to the merge, and over it"),
     "importance": ("importance", "Importance of every block in every parent, as a share of the whole parent's"),
     "units": ("active units", "Units that are always or never active, in the parents and in the merge"),
+    "classes": ("classes", "How well every layer tells classes apart, in the parents, their blend, and the merge"),
+    "settling": ("settled answers", "After which block answers are settled, in the parents and in the merge"),
 }
 """Pictures that are folded away in a card: what a reader calls them, and what they show."""
 LONG_TABLE = 16

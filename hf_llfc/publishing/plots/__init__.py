@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.publishing.plots.breaking import plot_blocks, plot_fold, plot_importance, plot_units
 from hf_llfc.publishing.plots.canvas import DOTS_PER_INCH
+from hf_llfc.publishing.plots.depth import plot_classes, plot_settling
 from hf_llfc.publishing.plots.features import plot_heatmap, plot_layers
 from hf_llfc.publishing.plots.geometry import plot_feature_geometry, plot_weight_geometry
 from hf_llfc.publishing.plots.measures import plot_additivity, plot_commutativity, plot_stitching
@@ -23,6 +24,7 @@ __all__ = [
     "PLOT_FILES",
     "plot_additivity",
     "plot_blocks",
+    "plot_classes",
     "plot_commutativity",
     "plot_feature_geometry",
     "plot_fold",
@@ -30,6 +32,7 @@ __all__ = [
     "plot_importance",
     "plot_layers",
     "plot_path",
+    "plot_settling",
     "plot_stitching",
     "plot_units",
     "plot_weight_geometry",
@@ -49,6 +52,8 @@ PLOTS: Mapping[str, Callable[[ConnectivityReport], Figure | None]] = {
     "fold": plot_fold,
     "importance": plot_importance,
     "units": plot_units,
+    "classes": plot_classes,
+    "settling": plot_settling,
 }
 """What draws each picture, in the order in which a reader wants them."""
 

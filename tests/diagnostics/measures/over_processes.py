@@ -10,18 +10,22 @@ from pathlib import Path
 
 import torch
 
-from hf_llfc.diagnostics.measures.measures import MEASURES, run_measures
+from hf_llfc.diagnostics.measures.measures import run_measures, run_merge_measures
 from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
+from hf_llfc.foundation.choices import MERGE_MEASURES, PAIR_MEASURES
 from hf_llfc.parallel.processes import Processes
-from tests.diagnostics.pairs import data_of, pair
+from tests.diagnostics.pairs import data_of, pair, subject_of
 
 
 def measure(processes: Processes | None) -> dict:
-    """All rows, as JSON values."""
+    """All rows of measures of pairs, and of a merge, as JSON values."""
     models = pair("bert")
     data = data_of("bert", models[0].config, batch_size=3)
-    found = run_measures(MEASURES, *models, data, alphas=(0.25, 0.5), execution=Execution(processes))
+    found = run_measures(PAIR_MEASURES, *models, data, alphas=(0.25, 0.5), execution=Execution(processes))
+    models = pair("gpt2")
+    data = data_of("gpt2", models[0].config, count=23, batch_size=3)
+    found |= run_merge_measures(MERGE_MEASURES, subject_of(models, (0.5, 0.5)), data, execution=Execution(processes))
     return {name: [dataclasses.asdict(row) for row in rows] for name, rows in found.items()}
 
 

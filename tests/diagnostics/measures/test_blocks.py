@@ -13,15 +13,9 @@ from hf_llfc.diagnostics.measures.subject import Subject
 from hf_llfc.diagnostics.streaming import over_batches
 from hf_llfc.evaluation import evaluate_model
 from hf_llfc.evaluation.models import evaluation_mode
-from tests.diagnostics.pairs import data_of, pair, precise, samples_of
+from tests.diagnostics.pairs import data_of, pair, precise, samples_of, subject_of
 
 FAMILIES = ("bert", "llama-tied", "vit", "resnet-basic", "bart", "albert", "perceptron")
-
-
-def subject_of(models, weights):
-    combined = CombinedModel(models)
-    combined.move_to(weights)
-    return Subject(tuple(models), combined.model, tuple(weights), tuple(weights))
 
 
 def rows_of(subject, data, dtype=torch.float64):

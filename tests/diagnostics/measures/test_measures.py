@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_llfc.diagnostics.measures.measures import MEASURES, run_measures
+from hf_llfc.diagnostics.measures.measures import run_measures, run_merge_measures
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.streaming import Execution
 from hf_llfc.errors import EvaluationError
+from hf_llfc.foundation.choices import MEASURES, MERGE_MEASURES, PAIR_MEASURES
 from tests.diagnostics.measures.over_processes import measure
-from tests.diagnostics.pairs import data_of, pair
+from tests.diagnostics.pairs import data_of, pair, subject_of
 
 SCRIPT = Path(__file__).with_name("over_processes.py")
 ROOT = Path(__file__).parents[3]
@@ -23,11 +24,37 @@ ROOT = Path(__file__).parents[3]
 def test_all_at_once_are_what_each_is_alone():
     models = pair("bert", torch.float32)
     data = data_of("bert", models[0].config, batch_size=4)
-    together = run_measures(MEASURES, *models, data, alphas=[0.5])
-    assert tuple(together) == MEASURES
-    for name in MEASURES:
+    together = run_measures(PAIR_MEASURES, *models, data, alphas=[0.5])
+    assert tuple(together) == PAIR_MEASURES
+    for name in PAIR_MEASURES:
         assert run_measures([name], *models, data, alphas=[0.5]) == {name: together[name]}
     assert run_measures([], *models, data) == {}
+
+
+def test_measures_of_a_merge_together_are_what_each_is_alone():
+    models = pair("gpt2", torch.float32)
+    subject, data = subject_of(models, (0.5, 0.5)), data_of("gpt2", models[0].config, count=23, batch_size=4)
+    together = run_merge_measures(MERGE_MEASURES, subject, data)
+    assert set(together) == set(MERGE_MEASURES) and all(together.values())
+    for name in MERGE_MEASURES:
+        assert run_merge_measures([name], subject, data) == {name: together[name]}
+    assert run_merge_measures([], subject, data) == {}
+
+
+def test_measures_of_features_share_their_passes(monkeypatch):
+    models = pair("gpt2", torch.float32)
+    subject, data = subject_of(models, (0.5, 0.5)), data_of("gpt2", models[0].config, count=8, batch_size=4)
+    ran = []
+    for model in (*models, subject.merge):
+        model.transformer.h[0].mlp.register_forward_hook(lambda *_: ran.append(1))
+    run_merge_measures(["settling"], subject, data)
+    trials = len(ran) - 2 * 3
+    ran.clear()
+    run_merge_measures(["classes", "settling"], subject, data)
+    both = len(ran) - 2 * 3
+    ran.clear()
+    run_merge_measures(["classes"], subject, data)
+    assert both == trials + len(ran) - 2 * 3
 
 
 def test_rows_are_parts_of_a_report():
@@ -54,7 +81,7 @@ def test_an_empty_sample_is_named():
         return batch
 
     object.__setattr__(data, "encode", with_empty_sample)
-    for name in MEASURES:
+    for name in PAIR_MEASURES:
         with pytest.raises(EvaluationError, match=f"sample {data.sample_ids[4]} is empty"):
             run_measures([name], *models, data)
 
@@ -71,7 +98,7 @@ def test_nothing_outlives_a_batch_and_models_stay_as_they_are():
         gc.collect()
         alive.append(sum(type(found) is torch.Tensor for found in gc.get_objects()))
 
-    run_measures(MEASURES, *models, data, alphas=[0.5], execution=Execution(progress=count_tensors))
+    run_measures(PAIR_MEASURES, *models, data, alphas=[0.5], execution=Execution(progress=count_tensors))
     assert len(alive) == 7  # before every batch and after the last
     assert len(set(alive[2:])) == 1
     for model, state in zip(models, before, strict=True):
