@@ -158,9 +158,10 @@ class Lockstep:
         runs = [self._parent(model, batch, units) for model in self.models]
         predicted = self._predicted(runs[0].logits, batch)
         parents = [run for each in runs if (run := self._answered(each.logits, predicted)) is not None]
-        for index, pairs in self.sums.choices.items() if predicted is not None else ():
-            first, other = (parents[model].answers.choice for model in (0, index))
-            pairs.add(first, other, sample_ids[predicted.samples.cpu()])
+        if predicted is not None:
+            of_samples = sample_ids[predicted.samples.cpu()]
+            for index, pairs in self.sums.choices.items():
+                pairs.add(parents[0].answers.choice, parents[index].answers.choice, of_samples)
         between = torch.stack([gram([run.features[place] for run in runs]) for place in range(len(self.layers))])
         squares = between.diagonal(dim1=1, dim2=2).permute(2, 0, 1)
         self._check_finite(squares, units, self.names)

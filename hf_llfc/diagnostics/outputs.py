@@ -30,7 +30,7 @@ def has_classes(config: PretrainedConfig, task: str) -> bool:
     """
     if task not in CLASSIFICATION_TASKS:
         return True
-    return config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+    return (config.num_labels or 0) > 1 and config.problem_type in (None, "single_label_classification")
 
 
 @dataclass

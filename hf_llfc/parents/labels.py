@@ -52,10 +52,7 @@ def in_order_of_labels(models: Sequence[Checkpoint], align: AlignSection, *, giv
 
 def _by_names(first: Checkpoint, other: Checkpoint) -> Relabelling | None:
     """The order of the first by the names of the classes in the configs; None where it is the same."""
-    names, own = (
-        [str(checkpoint.config.id2label[index]).casefold() for index in range(checkpoint.config.num_labels)]
-        for checkpoint in (first, other)
-    )
+    names, own = (_names(checkpoint) for checkpoint in (first, other))
     if sorted(names) != sorted(own) or len(set(names)) < len(names):
         raise AlignmentError(
             f"label_order: names: the classes of {other.label} ({', '.join(own)}) are not those of {first.label} "
@@ -68,6 +65,12 @@ def _by_names(first: Checkpoint, other: Checkpoint) -> Relabelling | None:
     return Relabelling(
         order, f"the classes of {other.label} were brought into the order of {first.label} by their names"
     )
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    """The names of the classes in their order, without regard to case."""
+    by_index = {int(index): str(name).casefold() for index, name in (checkpoint.config.id2label or {}).items()}
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def _by_answers(models: Sequence[Checkpoint], align: AlignSection) -> list[Relabelling | None]:
@@ -113,7 +116,7 @@ def _orders(models: Sequence[Checkpoint], align: AlignSection) -> list[ClassOrde
     for other in others:
         pairs = ChoicePairs()
         pairs.add(first, other, sample_ids)
-        orders.append(pairs.class_order(models[0].config.num_labels))
+        orders.append(pairs.class_order(len(_names(models[0]))))
     return orders
 
 

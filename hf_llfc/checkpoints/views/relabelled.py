@@ -32,7 +32,7 @@ def relabelled(checkpoint: Checkpoint, relabelling: Relabelling, first: Checkpoi
         return checkpoint.read_unrounded(name).index_select(dimensions[name], order)
 
     config = deepcopy(checkpoint.config)
-    config.id2label, config.label2id = dict(first.config.id2label), dict(first.config.label2id)
+    config.id2label, config.label2id = deepcopy((first.config.id2label, first.config.label2id))
     return replace(
         checkpoint,
         settings=checkpoint.settings.with_config(config),
@@ -54,7 +54,7 @@ def label_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
             "trust_remote_code"
         )
     config = deepcopy(checkpoint.config)
-    config.num_labels = config.num_labels + 1
+    config.num_labels = (config.num_labels or 0) + 1
     dimensions = growing_dimensions(checkpoint, config, "class")
     if not dimensions:
         raise CheckpointError(f"{checkpoint.label}: {checkpoint.architecture} has no tensor with a row for each class")
