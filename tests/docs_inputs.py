@@ -42,6 +42,8 @@ def make_inputs(folder: Path) -> None:
     base = classifier()
     for seed, name in enumerate(("BASE", "A", "B", "C", "MODEL")):
         save_classifier(nearby(base, seed), folder / name)
+    for seed, name in enumerate(("LORA-A", "LORA-B")):
+        save_lora(folder / "BASE", folder / name, seed)
     llama = byte_llama(0)
     saved(llama, folder / "LLAMA-A")
     saved(moved(nearby(llama, 1), 2), folder / "LLAMA-B")
@@ -88,6 +90,17 @@ def classifier() -> BertForSequenceClassification:
         num_labels=2,
     )
     return BertForSequenceClassification(config).eval()
+
+
+def save_lora(base: Path, folder: Path, seed: int) -> None:
+    """An adapter of a classifier."""
+    import peft
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False, task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(BertForSequenceClassification.from_pretrained(base), config)
+    adapted.peft_config["default"].base_model_name_or_path = base.name
+    adapted.save_pretrained(folder)
 
 
 def nearby(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -294,3 +294,17 @@ def test_adapters_of_two_bases_and_sums_that_scale_the_base_are_refused(base, tw
     with pytest.raises(RecipeError, match=r"sum to 1\.5, so that a linear merge scales the base"):
         hf_llfc.merge(two, [1.0, 0.5], out=tmp_path / "no", save_as="adapter", parameters={"normalize": False})
     assert not (tmp_path / "no").exists()
+
+
+def test_an_encoder_comes_out_with_its_norms_biases_and_head(tmp_path):
+    base = tmp_path / "base"
+    tiny_model("bert", "sequence-classification").save_pretrained(base)
+    model = load_model(open_checkpoint(base))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "finetuned")
+    record = hf_llfc.extract(base, tmp_path / "finetuned", rank="auto", out=tmp_path / "out").adapter
+    expected = dict(open_checkpoint(tmp_path / "finetuned").state_dict())
+    assert distance(folded_by_peft(base, tmp_path / "out"), expected, base) < 1e-5 and not record.lost

@@ -93,7 +93,12 @@ def write_adapter(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    state = {name: tensor for name, tensor in found.items() if not _is_of(zero, tensor)}
+    # With biases, peft names what it holds whole a second time.
+    state = {
+        name: tensor
+        for name, tensor in found.items()
+        if not _is_of(zero, tensor) and ".modules_to_save." not in name and ".original_module." not in name
+    }
     for name, tensor in content.biases.items():
         path, _, leaf = name.rpartition(".")
         key = next((key for key in (f"{path}.base_layer.{leaf}", name) if f"{PREFIX}{key}" in found), name)
