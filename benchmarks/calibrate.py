@@ -50,6 +50,7 @@ from hf_llfc.diagnostics.verdict import (
     DIVERGENCE_LIMIT,
     ERROR_BARRIER_TOLERANCE,
     GAIN_LIMIT,
+    GAIN_SHARE,
     HARM_ERROR,
     HARM_LOSS,
     INFORMATION_LIMIT,
@@ -372,7 +373,8 @@ def section(folder: Path) -> str:
         "and a broken model lies nearly everything. `check` sees 128 samples, 32 texts for language models, no label.",
         f"**Level 2** leaves {left(fitting)} of the fitted pairs and {left(held)} of those held out to labels, because "
         f"the parents disagree in more than {DISAGREEMENT_LIMIT:.0%} of their predictions and the ensemble gains more "
-        f"than {GAIN_LIMIT:g} nats from it. Of the others it agrees with labels in {agreement(fitting, answer)} and in "
+        f"than {GAIN_LIMIT:g} nats from it (of few classes, {GAIN_SHARE:g} of their log). "
+        f"Of the others it agrees with labels in {agreement(fitting, answer)} and in "
         f"{agreement(held, answer)}; it is too bold (merges, or merges unaligned, what labels would "
         f"not) in {too_bold(fitting, *shipped)} and {too_bold(held, *shipped)}. Against the barrier alone, without the "
         f"second condition, it is right about {agree} of {len(barrier_only)} held-out states (a pair as it is, or "

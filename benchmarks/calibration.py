@@ -12,11 +12,11 @@ from hf_llfc.diagnostics.rows import UNSURE_NATS, UNSURE_SHARE, OutputAgreement
 from hf_llfc.diagnostics.verdict import (
     DISAGREEMENT_LIMIT,
     ERROR_BARRIER_TOLERANCE,
-    GAIN_LIMIT,
     HARM_ERROR,
     HARM_LOSS,
     LOSS_BARRIER_TOLERANCE,
     NEGLIGIBLE_DISTANCE,
+    gain_limit,
 )
 
 HELD_OUT = ("fashion-mlp-sgd", "digits-resnet", "fashion-vit", "minilm", "bytes-gpt2", "small-llama")
@@ -70,6 +70,7 @@ class State(Truth):
         bound: The most that it can be.
         interval: Half of the 95 % interval of the estimate.
         differing: Share of the predictions in which the parents disagree.
+        classes: How many a prediction chooses from.
         share: The divergence as a share of what the parents' predictions say.
         disagreement: Share of merged predictions that are not the ensemble's.
         ratio: LLFC over baseline at the logits; 0 where LLFC is negligible.
@@ -82,6 +83,7 @@ class State(Truth):
     bound: float
     interval: float
     differing: float
+    classes: int
     share: float
     disagreement: float
     ratio: float
@@ -90,7 +92,7 @@ class State(Truth):
     @property
     def is_left(self) -> bool:
         """Whether the parents disagree so much that only labels can tell."""
-        return self.gain > GAIN_LIMIT and self.differing > DISAGREEMENT_LIMIT
+        return self.gain > gain_limit(self.classes) and self.differing > DISAGREEMENT_LIMIT
 
 
 def truth_of(points: Sequence[Mapping[str, float]]) -> Truth:
@@ -120,6 +122,7 @@ def state_of(signals: dict[str, Any], points: list[dict[str, float]]) -> State:
         bound=outputs.bound,
         interval=(high - low) / 2,
         differing=outputs.parents_disagreement,
+        classes=outputs.classes,
         share=outputs.merged_divergence / outputs.information,
         disagreement=outputs.merged_disagreement,
         ratio=0.0 if last["llfc"] <= NEGLIGIBLE_DISTANCE else last["llfc"] / last["baseline"],

@@ -18,6 +18,7 @@ GOOD = State(
     bound=0.3,
     interval=0.005,
     differing=0.1,
+    classes=10,
     share=0.01,
     disagreement=0.03,
     ratio=0.2,

@@ -14,6 +14,7 @@ The thresholds were fitted on pairs whose barrier was measured with labels and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,12 +63,14 @@ BASELINE_LIMIT = 1.0
 """With predictions at hand, LLFC of the logits over their baseline: the merged output is nearer to the blend than the
 parents' outputs are to each other. Calibration leaves everything above 0.44 open; above one the blend means nothing."""
 
-GAIN_LIMIT = 0.3
+GAIN_LIMIT, GAIN_SHARE = 0.3, 0.1
 DISAGREEMENT_LIMIT = 0.25
-"""What the ensemble gains from its members' disagreement, in nats, and the share of predictions in which they disagree.
-Where both are more, one parent is often right where the other is wrong, and only labels tell which: of the calibration
-pairs beyond both limits, labels would merge less than half, and no number that needs no labels told which. Those below
-gain up to 0.24 nats, those beyond 0.35 and more."""
+"""What the ensemble gains from its members' disagreement, in nats and as a share of the log of the classes (the lower
+limit counts), and the share of predictions in which they disagree. Where both are more, one parent is often right
+where the other is wrong, and only labels tell which: of the calibration pairs beyond both limits, labels would merge
+less than half, and no number that needs no labels told which. Language models below gain up to 0.24 nats, classifiers
+beyond 0.35 and more. The share is for classifiers of few classes: a pair of ten classes that gained 0.27 was no
+merge."""
 
 MATCHING_FINDS_NOTHING = 0.1
 """Weight matching that takes less than this off the squared distance found noise. It took at most 0.055 off that of
@@ -127,7 +130,11 @@ def judge(
         return Verdict("contradict", contradiction.because)
     if at_chance:
         return Verdict("undecided", no_verdict(at_chance))
-    if outputs is not None and outputs.gain > GAIN_LIMIT and outputs.parents_disagreement > DISAGREEMENT_LIMIT:
+    if (
+        outputs is not None
+        and outputs.gain > gain_limit(outputs.classes)
+        and outputs.parents_disagreement > DISAGREEMENT_LIMIT
+    ):
         return Verdict("undecided", _disagreement(outputs))
     rows = middle_rows(layers)
     criteria = judged_by(layers, outputs)
@@ -181,11 +188,17 @@ def _beside_the_better(harm: Barrier | None) -> str:
     return ""
 
 
+def gain_limit(classes: int) -> float:
+    """What an ensemble may gain, in nats, for an answer without labels."""
+    return min(GAIN_LIMIT, GAIN_SHARE * math.log(classes))
+
+
 def _disagreement(outputs: OutputAgreement) -> str:
     """Why there is no answer without labels on parents that disagree that much."""
     return (
         f"the parents disagree in {outputs.parents_disagreement:.1%} of {outputs.predictions} predictions, and their "
-        f"ensemble gains {rounded(outputs.gain, 3)} nats from it (limits {DISAGREEMENT_LIMIT:.0%} and {GAIN_LIMIT:g}): "
+        f"ensemble gains {rounded(outputs.gain, 3)} nats from it (limits {DISAGREEMENT_LIMIT:.0%} and "
+        f"{rounded(gain_limit(outputs.classes), 2)}): "
         "one is often right where the other is wrong, and without labels nobody can tell which; measure with labels "
         "(`hf-llfc diagnose`), on data of every task that the merge is for"
     )

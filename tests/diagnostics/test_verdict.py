@@ -124,7 +124,7 @@ def test_the_middle_of_the_path_is_looked_at():
 
 @pytest.mark.parametrize(
     ("gain", "disagreement", "answer"),
-    [(0.49, 0.35, "undecided"), (0.35, 0.36, "undecided"), (0.24, 0.61, "merge"), (0.4, 0.2, "merge")],
+    [(0.49, 0.35, "undecided"), (0.27, 0.32, "undecided"), (0.18, 0.28, "merge"), (0.4, 0.2, "merge")],
 )
 def test_parents_that_disagree_much_are_left_to_labels(gain, disagreement, answer):
     found = replace(outputs(0.002), loss_barrier=0.002 - gain, parents_disagreement=disagreement)
@@ -133,6 +133,12 @@ def test_parents_that_disagree_much_are_left_to_labels(gain, disagreement, answe
     assert verdict.answer == answer
     assert ("measure with labels" in verdict.because) == (answer == "undecided")
     assert judge(LOW, SPAWNED, aligned=False).answer == "merge", "labels decide where there are any"
+
+
+def test_a_large_vocabulary_gains_more_before_labels_are_needed():
+    found = replace(outputs(0.002), loss_barrier=0.002 - 0.27, parents_disagreement=0.6)
+    assert judge(NONE, SPAWNED, aligned=False, outputs=replace(found, classes=257)).answer == "merge"
+    assert judge(NONE, SPAWNED, aligned=False, outputs=found).answer == "undecided"
 
 
 def test_the_range_of_an_estimate_holds_more_than_what_samples_explain():
