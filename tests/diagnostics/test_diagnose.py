@@ -145,6 +145,12 @@ def test_sums_of_simulated_processes_are_those_of_one(world):
     for found, expected in zip(merged.scores, whole.scores, strict=True):
         assert found.loss == pytest.approx(expected.loss, rel=1e-13)
         assert found.confusion == expected.confusion
+    assert merged.choices == whole.choices
+    for place, agreement in whole.agreements.items():
+        found, expected = (each.row(line(ALPHAS).points[place]) for each in (merged.agreements[place], agreement))
+        assert (found.half_share, found.orphans) == (expected.half_share, expected.orphans)
+        for name in ("gain", "divergence", "bound", "barrier"):
+            assert getattr(found, name).interval == pytest.approx(getattr(expected, name).interval, rel=1e-9)
 
 
 def test_the_ends_are_the_parents():
