@@ -38,7 +38,7 @@ from hf_llfc.diagnostics.rows import AFTER, BEFORE
 from hf_llfc.publishing.breaking import breaking_sentence
 
 DEPTH, WIDTH = 10, 128
-STEPS, BATCH, RATE = 2000, 128, 0.02
+STEPS, BATCH, RATE = 3000, 128, 0.01
 """Of the deep networks that tell two classes apart."""
 
 
@@ -195,7 +195,7 @@ def low_rank(options: argparse.Namespace) -> list[dict[str, str]]:
     """Rank-one share of deep ReLU networks that tell two classes apart, before and after training."""
     inputs, labels = two_classes(options.mlp / "data" / "train.parquet")
     rows = []
-    for decay in (0.0, 5e-3):
+    for decay in (0.0, 5e-3, 1e-2):
         for seed in (0, 1):
             network = deep_network(inputs.shape[1], seed)
             before = numbers_of(network)
@@ -249,6 +249,7 @@ def train_network(
         loss = nn.functional.cross_entropy(network(inputs[rows]), labels[rows])
         optimizer.zero_grad()
         loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
     always, never, features = [], [], inputs
     with torch.no_grad():

@@ -140,10 +140,11 @@ class Made:
     def subject(self, calibration: EvaluationData | None, device: torch.device | None) -> Subject:
         """All models, loaded, with what the merge is compared with."""
         parents = [*self.parents, *([self.base] if self.base is not None else [])]
-        models = [parent.load() for parent in parents]
-        merge = self.merge.load().to(models[0].dtype)
+        models: list[Any] = [parent.load() for parent in parents]
+        merge: Any = self.merge.load()
+        merge.to(models[0].dtype)
         for model in (*models, merge) if device is not None else ():
-            model.to(device)  # type: ignore[arg-type]  # the signature is hidden
+            model.to(device)
         weights = list(self.weights) if self.weights is not None else [1 / len(self.parents)] * len(self.parents)
         over_base = self.base is not None
         region = arithmetic(weights) if over_base else simplex(_positive(weights))

@@ -142,7 +142,7 @@ class Lockstep:
             Distribution.empty(len(layers), device=device),
             [Predictions() for _ in models],
             agreements,
-            Carriers(parents_shares(region), dict(models[0].config.id2label or {})),
+            Carriers(parents_shares(region), {int(k): v for k, v in (models[0].config.id2label or {}).items()}),
             choices,
         )
         names = (

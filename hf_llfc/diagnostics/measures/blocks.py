@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -64,19 +64,20 @@ class BlockSums:
         drift: ‖merged − blend‖², the inner product of that difference with its local part, and ‖blend‖², (b, 3).
     """
 
-    losses: Counter[Question]
+    losses: dict[Question, float]
     count: int
     drift: Tensor
 
     def merge(self, other: BlockSums) -> None:
         """Adds what another process has gathered."""
-        self.losses.update(other.losses)
+        for question, loss in other.losses.items():
+            self.losses[question] = self.losses.get(question, 0.0) + loss
         self.count += other.count
         self.drift = self.drift + other.drift
 
     def cpu(self) -> BlockSums:
         """A copy in main memory, for other processes."""
-        return BlockSums(Counter(self.losses), self.count, self.drift.cpu())
+        return BlockSums(dict(self.losses), self.count, self.drift.cpu())
 
 
 class Blocks:
@@ -107,7 +108,7 @@ class Blocks:
         self.buffers = dict(self._recomputed()) if subject.batch_norm_data is not None else {}
         device = subject.models[0].device
         drift = torch.zeros((len(self.parts), 3), dtype=torch.float64, device=device)
-        self.sums = BlockSums(Counter(), 0, drift)
+        self.sums = BlockSums(defaultdict(float), 0, drift)
 
     def _questions(self, number: int) -> list[tuple[str, int, int | None]]:
         """The networks that tell of a part: the question, the part from which on they run, and who runs before it.

@@ -63,11 +63,10 @@ def plot_blocks(report: ConnectivityReport) -> Figure | None:
         Series("of it, arisen here", tuple(local), GREEN, "--v"),
     )
     for panel, axes in grid:
-        stack = list(axes)
         if whole is not None:
-            _draw_steps(stack[0], panel, [known(row.step) for row in rows])
+            _draw_steps(axes[0], panel, [known(row.step) for row in rows])
         shown = ([losses] if whole is not None else []) + ([drifts] if has_drift else [])
-        for axis, series in zip(stack, shown, strict=True):
+        for axis, series in zip(axes, shown, strict=True):
             axis.axhline(0.0, color=INK, linewidth=0.8)
             for line in series:
                 draw_line(axis, line.part(panel), grid.marker_size(panel))
