@@ -33,6 +33,8 @@ from benchmarks.calibration import (
     Rule,
     State,
     Thresholds,
+    auc,
+    auc_interval,
     example_of,
     fitted,
     margin_share,
@@ -272,6 +274,32 @@ def rule_row(name: str, rule: Rule, fitting: list[Example], held: list[Example])
     }
 
 
+INDICATORS: dict[str, tuple[str, Callable[[Example], float]]] = {
+    "median cosine of the matrices": ("1", lambda pair: -pair.cosine),
+    "share of the squared distance that matching removes": ("1", lambda pair: pair.gain),
+    "distance of heads over that of bodies (classifiers)": ("1", lambda pair: pair.heads_apart),
+    "LLFC of the logits over its baseline": ("2", lambda pair: pair.as_is.ratio),
+    "divergence from the ensemble": ("2", lambda pair: pair.as_is.divergence),
+    "estimate of the barrier": ("2", lambda pair: pair.as_is.estimate),
+    "gain of the ensemble": ("2", lambda pair: pair.as_is.gain),
+}
+"""Number that is shown → its level, and the number: the less, the more likely a merge as they are is sound."""
+
+
+def indicator_rows(found: list[Example]) -> list[dict]:
+    """How well each number that is shown orders the pairs, alone."""
+    rows = []
+    for name, (level, value) in INDICATORS.items():
+        there = [pair for pair in found if "classifiers" not in name or pair.heads_apart > 0]
+        scores, truths = [value(pair) for pair in there], [pair.as_is.sound for pair in there]
+        low, high = auc_interval(scores, truths)
+        interval = f"{low:.2f} to {high:.2f}"
+        rows.append(
+            {"number": name, "level": level, "pairs": len(there), "AUC": f"{auc(scores, truths):.2f}", "95 %": interval}
+        )
+    return rows
+
+
 def parts_of(found: list[Example]) -> list[tuple[str, list[State]]]:
     """The states of the pairs by what they were used for; last those that are left to labels."""
     every = [state for example in found for state in example.states]
@@ -393,6 +421,8 @@ def section(folder: Path) -> str:
         f"given with the estimate is that of its samples, wider on both sides by {UNSURE_SHARE:g} of divergence and "
         f"gain together and by {UNSURE_NATS:g} nats. The share holds 95 % of the fitted states not left to labels "
         f"({margin_share(states_of(fitting)):.2f} is what they need); it was fitted to no other.",
+        "What each number that `check` shows is worth alone: the chance that of two pairs the sound one has the better "
+        "number (AUC; .5 is none), over all pairs as they are:\n\n" + markdown(indicator_rows(found)),
         "Other rules for level 2, each with the thresholds that do best on the fitted pairs (a wrong merge counts "
         "twice; *family left out*: fitted on all other architectures):"
         + tables(markdown([rule_row(name, rule, fitting, held) for name, rule in RULES.items()])),

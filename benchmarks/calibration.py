@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+from scipy.stats import rankdata
+
 from hf_llfc.diagnostics.rows import UNSURE_NATS, UNSURE_SHARE, OutputAgreement
 from hf_llfc.diagnostics.verdict import (
     DISAGREEMENT_LIMIT,
@@ -281,3 +284,26 @@ def reliability(states: Sequence[State]) -> dict[str, float]:
         "covered": covered(UNSURE_SHARE, UNSURE_NATS),
         "by_samples": covered(0.0, 0.0),
     }
+
+
+RESAMPLED = 2000
+
+
+def auc(scores: Sequence[float], truths: Sequence[bool]) -> float:
+    """Chance that what is true scores less than what is not; ties count half."""
+    ranks = rankdata(scores)
+    true = np.array(truths)
+    above = ranks[~true].sum() - (~true).sum() * ((~true).sum() + 1) / 2
+    return float(above / (true.sum() * (~true).sum()))
+
+
+def auc_interval(scores: Sequence[float], truths: Sequence[bool]) -> tuple[float, float]:
+    """Ends of its 95 % interval, by the bootstrap over pairs."""
+    generator, found = np.random.default_rng(0), []
+    values, true = np.array(scores), np.array(truths)
+    while len(found) < RESAMPLED:
+        chosen = generator.integers(0, len(true), len(true))
+        if 0 < true[chosen].sum() < len(true):
+            found.append(auc(values[chosen], true[chosen]))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)

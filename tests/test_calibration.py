@@ -6,9 +6,22 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from benchmarks.calibration import RULES, Example, State, example_of, fitted, mistakes, passes, state_of
+from benchmarks.calibration import (
+    RULES,
+    Example,
+    State,
+    auc,
+    auc_interval,
+    example_of,
+    fitted,
+    margin_share,
+    mistakes,
+    passes,
+    reliability,
+    state_of,
+)
 from benchmarks.pairs import blocks_of, damaged
-from hf_llfc.diagnostics.outputs import OutputAgreement
+from hf_llfc.diagnostics.rows import UNSURE_NATS, OutputAgreement
 from tests.runs import byte_llama
 
 GOOD = State(
@@ -135,3 +148,21 @@ def test_blocks_are_found_and_a_single_one_cannot_be_swapped():
     [block] = blocks_of(state)
     assert block["mlp.up_proj.weight"] == "model.layers.0.mlp.up_proj.weight"
     assert damaged(state, "swapped") is None
+
+
+def test_the_area_under_the_curve_is_the_chance_of_the_right_order():
+    assert auc([0.1, 0.2, 0.3, 0.4], [True, True, False, False]) == 1
+    assert auc([0.4, 0.3, 0.2, 0.1], [True, True, False, False]) == 0
+    assert auc([1.0, 1.0, 1.0], [True, False, False]) == 0.5
+    assert auc([0.1, 0.3, 0.2], [True, True, False]) == 0.5
+    low, high = auc_interval(list(range(20)), [index < 10 or index == 15 for index in range(20)])
+    assert 0.5 < low < auc(list(range(20)), [index < 10 or index == 15 for index in range(20)]) < high <= 1
+
+
+def test_a_margin_holds_the_share_that_is_asked_for():
+    states = [replace(GOOD, midpoint=0.01 * step) for step in range(20)]  # the estimate is 0.01, its parts 0.03
+    share = margin_share(states, covered=0.95)
+    held = [abs(state.midpoint - 0.01) <= state.interval + share * 0.03 + UNSURE_NATS + 1e-12 for state in states]
+    assert sum(held) == 19
+    found = reliability([replace(GOOD, estimate=value, midpoint=value) for value in (0.0, 0.5, 1.0)])
+    assert found["r2"] == 1 and found["covered"] == found["by_samples"] == 1
