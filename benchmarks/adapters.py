@@ -3,7 +3,7 @@
     python benchmarks/adapters.py FOLDER [--mergekit ~/mergekit/bin/mergekit-extract-lora] [--repeats 3]
 
 FOLDER takes the models (3 GB) and the results. Adapters have normal factors of rank 16 on every linear map of a
-Llama-shaped base of 1.1 B parameters. The fine-tune, of 0.3 B, is moved by normal noise, whose singular values are as
+Llama-shaped base of 1.1 B parameters. The fine-tune, of 0.1 B, is moved by normal noise, whose singular values are as
 close to each other as any: the hardest case for a search of the leading ones. mergekit as in merge_speed.py.
 """
 
@@ -80,7 +80,7 @@ def adapter_out(options: argparse.Namespace) -> None:
 
 def extract(options: argparse.Namespace) -> None:
     """An adapter of a fine-tune, by us and by mergekit."""
-    base, tuned = make_models(options.folder, "0.3B", 1)
+    base, tuned = make_models(options.folder, "0.1B", 1)
     commands = {"hf-llfc extract": [sys.executable, "-m", "hf_llfc", "extract", str(base), str(tuned), "--quiet"]}
     commands["hf-llfc extract"] += ["--rank", str(ASKED), "--out"]
     if options.mergekit is not None:
@@ -98,7 +98,7 @@ def extract(options: argparse.Namespace) -> None:
     replace_section(
         "extract",
         f"`python benchmarks/adapters.py FOLDER --only extract --mergekit … --repeats {options.repeats}`: rank {ASKED} "
-        "of a change by normal noise, Llama-shaped, 0.3 B parameters, bfloat16; mergekit once. The error is of the "
+        "of a change by normal noise, Llama-shaped, 0.1 B parameters, bfloat16; mergekit once. The error is of the "
         f"change of all linear maps.\n\n{text}",
     )
     print(text)

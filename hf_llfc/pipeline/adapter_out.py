@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -203,17 +204,18 @@ def settings_of(first: Checkpoint, base: Checkpoint) -> dict[str, Any]:
 
 def copy_companions(run: RunContext) -> list[Path]:
     """Copies tokenizer and processor files that came with the first model, not with the base."""
-    import shutil
-
-    first = run.models.parents[0]
-    own = first.adapter.folder if first.adapter is not None else first.folder
-    files: Mapping[str, Path] = by_name(first.companion_files)
     copied = []
-    for name, path in files.items():
-        if own is not None and own in path.parents and is_of_inputs(name):
-            (run.staging / name).parent.mkdir(exist_ok=True)
-            copied.append(Path(shutil.copyfile(path, run.staging / name)))
+    for name, path in companions_of(run.models.parents[0]).items():
+        (run.staging / name).parent.mkdir(exist_ok=True)
+        copied.append(Path(shutil.copyfile(path, run.staging / name)))
     return copied
+
+
+def companions_of(first: Checkpoint) -> Mapping[str, Path]:
+    """Tokenizer and processor files that came with a model, not with its base."""
+    own = first.adapter.folder if first.adapter is not None else first.folder
+    files = by_name(first.companion_files)
+    return {name: path for name, path in files.items() if own in path.parents and is_of_inputs(name)}
 
 
 def adapter_plan(opened: Models, recipe: Recipe) -> str:

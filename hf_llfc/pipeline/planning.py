@@ -16,7 +16,7 @@ from hf_llfc.parents.data import open_calibration_data
 from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs, stand_ins
 from hf_llfc.parents.probe import is_in_memory
 from hf_llfc.parents.specs import alignment_spec, bind
-from hf_llfc.pipeline.adapter_out import adapter_plan, planned_bytes, with_base_of_adapters
+from hf_llfc.pipeline.adapter_out import adapter_plan, companions_of, planned_bytes, with_base_of_adapters
 from hf_llfc.pipeline.mergeability import warnings_of
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
@@ -137,8 +137,9 @@ def plan_one(
         what = f"{data.task} on {data.dataset}, {_points(recipe, opened)} points{_passes_by_block(recipe, opened)}"
         steps.append({"step": "diagnose", "what": what})
     beside = carried(opened, recipe)
-    left = f"; left behind: {', '.join(beside.left)}" if beside.left else ""
-    steps.append({"step": "carry over", "what": f"{', '.join([*beside.files, *beside.sums]) or 'nothing'}{left}"})
+    left = f"; left behind: {', '.join(beside.left)}" if beside.left and not recipe.is_adapter else ""
+    taken = companions_of(first) if recipe.is_adapter else [*beside.files, *beside.sums]
+    steps.append({"step": "carry over", "what": f"{', '.join(taken) or 'nothing'}{left}"})
     steps.append({"step": "write", "what": str(recipe.output_dir)})
     if recipe.publish is not None:
         steps.append({"step": "publish", "what": recipe.publish.repo_id})

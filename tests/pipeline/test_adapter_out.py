@@ -14,7 +14,9 @@ import hf_llfc
 from hf_llfc.checkpoints import Checkpoint, load_model, open_checkpoint
 from hf_llfc.cli import main
 from hf_llfc.errors import CheckpointError, RecipeError
+from hf_llfc.pipeline.planning import plan
 from hf_llfc.publishing.record import RunRecord
+from hf_llfc.recipe import load_recipe
 from tests.checkpoints.views.test_adapted import edit_config, folded_by_peft, lora, trained
 from tests.runs import byte_llama
 from tests.tiny_models import tiny_model
@@ -308,3 +310,22 @@ def test_an_encoder_comes_out_with_its_norms_biases_and_head(tmp_path):
     record = hf_llfc.extract(base, tmp_path / "finetuned", rank="auto", out=tmp_path / "out").adapter
     expected = dict(open_checkpoint(tmp_path / "finetuned").state_dict())
     assert distance(folded_by_peft(base, tmp_path / "out"), expected, base) < 1e-5 and not record.lost
+
+
+def test_a_plan_says_how_and_how_much_and_writes_nothing(base, two, tmp_path):
+    recipe = {"models": [{"model": str(each)} for each in two], "output_dir": str(tmp_path / "out"), "save_as": "adapter"}
+    steps = {}
+    for method, parameters in (("linear", {}), ("ties", {"weight": 1.0}), ("karcher", {})):
+        read = load_recipe({**recipe, "merge_method": method, "parameters": parameters})
+        planned = plan(read, compare="none")
+        steps[method] = {step["step"]: step["what"] for step in planned["steps"]}
+        assert "prove" not in steps[method] and 0 < planned["cost"]["bytes_written"] < 100_000
+    assert steps["linear"]["adapter"] == (
+        "rank auto, 6 weights, merged in the subspace of their factors; no error but rounding"
+    )
+    assert "multiplied out one at a time" in steps["ties"]["adapter"]
+    assert "over the weights of the base" in steps["karcher"]["adapter"]
+    assert str(base) in steps["ties"]["read"] and not (tmp_path / "out").exists()
+    hf_llfc.merge(two, out=tmp_path / "out", save_as="adapter")
+    written = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    assert written <= planned["cost"]["bytes_written"] + 10_000

@@ -14,6 +14,7 @@ from hf_llfc.publishing.words import adapter_sentence, error_text
 
 LIBRARY = "peft"
 WORST = 5
+LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def adapter_words(record: AdapterRecord | None) -> AdapterWords | None:
         return None
     facts = []
     if record.saved:
-        facts.append(f"Held whole, in place of the base's: {', '.join(record.saved)}.")
+        rest = f" and {len(record.saved) - LISTED} more" if len(record.saved) > LISTED else ""
+        facts.append(f"Held whole, in place of the base's: {', '.join(record.saved[:LISTED])}{rest}.")
     facts += [f"Not held, so that it is the base's: {name}, which {why}." for name, why in record.lost.items()]
     ranked = sorted(record.factors, key=lambda row: -row.relative)[:WORST]
     is_exact = error_text(record.error) == error_text(0.0)
