@@ -24,8 +24,10 @@ from benchmarks.llama_pair import config_of, make_models
 from benchmarks.merge_speed import run
 from benchmarks.results import markdown, replace_section
 from hf_llfc.checkpoints import open_checkpoint
+from hf_llfc.checkpoints.low_rank import LowRank
 from hf_llfc.checkpoints.names import Layout, find_model_class
 from hf_llfc.foundation.tensor_files import save_tensors
+from hf_llfc.merging.low_rank import difference
 
 COUNT, RANK, SPREAD = 4, 16, 0.02
 ASKED = 32
@@ -54,20 +56,18 @@ def adapter_out(options: argparse.Namespace) -> None:
     for name, words in (
         ("linear, rank auto", []),
         ("linear, rank 16", ["--rank", "16"]),
-        ("TIES, density 0.5, rank 16", ["--merge-method", "ties", "--parameter", "density=0.5", "--rank", "16"]),
     ):
         out = options.folder / "out"
-        given = ["--parameter", "weight=0.25"] if "ties" in words else []
         command = [sys.executable, "-m", "hf_llfc", "merge", *map(str, adapters), "--save-as", "adapter"]
         found = []
         for _ in range(options.repeats):
             shutil.rmtree(out, ignore_errors=True)
-            found.append(run([*command, *words, *given, "--out", str(out), "--quiet"]))
+            found.append(run([*command, *words, "--out", str(out), "--quiet"]))
         record = json.loads((out / "llfc" / "run.json").read_text())["adapter"]
         error = record["error"]
         rows.append({"merge": name, **middle(found), "relative error": "rounding" if error < 1e-6 else f"{error:.2g}"})
         if not words:
-            rows[-1]["relative error"] += f", measured {measured_error(base, adapters, out):.1e}"
+            rows[-1]["relative error"] += f", measured {measured_error(adapters, out):.1e}"
     text = markdown(rows)
     replace_section(
         "adapter_out",
@@ -147,14 +147,15 @@ def products(adapter: Path, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def measured_error(base: Path, adapters: list[Path], out: Path) -> float:
+def measured_error(adapters: list[Path], out: Path) -> float:
     """How far the mean of the products is from the product that was written, relative to the mean."""
     given, written = [products(each, 2.0) for each in adapters], products(out, 1.0)
     apart = size = 0.0
     for name, (left, right) in written.items():
-        mean = sum(each[name][0] @ each[name][1] for each in given) / len(given)
-        apart += float((left @ right - mean).square().sum())
-        size += float(mean.square().sum())
+        lefts, rights = zip(*(each[name] for each in given), strict=True)
+        mean = LowRank(torch.cat(lefts, dim=1)[None] / len(given), torch.cat(rights)[None])
+        apart += difference(mean, LowRank(left[None], right[None])) ** 2
+        size += difference(mean, LowRank(0 * left[None], right[None])) ** 2
     return (apart / size) ** 0.5
 
 

@@ -313,7 +313,11 @@ def test_an_encoder_comes_out_with_its_norms_biases_and_head(tmp_path):
 
 
 def test_a_plan_says_how_and_how_much_and_writes_nothing(base, two, tmp_path):
-    recipe = {"models": [{"model": str(each)} for each in two], "output_dir": str(tmp_path / "out"), "save_as": "adapter"}
+    recipe = {
+        "models": [{"model": str(each)} for each in two],
+        "output_dir": str(tmp_path / "out"),
+        "save_as": "adapter",
+    }
     steps = {}
     for method, parameters in (("linear", {}), ("ties", {"weight": 1.0}), ("karcher", {})):
         read = load_recipe({**recipe, "merge_method": method, "parameters": parameters})
