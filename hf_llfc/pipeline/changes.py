@@ -105,6 +105,8 @@ class Changes:
             CheckpointError: A tensor cannot be merged.
             RecipeError: The merge scales the base.
         """
+        for disk in self._groups[name].disk:
+            self._refuse_scaled_base(disk)
         factors = self._factors(name)
         if factors is not None:
             if self._sees(name) is Sees.SUBSPACE:
@@ -216,7 +218,6 @@ class Changes:
     def _merged_cores(self, name: str, cores: list[Tensor]) -> Tensor:
         """The merge of square matrices in place of the changes of one weight."""
         disk = self._groups[name].disk[0]
-        self._refuse_scaled_base(disk)
         if self._merge.method is None:
             weights = self._merge.weights[disk]
             return sum((weight * core for weight, core in zip(weights, cores, strict=True)), torch.zeros(()).double())

@@ -293,6 +293,9 @@ def test_adapters_of_two_bases_and_sums_that_scale_the_base_are_refused(base, tw
     ):
         with pytest.raises(error, match=message):
             hf_llfc.merge(models, weights, out=tmp_path / "no", save_as="adapter")
+    dora = lora(base, tmp_path / "dora", 3, use_dora=True)
+    with pytest.raises(RecipeError, match=r"sum to 2, so that"):
+        hf_llfc.merge([dora, dora], [1.0, 1.0], out=tmp_path / "no", save_as="adapter", parameters={"normalize": False})
     with pytest.raises(RecipeError, match=r"sum to 1\.5, so that a linear merge scales the base"):
         hf_llfc.merge(two, [1.0, 0.5], out=tmp_path / "no", save_as="adapter", parameters={"normalize": False})
     assert not (tmp_path / "no").exists()
