@@ -87,6 +87,10 @@ def _disagreements_of_adapter(recipe: Recipe) -> list[str]:
         "tokenizer": recipe.tokenizer is not None,
         "tokenizer_source": recipe.tokenizer_source is not None,
     }
+    if recipe.measures_importance:
+        problems.append(
+            f"merge_method: {recipe.merge_method} weighs single elements of whole models; merge into a model"
+        )
     problems += [
         f"{key}: is not possible with `save_as: adapter`, which keeps the base as it is; remove one of them"
         for key, told in impossible.items()

@@ -293,6 +293,8 @@ def test_adapters_of_two_bases_and_sums_that_scale_the_base_are_refused(base, tw
     ):
         with pytest.raises(error, match=message):
             hf_llfc.merge(models, weights, out=tmp_path / "no", save_as="adapter")
+    with pytest.raises(RecipeError, match="fisher weighs single elements"):
+        hf_llfc.merge(two, out=tmp_path / "no", save_as="adapter", merge_method="fisher")
     dora = lora(base, tmp_path / "dora", 3, use_dora=True)
     with pytest.raises(RecipeError, match=r"sum to 2, so that"):
         hf_llfc.merge([dora, dora], [1.0, 1.0], out=tmp_path / "no", save_as="adapter", parameters={"normalize": False})
