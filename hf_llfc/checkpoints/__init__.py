@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from hf_llfc.checkpoints.checkpoint import Checkpoint, tensor_bytes
-from hf_llfc.checkpoints.files import FileSpan
 from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.checkpoints.opening import open_checkpoint
 from hf_llfc.checkpoints.planned import state_dict_on_disk
+from hf_llfc.checkpoints.positioned import TensorBytes
 from hf_llfc.checkpoints.writing.output import OutputFolder
 from hf_llfc.checkpoints.writing.shards import ShardFiles, Sink, Written
 from hf_llfc.foundation.lazy import lazy_names
@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # what knows model classes takes seconds to load
 
 __all__ = [
     "Checkpoint",
-    "FileSpan",
     "OutputFolder",
     "ShardFiles",
     "Sink",
+    "TensorBytes",
     "TensorInfo",
     "Written",
     "body_tensors",

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_llfc.checkpoints.companions import by_name
-from hf_llfc.checkpoints.files import FileSpan, Weights
+from hf_llfc.checkpoints.files import Weights
 from hf_llfc.checkpoints.header import CODES, TensorInfo
-from hf_llfc.checkpoints.positioned import checksum
+from hf_llfc.checkpoints.positioned import TensorBytes, checksum
 from hf_llfc.checkpoints.settings import Settings
 from hf_llfc.errors import CheckpointError, suggest
 
@@ -105,6 +105,7 @@ class Checkpoint:
         unused: Names of tensors in the files that the model class has no use for.
         spare: The same with those that the class knows to be of no use to it → dtype and shape; they can be read.
         lacking: Names on disk that the files lack, and that the model class does without → shape.
+        quantised: How its weights are quantised, in words; None where they are not.
         borrowed: Name of a tensor that another model of the run lends → index of that model; see
             `hf_llfc.parents.fitting.sharing`.
         weights: The tensors, or what makes them.
@@ -142,6 +143,7 @@ class Checkpoint:
     spare: Mapping[str, TensorInfo] = field(default_factory=dict)
     lacking: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     borrowed: Mapping[str, int] = field(default_factory=dict)
+    quantised: str | None = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -181,7 +183,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.label}: there is no tensor {name}{suggest(name, self.tensors)}")
         return name
 
-    def span(self, name: str) -> FileSpan | None:
+    def span(self, name: str) -> TensorBytes | None:
         """Finds where the bytes of one tensor lie in a file, to read them in parts.
 
         Args:

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from hf_llfc.checkpoints.header import CODES, TORCH_DTYPES, Header, TensorInfo, read_header
-from hf_llfc.checkpoints.positioned import read_at
+from hf_llfc.checkpoints.positioned import FileSpan, TensorBytes
 from hf_llfc.checkpoints.quantised import is_quantised, quantised_tensor
-from hf_llfc.errors import CheckpointError, StorageError, raise_all
+from hf_llfc.errors import CheckpointError, raise_all
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -155,54 +155,9 @@ class Weights(Protocol):
         """Reads one tensor as `read` does, but before it is rounded where it is made from others."""
         ...
 
-    def span(self, name: str) -> FileSpan | None:
-        """Finds where the tensor's bytes lie in a file; None where it has to be read as a whole."""
+    def span(self, name: str) -> TensorBytes | None:
+        """Finds what reads parts of the tensor; None where it has to be read as a whole."""
         ...
-
-
-@dataclass(frozen=True)
-class FileSpan:
-    """A tensor's bytes in a file, in the order that they would have in memory.
-
-    Attributes:
-        file: Open for reading, without a buffer.
-        where: What error messages call it.
-        name: Of the tensor.
-        dtype: Of the tensor.
-        begin: Place of the first byte in the file.
-        nbytes: How many there are.
-    """
-
-    file: FileIO
-    where: str
-    name: str
-    dtype: torch.dtype
-    begin: int
-    nbytes: int
-
-    def read_into(self, room: memoryview, start: int = 0) -> None:
-        """Reads bytes of the tensor until the room is full; from any thread.
-
-        Args:
-            room: Where to put them, of format `B`.
-            start: The first byte, counted from the beginning of the tensor.
-
-        Raises:
-            StorageError: The file cannot be read.
-            CheckpointError: It ends before.
-        """
-        try:
-            count = read_at(self.file.fileno(), room, self.begin + start)
-        except OSError as error:
-            raise StorageError(
-                f"{self.where}: tensor {self.name} cannot be read ({error.strerror}); check the disk, and fetch the "
-                "file again"
-            ) from error
-        if count < len(room):
-            raise CheckpointError(
-                f"{self.where}: the file was cut off while it was read: of tensor {self.name} {len(room) - count} bytes"
-                " are missing; fetch the file again, and start again"
-            )
 
 
 class SafetensorsWeights:
@@ -295,13 +250,21 @@ class SafetensorsWeights:
 class TensorWeights:
     """Tensors that are in memory, or mapped into it."""
 
-    def __init__(self, where: str, tensors: Mapping[str, torch.Tensor], paths: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        where: str,
+        tensors: Mapping[str, torch.Tensor],
+        paths: Sequence[Path] = (),
+        *,
+        may_be_quantised: bool = False,
+    ) -> None:
         """Takes the tensors, which stay where they are.
 
         Args:
             where: What error messages call them.
             tensors: The tensors by name.
             paths: The files that are mapped.
+            may_be_quantised: Whether some may be of quantised layers.
 
         Raises:
             CheckpointError: If they are quantised, or no plain numbers.
@@ -318,7 +281,7 @@ class TensorWeights:
                     f"{where}: tensor {name} holds no plain numbers ({kind.removeprefix('torch.')}); save the model"
                     " again with all weights in memory, as dense tensors"
                 )
-            if is_quantised(name, info.dtype if info.dtype in CODES else None):
+            if info.dtype not in CODES or (not may_be_quantised and is_quantised(name, info.dtype)):
                 raise quantised_tensor(where, name, str(info.dtype))
 
     def read(self, name: str) -> torch.Tensor:
@@ -406,7 +369,7 @@ def open_weights(files: Files, explicit: Any = None, *, allow_pickle: bool = Fal
         allow_pickle: Whether pickled weights may be opened; of them only tensors are read.
 
     Raises:
-        CheckpointError: If there are no weights, or they are quantised, cut off, corrupt or not safe to read.
+        CheckpointError: If there are no weights, or they are cut off, corrupt or not safe to read.
     """
     names = files.sizes()
     if explicit is not None:
@@ -415,11 +378,13 @@ def open_weights(files: Files, explicit: Any = None, *, allow_pickle: bool = Fal
                 f"{files.where}: transformers_weights in {CONFIG_FILE} is {explicit!r}, which is not a file of the"
                 " checkpoint; remove the key or fetch the file"
             )
-        return open_safetensors(files, explicit)
+        return open_safetensors(files, explicit, may_be_quantised=True)
     if SINGLE_FILE in names or INDEX_FILE in names:
-        return open_safetensors(files, SINGLE_FILE if SINGLE_FILE in names else INDEX_FILE)
+        file = SINGLE_FILE if SINGLE_FILE in names else INDEX_FILE
+        return open_safetensors(files, file, may_be_quantised=True)
     if PICKLE_FILE in names or PICKLE_INDEX_FILE in names:
-        return _open_pickles(files, PICKLE_FILE if PICKLE_FILE in names else PICKLE_INDEX_FILE, allow_pickle)
+        file = PICKLE_FILE if PICKLE_FILE in names else PICKLE_INDEX_FILE
+        return _open_pickles(files, file, allow_pickle, may_be_quantised=True)
     held = [name for name in names if "/" not in name]
     for ending, what in _NO_WEIGHTS.items():
         if any(name.endswith(ending) for name in held):
@@ -459,8 +424,13 @@ def open_adapter_weights(files: Files, *, allow_pickle: bool = False) -> Weights
     return _open_pickles(files, ADAPTER_PICKLE_FILE, allow_pickle)
 
 
-def open_safetensors(files: Files, file: str) -> SafetensorsWeights:
+def open_safetensors(files: Files, file: str, *, may_be_quantised: bool = False) -> SafetensorsWeights:
     """Opens one file, or all that an index names.
+
+    Args:
+        files: The files of the checkpoint.
+        file: The file or the index.
+        may_be_quantised: Whether some tensors may be of quantised layers.
 
     Raises:
         CheckpointError: A file is missing, cut off or quantised, or does not fit the index.
@@ -474,9 +444,10 @@ def open_safetensors(files: Files, file: str) -> SafetensorsWeights:
         for name, span in header.spans.items():
             if name in infos:
                 problems.append(f"tensor {name} is in {shard_of[name]} and again in {shard}")
-            if is_quantised(name, TORCH_DTYPES.get(span.code)):
+            dtype = TORCH_DTYPES.get(span.code)
+            if dtype is None or (not may_be_quantised and is_quantised(name, dtype)):
                 raise quantised_tensor(f"{files.where}/{shard}", name, span.code)
-            infos[name] = TensorInfo(TORCH_DTYPES[span.code], span.shape)
+            infos[name] = TensorInfo(dtype, span.shape)
             shard_of[name] = shard
     if index is not None:
         weight_map = read_json(files.folder / index, f"{files.where}/{index}")["weight_map"]
@@ -517,7 +488,7 @@ def is_outside(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or ":" in name
 
 
-def _open_pickles(files: Files, file: str, allow_pickle: bool) -> TensorWeights:
+def _open_pickles(files: Files, file: str, allow_pickle: bool, *, may_be_quantised: bool = False) -> TensorWeights:
     if not allow_pickle:
         raise CheckpointError(
             f"{files.where}: the weights are pickled ({file}), a format that can carry code; save them again with"
@@ -536,7 +507,8 @@ def _open_pickles(files: Files, file: str, allow_pickle: bool) -> TensorWeights:
                     " (a training checkpoint?), save the model with save_pretrained"
                 )
             tensors[str(key)] = tensor
-    return TensorWeights(files.where, tensors, [files.folder / name for name in names])
+    paths = [files.folder / name for name in names]
+    return TensorWeights(files.where, tensors, paths, may_be_quantised=may_be_quantised)
 
 
 def _load_pickle(path: Path, where: str) -> Mapping[Any, Any]:

@@ -36,8 +36,9 @@ from hf_llfc.checkpoints.files import (
 )
 from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.checkpoints.planned import planned, state_dict_on_disk
-from hf_llfc.checkpoints.quantised import KEYS, quantised_config, without_quantisation
+from hf_llfc.checkpoints.quantised import KEYS, quantisation_said, quantised_in_memory, without_quantisation
 from hf_llfc.checkpoints.settings import Settings, architecture_of
+from hf_llfc.checkpoints.views.dequantised import dequantised
 from hf_llfc.checkpoints.wrapped import unwrapped
 from hf_llfc.errors import CheckpointError
 from hf_llfc.foundation.model_names import existing, split_adapter
@@ -72,8 +73,8 @@ def open_checkpoint(
         token: A token for the Hub; None takes the one of the login.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be found or reached, is quantised, truncated or corrupt, or its
-            tensors are not those of its model class.
+        CheckpointError: If the checkpoint cannot be found or reached, is truncated, corrupt or quantised in a way that
+            is not read, or its tensors are not those of its model class.
     """
     if isinstance(model, str | Path):
         base, adapter = split_adapter(str(model))
@@ -179,7 +180,7 @@ def _open_files(
 ) -> Checkpoint:
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
     raw = raw if instead is None else {**raw, "architectures": [instead]}
-    weights, raw = _open_stored(files, raw, allow_pickle)
+    weights, raw, quantised = _open_stored(files, raw, allow_pickle)
     companions = _fetch_companions(files)
     sides = _fetch_sides(files)
     architecture = architecture_of(f"{files.where}/{CONFIG_FILE}", raw)
@@ -198,6 +199,7 @@ def _open_files(
         companion_files=tuple(companions),
         unused=(),
         weights=weights,
+        quantised=quantised,
         trust_remote_code=trust_remote_code,
         side_files={name: files.folder / name for name in sides},
         left_files=tuple(left_names(files.sizes(), {*sides, *(_below(path, files.folder) for path in companions)})),
@@ -205,25 +207,25 @@ def _open_files(
     return planned(opened, weights)
 
 
-def _open_stored(files: Files, raw: dict[str, Any], allow_pickle: bool) -> tuple[Weights, dict[str, Any]]:
-    """The weights by the names of the model, and the config without what it wrongly says of their quantisation.
+def _open_stored(files: Files, raw: dict[str, Any], allow_pickle: bool) -> tuple[Weights, dict[str, Any], str | None]:
+    """The weights by the names of the model, the config without what it says of their quantisation, and that in words.
 
     Raises:
-        CheckpointError: There are none, or they are quantised, cut off, corrupt or not safe to read.
+        CheckpointError: There are none, or they are cut off, corrupt, not safe to read, or quantised in a way that is
+            not read.
     """
-    said = quantised_config(files.where, raw)
-    try:
-        weights = open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle)
-    except CheckpointError as error:
-        raise CheckpointError(f"{said} (found: {error})") if said is not None else error from error
-    if said is not None:
+    stored = unwrapped(open_weights(files, raw.get("transformers_weights"), allow_pickle=allow_pickle), files.where)
+    said = quantisation_said(raw)
+    weights, quantised = dequantised(stored, files.where, raw, said or {})
+    if said is None:
+        return weights, raw, quantised
+    if quantised is None:
         logger.warning(
             "%s: config.json says that the weights are quantised, but no tensor in the files is; %s is left out",
             files.where,
             next(key for key in KEYS if f'"{key}"' in json.dumps(raw)),
         )
-        raw = without_quantisation(raw)
-    return unwrapped(weights, files.where), raw
+    return weights, without_quantisation(raw), quantised
 
 
 def _below(path: Path, folder: Path) -> str:
@@ -235,7 +237,7 @@ def _open_model(model: PreTrainedModel) -> Checkpoint:
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
     # Layers that are quantised in memory need not show it in the types of their tensors.
-    if error := quantised_config(label, config.to_dict()):
+    if error := quantised_in_memory(label, config.to_dict()):
         raise error
     weights = TensorWeights(label, state_dict_on_disk(model))
     opened = Checkpoint(

@@ -186,7 +186,7 @@ class _Making:
             with self._lock:
                 if name not in self._made:
                     self._made.clear()
-                    self._made = self._plan.make(name, self._stored.read)
+                    self._made = self._plan.make(name, self._stored.read_unrounded)
                 return self._made.pop(name)
         tensor = self._stored.read(name)
         for copy in self._plan.ties[name]:

@@ -1,10 +1,18 @@
 """Reading and writing at places of a file, from several threads at once."""
 
+from __future__ import annotations
+
 import os
 import threading
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
+import torch
 import xxhash
+
+from hf_llfc.errors import CheckpointError, StorageError
 
 _READ_AT_ONCE = 1 << 20
 
@@ -92,3 +100,74 @@ def checksum(path: Path) -> str:
         while count := file.readinto(room):
             digest.update(room[:count])
     return digest.hexdigest()
+
+
+class TensorBytes(Protocol):
+    """The bytes of a tensor in the order that they have in memory, to be read in parts."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor as it is read."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """How many there are."""
+        ...
+
+    def read_into(self, room: memoryview, start: int = 0) -> None:
+        """Reads bytes of the tensor until the room is full; from any thread.
+
+        Args:
+            room: Where to put them, of format `B`.
+            start: The first byte, counted from the beginning of the tensor.
+
+        Raises:
+            LLFCError: They cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """A tensor's bytes in a file; it follows the protocol of `TensorBytes`.
+
+    Attributes:
+        file: Open for reading, without a buffer.
+        where: What error messages call it.
+        name: Of the tensor.
+        dtype: Of the tensor.
+        begin: Place of the first byte in the file.
+        nbytes: How many there are.
+    """
+
+    file: FileIO
+    where: str
+    name: str
+    dtype: torch.dtype
+    begin: int
+    nbytes: int
+
+    def read_into(self, room: memoryview, start: int = 0) -> None:
+        """Reads bytes of the tensor until the room is full; from any thread.
+
+        Args:
+            room: Where to put them, of format `B`.
+            start: The first byte, counted from the beginning of the tensor.
+
+        Raises:
+            StorageError: The file cannot be read.
+            CheckpointError: It ends before.
+        """
+        try:
+            count = read_at(self.file.fileno(), room, self.begin + start)
+        except OSError as error:
+            raise StorageError(
+                f"{self.where}: tensor {self.name} cannot be read ({error.strerror}); check the disk, and fetch the "
+                "file again"
+            ) from error
+        if count < len(room):
+            raise CheckpointError(
+                f"{self.where}: the file was cut off while it was read: of tensor {self.name} {len(room) - count} bytes"
+                " are missing; fetch the file again, and start again"
+            )

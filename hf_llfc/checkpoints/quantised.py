@@ -1,4 +1,4 @@
-"""Whether weights are quantised: their headers tell, whatever a config still says of an earlier model."""
+"""Whether weights are quantised: their tensors tell, whatever a config still says of an earlier model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_llfc.checkpoints.header import TensorInfo
 from hf_llfc.errors import CheckpointError
 
 # The ends of tensor names that only quantised layers have.
@@ -23,38 +24,58 @@ _ENDINGS = (
     ".weight._data",
 )
 
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_zero_point", "weight_global_scale", "SCB", "weight_format")
+
 KEYS = ("quantization_config", "compression_config")
 """Keys of config.json, or of a section of it, that tell how weights are quantised."""
 
 
-def is_quantised(name: str, dtype: torch.dtype | None) -> bool:
+def is_quantised(name: str, dtype: torch.dtype) -> bool:
     """Whether a tensor belongs to a quantised layer.
 
     Args:
         name: Of the tensor.
-        dtype: Its type; None where torch has none that can be summed.
+        dtype: Its type.
     """
-    is_whole_number = dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
-    return dtype is None or name.endswith(_ENDINGS) or (is_whole_number and name.endswith(".weight"))
+    if dtype.is_floating_point:
+        return dtype.itemsize == 1 or name.endswith(_ENDINGS)
+    return name.endswith(_ENDINGS) or (name.endswith((".weight", "_blocks")) and not dtype.is_complex)
+
+
+def is_leftover(name: str, infos: Mapping[str, TensorInfo]) -> bool:
+    """Whether a tensor is a scale of a quantised layer whose weights are no longer quantised.
+
+    Args:
+        name: Of the tensor.
+        infos: Dtype and shape of all.
+    """
+    layer, _, last = name.rpartition(".")
+    weight = infos.get(f"{layer}.weight")
+    return last in _SCALES and weight is not None and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
 
 
 def quantised_tensor(where: str, name: str, dtype: str) -> CheckpointError:
-    """The error of a tensor that belongs to a quantised layer."""
+    """The error of a tensor that belongs to a quantised layer where there can be none."""
     return CheckpointError(
-        f"{where}: tensor {name} ({dtype}) belongs to a quantised layer, and quantised weights cannot be merged;"
-        " use the checkpoint it was made from, or save a dequantised one"
+        f"{where}: tensor {name} ({dtype.removeprefix('torch.')}) belongs to a quantised layer of a kind that cannot be"
+        " read here; use the checkpoint it was made from, or dequantise it with the library that wrote it"
     )
 
 
-def quantised_config(where: str, raw: Mapping[str, Any]) -> CheckpointError | None:
-    """The error of weights that are quantised as a config says; None where it says nothing of that."""
+def quantisation_said(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a config says of how weights are quantised; None where it says nothing."""
     said = next((section[key] for section in _sections(raw) for key in KEYS if section.get(key)), None)
+    return said if said is None or isinstance(said, Mapping) else {}
+
+
+def quantised_in_memory(where: str, raw: Mapping[str, Any]) -> CheckpointError | None:
+    """The error of a model in memory that is quantised as its config says; None where it is not."""
+    said = quantisation_said(raw)
     if said is None:
         return None
-    method = said.get("quant_method") if isinstance(said, Mapping) else None
     return CheckpointError(
-        f"{where}: the weights are quantised ({method or 'see quantization_config'}), and quantised weights cannot"
-        " be merged; use the checkpoint it was made from, or save a dequantised one"
+        f"{where}: the model in memory is quantised ({said.get('quant_method', 'see quantization_config')}); give the"
+        " folder or the id that it was loaded from, which is dequantised as it is read"
     )
 
 

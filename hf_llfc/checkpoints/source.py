@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from hf_llfc.checkpoints.files import FileSpan
+from hf_llfc.checkpoints.positioned import TensorBytes
 
 Places = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -24,7 +24,7 @@ class Moved:
         columns: The same of columns.
     """
 
-    span: FileSpan
+    span: TensorBytes
     shape: tuple[int, int]
     rows: Places | None
     columns: Places | None
@@ -43,5 +43,5 @@ class Source:
 
     label: str
     read: Callable[[str], Tensor]
-    span: Callable[[str], FileSpan | None] = lambda name: None
+    span: Callable[[str], TensorBytes | None] = lambda name: None
     moved: Callable[[str], Moved | None] = lambda name: None

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from hf_llfc.checkpoints.files import FileSpan, Weights
+from hf_llfc.checkpoints.files import Weights
 from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.positioned import TensorBytes
 from hf_llfc.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,6 @@ class Renamed:
         """Reads one tensor, before it is rounded where it is made."""
         return self.source.read_unrounded(self.stored[name])
 
-    def span(self, name: str) -> FileSpan | None:
+    def span(self, name: str) -> TensorBytes | None:
         """Finds where the bytes of a tensor lie."""
         return self.source.span(self.stored[name])

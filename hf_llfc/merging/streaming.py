@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_llfc.checkpoints import FileSpan, Sink, TensorInfo, Written, tensor_bytes
+from hf_llfc.checkpoints import Sink, TensorBytes, TensorInfo, Written, tensor_bytes
 from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.checkpoints.source import Moved
 from hf_llfc.merging.combination import CHUNK, DTYPES, Combination, Scratch, is_finite
@@ -217,7 +217,7 @@ class _Merging(threading.local):
     def _sum(self, part: Part) -> Iterator[Written]:
         everyone = self._merge.everyone
         info = self._merge.infos[part.name]
-        read: list[FileSpan | Moved | Tensor] = [
+        read: list[TensorBytes | Moved | Tensor] = [
             source.span(part.name) or source.moved(part.name) or source.read(part.name) for source in everyone
         ]
         lying = [each.span if isinstance(each, Moved) else each for each in read]
@@ -310,7 +310,13 @@ class _Columns:
     """
 
     def __init__(
-        self, read: Sequence[FileSpan | Tensor], rooms: Sequence[_Room], part: Part, info: TensorInfo, *, has_base: bool
+        self,
+        read: Sequence[TensorBytes | Tensor],
+        rooms: Sequence[_Room],
+        part: Part,
+        info: TensorInfo,
+        *,
+        has_base: bool,
     ) -> None:
         self.shape = info.shape
         self.models = len(read) - has_base
@@ -358,7 +364,7 @@ class _Room:
             self._bytes[: len(kept)] = kept
         return self._bytes[: count * dtype.itemsize].view(dtype)
 
-    def filled(self, span: FileSpan | _Matrix, start: int, stop: int) -> Tensor:
+    def filled(self, span: TensorBytes | _Matrix, start: int, stop: int) -> Tensor:
         """Elements of a tensor in a file."""
         tensor = self.of(span.dtype, stop - start)
         span.read_into(tensor_bytes(tensor), start * span.dtype.itemsize)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hf_llfc.checkpoints import Checkpoint, FileSpan
+from hf_llfc.checkpoints import Checkpoint, TensorBytes
 from hf_llfc.checkpoints.source import Moved, Source
 from hf_llfc.errors import SpecError
 from hf_llfc.parents.fitting import refuse_not_finite
@@ -96,7 +96,7 @@ class Parent:
         assert self.head_of is not None
         return name not in body_tensors(self.checkpoint, self.head_of)
 
-    def span(self, name: str) -> FileSpan | None:
+    def span(self, name: str) -> TensorBytes | None:
         """Where the bytes of one tensor lie in a file; None where it is moved or made as it is read."""
         if self.head_of is not None or self._borrows(name) or name in self.checkpoint.borrowed:
             return None

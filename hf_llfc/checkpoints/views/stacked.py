@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hf_llfc.checkpoints.checkpoint import Checkpoint
-from hf_llfc.checkpoints.files import FileSpan
 from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.positioned import TensorBytes
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class StackedWeights:
         origin = self.origins[name]
         return origin.checkpoint.read_unrounded(origin.name)
 
-    def span(self, name: str) -> FileSpan | None:
+    def span(self, name: str) -> TensorBytes | None:
         """Finds where the bytes of a tensor lie in a file."""
         origin = self.origins[name]
         return origin.checkpoint.span(origin.name)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from hf_llfc.checkpoints.files import FileSpan, Weights
+from hf_llfc.checkpoints.files import Weights
 from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.positioned import TensorBytes
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class View:
         make: Makes one of them, not yet rounded to its dtype.
         tag: What tells the view from its source, as JSON values; it is added to the identity.
         beside: Other weights that the made tensors come from.
+        spans: Says what reads parts of a made tensor; None where it is made as a whole.
     """
 
     source: Weights
@@ -31,6 +33,7 @@ class View:
     make: Callable[[str], torch.Tensor]
     tag: Mapping[str, Any] = field(default_factory=dict)
     beside: tuple[Weights, ...] = ()
+    spans: Callable[[str], TensorBytes | None] = lambda name: None
 
     def identity(self) -> Mapping[str, Any]:
         """The identity of the files below, with the tag; empty in memory."""
@@ -50,6 +53,6 @@ class View:
         """Reads one tensor, before it is rounded where it is made."""
         return self.make(name) if name in self.made else self.source.read_unrounded(name)
 
-    def span(self, name: str) -> FileSpan | None:
-        """Finds where the bytes of a tensor lie that is not made."""
-        return None if name in self.made else self.source.span(name)
+    def span(self, name: str) -> TensorBytes | None:
+        """Finds where the bytes of a tensor lie that is not made, or what makes parts of it."""
+        return self.spans(name) if name in self.made else self.source.span(name)
