@@ -130,6 +130,7 @@ class _Nested:
     offset: float
 
     columns = 1
+    unit = 1.0
 
     def load(self, stored: Stored, begin: int, end: int) -> Array:
         """Reads the numbers of some blocks."""

@@ -16,7 +16,7 @@ import torch
 from hf_llfc.checkpoints.views.quantisation.codes import E2M1, Array, Bytes, Codes, Numbers, decoded, of_nibbles
 from hf_llfc.checkpoints.views.quantisation.stored import Stored
 
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Elements that are decoded at a time: few enough for the cache of a processor's core."""
 
 
@@ -150,29 +150,23 @@ class Scaled:
 
     def rows(self, stored: Stored, first: int, out_rc: Array) -> None:
         """Makes whole rows, some at a time."""
-        loaded_rb = self.codes.load(stored, first, first + len(out_rc))
         scales_rg, zeros_rg = self._scales(stored, first, first + len(out_rc)), None
         if self.zeros is not None:
             zeros_rg = self.zeros.of_rows(stored, first, first + len(out_rc))
+        loaded_rb = self.codes.load(stored, first, first + len(out_rc))
+        is_zero_somewhere = not self.may_be_zero and not scales_rg.all()
         step = max(1, CHUNK // self.unit)
         for begin in range(0, len(out_rc), step):
             chunk = slice(begin, begin + step)
-            of_rows = [each if each is None or len(each) == 1 else each[chunk] for each in (scales_rg, zeros_rg)]
-            self._chunk(stored, loaded_rb[chunk], of_rows[0], of_rows[1], out_rc[chunk])
-
-    def _chunk(
-        self, stored: Stored, loaded_rb: Array, scales_rg: Array | None, zeros_rg: Array | None, out_rc: Array
-    ) -> None:
-        self.codes.decode(loaded_rb, out_rc)
-        assert scales_rg is not None, "every kind has scales"
-        if zeros_rg is not None:
-            assert self.zeros is not None, "they come from it"
-            _apply(np.subtract, self.zeros, stored, zeros_rg, out_rc)
-        if not self.may_be_zero and not scales_rg.all():
-            self._refuse_zeros(stored, scales_rg, out_rc)
-        _apply(np.multiply, self.scales, stored, scales_rg, out_rc)
-        if self.factor is not None:
-            np.multiply(out_rc, np.float32(self.factor), out=out_rc)
+            numbers_rc, of_rows_rg = out_rc[chunk], _of_rows(scales_rg, chunk)
+            self.codes.decode(loaded_rb[chunk], numbers_rc)
+            if self.zeros is not None and zeros_rg is not None:
+                _apply(np.subtract, self.zeros, stored, _of_rows(zeros_rg, chunk), numbers_rc)
+            if is_zero_somewhere:
+                self._refuse_zeros(stored, of_rows_rg, numbers_rc)
+            _apply(np.multiply, self.scales, stored, of_rows_rg, numbers_rc)
+            if self.factor is not None:
+                np.multiply(numbers_rc, np.float32(self.factor), out=numbers_rc)
 
     def _scales(self, stored: Stored, begin: int, end: int) -> Array:
         scales_rg = self.scales.of_rows(stored, begin, end)
@@ -180,6 +174,9 @@ class Scaled:
             scales_rg = scales_rg / self._number(stored, self.divisor)
         if self.multiplier is not None:
             scales_rg = scales_rg * self._number(stored, self.multiplier)
+        if self.codes.unit != 1:
+            with np.errstate(over="ignore", invalid="ignore"):
+                scales_rg = scales_rg * np.float32(self.codes.unit)
         if not np.isfinite(scales_rg).all():
             raise stored.error(
                 self.codes.name,
@@ -204,6 +201,11 @@ class Scaled:
                 f"scales in {self.scales.codes.name} are zero, of weights that are not; the file is damaged: fetch or"
                 " save it again",
             )
+
+
+def _of_rows(numbers_rg: Array, rows: slice) -> Array:
+    """The numbers of some rows; one row is that of all."""
+    return numbers_rg if len(numbers_rg) == 1 else numbers_rg[rows]
 
 
 def _apply(operation: np.ufunc, grid: Grid, stored: Stored, numbers_rg: Array, out_rc: Array) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_llfc.checkpoints.files import Weights
 from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.positioned import TensorBytes
 from hf_llfc.errors import CheckpointError
 
 
@@ -27,6 +28,7 @@ class Stored:
     weights: Weights
     where: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    _spans: dict[str, TensorBytes | None] = field(default_factory=dict, repr=False)
 
     def __contains__(self, name: object) -> bool:
         return name in self.weights.infos
@@ -60,7 +62,9 @@ class Stored:
 
     def elements(self, name: str, begin: int, end: int) -> Tensor:
         """Reads elements of a tensor, in the order in which they are stored."""
-        span = self.weights.span(name)
+        if name not in self._spans:
+            self._spans[name] = self.weights.span(name)
+        span = self._spans[name]
         if span is None:
             return self.weights.read(name).reshape(-1)[begin:end]
         data = torch.empty((end - begin) * span.dtype.itemsize, dtype=torch.uint8)
