@@ -88,6 +88,11 @@ class Models:
         return [*self.parents, *([self.base] if self.base is not None else [])]
 
     @property
+    def quantised(self) -> list[str]:
+        """Which of the models are quantised, and how."""
+        return [f"{each.id}: {each.quantised}" for each in self.named if each.quantised is not None]
+
+    @property
     def reference(self) -> Checkpoint:
         """The one that stays in alignment: the base, or one of the parents."""
         return self.base if self.base is not None else self.parents[self.reference_index]

@@ -141,6 +141,7 @@ def write_evidence(
         cards=tuple(parent.metadata for parent in parents),
         warnings=tuple(without_paths([each for each in warnings if each is not None], names)),
         left=run.carried.left,
+        quantised=tuple(without_paths(opened.quantised, names)),
         gone=gone,
         name=name,
         calibration=calibration and replace(calibration, data=tuple(without_paths(calibration.data, names))),

@@ -83,6 +83,7 @@ def plan_one(
     written = planned_bytes(opened, recipe) if recipe.is_adapter else sum(info.nbytes for info in infos.values())
     read = sum(each.nbytes for each in opened.all)
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.named)}]
+    steps += [{"step": "dequantise", "what": each} for each in opened.quantised]
     steps += [{"step": section.where, "what": section.what} for section in opened.sections]
     if opened.union is not None:
         united = opened.named if opened.sections else opened.all

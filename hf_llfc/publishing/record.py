@@ -432,6 +432,7 @@ class RunRecord:
         calibration: How the merge was fitted to its parents' features; None where it was not.
         adapter: What was written in place of a model; None where a model was.
         proofs: What the proof of each parent's adapter found, a sentence each.
+        quantised: How parents were quantised, a line for each that was.
     """
 
     alignments: tuple[AlignmentSummary, ...] = ()
@@ -446,6 +447,7 @@ class RunRecord:
     calibration: CalibrationRecord | None = None
     adapter: AdapterRecord | None = None
     proofs: tuple[str, ...] = ()
+    quantised: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> Path:
         """Writes the record into an output folder, without the paths of a disk."""

@@ -490,33 +490,26 @@ def test_gguf_without_config_is_recognised(tmp_path):
     refused(tmp_path / "model.gguf", "GGUF is quantised")
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
-def test_a_quantised_config_is_refused_before_the_weights_are_looked_at(save, method):
-    folder = save()
-    (folder / "model.safetensors").unlink()
-    edit_config(folder, quantization_config={"quant_method": method, "bits": 4})
-    refused(folder, f"quantised ({method})", "use the checkpoint it was made from")
-
-
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("name", "dtype", "expected"),
     [
-        ("bert.encoder.layer.0.output.dense.qweight", torch.int32),
-        ("bert.encoder.layer.0.output.dense.weight.absmax", torch.float32),
-        ("bert.encoder.layer.0.output.dense.SCB", torch.float32),
-        ("bert.encoder.layer.0.output.dense.weight", torch.float8_e4m3fn),
+        ("qweight", torch.int32, "qzeros is missing"),
+        ("weight.absmax", torch.float32, "quantised layer (bitsandbytes)"),
+        ("weight", torch.int8, "quantised layer (of a kind that is not known)"),
+        ("weight", torch.float8_e4m3fn, "has no scales"),
     ],
 )
-def test_quantised_tensors_are_refused_without_a_config_that_says_so(save, name, dtype):
+def test_quantised_tensors_that_cannot_be_read_are_refused_without_a_config_too(save, name, dtype, expected):
     folder = save()
+    name = f"bert.encoder.layer.0.output.dense.{name}"
     edit_weights(folder, lambda tensors: tensors | {name: torch.zeros(24, 40).to(dtype)})
-    refused(folder, "model.safetensors: tensor", name, "quantised")
+    refused(folder, f"tensor {name}", expected)
 
 
 def test_a_quantised_model_in_memory_is_refused():
     model = tiny_model("bert", "base")
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    refused(model, "quantised (bitsandbytes)")
+    refused(model, "quantised (bitsandbytes)", "give the folder or the id")
 
 
 def test_all_missing_and_misshapen_tensors_are_named_at_once(save):

@@ -474,7 +474,7 @@ ROWS: dict[str, Row] = {
             config(quantization_config={"quant_method": "compressed-tensors"}),
             having(**{"lm_head.weight": torch.ones(48, 16, dtype=torch.int8)}),
         ),
-        error="quantised (compressed-tensors)",
+        error="a quantised layer (compressed-tensors)",
     ),
     "padded rows": Row(
         "LlamaForCausalLM",

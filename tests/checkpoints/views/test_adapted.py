@@ -374,7 +374,7 @@ def test_a_quantised_base_of_the_config_is_refused_with_how_to_name_another(base
     (tmp_path / "bits" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "nf"}}))
     save_file({"lm_head.weight.absmax": torch.ones(2)}, tmp_path / "bits" / "model.safetensors")
     edit_config(adapter, base_model_name_or_path=str(tmp_path / "bits"))
-    refused(adapter, "the weights are quantised (nf)", "BASE+ADAPTER")
+    refused(adapter, "a quantised layer (nf)", "BASE+ADAPTER")
     assert open_checkpoint(f"{base}+{adapter}").adapter is not None
 
 

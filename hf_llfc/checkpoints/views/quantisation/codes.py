@@ -275,12 +275,15 @@ class _E4M3(Table):
 
     def look_up(self, data: Array, out: Array) -> None:
         """Writes the numbers of bytes, float32."""
-        if int((data & 0x7F).max(initial=0)) == 0x7F:  # NaN, which would become a number
+        signed = data.view(np.int8)
+        if signed.max(initial=0) == 0x7F or data.max(initial=0) == 0xFF:  # NaN, which would become a number
             super().look_up(data, out)
             return
-        bits = np.left_shift(data.view(np.int8), 7, dtype=np.int16)
+        of_bits = torch.from_numpy(signed).to(torch.int16)
+        bits = of_bits.numpy()
+        np.multiply(bits, 1 << 7, out=bits)
         np.bitwise_and(bits, ~0x4000, out=bits)  # the copy of the sign in the highest bit of the exponent
-        torch.from_numpy(out).copy_(torch.from_numpy(bits).view(torch.float16))
+        torch.from_numpy(out).copy_(of_bits.view(torch.float16))
 
 
 @cache

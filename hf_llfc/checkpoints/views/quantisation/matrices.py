@@ -6,18 +6,22 @@ A tensor is read in units: its rows, or blocks of it where it has been quantised
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_llfc.checkpoints.views.quantisation.codes import E2M1, Array, Bytes, Codes, Numbers, decoded, of_nibbles
 from hf_llfc.checkpoints.views.quantisation.stored import Stored
 
-CHUNK = 1 << 16
-"""Elements that are decoded at a time: few enough for the cache of a processor's core."""
+InPlace = Callable[[Tensor, Tensor], Tensor]
+
+CHUNK = 1 << 19
+"""Elements that are decoded at a time: enough that calls do not count, few enough for a processor's cache."""
 
 
 class QuantisedTensor(Protocol):
@@ -161,10 +165,10 @@ class Scaled:
             numbers_rc, of_rows_rg = out_rc[chunk], _of_rows(scales_rg, chunk)
             self.codes.decode(loaded_rb[chunk], numbers_rc)
             if self.zeros is not None and zeros_rg is not None:
-                _apply(np.subtract, self.zeros, stored, _of_rows(zeros_rg, chunk), numbers_rc)
+                _apply(Tensor.sub_, self.zeros, stored, _of_rows(zeros_rg, chunk), numbers_rc)
             if is_zero_somewhere:
                 self._refuse_zeros(stored, of_rows_rg, numbers_rc)
-            _apply(np.multiply, self.scales, stored, of_rows_rg, numbers_rc)
+            _apply(Tensor.mul_, self.scales, stored, of_rows_rg, numbers_rc)
             if self.factor is not None:
                 np.multiply(numbers_rc, np.float32(self.factor), out=numbers_rc)
 
@@ -208,19 +212,19 @@ def _of_rows(numbers_rg: Array, rows: slice) -> Array:
     return numbers_rg if len(numbers_rg) == 1 else numbers_rg[rows]
 
 
-def _apply(operation: np.ufunc, grid: Grid, stored: Stored, numbers_rg: Array, out_rc: Array) -> None:
-    """Combines every element with the number of its block, in place."""
+def _apply(operation: InPlace, grid: Grid, stored: Stored, numbers_rg: Array, out_rc: Array) -> None:
+    """Combines every element with the number of its block, in place; by torch, which is quicker at it than NumPy."""
     columns, block = out_rc.shape[1], grid.column_block
     if grid.column_of is not None:
         numbers_rg, block = numbers_rg[:, _places(stored, grid.column_of, 0, columns, numbers_rg.shape[1])], 1
+    of_out, of_numbers = torch.from_numpy(out_rc), torch.from_numpy(numbers_rg)
     if block == 1 or numbers_rg.shape[1] == 1:
-        operation(out_rc, numbers_rg, out=out_rc)
+        operation(of_out, of_numbers)
         return
     even = columns // block * block
-    blocks_rgc = out_rc[:, :even].reshape(len(out_rc), -1, block)
-    operation(blocks_rgc, numbers_rg[:, : even // block, None], out=blocks_rgc)
+    operation(of_out[:, :even].unflatten(1, (-1, block)), of_numbers[:, : even // block, None])
     if even < columns:
-        operation(out_rc[:, even:], numbers_rg[:, -1:], out=out_rc[:, even:])
+        operation(of_out[:, even:], of_numbers[:, -1:])
 
 
 @dataclass(frozen=True)
