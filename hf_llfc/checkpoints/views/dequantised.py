@@ -116,6 +116,10 @@ class _Reading:
         return DequantisedSpan(self.stored, tensor) if tensor.is_in_parts else None
 
 
+_FEW = 1 << 14
+"""Elements below which to make them once and copy them takes less time than to make them in pieces."""
+
+
 @dataclass(frozen=True)
 class DequantisedSpan:
     """The bytes that a tensor has as float32, made as they are read; it follows the protocol of `TensorBytes`.
@@ -146,22 +150,25 @@ class DequantisedSpan:
             CheckpointError: They cannot be read, or their scales are no numbers to scale by.
         """
         out = np.frombuffer(room, dtype=np.float32)
-        begin, unit = start // self.dtype.itemsize, self.tensor.unit
+        size, unit = prod(self.tensor.shape), self.tensor.unit
+        begin = start // self.dtype.itemsize
         end = begin + len(out)
-        # Elements in front of the first whole unit, whole units, and those behind the last.
-        whole = min(-(-begin // unit) * unit, end)
-        self._fill_within(out[: whole - begin], begin)
-        last = end if end == prod(self.tensor.shape) else max(whole, end // unit * unit)
-        if last > whole:
-            self.tensor.fill(self.stored, whole // unit, out[whole - begin : last - begin])
-        self._fill_within(out[last - begin :], last)
+        # Whole units are made where they are wanted; at both ends there may be parts of one.
+        first, last = -(-begin // unit) * unit, end if end == size else end // unit * unit
+        if last - first < _FEW:
+            first = last = begin
+        self._fill(out[: first - begin], begin)
+        if last > first:
+            self.tensor.fill(self.stored, first // unit, out[first - begin : last - begin])
+        self._fill(out[last - begin :], last)
 
-    def _fill_within(self, out: np.ndarray[Any, np.dtype[np.float32]], begin: int) -> None:
-        """Makes elements of one unit."""
+    def _fill(self, out: np.ndarray[Any, np.dtype[np.float32]], begin: int) -> None:
+        """Makes elements that begin and end within units."""
         if not len(out):
             return
         unit = self.tensor.unit
-        first, skipped = divmod(begin, unit)
-        room = np.empty(min(unit, prod(self.tensor.shape) - first * unit), dtype=np.float32)
+        first = begin // unit
+        last = min(-(-(begin + len(out)) // unit) * unit, prod(self.tensor.shape))
+        room = np.empty(last - first * unit, dtype=np.float32)
         self.tensor.fill(self.stored, first, room)
-        out[:] = room[skipped : skipped + len(out)]
+        out[:] = room[begin - first * unit :][: len(out)]

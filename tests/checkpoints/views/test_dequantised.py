@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_llfc.checkpoints.files import LocalFiles, TensorWeights, Weights, open_safetensors
 from hf_llfc.checkpoints.header import TensorInfo
+from hf_llfc.checkpoints.views import dequantised as dequantised_module
 from hf_llfc.checkpoints.views.dequantised import dequantised
 from hf_llfc.checkpoints.views.quantisation import matrices
 from hf_llfc.errors import CheckpointError
@@ -41,9 +42,12 @@ def of_parts(weights: Weights, name: str, bounds: list[tuple[int, int]]) -> list
     return parts
 
 
+@pytest.mark.parametrize("few", [0, 1 << 14])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_those_that_the_library_makes(kind, tmp_path, monkeypatch):
+def test_weights_are_those_that_the_library_makes(kind, few, tmp_path, monkeypatch):
     monkeypatch.setattr(matrices, "CHUNK", 1 << 10)  # so that a layer takes several
+    monkeypatch.setattr(matrices, "KEPT", few)  # so that scales are read by rows, too
+    monkeypatch.setattr(dequantised_module, "_FEW", few)
     stored, config, expected = KINDS[kind](weights(), LAYER)
     read = opened(stored, config, tmp_path)
     assert read.infos == {WEIGHT: TensorInfo(torch.bfloat16, tuple(expected.shape))}
@@ -56,6 +60,7 @@ def test_weights_are_those_that_the_library_makes(kind, tmp_path, monkeypatch):
         return
     size = expected.numel()
     bounds = [(0, size), (0, 1), (7, 90), (159, 161), (160, 320), (161, 5000), (size - 3, size), (4096, 4096)]
+    bounds += [(5, size - 7), (160, size), (64, size - 64)]
     for part, (begin, end) in zip(of_parts(read, WEIGHT, bounds), bounds, strict=True):
         assert torch.equal(part, expected.reshape(-1)[begin:end]), (begin, end)
 

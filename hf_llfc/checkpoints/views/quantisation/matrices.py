@@ -18,6 +18,9 @@ from torch import Tensor
 from hf_llfc.checkpoints.views.quantisation.codes import E2M1, Array, Bytes, Codes, Numbers, decoded, of_nibbles
 from hf_llfc.checkpoints.views.quantisation.stored import Stored
 
+KEPT = 1 << 16
+"""Scales of a tensor that are kept in memory, once they were read; of more, those of the rows are read each time."""
+
 InPlace = Callable[[Tensor, Tensor], Tensor]
 
 CHUNK = 1 << 19
@@ -80,19 +83,23 @@ class Grid:
     row_of: str | None = None
     column_of: str | None = None
 
+    def places(self, stored: Stored, begin: int, end: int) -> Array:
+        """Which rows of the grid some rows of the matrix take; one where all take the same."""
+        if self.row_of is not None:
+            return _places(stored, self.row_of, begin, end, self.rows)
+        if begin // self.row_block == (end - 1) // self.row_block and self.matrix_rows % self.row_block == 0:
+            return np.array([begin // self.row_block])
+        rows = np.arange(begin, end)
+        if self.matrix_rows % self.row_block == 0:
+            return rows // self.row_block
+        per_matrix = -(-self.matrix_rows // self.row_block)
+        return rows // self.matrix_rows * per_matrix + rows % self.matrix_rows // self.row_block
+
     def of_rows(self, stored: Stored, begin: int, end: int) -> Array:
         """The numbers for some rows of the matrix, a row each; one row where all have the same."""
-        if self.row_of is not None:
-            places = _places(stored, self.row_of, begin, end, self.rows)
-        elif begin // self.row_block == (end - 1) // self.row_block and self.matrix_rows % self.row_block == 0:
-            places = np.array([begin // self.row_block])
-        else:
-            rows = np.arange(begin, end)
-            per_matrix = -(-self.matrix_rows // self.row_block)
-            places = rows // self.matrix_rows * per_matrix + rows % self.matrix_rows // self.row_block
+        places = self.places(stored, begin, end)
         first = int(places.min())
-        numbers_rg = decoded(self.codes, stored, first, int(places.max()) + 1)
-        return numbers_rg if len(numbers_rg) == len(places) == 1 else numbers_rg[places - first]
+        return decoded(self.codes, stored, first, int(places.max()) + 1)[places - first]
 
     def over(self, numbers_rg: Array, columns: int) -> Array:
         """Numbers of blocks, repeated for every column."""
@@ -154,11 +161,10 @@ class Scaled:
 
     def rows(self, stored: Stored, first: int, out_rc: Array) -> None:
         """Makes whole rows, some at a time."""
-        scales_rg, zeros_rg = self._scales(stored, first, first + len(out_rc)), None
+        (scales_rg, are_zero), zeros_rg = self._scales(stored, first, first + len(out_rc)), None
         if self.zeros is not None:
             zeros_rg = self.zeros.of_rows(stored, first, first + len(out_rc))
         loaded_rb = self.codes.load(stored, first, first + len(out_rc))
-        is_zero_somewhere = not self.may_be_zero and not scales_rg.all()
         step = max(1, CHUNK // self.unit)
         for begin in range(0, len(out_rc), step):
             chunk = slice(begin, begin + step)
@@ -166,14 +172,27 @@ class Scaled:
             self.codes.decode(loaded_rb[chunk], numbers_rc)
             if self.zeros is not None and zeros_rg is not None:
                 _apply(Tensor.sub_, self.zeros, stored, _of_rows(zeros_rg, chunk), numbers_rc)
-            if is_zero_somewhere:
+            if are_zero and not self.may_be_zero:
                 self._refuse_zeros(stored, of_rows_rg, numbers_rc)
             _apply(Tensor.mul_, self.scales, stored, of_rows_rg, numbers_rc)
             if self.factor is not None:
                 np.multiply(numbers_rc, np.float32(self.factor), out=numbers_rc)
 
-    def _scales(self, stored: Stored, begin: int, end: int) -> Array:
-        scales_rg = self.scales.of_rows(stored, begin, end)
+    def _scales(self, stored: Stored, begin: int, end: int) -> tuple[Array, bool]:
+        """The scales for some rows, a row each or one for all, and whether some may be zero."""
+        places, rows = self.scales.places(stored, begin, end), self.scales.rows
+        if rows * self.scales.codes.columns > KEPT:
+            first = int(places.min())
+            scales_rg, are_zero = self._checked(stored, first, int(places.max()) + 1)
+            return scales_rg[places - first], are_zero
+        if self.codes.name not in stored.kept:
+            stored.kept[self.codes.name] = self._checked(stored, 0, rows)
+        scales_rg, are_zero = stored.kept[self.codes.name]
+        return scales_rg[places], are_zero
+
+    def _checked(self, stored: Stored, begin: int, end: int) -> tuple[Array, bool]:
+        """Rows of scales as codes are multiplied with them, and whether some are zero."""
+        scales_rg = decoded(self.scales.codes, stored, begin, end)
         if self.divisor is not None:
             scales_rg = scales_rg / self._number(stored, self.divisor)
         if self.multiplier is not None:
@@ -186,7 +205,7 @@ class Scaled:
                 self.codes.name,
                 f"scales in {self.scales.codes.name} are NaN or infinite; the file is damaged: fetch or save it again",
             )
-        return scales_rg
+        return scales_rg, not scales_rg.all()
 
     def _number(self, stored: Stored, name: str) -> Array:
         number = stored.elements(name, 0, 1).to(torch.float32).numpy()
@@ -217,14 +236,14 @@ def _apply(operation: InPlace, grid: Grid, stored: Stored, numbers_rg: Array, ou
     columns, block = out_rc.shape[1], grid.column_block
     if grid.column_of is not None:
         numbers_rg, block = numbers_rg[:, _places(stored, grid.column_of, 0, columns, numbers_rg.shape[1])], 1
-    of_out, of_numbers = torch.from_numpy(out_rc), torch.from_numpy(numbers_rg)
     if block == 1 or numbers_rg.shape[1] == 1:
-        operation(of_out, of_numbers)
+        operation(torch.from_numpy(out_rc), torch.from_numpy(numbers_rg))
         return
     even = columns // block * block
-    operation(of_out[:, :even].unflatten(1, (-1, block)), of_numbers[:, : even // block, None])
+    of_blocks = torch.from_numpy(out_rc[:, :even].reshape(len(out_rc), -1, block))
+    operation(of_blocks, torch.from_numpy(numbers_rg[:, : even // block, None]))
     if even < columns:
-        operation(of_out[:, even:], of_numbers[:, -1:])
+        operation(torch.from_numpy(out_rc[:, even:]), torch.from_numpy(numbers_rg[:, -1:]))
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,13 @@ class Stored:
         weights: The tensors by the names in the files.
         where: What messages call the checkpoint.
         config: The values that the config has on quantisation; empty where it says nothing.
+        kept: What was made of small tensors, by the tensor that it is for.
     """
 
     weights: Weights
     where: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
     _spans: dict[str, TensorBytes | None] = field(default_factory=dict, repr=False)
 
     def __contains__(self, name: object) -> bool:
