@@ -14,10 +14,11 @@ import torch
 
 from hf_llfc.checkpoints.files import Weights
 from hf_llfc.checkpoints.header import TensorInfo
-from hf_llfc.checkpoints.quantised import is_leftover, is_quantised
+from hf_llfc.checkpoints.quantised import is_leftover
 from hf_llfc.checkpoints.views.quantisation import quantised_tensors
 from hf_llfc.checkpoints.views.quantisation.matrices import QuantisedTensor
 from hf_llfc.checkpoints.views.quantisation.stored import Stored
+from hf_llfc.checkpoints.views.quantisation.unread import may_be_quantised
 from hf_llfc.checkpoints.views.view import View
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def dequantised(
             min(leftovers),
         )
         weights = View(weights, {k: v for k, v in weights.infos.items() if k not in leftovers}, (), weights.read)
-    if not any(is_quantised(name, info.dtype) for name, info in weights.infos.items()):
+    if not any(may_be_quantised(name, info.dtype, config) for name, info in weights.infos.items()):
         return weights, None
     stored = Stored(weights, where, config)
     made, used = quantised_tensors(stored)

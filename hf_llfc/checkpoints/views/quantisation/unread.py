@@ -29,6 +29,17 @@ _BY_TENSOR = {
 }
 
 
+def may_be_quantised(name: str, dtype: torch.dtype, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to a quantised layer, of kinds too that only a config tells from what models have.
+
+    Args:
+        name: Of the tensor.
+        dtype: Its type.
+        config: What the config says of quantisation; empty where it says nothing.
+    """
+    return is_quantised(name, dtype) or (bool(config) and name.endswith(tuple(_BY_TENSOR)))
+
+
 def refuse_unread(stored: Stored, made_from: set[str]) -> None:
     """Refuses quantised tensors that no kind reads.
 
@@ -40,7 +51,7 @@ def refuse_unread(stored: Stored, made_from: set[str]) -> None:
         CheckpointError: There is one.
     """
     for name, info in stored.weights.infos.items():
-        if name not in made_from and is_quantised(name, info.dtype):
+        if name not in made_from and may_be_quantised(name, info.dtype, stored.config):
             raise unread(stored.where, name, info.dtype, stored.config)
 
 
