@@ -116,7 +116,7 @@ def prove(checkpoint: Checkpoint) -> Proof:
 
 
 def _is_same(adapter: Adapter, name: str) -> bool:
-    base = adapter.onto.read(name)
+    base = adapter.onto.read_unrounded(name)
     return torch.equal(adapter.read(name).to(torch.float32), base.to(torch.float32))
 
 
@@ -126,7 +126,7 @@ def _answers_apart(adapter: Adapter) -> tuple[float, float]:
     from hf_llfc.checkpoints.views.folding import added
 
     onto = runnable(adapter.onto)
-    model = built(onto, onto.read, torch.float32)
+    model = built(onto, onto.read_unrounded, torch.float32)
     inputs = sample_inputs(model, batch_size=ROWS)
     before = _copied(answer_of(model, inputs))
     running = added(adapter.id, model, adapter.config, adapter.state).eval()

@@ -184,3 +184,18 @@ def test_a_damaged_scale_ends_in_one_message_and_no_output(of_8_bits, of_16_bits
     said = capsys.readouterr().err
     assert "model.layers.1.mlp.up_proj.weight: scales in" in said and "NaN" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_quantised_base(tmp_path):
+    """Folded into the base as it is read, unrounded, and proven against the same base."""
+    peft = pytest.importorskip("peft")
+    base = quantised(tmp_path / "base", "packed, 4 bits", 0)
+    options = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_model(open_checkpoint(base)), options)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    run("merge", f"{base}+{tmp_path / 'adapter'}", base, "--align", "none", "--out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "llfc" / "run.json").read_text())
+    assert len(record["quantised"]) == 2 and "4 of 4" in record["proofs"][0]

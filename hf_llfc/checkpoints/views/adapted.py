@@ -129,7 +129,7 @@ class _ByModule:
         assert base.model_class is not None
         self._layout = Layout(base.model_class, base.config)
         self._make_memory = self._layout.memory_reader(base.tensors)
-        self._read = base.read
+        self._read = base.read_unrounded
         self._dtype = _wide(base)
         self.folding = Folding(where, self._layout.empty_model(), config, state, self._dtype)
         self._groups = {
