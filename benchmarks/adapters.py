@@ -73,7 +73,7 @@ def adapter_out(options: argparse.Namespace) -> None:
         "adapter_out",
         f"`python benchmarks/adapters.py FOLDER --only adapter_out --repeats {options.repeats}`: {COUNT} LoRAs of rank "
         f"{RANK} on all 154 linear maps of a Llama-shaped base of 1.1 B parameters, bfloat16; the whole command, "
-        f"medians.\n\n{text}",
+        f"medians; limits set before: 10 s, 1 GiB.\n\n{text}",
     )
     print(text)
 

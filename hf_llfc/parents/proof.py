@@ -111,8 +111,8 @@ def prove(checkpoint: Checkpoint) -> Proof:
     # The bias beside a weight is among the targets where a kind might change it.
     targeted = {*changed, *(name for name in adapter.targets if not name.endswith("bias"))}
     # One digit: how many threads computed it is of no account.
-    numbers = (float(f"{value:.0e}") for value in (difference, effect))
-    return Proof(checkpoint.id, len(changed), len(targeted), *numbers, seconds)
+    difference, effect = (float(f"{value:.0e}") for value in (difference, effect))
+    return Proof(checkpoint.id, len(changed), len(targeted), difference, effect, seconds)
 
 
 def _is_same(adapter: Adapter, name: str) -> bool:
@@ -129,7 +129,7 @@ def _answers_apart(adapter: Adapter) -> tuple[float, float]:
     model = built(onto, onto.read_unrounded, torch.float32)
     inputs = sample_inputs(model, batch_size=ROWS)
     before = _copied(answer_of(model, inputs))
-    running = added(adapter.id, model, adapter.config, adapter.state).eval()
+    running: Any = added(adapter.id, model, adapter.config, adapter.state).eval()
     as_run = _copied(answer_of(running.get_base_model(), inputs))
     del model, running
     if not any(bool(value.isfinite().any()) for value in as_run.values()):

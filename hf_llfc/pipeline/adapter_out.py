@@ -105,17 +105,19 @@ def write_adapter_of(run: RunContext) -> AdapterRecord:
         RecipeError: The merge scales the base.
     """
 
-    def make() -> tuple[AdapterRecord, list[Path]]:
-        return _written(run)
+    def stage(run: RunContext) -> AdapterRecord:
+        written: list[Path] = []
 
-    return run.on_main(
-        lambda run: run.output.journal.stage(
-            "adapter",
-            make,
-            save=lambda made: (made[0].to_dict(), made[1]),
-            load=AdapterRecord.from_dict,
+        def make() -> AdapterRecord:
+            record, files = _written(run)
+            written.extend(files)
+            return record
+
+        return run.output.journal.stage(
+            "adapter", make, save=lambda record: (record.to_dict(), written), load=AdapterRecord.from_dict
         )
-    )
+
+    return run.on_main(stage)
 
 
 def _written(run: RunContext) -> tuple[AdapterRecord, list[Path]]:

@@ -166,8 +166,18 @@ def _run(run: RunContext) -> Result:
             run.on_main(write_made_from)
     summaries = [alignment_summary(alignment) for alignment in run.alignments if alignment is not None]
     url = run.on_main(push) if recipe.publish is not None else None
-    where = {"folder": output.path, "url": url, "is_main_process": processes.is_main}
-    return Result(report=report, alignments=summaries, table=table, warnings=run.warnings, **where, **vars(beside))
+    return Result(
+        output.path,
+        report,
+        summaries,
+        table,
+        url,
+        processes.is_main,
+        run.warnings,
+        beside.calibration,
+        beside.adapter,
+        beside.proofs,
+    )
 
 
 def refuse_early(recipe: Recipe, output: OutputFolder) -> None:

@@ -30,9 +30,10 @@ def low_rank_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
     kinds = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d)
     while isinstance(module, lora.ParamWrapper):
-        if module.num_experts > 1 or module.get_param().dim() == 2:
-            yield module.parameter_name, module
-        module = module.base_layer
+        wrapper: Any = module
+        if wrapper.num_experts > 1 or wrapper.get_param().dim() == 2:
+            yield wrapper.parameter_name, wrapper
+        module = wrapper.base_layer
     is_grouped = isinstance(module, lora._ConvNd) and module.get_base_layer().groups > 1
     if isinstance(module, kinds) and NAME in module.scaling and not module.lora_variant and not is_grouped:
         yield "weight", module
