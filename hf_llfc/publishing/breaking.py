@@ -33,7 +33,8 @@ def breaking_sentence(report: ConnectivityReport) -> str | None:
     if whole is None:
         return None
     if whole < SMALLEST_BARRIER:
-        return f"No block stands out: the merge is {height_text(whole, LOSS)} above its models."
+        side = "more" if whole > 0 else "less"
+        return f"No block stands out: the merge loses {height_text(abs(whole), LOSS)} {side} than its models."
     (first, last), share = carrying_blocks(rows)
     names = _span(rows, first, last)
     carry = "carry" if first < last and rows[first].block != BEFORE else "carries"

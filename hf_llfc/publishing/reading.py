@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from hf_llfc.diagnostics.report import ConnectivityReport
 from hf_llfc.diagnostics.rows import AdditivityRow, DecompositionRow, LayerRow, PathPoint
+from hf_llfc.diagnostics.verdict import HARM_ERROR, HARM_LOSS
 from hf_llfc.errors import EvaluationError, PublishingError
 from hf_llfc.publishing.numbers import is_number, metric_style
 
@@ -97,6 +98,19 @@ def merge_point(report: ConnectivityReport) -> PathPoint | None:
     if report.region == "line":
         return point_at(report, merge_alpha(report))
     return report.path[-1] if report.path and not is_model(report.path[-1]) else None
+
+
+def is_worse_than_a_parent(report: ConnectivityReport) -> bool:
+    """Whether the merge is much worse than the better parent: in loss, or in accuracy."""
+    merged, own = merge_point(report), [point for point in model_points(report) if point is not None]
+    if merged is None or merged.loss is None:
+        return False
+    losses = [point.loss for point in own if point.loss is not None]
+    hits = [value for point in own if (value := point.metrics.get("accuracy")) is not None]
+    accuracy = merged.metrics.get("accuracy")
+    return bool(losses and merged.loss - min(losses) > HARM_LOSS) or bool(
+        hits and accuracy is not None and max(hits) - accuracy > HARM_ERROR
+    )
 
 
 def merge_is_outside(report: ConnectivityReport) -> bool:

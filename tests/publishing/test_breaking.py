@@ -24,7 +24,10 @@ def report_of(steps, without=None):
         ([0.9, 0.2, 0.1, -0.2, 0, 0], "what runs up to vit.layers.0 carries 92 % of the barrier of 1.000 nats."),
         ([0.9, 0.1, 0, 0, 0, 0], "what runs before the blocks carries 90 % of the barrier of 1.000 nats."),
         ([0, 0, 0, 0, 0.1, 0.9], "what runs after the blocks carries 90 % of the barrier of 1.000 nats."),
-        ([0.004, 0, 0, 0, 0, -0.01], "No block stands out: the merge is -0.006 nats above its models."),
+        (
+            [0.004, 0, 0, 0, 0, -0.01],
+            "No block stands out: the merge loses 0.006 nats less than its models.",
+        ),
     ],
 )
 def test_the_shortest_run_of_blocks_is_named(steps, words):

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from hf_llfc.diagnostics import ConnectivityReport
 from hf_llfc.errors import PublishingError
 from hf_llfc.foundation.layout import PAGE_FILE
 from hf_llfc.publishing import page as pages
 from hf_llfc.publishing import write_card
+from hf_llfc.publishing.page.summary import meaning
 from tests.publishing.samples import (
     MODELS,
     as_report,
@@ -25,7 +27,7 @@ from tests.publishing.samples import (
 )
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"' onfocus=alert(1) \u202e\u2028{{ 7 * 7 }}"
-LARGEST_PAGE = 200_000
+LARGEST_PAGE = 320_000
 """In bytes, for 32 layers with everything measured."""
 
 
@@ -127,7 +129,7 @@ def test_models_and_merge_are_marked():
 @pytest.mark.parametrize(
     ("changes", "lead", "says"),
     [
-        ({}, "Verdict: merge.", "speaks against"),
+        ({}, "Verdict: merge.", "one parent alone is better"),
         ({"verdict": {"answer": "align", "because": "x"}}, "Warning. Verdict: align first.", "different coordinates"),
         ({"verdict": {"answer": "do not merge", "because": "x"}}, "Warning. Verdict: do not merge.", "loses"),
         ({"layers": [{**layer("logits", 0.5, 0.1, 0.2, 1.0), "llfc": {"mean": None, "std": None}}]},
@@ -405,3 +407,15 @@ def test_on_paper_everything_is_open(browse, tmp_path: Path):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("#path").is_visible() and page.locator("#filter").is_hidden()
     assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(("name", "best", "worse"), [("loss", 0.25, 0.51), ("accuracy", 0.875, 0.82)])
+def test_a_merge_that_one_parent_beats_is_not_praised(name, best, worse):
+    values = make_report(verdict={"answer": "merge", "because": "reasons"})
+    for point in values["path"]:
+        point.update(loss=0.25, metrics={"accuracy": 0.875})
+    assert meaning(ConnectivityReport.from_dict(values)) == "No measurement speaks against this merge."
+    for point in values["path"]:
+        value = best if point["alpha"] == 1 else worse
+        point.update({"loss": value} if name == "loss" else {"metrics": {"accuracy": value}})
+    assert "one parent alone is better" in meaning(ConnectivityReport.from_dict(values))

@@ -19,6 +19,7 @@ from hf_llfc.publishing.numbers import (
 )
 from hf_llfc.publishing.reading import (
     farthest_coefficient,
+    is_worse_than_a_parent,
     largest_ratio,
     merge_is_outside,
     merge_point,
@@ -35,7 +36,7 @@ _MEANINGS = {
     "merge": "No measurement speaks against this merge.",
     "align": "The parents lie in different coordinates. Align them, then merge and measure again.",
     "do not merge": "On this data, the merged model loses abilities of its parents.",
-    "undecided": "On this data, a parent does no better than chance, so that nothing follows for the merge.",
+    "undecided": "These data do not decide whether the merge is sound.",
     "contradict": "What one parent calls by one name the other calls by another: an average keeps neither.",
 }
 
@@ -44,6 +45,8 @@ def meaning(report: ConnectivityReport) -> str:
     """What the answer means, for a reader who knows none of the terms."""
     if not_finite(report):
         return "Numbers that are not finite say nothing about a merge. Look for the first layer where they occur."
+    if report.verdict.answer == "merge" and is_worse_than_a_parent(report):
+        return "The merge is what an average of its parents should be, but on this data one parent alone is better."
     return _MEANINGS.get(report.verdict.answer, "")
 
 
