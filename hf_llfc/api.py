@@ -486,7 +486,7 @@ def diagnose(
         layers: Patterns of module names, or `blocks`, `attention`, `mlp`, `pre_activations`; block outputs and the
             logits where empty.
         unit: `sample`, one feature vector a sample, or `token`, one a token.
-        measures: What else to measure on a pair, see `hf_llfc.diagnostics.MEASURES`.
+        measures: What else to measure, of `hf_llfc.foundation.choices.MEASURES`; `PAIR_MEASURES` of two models only.
         suggest: Look for better `weights`, one a model, or one a model for each of the `layers`.
         offload: Let every module read its weights when it runs, for models that do not fit into memory.
         heads: `own`, or `first`: models of different tasks are compared by their base model, under the head of A.
