@@ -283,7 +283,7 @@ def cost(options: argparse.Namespace) -> list[dict[str, str]]:
     from hf_llfc.recipe import AlignSection
 
     rows = []
-    for name in ("ResNet", "ViT", "GPT-2"):
+    for name in ("ResNet", "ViT"):
         merge = BROKEN[name]
         folder = folder_of(merge, options)
         checkpoints = [open_checkpoint(str(folder / model)) for model in merge.models]
