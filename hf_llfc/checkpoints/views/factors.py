@@ -29,14 +29,15 @@ def low_rank_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     from peft.tuners.lora import layer as lora
 
     kinds = (lora.Linear, lora.Embedding, lora.Conv1d, lora.Conv2d, lora.Conv3d)
-    while isinstance(module, lora.ParamWrapper):
-        wrapper: Any = module
+    inner: Any = module
+    while isinstance(inner, lora.ParamWrapper):
+        wrapper: Any = inner
         if wrapper.num_experts > 1 or wrapper.get_param().dim() == 2:
             yield wrapper.parameter_name, wrapper
-        module = wrapper.base_layer
-    is_grouped = isinstance(module, lora._ConvNd) and module.get_base_layer().groups > 1
-    if isinstance(module, kinds) and NAME in module.scaling and not module.lora_variant and not is_grouped:
-        yield "weight", module
+        inner = wrapper.base_layer
+    is_grouped = isinstance(inner, lora._ConvNd) and inner.get_base_layer().groups > 1
+    if isinstance(inner, kinds) and NAME in inner.scaling and not inner.lora_variant and not is_grouped:
+        yield "weight", inner
 
 
 def rows_of(module: nn.Module) -> list[int]:
