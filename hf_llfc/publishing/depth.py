@@ -152,9 +152,9 @@ def classes_table(report: ConnectivityReport) -> Table:
     columns = (
         Column("layer"),
         Column("of"),
-        Column("compression", "variance within classes over that between"),
-        Column("discrimination", "1 − the largest cosine of two class means"),
-        Column("separability", "mean over pairs of classes"),
+        Column("compression", "variance within classes over that between", "compr."),
+        Column("discrimination", "1 − the largest cosine of two class means", "discr."),
+        Column("separability", "mean over pairs of classes", "separ."),
         Column("least", "of the worst pair"),
         *(Column(f"from {name}", "how far class means point from its own") for name in models),
     )

@@ -53,7 +53,7 @@ def test_measures_get_a_table_each():
     assert titles[2:-1] == [
         "weak additivity at alpha = 0.5", "commutativity of linear maps", "stitching", "weights",
         "rank-one share of weights", "features", "where it breaks", "ways over the merge", "whose weights matter where",
-        "units that are always or never active",
+        "units that are always or never active", "classes", "settling",
     ]  # fmt: skip
     by_start = {title.split(" ")[0].strip(","): rows for title, rows in tables.items()}
     assert by_start["commutativity"][1] == {
