@@ -63,7 +63,8 @@ from hf_llfc.evaluation import EvaluationConfig, EvaluationData
 from hf_llfc.evaluation.models import evaluate_model
 from hf_llfc.parents.data import open_data
 from hf_llfc.parents.parent import Parent
-from hf_llfc.pipeline.mergeability import FAR_APART, HEADS_APART, compare_features, compare_weights
+from hf_llfc.pipeline.closeness import FAR_APART
+from hf_llfc.pipeline.mergeability import HEADS_APART, compare_features, compare_weights
 
 TRUTH_ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RECOMPUTED = 512

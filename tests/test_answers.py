@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import hf_llfc
-from hf_llfc.api import Inspection
 from hf_llfc.errors import EvaluationError, RecipeError, refuse_other_count
+from hf_llfc.pipeline.inspection import Inspection
 from hf_llfc.pipeline.mergeability import CheckResult
 
 

@@ -24,10 +24,10 @@ from hf_llfc.parents.proof import Proof
 from hf_llfc.parents.provenance import alignment_summary
 from hf_llfc.pipeline.adapter_out import with_base_of_adapters
 from hf_llfc.pipeline.calibrating import calibration_record, release
+from hf_llfc.pipeline.closeness import closeness, warnings_of
 from hf_llfc.pipeline.evidence import Beside, write_evidence
 from hf_llfc.pipeline.fitted import measure_fitted, with_merge_before
 from hf_llfc.pipeline.identity import identity_of_run
-from hf_llfc.pipeline.mergeability import closeness, warnings_of
 from hf_llfc.pipeline.resources import bytes_beside, peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.pipeline.run_context import RunContext, open_run
 from hf_llfc.pipeline.stages import align_parents, find_broken, measure, prove_adapters, score, write_merge

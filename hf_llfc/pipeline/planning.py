@@ -17,7 +17,7 @@ from hf_llfc.parents.opening import Models, open_recipe, refuse_replacing_inputs
 from hf_llfc.parents.probe import is_in_memory
 from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.adapter_out import adapter_plan, companions_of, planned_bytes, with_base_of_adapters
-from hf_llfc.pipeline.mergeability import warnings_of
+from hf_llfc.pipeline.closeness import warnings_of
 from hf_llfc.pipeline.resources import peak_memory
 from hf_llfc.pipeline.weighting import plan_merge
 from hf_llfc.pipeline.which_method import SEVERAL_DOCUMENTS, compared

@@ -18,11 +18,11 @@ from hf_llfc.parents.data import has_statistics
 from hf_llfc.parents.opening import open_recipe
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.task_vectors import compare_task_vectors
+from hf_llfc.pipeline.closeness import closeness
 from hf_llfc.pipeline.flow import refuse_too_large
 from hf_llfc.pipeline.mergeability import (
     UNDECIDED,
     CheckResult,
-    closeness,
     highest_level,
     open_calibration,
 )

@@ -12,7 +12,7 @@ from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.provenance import alignments_summary
 from hf_llfc.pipeline.calibrating import blend_of
-from hf_llfc.pipeline.mergeability import COMMON_ANCESTOR, closeness
+from hf_llfc.pipeline.closeness import COMMON_ANCESTOR, closeness
 from hf_llfc.pipeline.run_context import RunContext
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.

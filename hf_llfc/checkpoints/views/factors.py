@@ -35,7 +35,8 @@ def low_rank_layers(module: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
         if wrapper.num_experts > 1 or wrapper.get_param().dim() == 2:
             yield wrapper.parameter_name, wrapper
         inner = wrapper.base_layer
-    is_grouped = isinstance(inner, lora._ConvNd) and inner.get_base_layer().groups > 1
+    held: Any = inner.get_base_layer() if isinstance(inner, lora._ConvNd) else None
+    is_grouped = held is not None and held.groups > 1
     if isinstance(inner, kinds) and NAME in inner.scaling and not inner.lora_variant and not is_grouped:
         yield "weight", inner
 

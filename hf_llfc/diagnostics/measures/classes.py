@@ -178,7 +178,7 @@ def separabilities(moments: ClassMoments) -> list[Separability | None]:
     noise = rank[:, None, None] * (inverse[:, None] + inverse)
     ratio = (((freedom - rank - 1) / freedom)[:, None, None] * squared - noise).clamp(min=0) / 2
     shares = torch.where(ratio.isinf(), 1.0, ratio / (1 + ratio))
-    first, second = torch.triu_indices(*ratio.shape[1:], offset=1)
+    first, second = torch.triu_indices(ratio.shape[1], ratio.shape[2], offset=1)
     found: list[Separability | None] = []
     for pairs in shares[:, first, second]:
         worst = int(pairs.argmin())
@@ -243,7 +243,7 @@ class Classes:
         first = subject.models[0]
         self.layers = select_layers(first, batch, layers)
         self.vectors = sample_vectors_of(first, batch, self.layers, "classes")
-        self.classes = int(first.config.num_labels)
+        self.classes = int(first.config.num_labels or 0)
         self.directions = min(MOST_DIRECTIONS, max(1, len(data) // SAMPLES_A_DIRECTION))
         self.sums = ClassesSums({})
         self._runs: list[dict[int, torch.Tensor]] = []
