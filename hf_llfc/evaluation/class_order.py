@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 MATCHED_LIMIT = 0.8
 """Agreement under the best order of classes from which on the order is what differs. In the calibration runs pairs with
 a planted order come to 0.94 and more, models of disjoint classes to 0.5, negated heads of ten classes to 0.52."""
 
 RESTORED_LIMIT = 0.1
-"""Agreement that this order restores; pairs whose order is the same restore at most 0.01 above the limit before."""
+"""Agreement that this order restores, and by which it is more than models would reach by chance whose predictions do
+not depend on the input; pairs whose order is the same restore at most 0.01 above the limit before."""
 
 STANDARD_ERRORS = 3.0
 """What is restored, or lies below chance, by so many standard errors is no accident."""
@@ -34,6 +34,7 @@ class ClassOrder:
         agreement: Share of samples for which both choose the same class.
         chance: The same if they chose independently of each other.
         matched: The same under the best order of the classes of the second.
+        matched_by_chance: The same if they chose independently: much for models that give one answer to everything.
         order: That order: the class of the second for every class of the first.
     """
 
@@ -41,6 +42,7 @@ class ClassOrder:
     agreement: float
     chance: float
     matched: float
+    matched_by_chance: float
     order: tuple[int, ...]
 
     @property
@@ -48,7 +50,8 @@ class ClassOrder:
         """Whether the order is what the two differ in."""
         restored = self.matched - self.agreement
         noise = STANDARD_ERRORS * math.sqrt(max(0.0, restored) / self.samples)
-        return self.matched >= MATCHED_LIMIT and restored >= max(RESTORED_LIMIT, noise)
+        is_no_chance = self.matched - self.matched_by_chance >= RESTORED_LIMIT
+        return self.matched >= MATCHED_LIMIT and restored >= max(RESTORED_LIMIT, noise) and is_no_chance
 
     @property
     def is_below_chance(self) -> bool:
@@ -97,10 +100,14 @@ class ChoicePairs:
         both = halves.sum(0)
         chance = float(both.sum(0) @ both.sum(1)) / count**2
         matched = sum(float(halves[1 - half, np.arange(classes), _best(halves[half])].sum()) for half in (0, 1))
-        return ClassOrder(count, float(both.trace()) / count, chance, matched / count, tuple(_best(both).tolist()))
+        order = _best(both)
+        by_chance = float(both.sum(1) @ both.sum(0)[order]) / count**2
+        return ClassOrder(count, float(both.trace()) / count, chance, matched / count, by_chance, tuple(order.tolist()))
 
 
 def _best(counts: np.ndarray) -> np.ndarray:
     """The column of every row under which most is counted; ties go to the column of the same number."""
+    from scipy.optimize import linear_sum_assignment  # a merge without data does not wait for it
+
     _, columns = linear_sum_assignment(counts + 1e-6 * np.eye(len(counts)), maximize=True)
     return columns

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hf_llfc.checkpoints.low_rank import LowRank
-from hf_llfc.merging.methods.decompositions import singular
 
 NOISE = 2.0**-23
 """Relative error of a weight that counts as none: rounding of float32."""
@@ -159,6 +158,8 @@ def _leading(change_oi: Tensor, choice: RankChoice, seed: int) -> tuple[Tensor, 
     if choice.rank is not None and side > SMALL and choice.rank < SHARE * side:
         right_sk = _krylov(matrix_ls, choice.rank, seed)
     else:
+        from hf_llfc.merging.methods.decompositions import singular  # a merge of weights alone does not wait for scipy
+
         found = singular(lambda: iter([matrix_ls.double()]), side, side, exact_size=side, seed=seed)
         right_sk = found.right_ks.T.to(matrix_ls.dtype)
     left_lk = matrix_ls @ right_sk

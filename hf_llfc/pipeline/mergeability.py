@@ -360,7 +360,7 @@ def _checked(
     pair = first, second
     if highest == 0:
         return CheckResult(UNDECIDED, "configs, tokenizers and headers fit; weights have not been looked at", 0)
-    from hf_llfc.diagnostics.verdict import judge_weights, judged_by_weights
+    from hf_llfc.diagnostics.verdict import WEIGHTS_RIGHT, judge_weights, judged_by_weights
 
     weights = compare_weights(*pair, seed=seed, progress=progress)
     cosine = weights.alignment.metadata["cosine_before"]
@@ -382,6 +382,8 @@ def _checked(
             f"the heads lie {weights.heads_apart:.2g} times as far apart as the bodies do: their classes may be in "
             "another order; whether the models merge shows on data alone (level 2)"
         )
+    if answer in WEIGHTS_RIGHT and not weights.settled:
+        because += f"; by weights alone this answer was right in {WEIGHTS_RIGHT[answer]} pairs, level 2 is surer"
     found = CheckResult(
         answer,
         because,

@@ -45,6 +45,8 @@ def meaning(report: ConnectivityReport) -> str:
     """What the answer means, for a reader who knows none of the terms."""
     if not_finite(report):
         return "Numbers that are not finite say nothing about a merge. Look for the first layer where they occur."
+    if report.at_chance:
+        return "On this data, a parent does no better than chance, so that nothing follows for the merge."
     if report.verdict.answer == "merge" and is_worse_than_a_parent(report):
         return "The merge is what an average of its parents should be, but on this data one parent alone is better."
     return _MEANINGS.get(report.verdict.answer, "")
