@@ -31,7 +31,7 @@ PAGES = {
 }
 # Diagrams, tables as printed, patches, and what Sphinx reads.
 SHOWN = {"text", "diff", "{toctree}", "{eval-rst}", "{include}"}
-RECIPES_RUN = ("first_merge.md", "weights.md", "independent.md", "calibration.md")
+RECIPES_RUN = ("first_merge.md", "check.md", "weights.md", "independent.md", "calibration.md")
 # Pages whose commands take more than some seconds: every measure of a diagnosis, each with its pictures.
 SLOW = ("report.md",)
 
@@ -123,7 +123,7 @@ def test_code_of_a_page_runs(page, inputs, tmp_path, monkeypatch):
             exec(compile(block.text, f"{page}, python", "exec"), names)
         elif block.language == "yaml" and page in RECIPES_RUN:
             (work / "recipe.yaml").write_text(block.text)
-            if page != "first_merge.md":  # which shows the command that runs it
+            if page not in ("first_merge.md", "check.md"):  # which show the commands that take it
                 assert main(["run", "recipe.yaml", "--quiet"]) == 0
         elif block.language == "bash":
             for command in commands_of(block):

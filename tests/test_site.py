@@ -42,7 +42,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(folder)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0 and built.stderr == "", built.stderr
+    # bitsandbytes, where it is installed, says so of itself when peft is loaded.
+    told = [line for line in built.stderr.splitlines() if "kernels-community" not in line]
+    assert built.returncode == 0 and not told, built.stderr
     return folder
 
 
