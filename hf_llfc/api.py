@@ -93,8 +93,8 @@ def check(
     if b is None:
         from hf_llfc.pipeline.recipe_check import check_recipe
 
-        if not isinstance(a, str | Path | Mapping):
-            raise RecipeError("check takes two models, or one recipe: give a second model")
+        if not isinstance(a, str | Path | Mapping) or (not isinstance(a, Mapping) and Path(a).is_dir()):
+            raise RecipeError("check takes two models, or one recipe (a YAML file): give a second model")
         overrides = [f"seed={seed}"] if seed else []
         overrides += ["allow_pickle=true"] if allow_pickle else []
         return check_recipe(a, level=level, data=data, overrides=overrides, progress=progress)

@@ -383,7 +383,9 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 def _add_extract(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE")
     parser.add_argument("finetuned", metavar="FINETUNED")
-    _add_of_recipe(parser, "rank", "max_error", "allow_pickle", "trust_remote_code", "device")
+    rank = "Rank of the adapter, or auto: the smallest that loses nothing. Give this or --max-error."
+    _add_of_recipe(parser, "rank", help=rank)
+    _add_of_recipe(parser, "max_error", "allow_pickle", "trust_remote_code", "device")
     _add_dry_run(parser)
     _add_seed(parser)
     output = _add_output(parser, "dtype", required=True)

@@ -35,6 +35,7 @@ def execute(options: argparse.Namespace) -> int:
             if result.aligned
             else ""
         )
+        of = "of the merge" if options.b is None else "at the midpoint"
         if models := result.task_vectors.get("models"):
             print_table("changes of the base", models)
         if result.changes:
@@ -44,9 +45,9 @@ def execute(options: argparse.Namespace) -> int:
             print_table("tensors farthest apart", [asdict(row) for row in result.tensors])
         if result.layers:
             rows = [{"layer": row.layer, **_means(row)} for row in result.layers]
-            print_table(f"layers of the merge{state}" if options.b is None else f"layers at the midpoint{state}", rows)
+            print_table(f"layers {of}{state}", rows)
         if result.outputs is not None:
-            print_table(f"predictions at the midpoint{state}", [_predictions(result.outputs)])
+            print_table(f"predictions {of}{state}", [_predictions(result.outputs)])
         if result.criteria:
             print_table(f"what decides{state}", [asdict(criterion) for criterion in result.criteria])
         print(f"{result.answer}: {result.because}")
@@ -61,7 +62,7 @@ def execute(options: argparse.Namespace) -> int:
 
 def _predictions(outputs: OutputAgreement) -> dict[str, float | None]:
     """The barrier taken apart, in nats, and how often predictions differ."""
-    low, high = outputs.loss_barrier_range
+    low, high = outputs.loss_barrier_range or (None, None)
     return {
         "gain": outputs.gain,
         "cost": outputs.merged_divergence,

@@ -226,6 +226,7 @@ def _report(
             # With labels, losses say more than predictions.
             outputs=None if data.labelled else outputs,
             convex=merge.convex,
+            on_line=region.kind == "line",
             at_chance=lost,
             contradiction=contradiction,
             harm=_over_the_better(measured, sums, merge, len(sums.predictions[ours])) if data.labelled else None,

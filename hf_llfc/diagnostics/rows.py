@@ -486,13 +486,15 @@ class OutputAgreement:
         return self.merged_divergence - self.loss_barrier
 
     @property
-    def loss_barrier_range(self) -> tuple[float, float]:
-        """Where the barrier of loss with labels lies, in 95 of 100 pairs, in nats.
+    def loss_barrier_range(self) -> tuple[float, float] | None:
+        """Where the barrier of loss with labels lies, in 95 of 100 pairs, in nats; None of one sample.
 
         Labels are not distributed as the ensemble says, so that the estimate is off by more than samples explain: by
         `UNSURE_SHARE` of its two parts, cost and gain, and `UNSURE_NATS`, fitted on the calibration pairs.
         """
-        low, high = self.loss_barrier_interval or (self.loss_barrier,) * 2
+        if self.loss_barrier_interval is None:
+            return None
+        low, high = self.loss_barrier_interval
         margin = UNSURE_SHARE * (self.merged_divergence + self.gain) + UNSURE_NATS
         return low - margin, high + margin
 

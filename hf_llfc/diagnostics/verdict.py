@@ -110,6 +110,7 @@ def judge(
     aligned: bool,
     outputs: OutputAgreement | None = None,
     convex: bool = True,
+    on_line: bool = True,
     at_chance: Sequence[AtChance] = (),
     contradiction: Contradiction | None = None,
     harm: Barrier | None = None,
@@ -121,6 +122,7 @@ def judge(
         layers: All rows; those at the α inside the path that is nearest to 0.5 are looked at.
         aligned: Whether the second model was aligned before, so that aligning cannot be the advice again.
         outputs: How predictions agree at the midpoint; counts only where there are no labels.
+        on_line: Whether the merge is a point of the line between two models.
         convex: Whether the merge lies between the models; a sum of task vectors need not, and has then no barrier.
         at_chance: Models that do no better than chance: nothing follows from how they merge.
         harm: Error and loss of the merge over those of the better parent; None without labels.
@@ -143,7 +145,7 @@ def judge(
     rows = middle_rows(layers)
     criteria = judged_by(layers, outputs)
     features_agree = all(criterion.holds for criterion in criteria)
-    where = "" if len(rows[0].weights) > 2 else f"at α = {rows[0].alpha:g} "
+    where = f"at α = {rows[0].alpha:g} " if on_line else ""
     evidence = f"{where}{_output(rows[-1])}, and {_coefficient(rows)[1]}"
     if barrier.loss is None or barrier.error is None:
         connected = features_agree
@@ -172,6 +174,8 @@ def judge(
         evidence += _beside_the_better(harm)
     if connected:
         return Verdict("merge", evidence)
+    if not convex:
+        return Verdict("do not merge", f"{evidence}; smaller weights bring the merge nearer to its models")
     if not aligned:
         return Verdict("align", evidence + NOT_ALIGNED)
     return Verdict("do not merge", f"{evidence}, although the models have been aligned")
@@ -326,11 +330,13 @@ def _coefficient(rows: Sequence[LayerRow]) -> tuple[bool, str]:
 
 def _agreement(outputs: OutputAgreement) -> str:
     """Agreement of the merged predictions with the ensemble's, as words."""
-    low, high = outputs.loss_barrier_range
+    between = ""
+    if outputs.loss_barrier_range is not None:
+        low, high = outputs.loss_barrier_range
+        between = f" (from {rounded(low, 3)} to {rounded(high, 3)} in 95 of 100 pairs)"
     return (
         f"{outputs.merged_disagreement:.1%} of {outputs.predictions} predictions are not those of the ensemble (the "
         f"blend of logits), {outputs.merged_divergence:.2g} nats from it (limit {DIVERGENCE_LIMIT:g}); the parents "
         f"disagree in {outputs.parents_disagreement:.1%}, from which the ensemble gains {rounded(outputs.gain, 3)} "
-        f"nats: the barrier is estimated at {rounded(outputs.loss_barrier, 3)} nats (from {rounded(low, 3)} to "
-        f"{rounded(high, 3)} in 95 of 100 pairs)"
+        f"nats: the barrier is estimated at {rounded(outputs.loss_barrier, 3)} nats{between}"
     )

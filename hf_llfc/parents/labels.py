@@ -50,6 +50,22 @@ def in_order_of_labels(models: Sequence[Checkpoint], align: AlignSection, *, giv
     ]
 
 
+def base_in_order_of_labels(first: Checkpoint, base: Checkpoint | None, align: AlignSection) -> Checkpoint | None:
+    """The base of task arithmetic with its classes in the order of the first model.
+
+    Raises:
+        AlignmentError: It has classes, and only what it answers could tell their order.
+    """
+    if base is None or align.label_order == "keep" or "Classification" not in (base.architecture or ""):
+        return base
+    if align.label_order == "match":
+        raise AlignmentError(
+            f"label_order: match: the base {base.label} has classes of its own, whose order is not looked for; use "
+            "`label_order: names`, or a base without a classifier"
+        )
+    return in_order_of_labels([first, base], align)[1]
+
+
 def _by_names(first: Checkpoint, other: Checkpoint) -> Relabelling | None:
     """The order of the first by the names of the classes in the configs; None where it is the same."""
     names, own = (_names(checkpoint) for checkpoint in (first, other))

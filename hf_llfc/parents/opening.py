@@ -21,7 +21,7 @@ from hf_llfc.errors import CheckpointError, RecipeError, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging import merged_infos
 from hf_llfc.parents.fitting import comparable, in_groups, in_one_class, sharing
-from hf_llfc.parents.labels import in_order_of_labels
+from hf_llfc.parents.labels import base_in_order_of_labels, in_order_of_labels
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import open_weights
 from hf_llfc.parents.stacking import Section, is_whole, stacked
@@ -141,7 +141,8 @@ def open_models(
     """
     opening = partial(open_checkpoint, allow_pickle=allow_pickle)
     parents = in_order_of_labels([opening(model) for model in models], align)
-    opened = Models(parents, opening(base) if base is not None else None, parents[0])
+    theta_0 = base_in_order_of_labels(parents[0], opening(base) if base is not None else None, align)
+    opened = Models(parents, theta_0, parents[0])
     return fitted(opened, align, heads)
 
 
@@ -188,6 +189,7 @@ def open_recipe(
         ]
         parents = in_order_of_labels(parents, recipe.align, given=not any(entry in (made or {}) for entry in models))
         base = opening(recipe.base, by_class=by_class) if recipe.base is not None else None
+        base = base_in_order_of_labels(parents[0], base, recipe.align)
         return Models(parents, base, parents[0], reference_index=recipe.reference_index)
 
     needs_rows = recipe.tokenizer_source == UNION or recipe.tokenizer is not None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.companions import by_name, is_of_inputs
@@ -18,7 +19,7 @@ from hf_llfc.checkpoints.low_rank import LowRank
 from hf_llfc.checkpoints.views.factors import factors_of
 from hf_llfc.checkpoints.views.folding import Folding
 from hf_llfc.checkpoints.writing.adapter import AdapterContent, write_adapter
-from hf_llfc.errors import CheckpointError, raise_all
+from hf_llfc.errors import CheckpointError, RecipeError, raise_all
 from hf_llfc.foundation.choices import AUTO
 from hf_llfc.foundation.model_names import split_adapter
 from hf_llfc.merging.low_rank import NOISE, RankChoice, Thin, difference
@@ -64,6 +65,10 @@ def base_named_by(model: str) -> str:
             f"{model}: names no base whose changes an adapter could hold; name it (`base_model`, or --base-model)"
         )
     return named
+
+
+MARGIN = 1 + 1e-3
+"""By which an error may exceed its limit through rounding of sums."""
 
 
 def base_of_all(run: RunContext) -> Parent:
@@ -144,6 +149,16 @@ def _written(run: RunContext) -> tuple[AdapterRecord, list[Path]]:
         rows={name: (indices, changes.tensor(name)[list(indices)]) for name, indices in names.rows.items()},
     )
     lost = {name: changes.lost(name) for name in names.lost}
+    whole = [_rounded_whole(name, tensor, changes.lost(name), dtype) for name, tensor in _whole(content)]
+    error = relative(
+        math.hypot(*[row.error for row in rows], *lost.values(), *[each.error for each in whole]),
+        math.hypot(*[row.size for row in rows], *lost.values(), *[each.size for each in whole]),
+    )
+    if recipe.max_error is not None and error > max(recipe.max_error, NOISE) * MARGIN and dtype != torch.float32:
+        raise RecipeError(
+            f"max_error: {recipe.max_error:g} cannot be held in {recipe.result_dtype}, whose rounding alone brings the "
+            f"error to {error:.2g}; write float32 (`dtype`), or allow more"
+        )
     settings = settings_of(first, base.checkpoint)
     files = write_adapter(run.staging, changes.layout.empty_model(), content, settings, dtype)
     files += copy_companions(run)
@@ -152,10 +167,7 @@ def _written(run: RunContext) -> tuple[AdapterRecord, list[Path]]:
         asked=asked_of(recipe),
         dtype=str(dtype).removeprefix("torch."),
         factors=tuple(rows),
-        error=relative(
-            math.hypot(*[*(row.error for row in rows), *lost.values()]),
-            math.hypot(*[*(row.size for row in rows), *lost.values()]),
-        ),
+        error=error,
         saved=(*names.saved, *names.biases, *names.rows),
         lost={name: names.lost[name] for name in lost},
         ways=changes.ways,
@@ -165,6 +177,20 @@ def _written(run: RunContext) -> tuple[AdapterRecord, list[Path]]:
     for name, why in record.lost.items():
         logger.warning("%s: %s; the adapter leaves it as it is in the base", name, why)
     return record, files
+
+
+def _whole(content: AdapterContent) -> Iterator[tuple[str, Tensor]]:
+    """What an adapter holds whole: tensors, or some rows of one."""
+    for path, tensors in content.saved.items():
+        yield from ((f"{path}.{name}", tensor) for name, tensor in tensors.items())
+    yield from content.biases.items()
+    yield from ((name, rows) for name, (_, rows) in content.rows.items())
+
+
+def _rounded_whole(name: str, held: Tensor, size: float, dtype: torch.dtype) -> FactorsRecord:
+    """By how much the dtype in which a tensor is written changes it, beside the norm of its change."""
+    exact = held.double()
+    return FactorsRecord(name, 0, size, float((exact - exact.to(dtype).double()).norm()))
 
 
 def relative(error: float, size: float) -> float:

@@ -96,7 +96,13 @@ def _weights(recipe: Recipe) -> CheckResult:
     cosine = min((each.cosine for each in near), default=None)
     if far := [each.sentence for each in near if each.is_far]:
         return CheckResult("do not merge", "; ".join(far), 1, median_cosine=cosine, task_vectors=vectors)
-    told = "the models are aligned first" if recipe.align.method != "none" else "no model is far from the others"
+    told = (
+        "the models are aligned first"
+        if recipe.align.method != "none"
+        else "no model is far from the others"
+        if near
+        else "the models were not compared with each other"
+    )
     because = f"{told}; {vectors['sentence']}; whether the merge is sound shows on data alone (level 2)"
     return CheckResult(UNDECIDED, because, 1, median_cosine=cosine, task_vectors=vectors)
 

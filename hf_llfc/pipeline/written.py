@@ -78,11 +78,11 @@ def measure_written(
         execution=Execution(run.processes, progress),
     )
     near = closeness(run.models, run.recipe)
-    if report.verdict.answer != "align" or not near or min(each.cosine for each in near) < COMMON_ANCESTOR:
+    is_near = bool(near) and min(each.cosine for each in near) >= COMMON_ANCESTOR
+    if report.verdict.answer != "align" or not (is_near or run.base is not None):
         return report
-    because = (
-        f"{report.verdict.because.removesuffix(NOT_ALIGNED)}; the models have one ancestor: nothing is to be aligned"
-    )
+    because = report.verdict.because.removesuffix(NOT_ALIGNED)
+    because += "; the models have one ancestor, and aligning changes nothing: try smaller weights"
     return replace(report, verdict=Verdict("do not merge", because))
 
 

@@ -26,12 +26,19 @@ def extraction(base: str, finetuned: str, settings: Mapping[str, Any]) -> Recipe
             "an adapter that holds all of a fine-tune may be as large as the model; give the rank that it may have "
             "(--rank 32), or the error (--max-error 0.1)"
         )
+    own = {
+        "models": [{"model": finetuned, "parameters": {"weight": 1.0}}],
+        "merge_method": "task_arithmetic",
+        "base_model": base,
+        "save_as": "adapter",
+    }
+    if refused := [key for key in own if settings.get(key) is not None]:
+        raise RecipeError(
+            f"{', '.join(refused)}: an extraction has models, method and form of its own; leave out, or run a recipe"
+        )
     return load_recipe(
         {
-            "models": [{"model": finetuned, "parameters": {"weight": 1.0}}],
-            "merge_method": "task_arithmetic",
-            "base_model": base,
-            "save_as": "adapter",
+            **own,
             **{key: value for key, value in settings.items() if value is not None},
         }
     )

@@ -57,7 +57,7 @@ def outputs(divergence, entropy=0.3):
     """Predictions over ten classes."""
     zeros = dict.fromkeys((field.name for field in fields(OutputAgreement)), 0.0)
     entropies = {"entropies": (entropy, entropy), "spreads": (0.0, 0.0)}
-    counts = {"weights": (0.5, 0.5), "predictions": 128, "classes": 10}
+    counts = {"weights": (0.5, 0.5), "predictions": 128, "classes": 10, "loss_barrier_interval": None}
     return OutputAgreement(**{**zeros, **counts, **entropies, "merged_divergence": divergence})
 
 

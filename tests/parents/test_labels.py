@@ -156,3 +156,16 @@ def test_what_cannot_be_matched_is_refused(paths: dict[str, str], pair: Any, sam
         open_models(list(pair), align=AlignSection("none", label_order="match", calibration=texts))
     with pytest.raises(AlignmentError, match="what a model answers; `merge`"):
         hf_llfc.align_all(list(pair), label_order="names")
+
+
+def test_a_base_is_brought_into_the_order_too(paths: dict[str, str], samples: str, tmp_path: Path) -> None:
+    def sums(base: str, out: str, **align: Any) -> Any:
+        recipe = recipe_of([paths["a"], paths["a"]], tmp_path / out, **align)
+        parameters = {"weight": 0.2}
+        hf_llfc.run({**recipe, "merge_method": "task_arithmetic", "base_model": base, "parameters": parameters})
+        return merged(tmp_path / out).state_dict()
+
+    expected, found = sums(paths["b"], "straight"), sums(paths["other"], "ordered", label_order="names")
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    with pytest.raises(AlignmentError, match="has classes of its own"):
+        sums(paths["unnamed"], "matched", label_order="match", calibration=data_of(samples))

@@ -257,6 +257,15 @@ def test_extract_is_the_best_of_its_rank_and_measures_what_it_lost(base, tmp_pat
     assert record.error == pytest.approx((squares / total) ** 0.5, rel=1e-4)
 
 
+def test_what_is_written_whole_is_counted_in_the_error(base, tmp_path):
+    model = finetuned(base, tmp_path / "finetuned", 3, ("model.norm.weight", "model.layers.0.self_attn.q_proj.bias"))
+    record = hf_llfc.extract(base, model, rank="auto", dtype="bfloat16", out=tmp_path / "out").adapter
+    real = distance(folded_by_peft(base, tmp_path / "out"), dict(open_checkpoint(model).state_dict()), base)
+    assert record.error == pytest.approx(real, rel=0.05) and record.error > 1e-3
+    with pytest.raises(RecipeError, match="cannot be held in bfloat16"):
+        hf_llfc.extract(base, model, max_error=1e-4, dtype="bfloat16", out=tmp_path / "no")
+
+
 def test_what_an_adapter_cannot_hold_is_said(tmp_path):
     base = tmp_path / "base"
     byte_llama(0, tie_word_embeddings=True).save_pretrained(base)
@@ -268,6 +277,7 @@ def test_what_an_adapter_cannot_hold_is_said(tmp_path):
         ({}, "--rank 32"),
         ({"rank": 0}, "a whole number above 0"),
         ({"rank": 2, "max_error": 0.1}, "stands beside a rank"),
+        ({"rank": 2, "base_model": "other", "merge_method": "ties"}, "merge_method, base_model: an extraction has"),
         ({"rank": 2, "align": {"method": "weight_matching"}}, "align: is not possible with `save_as: adapter`"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -131,3 +131,20 @@ def test_the_verdict_of_a_run_is_that_of_the_merge_it_made(shelf, tmp_path):
         check_sanity(broken.folder)
     sound = hf_llfc.run({**over_base(shelf, "ties", diagnose=diagnose), "output_dir": str(tmp_path / "sound")})
     assert sound.report.verdict.answer == "merge" and sound.report.outputs.merged_divergence < 0.01
+
+
+def test_sums_of_related_models_are_not_to_be_aligned(shelf):
+    """Their base lies farther away than they do from each other; what breaks the merge is the size of its weights."""
+    recipe = over_base(shelf, "task_arithmetic", 300.0)
+    found = hf_llfc.check({**recipe, "base_model": str(shelf / "stranger")}, data=data_of(shelf))
+    assert found.answer == "do not merge" and "smaller weights" in found.because and "at α" not in found.because
+
+
+def test_one_sample_gives_no_range(shelf):
+    found = hf_llfc.check(recipe_of(shelf, "a", "b"), data={**data_of(shelf), "samples": 1})
+    assert found.outputs.loss_barrier_range is None and "in 95 of 100" not in found.because
+
+
+def test_a_model_alone_is_no_recipe(shelf):
+    with pytest.raises(RecipeError, match="give a second model"):
+        hf_llfc.check(shelf / "a")
