@@ -1,4 +1,4 @@
-"""May these two models be merged? Three levels, each dearer and surer than the one before; `hf_llfc.check` asks.
+"""May these two models be merged? Three levels, each slower and more reliable than the last; `hf_llfc.check` asks.
 
 Level 0 reads configs, tokenizers and headers; level 1 the weights, one tensor at a time; level 2 runs both models and
 their midpoint on a few samples without labels, as they are and, if that does not hold, after weight matching. The
@@ -383,7 +383,9 @@ def _checked(
             "another order; whether the models merge shows on data alone (level 2)"
         )
     if answer in WEIGHTS_RIGHT and not weights.settled:
-        because += f"; by weights alone this answer was right in {WEIGHTS_RIGHT[answer]} pairs, level 2 is surer"
+        because += (
+            f"; by weights alone this answer was right in {WEIGHTS_RIGHT[answer]} pairs; level 2 is more reliable"
+        )
     found = CheckResult(
         answer,
         because,
