@@ -28,13 +28,8 @@ def execute(options: argparse.Namespace) -> int:
     if options.format == "json":
         print_json(asdict(result))
     else:
-        state = (
-            " after alignment"
-            if options.b is None and result.aligned
-            else " after weight matching"
-            if result.aligned
-            else ""
-        )
+        how = "alignment" if options.b is None else "weight matching"
+        state = f" after {how}" if result.aligned else ""
         of = "of the merge" if options.b is None else "at the midpoint"
         if models := result.task_vectors.get("models"):
             print_table("changes of the base", models)

@@ -15,7 +15,7 @@ from hf_llfc.foundation.choices import COMPARED
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.processes import Processes
 from hf_llfc.parents.data import has_statistics
-from hf_llfc.parents.opening import open_recipe
+from hf_llfc.parents.opening import Models, open_recipe
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.task_vectors import compare_task_vectors
 from hf_llfc.pipeline.closeness import closeness
@@ -74,7 +74,7 @@ def check_recipe(
         if highest == 0:
             because = "configs, tokenizers and headers fit; weights have not been looked at"
             return CheckResult(UNDECIDED, because, 0, differences=differences)
-        found = replace(_weights(wanted), differences=differences)
+        found = replace(_weights(wanted, opened), differences=differences)
         if highest == 1:
             return found
         if opened.sections:
@@ -87,9 +87,8 @@ def check_recipe(
         return _outputs(replace(wanted, diagnose=DiagnoseSection(data=unlabelled)), found, progress)
 
 
-def _weights(recipe: Recipe) -> CheckResult:
+def _weights(recipe: Recipe, opened: Models) -> CheckResult:
     """Level 1: how near the models lie, and what their changes of the base have in common."""
-    opened = open_recipe(recipe)
     near = closeness(opened, recipe)
     merge = plan_merge(opened.moved([None] * len(opened.parents)), recipe, sections=opened.sections)
     vectors = compared(recipe, opened, merge, COMPARED[0])

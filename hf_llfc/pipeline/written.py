@@ -77,13 +77,17 @@ def measure_written(
         origin=Origin(references, alignments_summary(compared)),
         execution=Execution(run.processes, progress),
     )
-    near = closeness(run.models, run.recipe)
-    is_near = bool(near) and min(each.cosine for each in near) >= COMMON_ANCESTOR
-    if report.verdict.answer != "align" or not (is_near or run.base is not None):
+    if report.verdict.answer != "align" or not (run.base is not None or _are_near(run)):
         return report
     because = report.verdict.because.removesuffix(NOT_ALIGNED)
     because += "; the models have one ancestor, and aligning changes nothing: try smaller weights"
     return replace(report, verdict=Verdict("do not merge", because))
+
+
+def _are_near(run: RunContext) -> bool:
+    """Whether the models have a common ancestor."""
+    near = closeness(run.models, run.recipe)
+    return bool(near) and min(each.cosine for each in near) >= COMMON_ANCESTOR
 
 
 def with_own_verdict(run: RunContext, report: ConnectivityReport) -> ConnectivityReport:
