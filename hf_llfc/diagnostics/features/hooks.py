@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,3 +44,29 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced_forwards(
+    model: nn.Module, names: Iterable[str], stand_in: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Runs modules by other functions than their own `forward`.
+
+    Args:
+        model: The model that runs inside.
+        names: Of its modules.
+        stand_in: A module's name and its `forward` → what takes its place.
+    """
+    originals: list[tuple[nn.Module, Any]] = []
+    try:
+        for name in names:
+            module = model.get_submodule(name)
+            originals.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = stand_in(name, module.forward)
+        yield
+    finally:
+        for module, own in originals:
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own

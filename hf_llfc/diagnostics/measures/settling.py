@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_llfc.diagnostics.features.blocks import find_blocks
-from hf_llfc.diagnostics.features.hooks import hooked
+from hf_llfc.diagnostics.features.hooks import hooked, replaced_forwards
 from hf_llfc.diagnostics.features.layers import handing_over
 from hf_llfc.diagnostics.features.trial import LOGITS, Layer, Trial, first_tensor, two_copies
 from hf_llfc.diagnostics.measures.passes import MERGE, Run, model_names
@@ -147,10 +147,8 @@ class Lens:
     @contextmanager
     def _replaced(self, model: nn.Module, features: torch.Tensor) -> Iterator[None]:
         last = self.layers[-1].module
-        modules = [(name, model.get_submodule(name)) for name in self.blocks]
-        originals = [(module, module.__dict__.get("forward")) for _, module in modules]
 
-        def stand_in(name: str) -> Callable[..., Any]:
+        def stand_in(name: str, _: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 given = features if name == last else first_tensor([args, kwargs])
                 assert given is not None, "blocks are given features"
@@ -158,16 +156,8 @@ class Lens:
 
             return forward
 
-        try:
-            for name, module in modules:
-                module.__dict__["forward"] = stand_in(name)
+        with replaced_forwards(model, self.blocks, stand_in):
             yield
-        finally:
-            for module, own in originals:
-                if own is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = own
 
 
 def with_tensor(output: Any, tensor: torch.Tensor) -> Any:

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_llfc.diagnostics.features.hooks import hooked
+from hf_llfc.diagnostics.features.hooks import hooked, replaced_forwards
 from hf_llfc.diagnostics.features.layers import sample_vectors, select_layers
 from hf_llfc.diagnostics.features.trial import LOGITS, Layer, first_tensor, two_copies
 from hf_llfc.diagnostics.rows import StitchingPoint
@@ -175,7 +175,6 @@ def replaced(model: nn.Module, boundary: Boundary, layer: Layer) -> Iterator[Non
     outputs = {(done.module, done.call): done for done in boundary.done}
     names = {done.module for done in boundary.done} | {layer.module}
     seen: Counter[str] = Counter()
-    originals: list[tuple[nn.Module, Any]] = []
 
     def stand_in(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -192,19 +191,8 @@ def replaced(model: nn.Module, boundary: Boundary, layer: Layer) -> Iterator[Non
 
         return forward
 
-    modules = dict(model.named_modules())
-    try:
-        for name in sorted(names):
-            module = modules[name]
-            originals.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = stand_in(name, module.forward)
+    with replaced_forwards(model, sorted(names), stand_in):
         yield
-    finally:
-        for module, own in originals:
-            if own is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = own
 
 
 def copied(value: Any) -> Any:
