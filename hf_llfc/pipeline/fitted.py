@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from hf_llfc.foundation.layout import LLFC_FOLDER
 from hf_llfc.pipeline.calibrating import MERGED_FILE, STAGE, blend_of
 from hf_llfc.pipeline.run_context import RunContext
-from hf_llfc.pipeline.written import measure_written
+from hf_llfc.pipeline.written import load_compared, measure_written
 from hf_llfc.publishing.record import FittedLayer, FittedMeasures
 
 MEASURE_STAGE = f"measure {STAGE}"
@@ -57,9 +57,10 @@ def _measure(run: RunContext) -> FittedMeasures:
 
     assert run.data is not None
     before = load_file(run.staging / LLFC_FOLDER / MERGED_FILE)
-    merge = measure_written(run, run.data, changes=before, doing="measuring the merge before calibration")
+    parents = load_compared(run)
+    merge = measure_written(run, parents, changes=before, doing="measuring the merge before calibration")
     shares = SHARES if run.data.labelled else ()
-    result = measure_written(run, run.data, shares=shares, doing="measuring the calibrated merge")
+    result = measure_written(run, parents, shares=shares, doing="measuring the calibrated merge")
     return FittedMeasures(
         layers=tuple(
             FittedLayer(

@@ -176,7 +176,7 @@ def compare_weights(a: Checkpoint, b: Checkpoint, *, seed: int = 0, progress: Pr
         SpecError: There is no permutation spec for the architecture.
     """
     from hf_llfc.alignment.checkpoints import align_checkpoints
-    from hf_llfc.parents.specs import bind, spec_of
+    from hf_llfc.parents.specs import bind
 
     tensors = compare_tensors(a, b, progress=progress)
     cosine = median_cosine(tensors)
@@ -193,7 +193,7 @@ def compare_weights(a: Checkpoint, b: Checkpoint, *, seed: int = 0, progress: Pr
         gain=1 - (alignment.metadata["distance_after"] / apart) ** 2 if apart else 0.0,
         moved=sum(count for count, _ in alignment.moved.values()),
         units=sum(count for _, count in alignment.moved.values()),
-        heads_apart=heads_apart(tensors, bind(spec_of(a), a)),
+        heads_apart=heads_apart(tensors, bind(alignment.spec, a)),
     )
 
 

@@ -116,13 +116,13 @@ def _outputs(recipe: Recipe, found: CheckResult, progress: Progress) -> CheckRes
     with Processes(recipe.device) as processes:
         run = open_run(recipe, output, processes, progress)
         samples = open_calibration(recipe.diagnose.data, run.models.parents[0])
-        run = replace(run, calibration=samples if has_statistics(run.models.parents[0]) else None)
+        run = replace(run, data=samples, calibration=samples if has_statistics(run.models.parents[0]) else None)
         run.on_main(refuse_too_large)
         with run.staged() as run:
             run = align_parents(run)
             write_merge(run)
         run = replace(run, folder=output.path)
-        report = measure_written(run, samples, doing="running the merge and its parents")
+        report = measure_written(run, doing="running the merge and its parents")
         changes = _changes(run)
     verdict = report.verdict
     return replace(

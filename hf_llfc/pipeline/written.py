@@ -17,8 +17,9 @@ from hf_llfc.pipeline.run_context import RunContext
 
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from hf_llfc.diagnostics import ConnectivityReport
-    from hf_llfc.evaluation import EvaluationData
 
 JUDGED = "the merge as it is written"
 """What a report says that its verdict is about, where this is no point of its path."""
@@ -29,7 +30,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 @one_thread_if_small(lambda run, *_, **__: run.models.parents[0].nbytes)
 def measure_written(
     run: RunContext,
-    data: EvaluationData,
+    parents: Sequence[PreTrainedModel] | None = None,
     *,
     shares: Sequence[float] = (),
     changes: Mapping[str, Any] = NOTHING,
@@ -38,8 +39,8 @@ def measure_written(
     """Measures what a run has written against the blend of its parents, by all processes.
 
     Args:
-        run: The run, whose weights are written.
-        data: Samples; their labels are looked at where there are any.
+        run: The run, whose weights are written, with its data; their labels are looked at where there are any.
+        parents: What `load_compared` gives; loaded where None.
         shares: Where the ways from the parents to the merge are measured; see `Fold.of`.
         changes: Tensors that replace those of the merge.
         doing: What is shown meanwhile.
@@ -58,19 +59,17 @@ def measure_written(
     def progress(_: str, done: int, total: int) -> None:
         run.progress(doing, done, total)
 
-    section = run.recipe.diagnose
-    compared = run.parents if len(run.parents) > 1 or run.base is None else [run.base, *run.parents]
+    section, compared = run.recipe.diagnose, _compared(run)
+    assert run.data is not None, "what to measure on"
     blend = blend_of(run.recipe) if len(compared) == len(run.recipe.models) else (1 / len(compared),) * len(compared)
-    parents = [parent.load() for parent in compared]
-    for parent in parents:
-        parent.to(run.processes.device)  # type: ignore[arg-type]  # the signature is hidden
+    parents = load_compared(run) if parents is None else parents
     written = open_checkpoint(run.staging, trust_remote_code=run.recipe.models[0].trust_remote_code)
     merge = load_model(written, state_dict={**dict(written.state_dict()), **changes}, dtype=parents[0].dtype)
     references = tuple(ModelReference(each.checkpoint.id, each.checkpoint.revision) for each in compared)
     report = measure_merge(
         merge,
         parents,
-        data,
+        run.data,
         fold=Fold.of(blend, shares),
         features=BLOCKS if section is None else Features(section.layers or None, section.unit),
         batch_norm_data=run.calibration,
@@ -82,6 +81,19 @@ def measure_written(
     because = report.verdict.because.removesuffix(NOT_ALIGNED)
     because += "; the models have one ancestor, and aligning changes nothing: try smaller weights"
     return replace(report, verdict=Verdict("do not merge", because))
+
+
+def _compared(run: RunContext) -> list[Parent]:
+    """What a merge is compared with: its parents; where there is one alone, the base and it."""
+    return run.parents if len(run.parents) > 1 or run.base is None else [run.base, *run.parents]
+
+
+def load_compared(run: RunContext) -> list[PreTrainedModel]:
+    """The models that a merge is compared with, in memory."""
+    models = [parent.load() for parent in _compared(run)]
+    for model in models:
+        model.to(run.processes.device)  # type: ignore[arg-type]  # the signature is hidden
+    return models
 
 
 def _are_near(run: RunContext) -> bool:
@@ -100,7 +112,7 @@ def with_own_verdict(run: RunContext, report: ConnectivityReport) -> Connectivit
     assert run.data is not None and section is not None, "there are data where there is a report"
     if run.recipe.method is None or run.models.sections or section.offload:
         return report
-    own = measure_written(run, run.data)
+    own = measure_written(run)
     verdict = replace(own.verdict, because=f"of {JUDGED}: {own.verdict.because}")
     data = {**report.data, "judged": JUDGED}
     return replace(report, verdict=verdict, outputs=own.outputs, samples=own.samples, data=data)
