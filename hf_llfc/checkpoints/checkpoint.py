@@ -104,6 +104,7 @@ class Checkpoint:
         companion_files: Tokenizer, processor, generation config, chat templates and custom code.
         unused: Names of tensors in the files that the model class has no use for.
         spare: The same with those that the class knows to be of no use to it → dtype and shape; they can be read.
+        buffers: How many buffers of older versions its files hold, which its class makes itself.
         lacking: Names on disk that the files lack, and that the model class does without → shape.
         quantised: How its weights are quantised, in words; None where they are not.
         borrowed: Name of a tensor that another model of the run lends → index of that model; see
@@ -142,6 +143,7 @@ class Checkpoint:
     left_files: tuple[str, ...] = ()
     spare: Mapping[str, TensorInfo] = field(default_factory=dict)
     lacking: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    buffers: int = 0
     borrowed: Mapping[str, int] = field(default_factory=dict)
     quantised: str | None = None
 

@@ -48,6 +48,7 @@ def planned(
         tensors=plan.tensors,
         unused=plan.unused,
         spare=spare,
+        buffers=checkpoint.buffers + len(plan.spare) - len(spare),
         lacking=plan.lacking,
         weights=View(weights, {**plan.tensors, **spare}, making.names, making.make),
     )

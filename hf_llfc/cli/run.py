@@ -88,6 +88,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         from hf_llfc.publishing.words import adapter_sentence
 
         print(adapter_sentence(result.adapter))
+    if result.tensors is not None:
+        print(result.tensors.sentence)
     print(f"merged {'checkpoint' if result.adapter is None else 'adapter'}: {result.folder}")
     if result.url:
         print(f"on the Hub: {result.url}")

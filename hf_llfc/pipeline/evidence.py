@@ -22,7 +22,14 @@ from hf_llfc.publishing.card.card import Evidence
 from hf_llfc.publishing.files import read_recipe
 from hf_llfc.publishing.lineage import models_of, read_parent_card
 from hf_llfc.publishing.machine import hardware_in_words, installed_versions
-from hf_llfc.publishing.record import AdapterRecord, AlignmentSummary, CalibrationRecord, Result, RunRecord
+from hf_llfc.publishing.record import (
+    AdapterRecord,
+    AlignmentSummary,
+    CalibrationRecord,
+    Result,
+    RunRecord,
+    TensorsRecord,
+)
 from hf_llfc.recipe import Recipe, dump_recipe, load_recipe, renamed
 from hf_llfc.symmetry import Alignment, PermutationSpec
 
@@ -41,11 +48,13 @@ class Beside:
         calibration: How the merge was fitted to its parents' features; None where it was not.
         adapter: What was written in place of a model; None where a model was.
         proofs: What the proof of each parent's adapter found.
+        tensors: What became of every tensor of the models; None of an adapter.
     """
 
     calibration: CalibrationRecord | None = None
     adapter: AdapterRecord | None = None
     proofs: Sequence[Proof] = ()
+    tensors: TensorsRecord | None = None
 
 
 NOTHING = Beside()
@@ -146,6 +155,7 @@ def write_evidence(
         name=name,
         calibration=calibration and replace(calibration, data=tuple(without_paths(calibration.data, names))),
         proofs=tuple(without_paths([proof.sentence for proof in beside.proofs], names)),
+        tensors=beside.tensors and beside.tensors.renamed(names),
         adapter=beside.adapter and replace(beside.adapter, base=names.get(beside.adapter.base, beside.adapter.base)),
     )
     with storing(journal.folder):

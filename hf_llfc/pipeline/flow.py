@@ -30,13 +30,21 @@ from hf_llfc.pipeline.fitted import measure_fitted, with_merge_before
 from hf_llfc.pipeline.identity import identity_of_run
 from hf_llfc.pipeline.resources import bytes_beside, peak_memory, refuse_without_memory, refuse_without_room
 from hf_llfc.pipeline.run_context import RunContext, open_run
-from hf_llfc.pipeline.stages import align_parents, find_broken, measure, prove_adapters, score, write_merge
+from hf_llfc.pipeline.stages import (
+    align_parents,
+    count_tensors,
+    find_broken,
+    measure,
+    prove_adapters,
+    score,
+    write_merge,
+)
 from hf_llfc.pipeline.trackers import refuse_missing_trackers, tracking
 from hf_llfc.pipeline.weighting import merge_infos
 from hf_llfc.publishing import check_access, publish
 from hf_llfc.publishing.hub.folder import refuse_too_large_for_the_hub
 from hf_llfc.publishing.hub.preflight import parents_in
-from hf_llfc.publishing.record import AdapterRecord, CalibrationRecord
+from hf_llfc.publishing.record import AdapterRecord, CalibrationRecord, TensorsRecord
 from hf_llfc.recipe import Recipe, load_recipe
 from hf_llfc.recipe.documents import folder_of
 
@@ -62,6 +70,7 @@ class Result:
         calibration: How the merge was fitted to its parents' features; None where it was not.
         adapter: What was written in place of a model; None where a model was.
         proofs: What the proof of each parent's adapter found.
+        tensors: What became of every tensor of the models; None of an adapter.
     """
 
     folder: Path
@@ -74,6 +83,7 @@ class Result:
     calibration: CalibrationRecord | None = None
     adapter: AdapterRecord | None = None
     proofs: Sequence[Proof] = ()
+    tensors: TensorsRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -85,6 +95,7 @@ class Result:
             "calibration": self.calibration.to_dict() if self.calibration is not None else None,
             "adapter": self.adapter.to_dict() if self.adapter is not None else None,
             "proofs": [proof.to_dict() for proof in self.proofs],
+            "tensors": self.tensors.to_dict() if self.tensors is not None else None,
             "url": self.url,
             "warnings": list(self.warnings),
         }
@@ -159,7 +170,7 @@ def _run(run: RunContext) -> Result:
         measured = measure_fitted(run)
         table = with_merge_before(score(run), measured)
         trackers.table(table)
-        beside = Beside(calibration_record(run, measured), adapter, proofs)
+        beside = Beside(calibration_record(run, measured), adapter, proofs, count_tensors(run, broken))
         run.on_main(lambda run: write_evidence(run, report, table, beside))
         run.on_main(release)
         if recipe.document is not None:
@@ -177,6 +188,7 @@ def _run(run: RunContext) -> Result:
         beside.calibration,
         beside.adapter,
         beside.proofs,
+        beside.tensors,
     )
 
 

@@ -19,6 +19,7 @@ from hf_llfc.parents.specs import alignment_spec, bind
 from hf_llfc.pipeline.adapter_out import adapter_plan, companions_of, planned_bytes, with_base_of_adapters
 from hf_llfc.pipeline.closeness import warnings_of
 from hf_llfc.pipeline.resources import peak_memory
+from hf_llfc.pipeline.tally import tally
 from hf_llfc.pipeline.weighting import plan_merge
 from hf_llfc.pipeline.which_method import SEVERAL_DOCUMENTS, compared
 from hf_llfc.recipe import Recipe
@@ -59,13 +60,13 @@ def plan_one(
             which no weights are read. Weights that are not on this machine are not downloaded for it.
 
     Returns:
-        `steps` with what each does, and `cost` with bytes to read and write and the peak of memory that tensors of the
-        models take (Python, its libraries and activations come on top), as JSON values. Where weights are matched, if
-        only for another method to start from, `matching` in `cost` holds what one sweep over one model takes:
-        `operations`, `bytes`, and `seconds` as a short measurement on this machine predicts them; `probe` holds the
-        `seconds` of probing the moved models, and `calibration` about what a calibration takes: `samples`,
-        `forward_passes` over them, `operations`, `bytes` and `seconds`. `task_vectors` is what `which_method.compared`
-        finds.
+        `steps` with what each does, `tensors` with what becomes of every tensor, and `cost` with bytes to read and
+        write and the peak of memory that tensors of the models take (Python, its libraries and activations come on
+        top), as JSON values. Where weights are matched, if only for another method to start from, `matching` in `cost`
+        holds what one sweep over one model takes: `operations`, `bytes`, and `seconds` as a short measurement on this
+        machine predicts them; `probe` holds the `seconds` of probing the moved models, and `calibration` about what a
+        calibration takes: `samples`, `forward_passes` over them, `operations`, `bytes` and `seconds`. `task_vectors` is
+        what `which_method.compared` finds.
 
     Raises:
         LLFCError: The recipe or its parents are at fault.
@@ -123,6 +124,9 @@ def plan_one(
             f"{len(infos)} tensors",
         }
     )
+    counted = None if recipe.is_adapter else tally(opened, merge)
+    if counted is not None:
+        steps.append({"step": "tensors", "what": counted.sentence})
     adapted = [each.id for each in opened.named if each.adapter is not None]
     if adapted and recipe.prove and not recipe.is_adapter:
         what = f"{', '.join(adapted)} on random inputs, folded and as peft runs them"
@@ -159,6 +163,7 @@ def plan_one(
     return {
         "steps": steps,
         "cost": cost,
+        "tensors": counted.to_dict() if counted is not None else None,
         "warnings": warnings_of(opened, beside),
         "task_vectors": compared(recipe, opened, merge, compare),
     }

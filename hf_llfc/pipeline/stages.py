@@ -24,6 +24,7 @@ from hf_llfc.pipeline.evidence import keep_alignments, load_report, save_report,
 from hf_llfc.pipeline.importance import measure_importances
 from hf_llfc.pipeline.run_context import RunContext
 from hf_llfc.pipeline.sharing import write_shared
+from hf_llfc.pipeline.tally import tally
 from hf_llfc.pipeline.weighting import Broken, plan_merge
 from hf_llfc.pipeline.written import with_measures, with_own_verdict
 from hf_llfc.symmetry import Alignment
@@ -31,7 +32,7 @@ from hf_llfc.symmetry import Alignment
 # What measures is imported where it is called: a merge alone does not wait for datasets and metrics to load.
 if TYPE_CHECKING:
     from hf_llfc.diagnostics import ConnectivityReport
-    from hf_llfc.publishing.record import AdapterRecord
+    from hf_llfc.publishing.record import AdapterRecord, TensorsRecord
 
 
 def align_parents(run: RunContext) -> RunContext:
@@ -127,6 +128,13 @@ def write_merge(run: RunContext, broken: Broken | None = None) -> AdapterRecord 
     write_shared(run, merge, partial(with_batch_norm, run, merge) if whole else None)
     run.on_main(finish_weights)
     return None
+
+
+def count_tensors(run: RunContext, broken: Broken | None = None) -> TensorsRecord | None:
+    """What becomes of every tensor of the models; None where an adapter is written."""
+    if run.recipe.is_adapter:
+        return None
+    return tally(run.models, plan_merge((run.parents, run.base), run.recipe, broken, sections=run.models.sections))
 
 
 def finish_weights(run: RunContext) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ from hf_llfc.publishing.files import read_json
 from hf_llfc.publishing.lineage import display_name, file_name, is_hub_id, relevant, split_revision
 
 SCHEMA = "hf_llfc.run/1"
+
+NAMED_TENSORS = 5
+"""Tensors that are named one by one; of more, their modules are."""
 
 Kind = TypeVar("Kind")
 
@@ -416,6 +420,83 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True)
+class TensorsOf:
+    """Some tensors of one model.
+
+    Attributes:
+        model: What the model is called.
+        count: How many tensors.
+        names: Their names, or those of the modules that they are of, at most `NAMED_TENSORS`.
+    """
+
+    model: str
+    count: int
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: str, names: Sequence[str]) -> TensorsOf:
+        """Names some tensors."""
+        return cls(model, len(names), _named(names))
+
+    @property
+    def listed(self) -> str:
+        """The names in words."""
+        return f"{', '.join(self.names)}{', …' if len(self.names) == NAMED_TENSORS < self.count else ''}"
+
+
+@dataclass(frozen=True)
+class TensorsRecord:
+    """What becomes of every tensor of the models.
+
+    Attributes:
+        total: Tensors of the result.
+        merged: Those that come from several models.
+        copied: Those that are one model's own, by the model.
+        dropped: Tensors of the models that the result has not.
+        buffers: How many buffers were left out, which follow from the config.
+    """
+
+    total: int
+    merged: int
+    copied: tuple[TensorsOf, ...] = ()
+    dropped: tuple[TensorsOf, ...] = ()
+    buffers: int = 0
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        copied = [f"{each.count} copied from {each.model} ({each.listed})" for each in self.copied] or ["0 copied"]
+        dropped = [f"{each.count} of {each.model} dropped ({each.listed})" for each in self.dropped] or ["0 dropped"]
+        said = ", ".join([f"{self.merged} of {self.total} tensors merged", *copied, *dropped])
+        noun = "buffer" if self.buffers == 1 else "buffers"
+        return f"{said}; {self.buffers} {noun} left out, which the config gives" if self.buffers else said
+
+    def renamed(self, names: Mapping[str, str]) -> TensorsRecord:
+        """The same with models called otherwise."""
+        copied, dropped = (
+            tuple(replace(each, model=names.get(each.model, each.model)) for each in some)
+            for some in (self.copied, self.dropped)
+        )
+        return replace(self, copied=copied, dropped=dropped)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "sentence": self.sentence}
+
+
+def _named(names: Sequence[str]) -> tuple[str, ...]:
+    """A few names: those of tensors, or of the modules that hold them, with how many each holds."""
+    if len(names) <= NAMED_TENSORS:
+        return tuple(names)
+    found: Counter[str] = Counter()
+    for depth in range(max(1, *(name.count(".") for name in names)), 0, -1):
+        found = Counter(".".join(name.split(".")[:depth]) for name in names)
+        if len(found) <= NAMED_TENSORS:
+            break
+    return tuple(f"{module} ({count})" if count > 1 else module for module, count in found.most_common(NAMED_TENSORS))
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What a run did.
 
@@ -433,6 +514,7 @@ class RunRecord:
         adapter: What was written in place of a model; None where a model was.
         proofs: What the proof of each parent's adapter found, a sentence each.
         quantised: How parents were quantised, a line for each that was.
+        tensors: What became of every tensor of the models; None of an adapter.
     """
 
     alignments: tuple[AlignmentSummary, ...] = ()
@@ -448,6 +530,7 @@ class RunRecord:
     adapter: AdapterRecord | None = None
     proofs: tuple[str, ...] = ()
     quantised: tuple[str, ...] = ()
+    tensors: TensorsRecord | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes the record into an output folder, without the paths of a disk."""

@@ -48,8 +48,9 @@ def steps_of(answer):
 
 def test_a_plain_merge_reads_every_parent_once(shelf):
     answer = planned(shelf)
-    assert list(steps_of(answer)) == ["read", "merge", "carry over", "write"]
+    assert list(steps_of(answer)) == ["read", "merge", "tensors", "carry over", "write"]
     assert steps_of(answer)["merge"] == "linear of 2 models, 21 tensors"
+    assert steps_of(answer)["tensors"] == "21 of 21 tensors merged, 0 copied, 0 dropped"
     assert answer["cost"] == {
         "bytes_read": 2 * BYTES,
         "bytes_written": BYTES,

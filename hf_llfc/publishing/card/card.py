@@ -275,6 +275,7 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "proofs": record.proofs,
         "left": record.left,
         "quantised": record.quantised,
+        "tensors": record.tensors.sentence if record.tensors is not None else None,
         "seeds": seeds_of(recipe),
         "commits": [part for parent in evidence.parents for part in parent.parts if part.is_on_hub and part.revision],
         "versions": record.versions or (report.versions if report is not None else {}) or installed_versions(),
