@@ -74,6 +74,26 @@ def share_vocabulary(models: Sequence[Checkpoint], source: Checkpoint) -> bool:
     return not too_few and len(rows) == 1 and all(other is None or other == vocabulary for other in others)
 
 
+def differ_in_rows_alone(models: Sequence[Checkpoint]) -> bool:
+    """Whether models have one vocabulary and other numbers of rows for it: some are padded to a multiple, say.
+
+    Args:
+        models: At least one; those without a tokenizer are not known to have the vocabulary of the others.
+    """
+    rows = {_rows_in_file(model) for model in models}
+    if len(rows) < 2 or None in rows:
+        return False
+    first, *others = (_vocabulary(model) for model in models)
+    return first is not None and all(other == first for other in others)
+
+
+def _rows_in_file(checkpoint: Checkpoint) -> int | None:
+    """The rows of the embeddings, as far as config.json says them or the config is in memory."""
+    raw = checkpoint.settings.raw
+    is_said = raw is None or "vocab_size" in {**raw, **(raw.get("text_config") or {})}
+    return _rows_said(checkpoint) if is_said else None
+
+
 def _rows_said(checkpoint: Checkpoint) -> int | None:
     """The rows of the embeddings by the config, read without its class where its file says them."""
     raw = checkpoint.settings.raw or {}
@@ -169,12 +189,16 @@ def _differ_in_rows(shape_1: Sequence[int], shape_2: Sequence[int], rows: tuple[
 def _rows_problem(first: Checkpoint, other: Checkpoint, rows: tuple[Any, Any], *, is_one_vocabulary: bool) -> str:
     vocabularies = [_vocabulary(first), _vocabulary(other)] if is_one_vocabulary else []
     known = [vocabulary for vocabulary in vocabularies if vocabulary is not None]
-    said = f", though both have the same {len(known[0])} tokens" if len(known) == 2 else ""
-    given = "" if said or not is_one_vocabulary else ", once both models have their tokenizer beside them"
+    start = f"{other.label}: vocab_size in the config is {rows[1]}, but in that of {first.label} {rows[0]}"
+    if len(known) == 2:
+        return (
+            f"{start}, though both have the same {len(known[0])} tokens: the embeddings have other numbers of rows; a "
+            "merge gives all models the rows of the first, which this does not"
+        )
+    given = "" if not is_one_vocabulary else ", once both models have their tokenizer beside them"
     return (
-        f"{other.label}: vocab_size in the config is {rows[1]}, but in that of {first.label} {rows[0]}{said}: the"
-        " embeddings have other numbers of rows; tokenizer_source: union in a recipe (--tokenizer-source union)"
-        f" gives each token its row{given}"
+        f"{start}: the embeddings have other numbers of rows; tokenizer_source: union in a recipe (--tokenizer-source "
+        f"union) gives each token its row{given}"
     )
 
 

@@ -16,7 +16,7 @@ from hf_llfc.checkpoints import (
     OutputFolder,
     open_checkpoint,
 )
-from hf_llfc.checkpoints.comparison import has_tokenizer, share_vocabulary
+from hf_llfc.checkpoints.comparison import differ_in_rows_alone, has_tokenizer, share_vocabulary
 from hf_llfc.errors import CheckpointError, RecipeError, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging import merged_infos
@@ -96,6 +96,24 @@ class Models:
     def reference(self) -> Checkpoint:
         """The one that stays in alignment: the base, or one of the parents."""
         return self.base if self.base is not None else self.parents[self.reference_index]
+
+    @property
+    def vocabulary(self) -> str | None:
+        """What becomes of rows of the embeddings, in words; None where all models have the same ones."""
+        if self.union is None:
+            return None
+        models = self.named if self.sections else self.all
+        if self.union.kept_rows:
+            rows = [f"{each.id} has {count}" for each, count in zip(models[1:], self.union.counts[1:], strict=True)]
+            return (
+                f"all models have the {len(self.union.tokens)} tokens of {models[0].id}, whose {self.union.size} rows "
+                f"the result has ({', '.join(rows)}); rows of no token are cut, or are those of {models[0].id}"
+            )
+        lacking = [len(self.union.lacking(index)) for index in range(len(models))]
+        of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(models, lacking, strict=True))
+        whose = "union" if self.union.source is None else f"that of {self.union.source.id}, which is"
+        added = f"; {self.union.added} rows added" if self.union.added else ""
+        return f"{whose} of {len(self.union.tokens)} tokens; {of_each}{added}"
 
     @property
     def relabelled(self) -> list[str]:
@@ -200,6 +218,8 @@ def open_recipe(
             needs_rows, opened = True, open_all(by_class=True)
             source = tokenizer_source(recipe, opened, partial(opening, by_class=True))
         opened = replace(opened, tokenizer_source=source)
+    elif not needs_rows and differ_in_rows_alone(opened.all):
+        needs_rows, opened = True, open_all(by_class=True)
     if needs_rows and recipe.parts:
         opened = completed(recipe, united(recipe, opened))
     if not is_whole(recipe, opened.all):
@@ -293,7 +313,7 @@ def united(recipe: Recipe, opened: Models) -> Models:
         CheckpointError: Their tokenizers, or the rows of one, cannot be united.
     """
     from hf_llfc.checkpoints.views.reindexed import reindexed
-    from hf_llfc.checkpoints.views.vocabulary import Vocabulary
+    from hf_llfc.checkpoints.views.vocabulary import Vocabulary, rows_of
 
     models, is_union = opened.all, recipe.tokenizer_source == UNION
     if is_union and recipe.tokenizer is None and not any(map(has_tokenizer, models)):
@@ -301,7 +321,10 @@ def united(recipe: Recipe, opened: Models) -> Models:
         return opened
     base = _named(recipe, opened, recipe.base_model) if recipe.base_model is not None else None
     source = None if is_union else opened.tokenizer_source
-    union = Vocabulary(models, base, source=source, rules=_rules(recipe, opened))
+    rules = _rules(recipe, opened)
+    if recipe.tokenizer_source is None and recipe.tokenizer is None:
+        rules = replace(rules, rows=rows_of(models[0]))
+    union = Vocabulary(models, base, source=source, rules=rules)
     if union.is_of_each:
         return opened
     if recipe.align.uses_data:

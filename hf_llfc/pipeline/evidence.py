@@ -155,6 +155,7 @@ def write_evidence(
         name=name,
         calibration=calibration and replace(calibration, data=tuple(without_paths(calibration.data, names))),
         proofs=tuple(without_paths([proof.sentence for proof in beside.proofs], names)),
+        vocabulary=opened.vocabulary and without_paths(opened.vocabulary, names),
         tensors=beside.tensors and beside.tensors.renamed(names),
         adapter=beside.adapter and replace(beside.adapter, base=names.get(beside.adapter.base, beside.adapter.base)),
     )

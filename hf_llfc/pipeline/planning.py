@@ -86,13 +86,8 @@ def plan_one(
     steps = [{"step": "read", "what": ", ".join(each.id for each in opened.named)}]
     steps += [{"step": "dequantise", "what": each} for each in opened.quantised]
     steps += [{"step": section.where, "what": section.what} for section in opened.sections]
-    if opened.union is not None:
-        united = opened.named if opened.sections else opened.all
-        lacking = [len(opened.union.lacking(place)) for place in range(len(united))]
-        of_each = ", ".join(f"{each.id} lacks {count}" for each, count in zip(united, lacking, strict=True))
-        whose = "union" if opened.union.source is None else f"that of {opened.union.source.id}, which is"
-        added = f"; {opened.union.added} rows added" if opened.union.added else ""
-        steps.append({"step": "vocabulary", "what": f"{whose} of {len(opened.union.tokens)} tokens; {of_each}{added}"})
+    if opened.vocabulary is not None:
+        steps.append({"step": "vocabulary", "what": opened.vocabulary})
     if opened.base is not None and (head := [name for name in opened.base.borrowed if name in opened.base.lacking]):
         what = f"that of {first.id}: {len(head)} tensors, {head[0]} among them, which {opened.base.id} lacks"
         steps.append({"step": "head", "what": what})

@@ -515,6 +515,7 @@ class RunRecord:
         proofs: What the proof of each parent's adapter found, a sentence each.
         quantised: How parents were quantised, a line for each that was.
         tensors: What became of every tensor of the models; None of an adapter.
+        vocabulary: What became of rows of the embeddings; None where all models have the same.
     """
 
     alignments: tuple[AlignmentSummary, ...] = ()
@@ -531,6 +532,7 @@ class RunRecord:
     proofs: tuple[str, ...] = ()
     quantised: tuple[str, ...] = ()
     tensors: TensorsRecord | None = None
+    vocabulary: str | None = None
 
     def save(self, folder: Path) -> Path:
         """Writes the record into an output folder, without the paths of a disk."""

@@ -43,10 +43,12 @@ class VocabularyRules:
     Attributes:
         tokens: Token → what is said of it; one that no tokenizer has is added.
         multiple: What the number of rows is to be a multiple of; None: there are as many as tokens.
+        rows: Rows of the model whose tokens these are that stay, also those that are no token's.
     """
 
     tokens: Mapping[str, TokenRule] = field(default_factory=dict)
     multiple: int | None = None
+    rows: int = 0
 
     def padded(self, size: int) -> int:
         """The number of rows for so many ids."""

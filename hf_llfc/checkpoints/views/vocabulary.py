@@ -62,7 +62,9 @@ class Vocabulary:
     Attributes:
         source: The model whose tokens these are; None: the union of all.
         tokens: Token → id.
-        count: One more than the highest id.
+        count: One more than the highest id, or the rows of the source that stay.
+        kept_rows: Rows of the source that stay whether a token has them or not; 0 where only those of tokens do.
+        counts: Rows of the embeddings of every model.
         size: Rows of the embeddings: `count`, and those that are added to make a multiple.
         rows: One a model: for every id its row there, or `LACKING`. Behind the models, one for each of `donors`.
         donors: Places among the models of those whose rows a rule names: they lend these beside their own.
@@ -100,9 +102,10 @@ class Vocabulary:
         described = _with_added(given, [token for token in rules.tokens if token not in _vocabulary(given)])
         self.source, self.base = source, base
         self.tokens: Mapping[str, int] = _vocabulary(described)
-        self.count = 1 + max(self.tokens.values())
+        self.count = max(1 + max(self.tokens.values()), rules.rows)
         self.size = rules.padded(self.count)
         counts = [rows_of(model) for model in models]
+        self.kept_rows, self.counts = rules.rows, counts
         vocabularies = [_vocabulary(description) for description in descriptions]
         room = sum(counts) + len(rules.tokens) + (rows_of(source) if source is not None else 0)
         if self.count > room:  # a damaged id, for which no room is to be made

@@ -267,6 +267,7 @@ def _of_merge(evidence: Evidence) -> dict[str, Any]:
         "is_average": evidence.is_average,
         "alignments": [alignment_sentence(alignment) for alignment in record.alignments],
         "nothing_moved": bool(record.alignments) and all(a.units and not a.moved for a in record.alignments),
+        "vocabulary": record.vocabulary,
         "united": recipe is not None and recipe.tokenizer_source == UNION,
         "gone": [parent.name for parent in evidence.parents if parent.is_gone],
         "local": any(not part.is_on_hub and not part.is_gone for parent in evidence.parents for part in parent.parts),
