@@ -104,6 +104,8 @@ class Checkpoint:
         companion_files: Tokenizer, processor, generation config, chat templates and custom code.
         unused: Names of tensors in the files that the model class has no use for.
         spare: The same with those that the class knows to be of no use to it → dtype and shape; they can be read.
+        ties: Name of a tensor → names in its files of the other copies of it, which its config ties to it.
+        head: Where its output head comes from, in words, if that was asked for; see `hf_llfc.checkpoints.views.heads`.
         buffers: How many buffers of older versions its files hold, which its class makes itself.
         lacking: Names on disk that the files lack, and that the model class does without → shape.
         quantised: How its weights are quantised, in words; None where they are not.
@@ -144,6 +146,8 @@ class Checkpoint:
     spare: Mapping[str, TensorInfo] = field(default_factory=dict)
     lacking: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     buffers: int = 0
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    head: str | None = None
     borrowed: Mapping[str, int] = field(default_factory=dict)
     quantised: str | None = None
 

@@ -116,6 +116,8 @@ def _problems(first: Checkpoint, other: Checkpoint, bodies_only: bool) -> list[s
         return [f"{other.label}: the model type is {type_2}, but that of {first.label} is {type_1}"]
     differences, _ = config_differences(first, other)
     rows = next((pair for key, pair in differences.items() if key.rpartition(".")[2] == "vocab_size"), None)
+    torn = {key: pair for key, pair in differences.items() if key.rpartition(".")[2] == "tie_word_embeddings"}
+    differences = {key: pair for key, pair in differences.items() if key not in torn}
     problems = [
         f"{other.label}: {key} in the config is {value_2!r}, but in that of {first.label} {value_1!r}"
         for key, (value_1, value_2) in differences.items()
@@ -132,8 +134,15 @@ def _problems(first: Checkpoint, other: Checkpoint, bodies_only: bool) -> list[s
             f" {first.architecture}; save both with the same model class"
         )
     else:
-        problems += _tensor_problems(first, other, rows)
+        problems += _shape_problems(first, other, other.tensors, rows) if torn else _tensor_problems(first, other, rows)
         problems += _label_problems(first, other)
+    if torn:
+        has, lacks = (first, other) if next(iter(torn.values()))[1] else (other, first)
+        problems.append(
+            f"{other.label}: the output head of {lacks.label} is its embedding, that of {has.label} is its own; "
+            f"`tie_word_embeddings: false` in a recipe (--no-tie-word-embeddings) writes a head: of {lacks.label} its "
+            "embedding"
+        )
     of_vocabulary = list(_vocabulary_problems(first, other))
     if rows is not None:
         problems.append(_rows_problem(first, other, rows, is_one_vocabulary=not of_vocabulary))
@@ -187,14 +196,7 @@ def _differ_in_rows(shape_1: Sequence[int], shape_2: Sequence[int], rows: tuple[
 
 
 def _rows_problem(first: Checkpoint, other: Checkpoint, rows: tuple[Any, Any], *, is_one_vocabulary: bool) -> str:
-    vocabularies = [_vocabulary(first), _vocabulary(other)] if is_one_vocabulary else []
-    known = [vocabulary for vocabulary in vocabularies if vocabulary is not None]
     start = f"{other.label}: vocab_size in the config is {rows[1]}, but in that of {first.label} {rows[0]}"
-    if len(known) == 2:
-        return (
-            f"{start}, though both have the same {len(known[0])} tokens: the embeddings have other numbers of rows; a "
-            "merge gives all models the rows of the first, which this does not"
-        )
     given = "" if not is_one_vocabulary else ", once both models have their tokenizer beside them"
     return (
         f"{start}: the embeddings have other numbers of rows; tokenizer_source: union in a recipe (--tokenizer-source "

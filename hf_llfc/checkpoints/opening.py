@@ -38,6 +38,7 @@ from hf_llfc.checkpoints.header import natural_order
 from hf_llfc.checkpoints.planned import planned, state_dict_on_disk
 from hf_llfc.checkpoints.quantised import KEYS, quantisation_said, quantised_in_memory, without_quantisation
 from hf_llfc.checkpoints.settings import Settings, architecture_of
+from hf_llfc.checkpoints.views import heads
 from hf_llfc.checkpoints.views.dequantised import dequantised
 from hf_llfc.checkpoints.wrapped import unwrapped
 from hf_llfc.errors import CheckpointError
@@ -49,6 +50,9 @@ if TYPE_CHECKING:  # what knows model classes takes seconds to load, and is load
 
 logger = logging.getLogger(__name__)
 
+Instead = tuple[str | None, bool | None]
+"""What stands in the place of words of a config: its class, and whether its output head is its embedding."""
+
 
 def open_checkpoint(
     model: str | Path | PreTrainedModel,
@@ -58,6 +62,7 @@ def open_checkpoint(
     as_stored: bool = False,
     architecture: str | None = None,
     token: str | bool | None = None,
+    is_tied: bool | None = None,
 ) -> Checkpoint:
     """Opens a checkpoint and checks it as far as that is possible without reading tensors.
 
@@ -71,6 +76,7 @@ def open_checkpoint(
             read when it is asked for.
         architecture: The model class to take in place of the one that the config names.
         token: A token for the Hub; None takes the one of the login.
+        is_tied: Whether its output head is to be its embedding; None: as its config says.
 
     Raises:
         CheckpointError: If the checkpoint cannot be found or reached, is truncated, corrupt or quantised in a way that
@@ -80,12 +86,16 @@ def open_checkpoint(
         base, adapter = split_adapter(str(model))
         files = _find(model if adapter is None else adapter, token)
         if adapter is None and not is_adapter(files):
-            return _open_files(files, trust_remote_code, allow_pickle, as_stored, architecture)
+            return _open_files(files, trust_remote_code, allow_pickle, as_stored, (architecture, is_tied))
         named = base if adapter is not None else None
-        return _open_adapted(named, files, trust_remote_code, allow_pickle, token, architecture)
+        return _open_adapted(named, files, trust_remote_code, allow_pickle, token, (architecture, is_tied))
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
+        if is_tied not in (None, vars(model.config).get(heads.KEY)):
+            raise CheckpointError(
+                f"{heads.KEY}: {type(model).__name__} is in memory with its head as it is; save it first"
+            )
         return _open_model(model)
     raise CheckpointError(
         f"expected a Hub id, a folder or a transformers PreTrainedModel, found {type(model).__name__}; of a wrapped"
@@ -114,7 +124,7 @@ def _open_adapted(
     trust_remote_code: bool,
     allow_pickle: bool,
     token: str | bool | None,
-    architecture: str | None,
+    instead: Instead,
 ) -> Checkpoint:
     from hf_llfc.checkpoints.views.adapted import fold
     from hf_llfc.checkpoints.views.folding import base_of, read_config
@@ -137,7 +147,7 @@ def _open_adapted(
             raise CheckpointError(
                 f"{named}: an adapter can be folded into a model, not into another adapter; save it first"
             )
-        opened = _open_files(files_of_base, trust_remote_code, allow_pickle, False, architecture)
+        opened = _open_files(files_of_base, trust_remote_code, allow_pickle, False, instead)
     except CheckpointError as error:
         raise CheckpointError(f"{error}{hint}") from error
     return fold(opened, files, config, allow_pickle=allow_pickle)
@@ -176,10 +186,13 @@ def _refuse_without_config(where: str, folder: Path) -> None:
 
 
 def _open_files(
-    files: Files, trust_remote_code: bool, allow_pickle: bool, as_stored: bool, instead: str | None
+    files: Files, trust_remote_code: bool, allow_pickle: bool, as_stored: bool, instead: Instead
 ) -> Checkpoint:
     raw = read_json(files.folder / CONFIG_FILE, f"{files.where}/{CONFIG_FILE}")
-    raw = raw if instead is None else {**raw, "architectures": [instead]}
+    architecture, is_tied = instead
+    raw = raw if architecture is None else {**raw, "architectures": [architecture]}
+    said = raw.get(heads.KEY)
+    raw = raw if is_tied is None else heads.saying(raw, is_tied)
     weights, raw, quantised = _open_stored(files, raw, allow_pickle)
     companions = _fetch_companions(files)
     sides = _fetch_sides(files)
@@ -204,7 +217,7 @@ def _open_files(
         side_files={name: files.folder / name for name in sides},
         left_files=tuple(left_names(files.sizes(), {*sides, *(_below(path, files.folder) for path in companions)})),
     )
-    return planned(opened, weights)
+    return planned(opened, weights) if is_tied is None else heads.with_heads(opened, weights, said)
 
 
 def _open_stored(files: Files, raw: dict[str, Any], allow_pickle: bool) -> tuple[Weights, dict[str, Any], str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,7 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 def planned(
-    checkpoint: Checkpoint, weights: Weights, heading: str | None = None, *, has_head: bool = True
+    checkpoint: Checkpoint,
+    weights: Weights,
+    heading: str | None = None,
+    *,
+    has_head: bool = True,
+    may_lack: Collection[str] = (),
 ) -> Checkpoint:
     """Gives the tensors of a checkpoint the names on disk of its model class, where that is known.
 
@@ -34,11 +40,12 @@ def planned(
         weights: The tensors by those names.
         heading: The first line of the error, if there is one.
         has_head: Whether it must have all tensors of the class; else those of the base model are enough.
+        may_lack: Names on disk of tensors that it need not have.
 
     Raises:
         CheckpointError: The tensors are not those of the model class.
     """
-    plan = _plan(checkpoint, weights, heading, has_head)
+    plan = _plan(checkpoint, weights, heading, has_head, may_lack)
     if plan is None:
         return checkpoint
     making = _Making(checkpoint.label, plan, weights)
@@ -50,8 +57,29 @@ def planned(
         spare=spare,
         buffers=checkpoint.buffers + len(plan.spare) - len(spare),
         lacking=plan.lacking,
+        ties=plan.ties,
         weights=View(weights, {**plan.tensors, **spare}, making.names, making.make),
     )
+
+
+def with_class(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint that was opened as stored under the names of its class; as it is where none is known.
+
+    Raises:
+        CheckpointError: The tensors are not those of the class.
+    """
+    if checkpoint.model_class is not None or checkpoint.architecture is None:
+        return checkpoint
+    from hf_llfc.checkpoints import names  # loads transformers
+
+    model_class = names.find_model_class(
+        checkpoint.architecture,
+        checkpoint.config,
+        folder=checkpoint.folder,
+        trust_remote_code=checkpoint.trust_remote_code,
+    )
+    stored = View(checkpoint.weights, checkpoint.tensors, (), checkpoint.weights.read)
+    return planned(replace(checkpoint, model_class=model_class), stored)
 
 
 def in_class_of(checkpoint: Checkpoint, model: Checkpoint, *, has_head: bool) -> Checkpoint:
@@ -134,7 +162,9 @@ def refuse_without_class(checkpoint: Checkpoint) -> None:
         )
 
 
-def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None, has_head: bool) -> names.Plan | None:
+def _plan(
+    checkpoint: Checkpoint, weights: Weights, heading: str | None, has_head: bool, may_lack: Collection[str]
+) -> names.Plan | None:
     """Finds how the tensors on disk come from those in the files; None if the model class is not known here."""
     model_class, where = checkpoint.model_class, checkpoint.label
     if model_class is None:
@@ -150,12 +180,19 @@ def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None, has_hea
         raise CheckpointError(
             f"{where}/{CONFIG_FILE}: {model_class.__name__} cannot be built from this config: {error}"
         ) from error
+    is_asked_for = heading is None
     heading = heading or (
         f"{where}: the tensors are not those of {model_class.__name__} as {CONFIG_FILE} describes it; fetch or save "
         "the checkpoint again"
     )
     body = frozenset() if has_head else layout.names_in_body
-    plan = layout.plan(weights.infos, heading, may_lack=lambda name: not has_head and name not in body)
+    try:
+        plan = layout.plan(
+            weights.infos, heading, may_lack=lambda name: name in may_lack or (not has_head and name not in body)
+        )
+    except CheckpointError as error:
+        hint = _hint_of_tying(checkpoint, weights) if is_asked_for else ""
+        raise CheckpointError(f"{error}{hint}") from None
     if plan.converted:
         logger.info(
             "%s: %d tensors are stored under other names, or in the layout of the memory; they are converted as they"
@@ -164,6 +201,24 @@ def _plan(checkpoint: Checkpoint, weights: Weights, heading: str | None, has_hea
             len(plan.converted),
         )
     return plan
+
+
+def _hint_of_tying(checkpoint: Checkpoint, weights: Weights) -> str:
+    """What to do where all that a file lacks is an output head; nothing where it lacks more."""
+    from hf_llfc.checkpoints import names
+
+    config = deepcopy(checkpoint.config)
+    if checkpoint.model_class is None or vars(config).get("tie_word_embeddings") is not False:
+        return ""
+    config.tie_word_embeddings = True
+    try:
+        names.Layout(checkpoint.model_class, config).plan(weights.infos, "")
+    except Exception:  # a model class may raise anything on values that it does not expect
+        return ""
+    return (
+        "; if its output head is its embedding, say so: `tie_word_embeddings: true` in a recipe "
+        "(--tie-word-embeddings), or false, which writes the embedding as the head"
+    )
 
 
 class _Making:
@@ -194,8 +249,8 @@ class _Making:
             other = self._stored.read(copy)
             if other.dtype != tensor.dtype or not torch.equal(other, tensor):
                 raise CheckpointError(
-                    f"{self._where}: the config ties {copy} to {name}, but the file holds two different tensors; set"
-                    f" tie_word_embeddings to false in {CONFIG_FILE} if both are meant"
+                    f"{self._where}: the config ties {copy} to {name}, but the file holds two different tensors; "
+                    "`tie_word_embeddings: false` in a recipe (--no-tie-word-embeddings) keeps both"
                 )
         self.names.discard(name)  # compared once
         return tensor

@@ -356,7 +356,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add_dry_run(parser)
     _add_seed(parser)
     group = parser.add_argument_group("merge")
-    _add_of_recipe(group, "merge_method", "base_model", "tokenizer_source", "chat_template")
+    _add_of_recipe(group, "merge_method", "base_model", "tokenizer_source", "chat_template", "tie_word_embeddings")
     _add_of_recipe(group, "trust_remote_code", "override_architecture", "prove")
     _add_weights(group, "One weight a model. (default: equal weights)")
     group.add_argument(

@@ -89,6 +89,17 @@ def problems_of(checkpoints: Sequence[Checkpoint], *, bodies_only: bool = False)
     return problems
 
 
+def refuse_torn(checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuses files that hold two different tensors where their config has one, where that can be read here.
+
+    Raises:
+        CheckpointError: An output head is not the embedding that the config ties it to, say.
+    """
+    for checkpoint in checkpoints:
+        for name in checkpoint.ties if checkpoint.is_here else ():
+            checkpoint.read(name)
+
+
 def in_one_class(checkpoints: Sequence[Checkpoint], *, base: int | None = None) -> list[Checkpoint]:
     """Gives checkpoints whose config names no class, and the base, the class of the others.
 

@@ -20,7 +20,7 @@ from hf_llfc.checkpoints.comparison import differ_in_rows_alone, has_tokenizer, 
 from hf_llfc.errors import CheckpointError, RecipeError, suggest
 from hf_llfc.foundation.choices import UNION
 from hf_llfc.merging import merged_infos
-from hf_llfc.parents.fitting import comparable, in_groups, in_one_class, sharing
+from hf_llfc.parents.fitting import comparable, in_groups, in_one_class, refuse_torn, sharing
 from hf_llfc.parents.labels import base_in_order_of_labels, in_order_of_labels
 from hf_llfc.parents.parent import Parent
 from hf_llfc.parents.specs import open_weights
@@ -116,6 +116,11 @@ class Models:
         return f"{whose} of {len(self.union.tokens)} tokens; {of_each}{added}"
 
     @property
+    def heads(self) -> list[str]:
+        """Where output heads come from that are not as the files have them, a sentence each."""
+        return [each.head for each in self.all if each.head is not None]
+
+    @property
     def relabelled(self) -> list[str]:
         """Whose classes were brought into the order of the first model, a sentence each."""
         return [each.relabelling.because for each in self.parents if each.relabelling is not None]
@@ -160,8 +165,7 @@ def open_models(
     opening = partial(open_checkpoint, allow_pickle=allow_pickle)
     parents = in_order_of_labels([opening(model) for model in models], align)
     theta_0 = base_in_order_of_labels(parents[0], opening(base) if base is not None else None, align)
-    opened = Models(parents, theta_0, parents[0])
-    return fitted(opened, align, heads)
+    return fitted(in_rows_of_first(Models(parents, theta_0, parents[0]), align), align, heads)
 
 
 def open_recipe(
@@ -185,7 +189,7 @@ def open_recipe(
     models = given if given is not None else [entry.model for entry in recipe.models]
     if len(models) != len(recipe.models):
         raise RecipeError(f"{len(models)} models are given in place of the {len(recipe.models)} of the recipe")
-    needs_class = runs_models(recipe) or made is not None or recipe.is_adapter
+    needs_class = runs_models(recipe) or made is not None or recipe.is_adapter or recipe.tie_word_embeddings is not None
 
     def opening(model: Model, *, name: str | None = None, trust: bool = False, by_class: bool = False) -> Checkpoint:
         stand_in = (made or {}).get(model) if isinstance(model, str) else None
@@ -197,7 +201,7 @@ def open_recipe(
             "architecture": recipe.override_architecture.get(str(model) if name is None else name),
         }
         if by_class or needs_class:
-            return open_checkpoint(model, **settings)
+            return open_checkpoint(model, is_tied=recipe.tie_word_embeddings, **settings)
         return open_weights(model, max_shard_size=recipe.max_shard_size, **settings)
 
     def open_all(*, by_class: bool) -> Models:
@@ -218,10 +222,12 @@ def open_recipe(
             needs_rows, opened = True, open_all(by_class=True)
             source = tokenizer_source(recipe, opened, partial(opening, by_class=True))
         opened = replace(opened, tokenizer_source=source)
-    elif not needs_rows and differ_in_rows_alone(opened.all):
-        needs_rows, opened = True, open_all(by_class=True)
+    elif not needs_rows and not recipe.is_adapter and differ_in_rows_alone(opened.all):
+        opened = in_rows_of_first(opened, recipe.align)
     if needs_rows and recipe.parts:
-        opened = completed(recipe, united(recipe, opened))
+        opened = united(recipe, opened)
+    if recipe.parts:
+        opened = completed(recipe, opened)
     if not is_whole(recipe, opened.all):
         opened = of_layers(recipe, opened)
     if needs_rows and not recipe.parts:
@@ -279,6 +285,7 @@ def fitted(opened: Models, align: AlignSection, heads: str = "own") -> Models:
         LLFCError: They do not, or what is asked for is not possible with them.
     """
     count, before = len(opened.parents), opened.all
+    refuse_torn(before)
     everyone = in_one_class(before, base=count if opened.base is not None and heads == "own" else None)
     head_of = comparable(everyone, heads, aligned=align.method != "none" or align.label_order != "keep")
     if head_of is None:
@@ -312,8 +319,7 @@ def united(recipe: Recipe, opened: Models) -> Models:
     Raises:
         CheckpointError: Their tokenizers, or the rows of one, cannot be united.
     """
-    from hf_llfc.checkpoints.views.reindexed import reindexed
-    from hf_llfc.checkpoints.views.vocabulary import Vocabulary, rows_of
+    from hf_llfc.checkpoints.views.vocabulary import Vocabulary
 
     models, is_union = opened.all, recipe.tokenizer_source == UNION
     if is_union and recipe.tokenizer is None and not any(map(has_tokenizer, models)):
@@ -321,13 +327,41 @@ def united(recipe: Recipe, opened: Models) -> Models:
         return opened
     base = _named(recipe, opened, recipe.base_model) if recipe.base_model is not None else None
     source = None if is_union else opened.tokenizer_source
-    rules = _rules(recipe, opened)
-    if recipe.tokenizer_source is None and recipe.tokenizer is None:
-        rules = replace(rules, rows=rows_of(models[0]))
-    union = Vocabulary(models, base, source=source, rules=rules)
+    return _over(Vocabulary(models, base, source=source, rules=_rules(recipe, opened)), opened, recipe.align)
+
+
+def in_rows_of_first(opened: Models, align: AlignSection = NOT_ALIGNED) -> Models:
+    """The same models, with the rows of the first where they have one tokenizer and other numbers of rows for it.
+
+    Raises:
+        CheckpointError: They are to be aligned by running them.
+    """
+    if not differ_in_rows_alone(opened.all):
+        return opened
+    from hf_llfc.checkpoints.planned import with_class
+    from hf_llfc.checkpoints.views.token_rules import VocabularyRules
+    from hf_llfc.checkpoints.views.vocabulary import Vocabulary, rows_of
+
+    everyone = [with_class(each) for each in opened.all]
+    opened = replace(
+        opened,
+        parents=everyone[: len(opened.parents)],
+        base=everyone[-1] if opened.base is not None else None,
+        tokenizer_source=everyone[0],
+    )
+    first, base = opened.parents[0], len(opened.parents) if opened.base is not None else None
+    rules = VocabularyRules(rows=rows_of(first))
+    return _over(Vocabulary(opened.all, base, source=first, rules=rules), opened, align)
+
+
+def _over(union: Vocabulary, opened: Models, align: AlignSection) -> Models:
+    """The models over a vocabulary."""
+    from hf_llfc.checkpoints.views.reindexed import reindexed
+
+    models, source = opened.all, union.source
     if union.is_of_each:
         return opened
-    if recipe.align.uses_data:
+    if align.uses_data:
         raise CheckpointError(
             "align: models of different vocabularies cannot be run before they are aligned, since the rows that one "
             "lacks come from the others afterwards; use weight_matching, and no `start`"

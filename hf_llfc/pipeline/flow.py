@@ -245,7 +245,7 @@ def warn(run: RunContext) -> list[str]:
     Returns:
         The warnings, a sentence each.
     """
-    warnings = [*run.models.relabelled, *warnings_of(run.models, run.carried)]
+    warnings = [*run.models.heads, *run.models.relabelled, *warnings_of(run.models, run.carried)]
     if not run.recipe.is_adapter:  # which goes by changes of one base, and need not read it
         warnings += [each.sentence for each in closeness(run.models, run.recipe) if each.is_far]
     for sentence in warnings:

@@ -19,6 +19,7 @@ from hf_llfc.errors import EvaluationError
 from hf_llfc.foundation.progress import Progress, silent
 from hf_llfc.parallel.threads import one_thread_if_small
 from hf_llfc.parents.fitting import in_one_class, problems_of, sharing
+from hf_llfc.parents.opening import Models, in_rows_of_first
 from hf_llfc.pipeline.closeness import COMMON_ANCESTOR, FAR_APART
 from hf_llfc.recipe import AlignSection
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS, EvaluationConfig
@@ -353,6 +354,8 @@ def highest_level(level: int | None, data: EvaluationConfig | None) -> int:
 def _checked(
     pair: tuple[Checkpoint, Checkpoint], highest: int, data: EvaluationConfig | None, seed: int, progress: Progress
 ) -> CheckResult:
+    first, second = in_rows_of_first(Models(pair, None, pair[0])).parents
+    pair = first, second
     problems = problems_of(pair)
     if problems:
         return CheckResult("do not merge", f"the checkpoints do not fit each other: {problems[0]}", 0, problems)

@@ -91,6 +91,7 @@ def plan_one(
     if opened.base is not None and (head := [name for name in opened.base.borrowed if name in opened.base.lacking]):
         what = f"that of {first.id}: {len(head)} tensors, {head[0]} among them, which {opened.base.id} lacks"
         steps.append({"step": "head", "what": what})
+    steps += [{"step": "head", "what": sentence} for sentence in opened.heads]
     steps += [{"step": "labels", "what": sentence} for sentence in opened.relabelled]
     moving = [each for each in opened.parents if each is not opened.reference]
     if recipe.align.method != "none":

@@ -84,6 +84,7 @@ def _disagreements_of_adapter(recipe: Recipe) -> list[str]:
         "slices": bool(recipe.slices),
         "modules": bool(recipe.modules),
         "layer_range": recipe.layer_range is not None,
+        "tie_word_embeddings": recipe.tie_word_embeddings is not None,
         "tokenizer": recipe.tokenizer is not None,
         "tokenizer_source": recipe.tokenizer_source is not None,
     }

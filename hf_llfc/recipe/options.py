@@ -265,3 +265,12 @@ def refuse_unknown(keys: Iterable[str], known: Sequence[str], path: str, problem
 def join(path: str, key: str) -> str:
     """A path of keys and one below it."""
     return f"{path}.{key}" if path else key
+
+
+def copied(value: Any) -> Any:
+    """Mappings and lists of plain data that may be changed without changing what was given."""
+    if isinstance(value, Mapping):
+        return {key: copied(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [copied(entry) for entry in value]
+    return value

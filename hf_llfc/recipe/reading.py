@@ -21,7 +21,7 @@ from hf_llfc.recipe.base import settle_base
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.documents import INHERITED, OF_MODELS, documents_of, folder_of, with_names
 from hf_llfc.recipe.fitting import as_weight, gradient_problem, is_weight, setting_problem
-from hf_llfc.recipe.options import Option, build, fitted_values, join, made, options_of, refuse_unknown
+from hf_llfc.recipe.options import Option, build, copied, fitted_values, join, made, options_of, refuse_unknown
 from hf_llfc.recipe.overrides import apply_override
 from hf_llfc.recipe.references import read_reference
 from hf_llfc.recipe.sections import (
@@ -37,7 +37,6 @@ from hf_llfc.recipe.sections import (
     Setting,
     Weight,
     WeightRule,
-    copied,
 )
 from hf_llfc.recipe.slices import WITHOUT_EFFECT, PartRecipe, SliceReader, as_slice
 from hf_llfc.recipe.tokenizer import TokenizerSection, TokenRule

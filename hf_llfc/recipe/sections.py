@@ -33,7 +33,7 @@ from hf_llfc.recipe.agreement import disagreements
 from hf_llfc.recipe.calibration import CalibrateSection
 from hf_llfc.recipe.data import EvaluationConfig
 from hf_llfc.recipe.fitting import as_rank, as_size, as_switch, is_number
-from hf_llfc.recipe.options import derived, documented, option, settle
+from hf_llfc.recipe.options import copied, derived, documented, option, settle
 from hf_llfc.recipe.slices import RANGE, ModuleSection, PartRecipe, SliceSection, read_range
 from hf_llfc.recipe.tokenizer import TokenizerSection, TokenRule, TokenSource  # noqa: F401 (for docs/options.py)
 
@@ -392,6 +392,11 @@ class Recipe:
         metavar="TEMPLATE",
     )
     prove: bool = option("Run each base with its adapter as peft does and folded, and refuse other answers.", True)
+    tie_word_embeddings: bool | None = option(
+        "Whether the output head is the embedding; false writes a head, for a model without one its embedding.",
+        None,
+        shown="as the configs of the models say",
+    )
     override_architecture: Mapping[str, str] = option(
         "Model class to take in place of the one that a config names, by the model's name.", dict, shown="none"
     )
@@ -549,15 +554,6 @@ def _one_number(weight: Weight | WeightRule | tuple[WeightRule | float, ...]) ->
     if isinstance(weight, tuple):
         return _one_number(weight[0]) if len(weight) == 1 else None
     return weight
-
-
-def copied(value: Any) -> Any:
-    """Mappings and lists of plain data that may be changed without changing what was given."""
-    if isinstance(value, Mapping):
-        return {key: copied(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [copied(entry) for entry in value]
-    return value
 
 
 def _plain(value: Any) -> Any:

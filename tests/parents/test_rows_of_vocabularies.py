@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hf_llfc
+from hf_llfc.cli import main
 from hf_llfc.errors import CheckpointError
 from hf_llfc.pipeline.planning import plan
 from hf_llfc.recipe import load_recipe
@@ -88,6 +89,10 @@ def test_without_a_tokenizer_nobody_knows_whose_rows_they_are(model_without, she
     assert not Path("out").exists()
 
 
-def test_other_commands_say_what_a_merge_does(shelf):
-    with pytest.raises(CheckpointError, match="a merge gives all models the rows of the first"):
-        hf_llfc.align("wide", to="a")
+def test_other_commands_take_them_too(shelf):
+    assert hf_llfc.check("a", "wide", level=0).answer == "undecided"
+    assert hf_llfc.align("wide", to="a").moved == hf_llfc.align("wide", to="a").moved
+    assert main(["align", "wide", "--to", "a", "--out", "aligned", "--quiet"]) == 0
+    assert all(len(rows("aligned", name)) == TOKENS + MORE for name in shelf)
+    assert main(["align", "a", "--to", "wide", "--out", "narrow", "--quiet"]) == 0
+    assert all(len(rows("narrow", name)) == TOKENS for name in shelf)
