@@ -151,8 +151,32 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
-def read_modules(path: Path) -> Any:
-    """The content of `MODULES_FILE`; None where it is no JSON."""
+def added_beside(files: Mapping[str, Path], known: Collection[str]) -> dict[str, int]:
+    """Tokens that are added to a tokenizer by files beside `tokenizer.json`, as transformers adds them.
+
+    Args:
+        files: Companions by name.
+        known: The tokens of `tokenizer.json`, which counts for these.
+
+    Returns:
+        Token → id.
+    """
+    settings = read_values(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else None
+    decoder = settings.get("added_tokens_decoder") if isinstance(settings, dict) else None
+    if isinstance(decoder, dict):
+        pairs = [(each.get("content"), index) for index, each in decoder.items() if isinstance(each, dict)]
+    else:
+        listed = read_values(files["added_tokens.json"]) if "added_tokens.json" in files else None
+        pairs = list(listed.items()) if isinstance(listed, dict) else []
+    return {
+        token: int(index)
+        for token, index in pairs
+        if isinstance(token, str) and token not in known and str(index).isdigit()
+    }
+
+
+def read_values(path: Path) -> Any:
+    """The content of a file; None where it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

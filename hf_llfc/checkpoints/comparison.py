@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from hf_llfc.checkpoints.buffers import is_constant
 from hf_llfc.checkpoints.checkpoint import Checkpoint
-from hf_llfc.checkpoints.companions import has_vocabulary
+from hf_llfc.checkpoints.companions import added_beside, has_vocabulary
 from hf_llfc.checkpoints.config_differences import config_differences
 from hf_llfc.errors import CheckpointError
 
@@ -213,7 +213,7 @@ def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
         index, label_1 = int(key), str(label)
         label_2 = labels_2.get(index, label_1)
         is_other = label_1.casefold() != label_2.casefold() and f"LABEL_{index}" not in (label_1, label_2)
-        if is_other and _has_rows_of_labels(first):
+        if is_other and has_rows_of_labels(first):
             yield (
                 f"{other.label}: class {index} is {label_2!r}, but that of {first.label} is {label_1!r}; bring the"
                 " classes into one order: `align: {label_order: names}` in a recipe, `--label-order names` on the"
@@ -222,7 +222,7 @@ def _label_problems(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
             return
 
 
-def _has_rows_of_labels(checkpoint: Checkpoint) -> bool:
+def has_rows_of_labels(checkpoint: Checkpoint) -> bool:
     """Whether tensors of a checkpoint grow with the number of labels; also where that cannot be told."""
     from hf_llfc.checkpoints.names import Layout, find_model_class
 
@@ -277,7 +277,8 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     files = {path.name: path for path in checkpoint.companion_files}
     try:
         if "tokenizer.json" in files:
-            return Tokenizer.from_file(str(files["tokenizer.json"])).get_vocab(with_added_tokens=True)
+            known = Tokenizer.from_file(str(files["tokenizer.json"])).get_vocab(with_added_tokens=True)
+            return {**known, **added_beside(files, known)}
         if has_vocabulary(files):
             from transformers import AutoTokenizer
 

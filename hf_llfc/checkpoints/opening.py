@@ -20,7 +20,7 @@ from hf_llfc.checkpoints.companions import (
     code_names,
     companion_names,
     left_names,
-    read_modules,
+    read_values,
     side_names,
 )
 from hf_llfc.checkpoints.files import (
@@ -298,7 +298,7 @@ def _fetch_sides(files: Files) -> list[str]:
     modules = None
     if MODULES_FILE in present:
         files.fetch([MODULES_FILE])
-        modules = read_modules(files.folder / MODULES_FILE)
+        modules = read_values(files.folder / MODULES_FILE)
     names = side_names(present, modules)
     files.fetch(names)
     return names

@@ -48,7 +48,7 @@ _LARGEST = 60
 """Characters of a value in a message; of a longer one the digest is shown."""
 
 
-def preparation_differences(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def preparation_differences(checkpoints: Sequence[Checkpoint], *, templates: bool = True) -> list[str]:
     """Finds how models differ in what they do to an input before it is theirs.
 
     All are compared with the first. A file that one of the two lacks says nothing, but for chat templates and the
@@ -56,15 +56,16 @@ def preparation_differences(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
     Args:
         checkpoints: Opened checkpoints; of a model in memory, the files beside it count where they are still there.
+        templates: Whether chat templates are compared.
 
     Returns:
         One sentence a difference, with both values; none where inputs are prepared alike, as far as the files tell.
     """
     first, *others = checkpoints
-    return [line for other in others for line in _differences(first, other)]
+    return [line for other in others for line in _differences(first, other, templates)]
 
 
-def _differences(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
+def _differences(first: Checkpoint, other: Checkpoint, templates: bool) -> Iterator[str]:
     files_1, files_2 = (_files(each) for each in (first, other))
     names = [*files_1, *(name for name in files_2 if name not in files_1)]
     for name in names:
@@ -80,7 +81,7 @@ def _differences(first: Checkpoint, other: Checkpoint) -> Iterator[str]:
                 if key in values_2 and values_2[key] != value:
                     yield _told(f"{key} in {name}", other, values_2[key], first, value)
     template_1, template_2 = _template(files_1), _template(files_2)
-    if template_1 != template_2:
+    if templates and template_1 != template_2:
         yield _told(_TEMPLATE, other, template_2, first, template_1)
 
 

@@ -39,6 +39,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
                 "memory for tensors": planned["cost"]["peak_memory_bytes"],
             }
             print_table("plan", planned["steps"])
+            for warning in planned.get("warnings", ()):
+                print(f"warning: {warning}")
             print_table("cost", [{name: format_bytes(count) for name, count in cost.items()}])
             if matching := planned["cost"].get("matching"):
                 row = {

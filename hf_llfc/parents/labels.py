@@ -10,6 +10,7 @@ import torch
 
 from hf_llfc.checkpoints import Checkpoint
 from hf_llfc.checkpoints.checkpoint import Relabelling
+from hf_llfc.checkpoints.comparison import has_rows_of_labels
 from hf_llfc.errors import AlignmentError
 from hf_llfc.recipe import AlignSection
 from hf_llfc.recipe.data import CLASSIFICATION_TASKS
@@ -40,6 +41,7 @@ def in_order_of_labels(models: Sequence[Checkpoint], align: AlignSection, *, giv
     """
     if align.label_order == "keep" or len(models) < 2 or (align.label_order == "match" and not given):
         return list(models)
+    _refuse_without_classes(models[0])
     from hf_llfc.checkpoints.views.relabelled import relabelled
 
     first, *others = models
@@ -64,6 +66,26 @@ def base_in_order_of_labels(first: Checkpoint, base: Checkpoint | None, align: A
             "`label_order: names`, or a base without a classifier"
         )
     return in_order_of_labels([first, base], align)[1]
+
+
+def _refuse_without_classes(model: Checkpoint) -> None:
+    """Refuses a model whose outputs are no classes that could stand in another order.
+
+    Raises:
+        AlignmentError: It is a language model, a bare encoder or a regression.
+    """
+    labels = len(model.config.id2label or {})
+    kind = model.architecture or "a model of no class"
+    if model.config.problem_type == "regression" or (labels == 1 and "SequenceClassification" in kind):
+        reason = "its outputs are numbers, not classes (a regression)"
+    elif not has_rows_of_labels(model):
+        reason = "it has no classes"
+    else:
+        return
+    raise AlignmentError(
+        f"label_order: {model.label} is {kind}, and {reason}, so that there is no order of classes to find; remove "
+        "`label_order` (--label-order)"
+    )
 
 
 def _by_names(first: Checkpoint, other: Checkpoint) -> Relabelling | None:

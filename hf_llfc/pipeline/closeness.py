@@ -9,6 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from hf_llfc.checkpoints import TensorInfo
+from hf_llfc.checkpoints.comparison import has_tokenizer
 from hf_llfc.checkpoints.preparation import preparation_differences
 from hf_llfc.checkpoints.source import Source
 from hf_llfc.recipe import Recipe
@@ -73,13 +74,31 @@ def warnings_of(opened: Models, beside: Carried) -> list[str]:
         beside: What goes along.
     """
     prepared = f"inputs are prepared as {opened.tokenizer_source.label} does"
-    warnings = [f"{prepared}: {difference}" for difference in preparation_differences(opened.parents)]
+    has_own_template = opened.chat_template is not None
+    differences = preparation_differences(opened.parents, templates=not has_own_template)
+    warnings = [f"{prepared}: {difference}" for difference in differences]
+    if has_own_template:
+        of_templates = [each for each in preparation_differences(opened.parents) if each not in differences]
+        warnings += [f"the chat template is that of the recipe: {difference}" for difference in of_templates]
+    warnings += _without_tokenizer(opened)
     if beside.reason is not None:
         warnings.append(
             f"the modules of the SentenceTransformer {opened.parents[0].label} (modules.json and what it names) are not"
             f" part of the merge: {beside.reason}"
         )
     return warnings
+
+
+def _without_tokenizer(opened: Models) -> list[str]:
+    """Models without a tokenizer beside others with one: nothing tells which tokens their rows are of."""
+    known = [each.label for each in opened.all if has_tokenizer(each)]
+    if opened.union is not None or opened.sections or not known:
+        return []
+    return [
+        f"{each.label} has no tokenizer, so that its rows are taken to be of the same tokens as those of {known[0]}"
+        for each in opened.all
+        if each.label not in known
+    ]
 
 
 def closeness(opened: Models, recipe: Recipe) -> list[Closeness]:

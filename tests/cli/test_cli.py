@@ -118,6 +118,7 @@ def test_dry_run_plans_and_writes_nothing(shelf, tmp_path, capsys):
         "align",
         "probe",
         "merge",
+        "tensors",
         "diagnose",
         "carry over",
         "write",

@@ -17,6 +17,7 @@ from hf_llfc.evaluation import EvaluationConfig
 from hf_llfc.parents.opening import open_models
 from hf_llfc.pipeline.planning import plan
 from hf_llfc.recipe import AlignSection, load_recipe
+from tests.parents.test_what_fits import BERT, LLAMA, model
 from tests.pipeline.test_mergeability import image_rows, trained, with_rows
 from tests.runs import saved
 
@@ -169,3 +170,29 @@ def test_a_base_is_brought_into_the_order_too(paths: dict[str, str], samples: st
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     with pytest.raises(AlignmentError, match="has classes of its own"):
         sums(paths["unnamed"], "matched", label_order="match", calibration=data_of(samples))
+
+
+@pytest.mark.parametrize("order", ["names", "match"])
+@pytest.mark.parametrize(
+    ("architecture", "config", "reason"),
+    [
+        ("LlamaForCausalLM", LLAMA, "it has no classes"),
+        ("BertForMaskedLM", BERT, "it has no classes"),
+        ("BertModel", BERT, "it has no classes"),
+        ("BertForSequenceClassification", {**BERT, "num_labels": 1}, "its outputs are numbers"),
+        (
+            "BertForSequenceClassification",
+            {**BERT, "num_labels": 3, "problem_type": "regression"},
+            "outputs are numbers",
+        ),
+        ("LlamaForSequenceClassification", {**LLAMA, "num_labels": 1}, "its outputs are numbers"),
+    ],
+)
+def test_models_without_classes_have_no_order_of_them(architecture, config, reason, order, tmp_path):
+    for seed, name in enumerate("ab"):
+        saved(model(architecture, seed, **config), tmp_path / name)
+    data = {"calibration": {"task": "text-classification", "dataset": "rows.jsonl"}} if order == "match" else {}
+    recipe = recipe_of([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out", label_order=order, **data)
+    with pytest.raises(AlignmentError, match=reason) as error:
+        plan(load_recipe(recipe))
+    assert "remove `label_order`" in str(error.value) and "\n" not in str(error.value)

@@ -1,16 +1,21 @@
 """The tokenizer of a result is chosen on purpose, and is one that the merged weights were made for."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import hf_llfc
 from hf_llfc.cli import main
 from hf_llfc.errors import CheckpointError, RecipeError
+from hf_llfc.pipeline.planning import plan
+from hf_llfc.recipe import load_recipe
 from tests.checkpoints.conftest import WORDS, save_tokenizer
+from tests.parents.test_what_fits import LLAMA
 from tests.tiny_models import tiny_model
 
 
@@ -77,3 +82,75 @@ def test_a_source_that_is_not_there_is_named_with_what_may_have_been_meant(shelf
         hf_llfc.merge(["a", "b"], out="out", tokenizer_source="./unoin")
     with pytest.raises(CheckpointError, match=r"(?s)tokenizer_source: unoin: .*did you mean 'union'"):
         hf_llfc.merge(["a", "b"], out="out", tokenizer_source="unoin")
+
+
+# -- added tokens in another order
+
+
+def with_added(folder: str, tokens: list[str], where: str) -> None:
+    """A tiny model with a row for every token; the added ones stand in tokenizer.json, or in a file beside it alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    config = LlamaConfig(**{**LLAMA, "vocab_size": len(WORDS) + len(tokens)})
+    torch.manual_seed(len(folder) + ord(folder[0]))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(Path(folder))
+    if where == "tokenizer.json":
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer.add_tokens(tokens)
+        tokenizer.save_pretrained(folder)
+        return
+    ids = {token: len(WORDS) + place for place, token in enumerate(tokens)}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "special"), False)
+    values = {str(index): {"content": token, "normalized": True, **flags} for token, index in ids.items()}
+    path = Path(folder, where)
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    added = {"added_tokens_decoder": values} if where == "tokenizer_config.json" else ids
+    path.write_text(json.dumps({**settings, **added}))
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_added_tokens_in_another_order_are_merged_by_token_never_by_id(where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    orders = {"a": ["<x>", "<y>"], "b": ["<y>", "<x>"]}
+    for name, tokens in orders.items():
+        with_added(name, tokens, where)
+    with pytest.raises(CheckpointError, match=r"id 7 is '<y>' against '<x>', id 8 is '<x>' against '<y>'"):
+        hf_llfc.merge(["a", "b"], out="out")
+    first = len(WORDS)
+    for place, source in enumerate(("union", "a", "b")):
+        out = f"out{place}"
+        hf_llfc.merge(["a", "b"], out=out, tokenizer_source=source)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows = {each: load_file(Path(each, "model.safetensors"))[name][first:] for each in ("a", "b", out)}
+            expected = (rows["a"] + rows["b"].flip(0)) / 2
+            assert torch.allclose(rows[out], expected.flip(0) if source == "b" else expected, atol=1e-7)
+        ids = AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(orders["b" if source == "b" else "a"])
+        assert ids == [first, first + 1]
+
+
+def test_a_model_without_a_tokenizer_is_named(shelf):
+    recipe = load_recipe({"models": [{"model": "a"}, {"model": "none"}], "output_dir": "out"})
+    sentence = "none has no tokenizer, so that its rows are taken to be of the same tokens as those of a"
+    assert sentence in plan(recipe)["warnings"]
+    hf_llfc.merge(["a", "none"], out="out")
+    assert sentence[1:] in (shelf / "out" / "README.md").read_text()
+
+
+def test_chat_templates_that_differ_are_in_plan_record_and_card(shelf, capsys):
+    told = ['b: chat template is "b", but that of a is "a"', 'c: chat template is "c", but that of a is "a"']
+    models = [{"model": name} for name in "abc"]
+    for keys, start in (
+        ({}, "inputs are prepared as a does"),
+        ({"chat_template": "chatml"}, "the chat template is"),
+    ):
+        warnings = plan(load_recipe({"models": models, "output_dir": "out", **keys}))["warnings"]
+        assert [each.split(": ", 1)[1] for each in warnings] == told and all(
+            each.startswith(start) for each in warnings
+        )
+    assert main(["merge", *"abc", "--out", "out", "--dry-run"]) == 0
+    assert f"warning: inputs are prepared as a does: {told[0]}\n" in capsys.readouterr().out
+    assert main(["merge", *"abc", "--out", "out", "--quiet"]) == 0
+    record = json.loads((shelf / "out" / "llfc" / "run.json").read_text())
+    card = (shelf / "out" / "README.md").read_text().replace("\\", "")
+    assert all(any(each.endswith(line) for each in record["warnings"]) and line in card for line in told)

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from hf_llfc.checkpoints.checkpoint import Checkpoint
-from hf_llfc.checkpoints.companions import copy_companion, has_vocabulary
+from hf_llfc.checkpoints.companions import added_beside, copy_companion, has_vocabulary
 from hf_llfc.checkpoints.views.token_rules import VocabularyRules, row_of
 from hf_llfc.errors import CheckpointError, raise_all
 
@@ -294,7 +294,8 @@ def _description(checkpoint: Checkpoint) -> Description:
     except Exception as error:  # both libraries raise whatever they meet in a tokenizer's files
         raise CheckpointError(f"{checkpoint.label}: the tokenizer cannot be read: {error}") from error
     description: Description = json.loads(text)
-    return description
+    beside = added_beside(files, _vocabulary(description)) if _TOKENIZER_FILE in files else {}
+    return _with_tokens(description, beside)
 
 
 def _refuse_damaged_ids(label: str, description: Description) -> None:
@@ -352,13 +353,18 @@ def _joined(descriptions: Sequence[Description], labels: Sequence[str]) -> Descr
 
 def _with_added(description: Description, tokens: Sequence[str]) -> Description:
     """A tokenizer that knows further tokens, at the ids behind all others."""
+    following = 1 + max(_vocabulary(description).values())
+    return _with_tokens(description, {token: following + place for place, token in enumerate(tokens)})
+
+
+def _with_tokens(description: Description, tokens: Mapping[str, int]) -> Description:
+    """A tokenizer that knows further tokens, at their ids."""
     if not tokens:
         return description
     widened = deepcopy(description)
-    known = _vocabulary(widened)
+    known = {**_vocabulary(widened), **tokens}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
-    for index, token in enumerate(tokens, start=1 + max(known.values())):
-        known[token] = index
+    for token, index in sorted(tokens.items(), key=lambda pair: pair[1]):
         widened["added_tokens"].append({"id": index, "content": token, **flags, "normalized": True})
     model = widened["model"]
     if isinstance(model["vocab"], list):
